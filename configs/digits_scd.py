@@ -1,0 +1,25 @@
+"""sCD on 8 x 8 digits: distils configs/digits_diffusion.py to one and two steps.
+
+`configs/digits_scd.py:guided` distils classifier-free guidance of scale 1 to 2 with
+it; pick the scale when sampling, --config.sample.guidance=1.5.
+"""
+
+from sdiff_jax import config
+from sdiff_jax.interfaces import UserError
+
+
+def get_config(words: str = ""):
+  if words not in ("", "guided"):
+    raise UserError(f"configs/digits_scd.py:{words}: the only word is 'guided'")
+  guided = words == "guided"
+  c = config.base()
+  c.teacher.config = "configs/digits_diffusion.py"
+  c.model = config.use("models", "mlp", width=256, depth=4, guidance=guided)
+  c.loss = config.use("losses", "scm", velocity="teacher", warmup_steps=200)
+  c.loss.guidance = (1.0, 2.0) if guided else ()
+  c.train.update(steps=1000, batch_size=128, log_every=50, sample_every=500)
+  c.optim.update(learning_rate=1e-3, b2=0.99, schedule="cosine", final=0.02)
+  c.ema.profiles = ("power/0.1",)
+  c.sampler.update(name="consistency", steps=2)
+  c.evaluate.samplers = ("consistency/1", "consistency/2")
+  return c

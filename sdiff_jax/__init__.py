@@ -1,0 +1,3 @@
+"""Fast diffusion models in JAX: few-step training (sCM) and parallel sampling."""
+
+__version__ = "0.1.0"

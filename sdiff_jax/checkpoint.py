@@ -1,0 +1,64 @@
+"""Checkpoints of the training state; the only file that knows Orbax."""
+
+import os
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from sdiff_jax.interfaces import Params
+from sdiff_jax.state import TrainState
+
+
+class Checkpoints:
+  """The checkpoints of a work directory; a context manager.
+
+  Saving is asynchronous: an error of one save is raised at the next, or at the end.
+  Every process calls every method.
+  """
+
+  def __init__(self, workdir: str, *, keep: int = 1):
+    """Opens WORKDIR/checkpoints, keeping the newest `keep` of them."""
+    self._pending = None
+    self._checkpointer = ocp.training.Checkpointer(
+      os.path.abspath(os.path.join(workdir, "checkpoints")),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.wait()
+    self._checkpointer.close()
+
+  @property
+  def latest(self) -> int | None:
+    """The step of the newest checkpoint, None if there is none."""
+    newest = self._checkpointer.latest
+    return None if newest is None else newest.step
+
+  def wait(self) -> None:
+    """Waits for the save that is under way and raises its error, if it had one."""
+    if self._pending is not None:
+      self._pending, response = None, self._pending
+      response.result()
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Starts saving; the averages are apart, so that they can be read alone."""
+    self.wait()
+    training = {"params": state.params, "opt_state": state.opt_state}
+    self._pending = self._checkpointer.save_checkpointables_async(
+      step, {"training": training | {"step": state.step}, "ema": state.ema}
+    )
+
+  def restore(self, abstract: TrainState) -> TrainState:
+    """Returns the newest state, placed as the shardings of `abstract` say."""
+    tree = {"params": abstract.params, "opt_state": abstract.opt_state}
+    loaded = self._checkpointer.load_checkpointables(
+      None, {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
+    )
+    return TrainState(ema=loaded["ema"], **loaded["training"])
+
+  def restore_ema(self, abstract: dict[str, Params]) -> dict[str, Params]:
+    """Returns the averages of the newest checkpoint alone."""
+    return self._checkpointer.load_checkpointables(None, {"ema": abstract})["ema"]

@@ -1,0 +1,151 @@
+"""The configuration of an experiment: every field once, and its validation."""
+
+from typing import Any
+
+import ml_collections
+
+from sdiff_jax import lookup
+from sdiff_jax.interfaces import UserError
+
+# Sections that name a piece, and the package that the piece is looked up in.
+PIECES = {"data": "data", "model": "models", "loss": "losses"}
+
+
+def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
+  """Returns the section of a piece: its name and every field of its `build`.
+
+  Args:
+    package: "data", "models" or "losses".
+    name: file of the piece.
+    **changed: fields that differ from the defaults.
+
+  Raises:
+    UserError: an unknown piece or field.
+  """
+  section = {"name": name} | lookup.fields(package, name)
+  lookup.check(package, {"name": name, **changed}, package)
+  return ml_collections.ConfigDict(section | changed)
+
+
+def base() -> ml_collections.ConfigDict:
+  """Returns the defaults of every field; an experiment file changes some of them."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.sigma_d = 0.5  # standard deviation that the data are scaled to
+  c.data = use("data", "digits")
+  c.model = use("models", "mlp")
+  c.loss = use("losses", "diffusion")
+  c.teacher = ml_collections.ConfigDict(
+    {
+      "workdir": "",  # trained run to start from and to distil; "" for none
+      "config": "",  # config file that trains it, for the message if it is missing
+    }
+  )
+  c.train = ml_collections.ConfigDict(
+    {
+      "steps": 1000,
+      "batch_size": 128,  # over all devices
+      "log_every": 50,  # steps
+      "sample_every": 0,  # steps between sample grids; 0 for none
+    }
+  )
+  c.optim = ml_collections.ConfigDict(
+    {
+      "name": "adam",  # adam, adamw or radam
+      "learning_rate": 1e-3,
+      "schedule": "constant",  # constant, cosine or inverse_sqrt
+      "rampup_images": 0,  # linear ramp-up of the rate over so many images
+      "final": 0.0,  # cosine: rate at the end, as a share of learning_rate
+      "reference_steps": 35_000,  # inverse_sqrt: constant until here
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+      "weight_decay": 0.0,  # adamw
+      "clip": 0.0,  # global norm of the gradient; 0 for none
+    }
+  )
+  c.ema = ml_collections.ConfigDict(
+    # "power/sigma_rel" (EDM2) or "half_life/images"; the first one is sampled from.
+    {"profiles": ("power/0.05",)}
+  )
+  c.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 2})  # steps, count
+  c.sampler = ml_collections.ConfigDict(
+    {
+      "name": "heun",  # heun, ddim, dpm2s or consistency
+      "steps": 16,
+      "angles": (),  # starting angle of every step, instead of the sampler's grid
+    }
+  )
+  c.sample = ml_collections.ConfigDict(
+    {
+      "num": 64,
+      "batch_size": 64,  # over all devices
+      "seed": 0,  # image k is made from seed + k alone
+      "guidance": 1.0,  # scale of classifier-free guidance; 1 is none
+      "label": -1,  # a class for every image; -1 takes them in turn
+    }
+  )
+  c.evaluate = ml_collections.ConfigDict(
+    {
+      "samplers": ("heun/16",),  # name/steps
+      "num": 5000,  # samples for each
+      "batch_size": 500,
+      "features": "digits",  # network of metrics/features, or a path to an .npz
+      "baselines": False,  # real halves and a Gaussian for each class as well
+    }
+  )
+  # Devices along each axis; -1 takes all that are left.
+  c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "window": 1})
+  return c
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks what can be checked before any work starts.
+
+  Raises:
+    UserError: one line that names field, value and remedy.
+  """
+  for section, package in PIECES.items():
+    lookup.check(package, config[section].to_dict(), f"config.{section}")
+  positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
+  positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
+  positive += ["checkpoint.every", "checkpoint.keep"]
+  for name in positive:
+    if not _get(config, name) > 0:
+      raise UserError(f"config.{name}={_get(config, name)}: must be above 0")
+  for name in ("train.steps", "train.sample_every", "optim.clip"):
+    if _get(config, name) < 0:
+      raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
+  if not config.ema.profiles:
+    raise UserError("config.ema.profiles=(): name one profile, such as 'power/0.05'")
+
+
+def _get(config: ml_collections.ConfigDict, name: str) -> Any:
+  for part in name.split("."):
+    config = config[part]
+  return config
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {"train.steps": 1000, ...} of a nested dict."""
+  out = {}
+  for key, value in config.items():
+    if isinstance(value, dict):
+      out |= flat(value, f"{prefix}{key}.")
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def name_and_number(text: str, field: str) -> tuple[str, float]:
+  """Splits "heun/16" into ("heun", 16.0).
+
+  Raises:
+    UserError: not of that form.
+  """
+  name, _, number = text.partition("/")
+  try:
+    return name, float(number)
+  except ValueError:
+    message = f"config.{field}: {text!r} is not of the form name/number"
+    raise UserError(message) from None

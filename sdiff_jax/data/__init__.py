@@ -1,0 +1,1 @@
+"""Data sets; each file exports build(...) -> Source."""

@@ -1,0 +1,103 @@
+"""Sources of images, and batches of them: batch k is a function of (seed, k)."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grain.python as grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.interfaces import Array
+
+
+class Source(NamedTuple):
+  """A data set with random access.
+
+  Attributes:
+    take: indices int [n] -> images uint8 [n, H, W, C] and labels int32 [n].
+    size: number of images.
+    shape: (H, W, C).
+    classes: number of labels.
+    mean: mean of the pixels in [-1, 1], one for all or one a channel.
+    std: their standard deviation; the network sees (x - mean) sigma_d / std.
+  """
+
+  take: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+  size: int
+  shape: tuple[int, int, int]
+  classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
+  """Returns x0 = (pixel - mean) sigma_d / std, float32, of uint8 images."""
+  pixels = images.astype(np.float32) / 127.5 - 1
+  mean, scale = _affine(source, sigma_d)
+  return (pixels - mean) * scale
+
+
+def decode(source: Source, x0: Array, sigma_d: float) -> Array:
+  """Returns uint8 images of x0, the inverse of `encode`, clipped."""
+  mean, scale = _affine(source, sigma_d)
+  pixels = (x0 / scale + mean + 1) * 127.5
+  return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+
+
+def _affine(source: Source, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:
+  mean, std = (np.float32(a).reshape(1, 1, 1, -1) for a in (source.mean, source.std))
+  return mean, np.float32(sigma_d) / std
+
+
+def indices(size: int, seed: int, k: int, batch_size: int) -> np.ndarray:
+  """Returns the indices of batch k: epochs of permutations, one after the other.
+
+  Args:
+    size: number of images.
+    seed: of the permutations.
+    k: number of the batch.
+    batch_size: images a batch, over all processes.
+  """
+  position = k * batch_size + np.arange(batch_size)
+  epoch, offset = np.divmod(position, size)
+  out = np.empty(batch_size, np.int64)
+  for e in np.unique(epoch):
+    out[epoch == e] = _permutation(size, seed, int(e))[offset[epoch == e]]
+  return out
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def batches(
+  source: Source, *, seed: int, batch_size: int, sigma_d: float, start: int = 0
+) -> Iterator[dict]:
+  """Yields batches start, start + 1, ... of this process, without end.
+
+  Args:
+    source: the images.
+    seed: of the order.
+    batch_size: images a batch, over all processes.
+    sigma_d: standard deviation to scale to.
+    start: number of the first batch.
+
+  Yields:
+    {"x0": float32 [n, H, W, C], "cond": {"label": int32 [n]}} with n the batch size
+    over the number of processes.
+  """
+  share = batch_size // jax.process_count()
+  mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+  def load(k: int) -> dict:
+    chosen = indices(source.size, seed, start + k, batch_size)[mine]
+    images, labels = source.take(chosen)
+    return {"x0": encode(source, images, sigma_d), "cond": {"label": labels}}
+
+  # An element is a whole batch, so threads work on batches and no state is needed.
+  endless = grain.MapDataset.range(2**40).map(load)
+  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+  return iter(endless.to_iter_dataset(options))

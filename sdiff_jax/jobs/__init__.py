@@ -1,0 +1,1 @@
+"""Jobs of the command line; each file exports run(config, workdir)."""

@@ -1,0 +1,27 @@
+"""Job `report`: one page on a work directory, or on all runs inside a directory."""
+
+import glob
+import os
+
+import ml_collections
+
+from sdiff_jax import report
+from sdiff_jax.interfaces import UserError
+
+
+def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
+  """Writes report.html.
+
+  Raises:
+    UserError: there is no run in the directory.
+  """
+  del config
+  found = glob.glob(os.path.join(workdir, "*", "config.json"))
+  runs = sorted((os.path.dirname(f) for f in found), key=os.path.getctime)
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    runs.insert(0, workdir)
+  if not runs:
+    raise UserError(f"{workdir}: no run there; make one with --job=train")
+  path = report.write(runs, os.path.join(workdir, "report.html"))
+  print(report.table(report.rows(runs)))
+  return f"report: {path}"

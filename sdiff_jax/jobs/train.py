@@ -1,0 +1,262 @@
+"""Job `train`: trains a network from a config, or goes on where it stopped."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sdiff_jax import ema, lookup, loop, optim, sharding, state, step, writer
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.data import pipeline
+from sdiff_jax.interfaces import Network, Params, UserError
+from sdiff_jax.jobs import experiment as experiments
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Trains into `workdir`, and returns a line that says what came of it.
+
+  Raises:
+    UserError: a field, the teacher or the work directory does not fit.
+  """
+  experiment = experiments.build(config)
+  sharding.check_batch(
+    config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
+  )
+  rate, optimizer, betas = _optimisation(config)
+  teacher, frozen = _teacher(experiment)
+  loss = _loss(config, experiment.network, teacher)
+  experiments.claim(config, workdir)
+
+  def init(key: Any, frozen: Params) -> state.TrainState:
+    params = _start_from(frozen, experiment.network.init(key))
+    return state.create(params, optimizer, tuple(config.ema.profiles))
+
+  key = jax.random.key(config.seed)
+  abstract = jax.eval_shape(init, key, frozen)
+  placed = experiments.place(abstract, experiment.mesh)
+  train_step = step.build(loss, optimizer, betas, rate)
+  jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
+  with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+    start = checkpoints.latest or 0
+    if start:
+      current = checkpoints.restore(placed)
+    else:
+      shardings = jax.tree.map(lambda x: x.sharding, placed)
+      current = jax.jit(init, out_shardings=shardings)(key, frozen)
+    if start < config.train.steps:
+      seconds = _fit(
+        experiment, workdir, checkpoints, jitted, current, key, frozen, start
+      )
+      flops = _flops(config, experiment.source, teacher, current, key, frozen)
+      _summary(config, workdir, abstract, seconds, flops)
+  return f"trained {config.train.steps} steps: {workdir}"
+
+
+def _fit(
+  experiment: experiments.Experiment,
+  workdir: str,
+  checkpoints: Checkpoints,
+  jitted: Any,
+  current: state.TrainState,
+  key: Any,
+  frozen: Params,
+  start: int,
+) -> float:
+  """Runs the loop from `start`, and returns the training time in seconds."""
+  config, mesh = experiment.config, experiment.mesh
+  over_batch = sharding.batch(mesh)
+  batches = pipeline.batches(
+    experiment.source,
+    seed=config.seed,
+    batch_size=config.train.batch_size,
+    sigma_d=config.sigma_d,
+    start=start,
+  )
+  on_device = (sharding.put(batch, over_batch) for batch in batches)
+  key = jax.device_put(key, sharding.replicated(mesh))
+  first = next(on_device)
+  compiled = jitted.lower(current, first, key, frozen).compile()
+  call = experiments.sampler(experiment, experiments.table(config))
+  profile = config.ema.profiles[0]
+
+  def sample(current: state.TrainState) -> np.ndarray:
+    num, columns = experiments.grid_size(experiment)
+    made = experiments.generate(
+      experiment, call, current.ema[profile], num=num, batch_size=num
+    )
+    return writer.grid(next(made)[0], columns)
+
+  def with_first() -> Any:
+    yield first
+    yield from on_device
+
+  earlier = [r["seconds"] for r in writer.read_metrics(workdir) if r["step"] <= start]
+  with writer.Writer(
+    workdir,
+    total=config.train.steps,
+    start=start,
+    active=jax.process_index() == 0,
+  ) as metrics:
+    _, seconds = loop.run(
+      lambda current, batch: compiled(current, batch, key, frozen),
+      current,
+      with_first(),
+      metrics,
+      checkpoints,
+      start=start,
+      steps=config.train.steps,
+      batch_size=config.train.batch_size,
+      log_every=config.train.log_every,
+      save_every=config.checkpoint.every,
+      sample_every=config.train.sample_every,
+      sample=sample,
+      seconds=earlier[-1] if start and earlier else 0.0,
+    )
+  return seconds
+
+
+def _optimisation(config: ml_collections.ConfigDict) -> tuple:
+  """Returns learning rate, optimiser and the decays of the averages."""
+  chosen, train = config.optim, config.train
+  rate = optim.schedule(
+    name=chosen.schedule,
+    learning_rate=chosen.learning_rate,
+    steps=train.steps,
+    batch_size=train.batch_size,
+    rampup_images=chosen.rampup_images,
+    final=chosen.final,
+    reference_steps=chosen.reference_steps,
+  )
+  moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}
+  try:
+    betas = ema.betas(config.ema.profiles, train.batch_size)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  return rate, optim.build(rate, **moments), betas
+
+
+def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params]:
+  """Returns the teacher's network and averaged parameters, None where there is none."""
+  config = experiment.config
+  workdir, file = config.teacher.workdir, config.teacher.config
+  if not workdir:
+    if config.loss.name == "diffusion":
+      return None, None
+    raise UserError(
+      "config.teacher.workdir is empty: name the run that this one starts from, "
+      f"trained by: {_command(file or 'configs/..._diffusion.py', 'DIR')}"
+    )
+  command = _command(file, workdir)
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    raise UserError(f"config.teacher.workdir={workdir}: no run there; first: {command}")
+  theirs = experiments.read(workdir)
+  same_data = theirs.data.to_dict() == config.data.to_dict()
+  if not same_data or theirs.sigma_d != config.sigma_d:
+    raise UserError(f"config.teacher.workdir={workdir}: trained on other data")
+  network = experiments.network(theirs, experiment.source)
+  profile = theirs.ema.profiles[0]
+  teacher = experiment._replace(config=theirs, network=network)
+  return network, experiments.averages(teacher, workdir, command)[profile]
+
+
+def _command(file: str, workdir: str) -> str:
+  return f"python -m sdiff_jax.main --config={file} --workdir={workdir}"
+
+
+def _loss(
+  config: ml_collections.ConfigDict, network: Network, teacher: Network | None
+) -> Any:
+  apply = None if teacher is None else teacher.apply
+  return lookup.build(
+    "losses",
+    config.loss.to_dict(),
+    network=network,
+    teacher=apply,
+    sigma_d=config.sigma_d,
+  )
+
+
+def _start_from(frozen: Params, fresh: Params) -> Params:
+  """Returns the teacher's parameters with what only the student has from `fresh`.
+
+  w_phi starts fresh: it weighs another error.
+
+  Raises:
+    UserError: the two networks differ in more than the student's extra inputs.
+  """
+  if frozen is None:
+    return fresh
+  theirs = dict(jax.tree.leaves_with_path(frozen["net"]))
+
+  def merge(path: Any, leaf: jax.Array) -> jax.Array:
+    found = theirs.pop(path, leaf)
+    if found.shape != leaf.shape:
+      name = jax.tree_util.keystr(path)
+      raise UserError(
+        f"config.model is not the teacher's: {name} is {leaf.shape}, the teacher's "
+        f"{found.shape}"
+      )
+    return jnp.copy(found)
+
+  net = jax.tree.map_with_path(merge, fresh["net"])
+  if theirs:
+    name = jax.tree_util.keystr(next(iter(theirs)))
+    raise UserError(f"config.model is not the teacher's: it has no {name}")
+  return {"net": net, "logvar": fresh["logvar"]}
+
+
+def _flops(
+  config: ml_collections.ConfigDict,
+  source: pipeline.Source,
+  teacher: Network | None,
+  current: state.TrainState,
+  key: Any,
+  frozen: Params,
+) -> float:
+  """Returns the floating-point operations of one step, over all devices.
+
+  Counted in the lowered program, which counts a loop's body once: the loop over
+  blocks is unrolled for it.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.unroll = config.model.depth
+  network = experiments.network(config, source)
+  rate, optimizer, betas = _optimisation(config)
+  train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)
+  batch_size = config.train.batch_size
+  batch = {
+    "x0": jax.ShapeDtypeStruct((batch_size, *source.shape), jnp.float32),
+    "cond": {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)},
+  }
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (current, key, frozen)
+  )
+  lowered = jax.jit(train_step).lower(shapes[0], batch, *shapes[1:])
+  return float(lowered.cost_analysis()["flops"])
+
+
+def _summary(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  abstract: state.TrainState,
+  seconds: float,
+  flops: float,
+) -> None:
+  """Writes training.json: what the run cost."""
+  if jax.process_index():
+    return
+  steps = config.train.steps
+  parameters = sum(x.size for x in jax.tree.leaves(abstract.params["net"]))
+  summary = {
+    "steps": steps,
+    "images": steps * config.train.batch_size,
+    "seconds": seconds,
+    "parameters": parameters,
+    "flops": flops * steps,
+  }
+  with open(os.path.join(workdir, "training.json"), "w", encoding="utf-8") as file:
+    json.dump(summary, file, indent=2)

@@ -1,0 +1,88 @@
+"""The training loop: one fixed order, and no waiting for the device in it."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.interfaces import Array
+from sdiff_jax.state import TrainState
+from sdiff_jax.writer import Writer
+
+
+def run(
+  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+  state: TrainState,
+  batches: Iterator[Any],
+  writer: Writer,
+  checkpoints: Checkpoints,
+  *,
+  start: int,
+  steps: int,
+  batch_size: int,
+  log_every: int,
+  save_every: int,
+  sample_every: int,
+  sample: Callable[[TrainState], np.ndarray],
+  seconds: float = 0.0,
+) -> tuple[TrainState, float]:
+  """Trains from step `start` to `steps` and saves a checkpoint at the end.
+
+  In each turn: take a batch, start the step, and only then, while it runs, write
+  what the steps before it measured; then save, then sample. Metrics are means over
+  `log_every` steps and are read one step late, so the device never waits for them.
+
+  Args:
+    step: compiled step (state, batch) -> (state, metrics); the state is donated.
+    state: state after `start` steps.
+    batches: device batches start, start + 1, ...
+    writer: where metrics go.
+    checkpoints: where states go.
+    start: steps taken already.
+    steps: steps in all.
+    batch_size: images a step.
+    log_every: steps between lines of metrics.
+    save_every: steps between checkpoints.
+    sample_every: steps between sample grids, 0 for none.
+    sample: state -> picture uint8 [H, W, C].
+    seconds: training time before `start`.
+
+  Returns:
+    The last state and the training time in seconds, without grids.
+  """
+  recent: list[dict[str, Array]] = []
+  logged = [start, seconds]
+  clock = time.perf_counter() - seconds
+
+  def log(done: int) -> None:
+    means = jax.tree.map(lambda *a: float(np.mean(a)), *jax.device_get(recent))
+    now = time.perf_counter() - clock
+    rate = (done - logged[0]) * batch_size / max(now - logged[1], 1e-9)
+    writer.scalars(done, means | {"images_per_second": rate, "seconds": now})
+    writer.progress(done, images_per_second=rate, loss=means["loss"])
+    recent.clear()
+    logged[:] = [done, now]
+
+  for done in range(start, steps):
+    batch = next(batches)
+    state, metrics = step(state, batch)
+    if recent and done % log_every == 0:
+      log(done)
+    recent.append(metrics)
+    if (done + 1) % save_every == 0 and done + 1 < steps:
+      checkpoints.save(done + 1, state)
+    if sample_every and (done + 1) % sample_every == 0:
+      pause = time.perf_counter()
+      writer.image(done + 1, "grid", sample(state))
+      clock += time.perf_counter() - pause
+  if recent:
+    log(steps)
+  jax.block_until_ready(state)
+  seconds = time.perf_counter() - clock
+  if start < steps:
+    checkpoints.save(steps, state)
+    checkpoints.wait()
+  return state, seconds

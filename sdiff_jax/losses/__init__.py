@@ -1,0 +1,1 @@
+"""Training objectives; each file exports build(...) -> LossFn."""

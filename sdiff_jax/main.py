@@ -1,0 +1,67 @@
+"""Command line: python -m sdiff_jax.main --config=configs/X.py --workdir=DIR.
+
+Jobs (--job=NAME), each on the work directory DIR:
+  train     train, or go on with a run that stopped (the default)
+  sample    write samples.npz and samples.png
+  evaluate  measure samples of several solvers against the data set
+  report    write report.html on DIR, or on all runs inside it
+
+Any field of the config can be set: --config.train.steps=500. All fields, with what
+they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
+Without --config, the jobs other than train take the config that DIR was trained with.
+
+Example, a teacher, its distillation, and pictures from two steps:
+  python -m sdiff_jax.main --config=configs/digits_diffusion.py --workdir=runs/teacher
+  python -m sdiff_jax.main --config=configs/digits_scd.py --workdir=runs/scd \\
+    --config.teacher.workdir=runs/teacher
+  python -m sdiff_jax.main --workdir=runs/scd --job=sample
+"""
+
+import importlib
+import os
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sdiff_jax import config as configs
+from sdiff_jax.interfaces import UserError
+
+JOBS = ("train", "sample", "evaluate", "report")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+
+
+def main(argv: list[str]) -> None:
+  """Runs the job; exits with 2 and one line on a mistake of the user's."""
+  try:
+    if len(argv) > 1:
+      raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
+    config, workdir = _CONFIG.value, os.path.abspath(_WORKDIR.value)
+    job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
+    if config is None and _JOB.value == "train":
+      raise UserError("--config is missing: name a file of configs/")
+    if config is None and _JOB.value != "report":
+      config = importlib.import_module("sdiff_jax.jobs.experiment").read(workdir)
+    if config is not None:
+      configs.validate(config)
+    _cache_compilations()
+    print(job.run(config, workdir))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _cache_compilations() -> None:
+  """Keeps compiled programs between runs, unless JAX was told where already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = os.path.expanduser("~/.cache/sdiff_jax/xla")
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)

@@ -1,0 +1,1 @@
+"""Metrics of sample sets, computed on arrays of features."""

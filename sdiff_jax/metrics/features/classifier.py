@@ -1,0 +1,221 @@
+"""Features of small images, by a small classifier that is trained on the same data.
+
+`python -m sdiff_jax.metrics.features.classifier digits` remakes digits.npz.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from flax import traverse_util
+
+from sdiff_jax.interfaces import Array, Params, PRNGKey, UserError
+
+Weights = dict[str, np.ndarray]
+FOLDER = pathlib.Path(__file__).parent
+WIDTH = 64
+BATCH = 512
+
+
+class Classifier(nn.Module):
+  """A convolutional classifier of some 100k parameters.
+
+  Attributes:
+    classes: number of classes.
+  """
+
+  classes: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> tuple[Array, Array]:
+    """Maps images in [-1, 1], [B, H, W, C], to ([B, WIDTH], [B, classes])."""
+    x = nn.silu(nn.Conv(32, (3, 3))(x))
+    x = nn.silu(nn.Conv(64, (3, 3), strides=2)(x))
+    x = nn.silu(nn.Conv(128, (3, 3), strides=2)(x))
+    features = nn.silu(nn.Dense(WIDTH, name="features")(x.mean(axis=(1, 2))))
+    return features, nn.Dense(self.classes, name="logits")(features)
+
+
+def fit(
+  images: np.ndarray,
+  labels: np.ndarray,
+  classes: int,
+  *,
+  seed: int = 0,
+  steps: int = 2000,
+  batch_size: int = 128,
+  progress: bool = True,
+) -> Weights:
+  """Trains a classifier, and fixes the unit of its features.
+
+  Adam with a cosine schedule. Augmentation makes the features see more than the
+  labels ask for; smoothed labels keep them from saturating.
+
+  Args:
+    images: uint8 [N, H, W, C].
+    labels: int [N], below classes.
+    classes: number of classes.
+    seed: seed of initialisation, batches and augmentation.
+    steps: number of batches.
+    batch_size: images in a batch.
+    progress: whether to show a progress bar.
+
+  Returns:
+    Parameters in float16, keyed "layer/name"; "scale" which makes the covariance of
+    the images' features have trace WIDTH; "image_shape" [3].
+
+  Raises:
+    ValueError: images are not uint8 [N, H, W, C], or labels do not fit them.
+  """
+  if images.dtype != np.uint8 or images.ndim != 4:
+    raise ValueError(
+      f"images must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+    )
+  if (
+    labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < classes
+  ):
+    raise ValueError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
+  key_init, key_steps = jax.random.split(jax.random.key(seed))
+  net = Classifier(classes)
+  params = net.init(key_init, jnp.zeros((1, *images.shape[1:])))["params"]
+  optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+
+  def loss(params: Params, x: Array, labels: Array) -> Array:
+    _, logits = net.apply({"params": params}, x)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), 0.1)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+  @jax.jit
+  def step(params, moments, key, images, labels):
+    key_rows, key_augment = jax.random.split(key)
+    rows = jax.random.randint(key_rows, (batch_size,), 0, len(images))
+    x = _augment(key_augment, _centre(images[rows]))
+    gradient = jax.grad(loss)(params, x, labels[rows])
+    # Adam's bias correction is float ** int32, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, moments = optimizer.update(gradient, moments)
+    return optax.apply_updates(params, updates), moments
+
+  moments = optimizer.init(params)
+  data = jax.device_put((images, labels))
+  for i in tqdm.trange(steps, desc="classifier", disable=not progress):
+    params, moments = step(params, moments, jax.random.fold_in(key_steps, i), *data)
+
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+  weights = {name: value.astype(np.float16) for name, value in flat.items()}
+  weights |= {"scale": np.float32(1), "image_shape": np.array(images.shape[1:])}
+  # The features of the rounded parameters, which are those that ship.
+  variance = predict(weights, images)[0].var(axis=0, ddof=1, dtype=np.float64)
+  return weights | {"scale": np.float32(np.sqrt(WIDTH / variance.sum()))}
+
+
+def predict(weights: Weights, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Computes features and logits, in batches of one size.
+
+  Args:
+    weights: as fit returns them.
+    images: uint8 [N, H, W, C].
+
+  Returns:
+    Features, float32 [N, WIDTH], and logits, float32 [N, classes].
+
+  Raises:
+    ValueError: images are not uint8 of the shape that the weights were trained on.
+  """
+  shape = weights["image_shape"].tolist()
+  if images.dtype != np.uint8 or list(images.shape[1:]) != shape:
+    raise ValueError(
+      f"these features are for images uint8 [N, {', '.join(map(str, shape))}], got "
+      f"{images.dtype} {list(images.shape)}"
+    )
+  params = {k: v for k, v in weights.items() if k not in ("scale", "image_shape")}
+  params = jax.device_put(params)
+  outputs = []
+  for start in range(0, len(images), BATCH):
+    batch = images[start : start + BATCH]
+    # A short last batch would be compiled anew.
+    padded = np.pad(batch, [(0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+    output = jax.device_get(_forward(params, jax.device_put(padded)))
+    outputs.append([array[: len(batch)] for array in output])
+  features, logits = (np.concatenate(arrays) for arrays in zip(*outputs, strict=True))
+  return features * weights["scale"], logits
+
+
+def save(path: str | pathlib.Path, weights: Weights) -> None:
+  """Writes weights to an .npz file."""
+  np.savez(path, **weights)
+
+
+def load(path: str | pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Reads a feature function.
+
+  Args:
+    path: an .npz file that save wrote, or the name of a shipped one, as "digits".
+
+  Returns:
+    images uint8 [N, H, W, C] -> features float32 [N, WIDTH]; it raises ValueError
+    for images of another shape than those it was trained on.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  file = pathlib.Path(path)
+  if file.suffix != ".npz":
+    file = FOLDER / f"{path}.npz"
+  if not file.exists():
+    shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.npz")))
+    raise UserError(
+      f"features={str(path)!r} not found: name one that is shipped ({shipped}), or an "
+      ".npz file that sdiff_jax.metrics.features.classifier.save wrote"
+    )
+  with np.load(file) as arrays:
+    weights = dict(arrays)
+  return lambda images: predict(weights, images)[0]
+
+
+@jax.jit
+def _forward(params: dict[str, Array], images: Array) -> tuple[Array, Array]:
+  params = {name: value.astype(jnp.float32) for name, value in params.items()}
+  net = Classifier(params["logits/bias"].size)
+  params = traverse_util.unflatten_dict(params, sep="/")
+  return net.apply({"params": params}, _centre(images))
+
+
+def _centre(images: Array) -> Array:
+  """Maps uint8 to float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _augment(key: PRNGKey, x: Array) -> Array:
+  """Moves each image by a pixel at most and adds faint noise; x [B, H, W, C]."""
+  key_shift, key_noise = jax.random.split(key)
+  shifts = jax.random.randint(key_shift, (len(x), 2), 0, 3)
+  padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+  shifted = jax.vmap(
+    lambda image, s: jax.lax.dynamic_slice(image, (s[0], s[1], 0), x.shape[1:])
+  )(padded, shifts)
+  return shifted + 0.05 * jax.random.normal(key_noise, x.shape)
+
+
+def _main(name: str) -> None:
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  images = np.round(digits.images[..., None] * 255 / 16).astype(np.uint8)
+  weights = fit(images, digits.target, classes=10)
+  accuracy = np.mean(predict(weights, images)[1].argmax(axis=1) == digits.target)
+  file = FOLDER / f"{name}.npz"
+  save(file, weights)
+  print(f"accuracy on the training images {accuracy:.4f}, {file}")
+
+
+if __name__ == "__main__":
+  if sys.argv[1:] != ["digits"]:
+    sys.exit("usage: python -m sdiff_jax.metrics.features.classifier digits")
+  _main("digits")

@@ -1,0 +1,1 @@
+"""Networks; each file exports build(...) -> Network."""

@@ -1,0 +1,172 @@
+"""Diffusion transformer with adaptive double normalisation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.interfaces import Array, Cond, Network
+from sdiff_jax.models import layers, network
+
+
+def positions(rows: int, columns: int, width: int) -> np.ndarray:
+  """Returns fixed 2-D sine-cosine positions, float32 [rows * columns, width]."""
+  frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4, endpoint=False)
+  parts = []
+  for index in np.mgrid[:rows, :columns].reshape(2, -1, 1):
+    parts += [np.sin(index * frequencies), np.cos(index * frequencies)]
+  return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+  """Returns softmax(q k^T / sqrt(size)) v with a float32 softmax, [B, L, heads, size].
+
+  In plain operations, since fused kernels have no forward-mode derivative.
+  """
+  scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
+  return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v.dtype), v)
+
+
+class Attention(nn.Module):
+  """Self-attention with normalised queries and keys, [B, L, C] -> [B, L, C]."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    size = x.shape[-1] // self.heads
+    q, k, v = (
+      nn.DenseGeneral((self.heads, size), dtype=self.dtype, name=name)(x)
+      for name in ("query", "key", "value")
+    )
+    q, k = layers.rms_norm(q), layers.rms_norm(k)
+    y = attention(q, k, v)
+    return _residual_out(x.shape[-1], self.dtype)(y.reshape(x.shape))
+
+
+def _residual_out(width: int, dtype: jnp.dtype) -> nn.Dense:
+  # Residual branches start at 0: each block starts as the identity.
+  return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
+
+
+class Perceptron(nn.Module):
+  """Two layers, four times as wide inside, [B, L, C] -> [B, L, C]."""
+
+  dropout: float
+  deterministic: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    h = nn.gelu(nn.Dense(4 * x.shape[-1], dtype=self.dtype, name="in")(x))
+    h = nn.Dropout(self.dropout, deterministic=self.deterministic)(h)
+    return _residual_out(x.shape[-1], self.dtype)(h)
+
+
+class Block(nn.Module):
+  """Attention and perceptron, each on the normalised, modulated residual stream."""
+
+  heads: int
+  dropout: float
+  deterministic: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
+    y = layers.AdaptiveDoubleNorm(self.dtype, name="attention_norm")(h, emb)
+    h += Attention(self.heads, self.dtype, name="attention")(y)
+    y = layers.AdaptiveDoubleNorm(self.dtype, name="mlp_norm")(h, emb)
+    h += Perceptron(self.dropout, self.deterministic, self.dtype, name="mlp")(y)
+    return h, None
+
+
+class Dit(nn.Module):
+  """F(x, t, cond) of an image through patches, [B, H, W, C] -> [B, H, W, C]."""
+
+  patch: int
+  width: int
+  depth: int
+  heads: int
+  classes: int
+  guidance: bool
+  dropout: float
+  remat: bool
+  unroll: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
+    B, H, W, C = x.shape
+    p, rows, columns = self.patch, H // self.patch, W // self.patch
+    embed = layers.Embedding(self.width, self.classes, self.guidance, self.dtype)
+    emb = embed(t, cond)
+    h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
+    h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
+    h = nn.Dense(self.width, dtype=self.dtype, name="in")(h)
+    h += positions(rows, columns, self.width).astype(self.dtype)[None]
+    blocks = nn.scan(
+      nn.remat(Block, prevent_cse=False) if self.remat else Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=self.unroll,
+    )(self.heads, self.dropout, deterministic, self.dtype, name="blocks")
+    h, _ = blocks(h, emb)
+    h = layers.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
+    h = _residual_out(p * p * C, self.dtype)(h)
+    h = h.reshape(B, rows, columns, p, p, C).swapaxes(2, 3)
+    return h.reshape(x.shape)
+
+
+def build(
+  *,
+  shape: tuple[int, ...],
+  classes: int,
+  patch: int = 2,
+  width: int = 384,
+  depth: int = 12,
+  heads: int = 6,
+  dropout: float = 0.0,
+  guidance: bool = False,
+  remat: bool = False,
+  unroll: int = 1,
+  dtype: str = "float32",
+) -> Network:
+  """Returns the transformer as a Network (arXiv:2212.09748, other normalisation).
+
+  Args:
+    shape: (H, W, C) of one sample.
+    classes: number of labels; 0 for none.
+    patch: side of a patch, a divisor of H and W.
+    width: features of a token, a multiple of 4 and of heads.
+    depth: blocks.
+    heads: attention heads.
+    dropout: rate inside the perceptrons.
+    guidance: take a guidance scale as an input.
+    remat: recompute each block in the backward pass instead of keeping it.
+    unroll: blocks per turn of the loop over them; compile time against speed.
+    dtype: type of the hidden layers; parameters are float32.
+
+  Raises:
+    ValueError: sizes that do not divide.
+  """
+  if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
+    raise ValueError(f"model.patch={patch}: must divide height and width of {shape}")
+  if width % heads or width % 4:
+    raise ValueError(f"model.width={width}: a multiple of 4 and model.heads={heads}")
+  module = Dit(
+    patch,
+    width,
+    depth,
+    heads,
+    classes,
+    guidance,
+    dropout,
+    remat,
+    unroll,
+    jnp.dtype(dtype),
+  )
+  return network.from_module(module, shape=shape, classes=classes, guidance=guidance)

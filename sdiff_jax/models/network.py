@@ -1,0 +1,45 @@
+"""The boundary between Linen modules and the rest: a module becomes a `Network`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
+from sdiff_jax.models import layers
+
+
+def from_module(
+  module: nn.Module, *, shape: tuple[int, ...], classes: int, guidance: bool
+) -> Network:
+  """Returns the Network of a module (x, t, cond, deterministic=...) -> F.
+
+  Args:
+    module: Linen module with parameters only.
+    shape: shape of one sample.
+    classes: number of labels; 0 for none.
+    guidance: whether the module takes a guidance scale.
+  """
+  head = layers.LogVar()
+
+  def init(key: PRNGKey) -> Params:
+    key_net, key_head = jax.random.split(key)
+    x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
+    cond = {"label": jnp.zeros((1,), jnp.int32)} if classes else {}
+    if guidance:
+      cond["guidance"] = jnp.ones((1,))
+    net = module.init(key_net, x, t, cond or None, deterministic=True)["params"]
+    return {"net": net, "logvar": head.init(key_head, t)["params"]}
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    rngs = None if key is None else {"dropout": key}
+    F = module.apply(
+      {"params": params["net"]}, x, t, cond, deterministic=key is None, rngs=rngs
+    )
+    return layers.wide(F)
+
+  def logvar(params: Params, t: Array) -> Array:
+    return head.apply({"params": params["logvar"]}, t)
+
+  return Network(init, apply, logvar)

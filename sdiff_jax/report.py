@@ -1,0 +1,309 @@
+"""One self-contained HTML page about finished runs, and its table as plain text."""
+
+import base64
+import datetime
+import io
+import json
+import pathlib
+import string
+from collections.abc import Iterable
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from sdiff_jax import writer
+from sdiff_jax.interfaces import UserError
+
+# Header, key of the row, format, and what the column means.
+COLUMNS = (
+  ("Model", "model", str, "the run that made the images"),
+  ("Sampler", "sampler", str, "how they were drawn: method/steps"),
+  ("NFE", "evaluations", str, "network evaluations that one image takes"),
+  ("Frechet", "frechet", "{:.2f}".format, "distance to real images, lower is better; "
+   "in the features of the small classifier that ships with sdiff_jax, scaled to "
+   "trace 64: not comparable with FID"),
+  ("Precision", "precision", "{:.1%}".format, "share that lies among real images"),
+  ("Recall", "recall", "{:.1%}".format, "share of real images that they cover"),
+  ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
+  ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
+)  # fmt: skip
+WORDS = 2  # the first columns hold words, the others numbers
+BASELINES = f'<tr><th colspan="{len(COLUMNS)}">Baselines</th></tr>\n'
+KINDS = {"model": "", "baseline": BASELINES}  # and what stands above their rows
+
+OBJECTIVES = {
+  "teacher": "The teacher is a diffusion model, sampled in many steps.",
+  "sCD": "sCD is a consistency model, distilled from the teacher.",
+  "sCT": "sCT is a consistency model, trained on data alone.",
+}
+SHORT = EngFormatter(places=1, sep="\u202f")  # 2 560 000 as 2.6 M
+FACTS = (  # label, key in training.json, format
+  ("steps", "steps", "{:,}".format),
+  ("images", "images", SHORT),
+  ("time", "seconds", lambda s: str(datetime.timedelta(seconds=round(s)))),
+  ("parameters", "parameters", SHORT),
+  ("FLOPs", "flops", SHORT),
+)
+STRIP = 6  # training-time grids shown of each run
+
+# Of a chart: text, grid lines, series.
+LIGHT = ("#5c6370", "#e3e1dc", ("#2f6f9f", "#b4622d"))
+DARK = ("#9aa1ad", "#2c3038", ("#74b3e0", "#e29a63"))
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --page: #fbfaf8; --ink: #1d2127; --soft: #5c6370;
+  --line: #e3e1dc; --card: #f3f1ed; }
+@media (prefers-color-scheme: dark) { :root { --page: #15171b; --ink: #e8e6e1;
+  --soft: #9aa1ad; --line: #2c3038; --card: #1d2026; } }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 5rem 2rem; }
+h1, h2, h3 { line-height: 1.15; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
+h1 { font-size: clamp(2rem, 5vw, 2.5rem); letter-spacing: -.02em; text-wrap: balance; }
+h2 { font-size: 1.6rem; margin-top: 5rem; }
+h3 span, p, th, dt, figcaption, summary, .baseline { color: var(--soft); }
+p { font-size: 1.1rem; max-width: 42rem; margin: 0; }
+.wide, pre { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .55rem 0 .55rem 1.5rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th, dl, figcaption, summary, h3 span { font-size: .875rem; font-weight: 400; }
+.baseline th { padding-top: 2rem; }
+:is(th, td):nth-child(-n + 2) { text-align: left; }
+:is(th, td):first-child { padding-left: 0; }
+.model td:first-child, figcaption b { color: var(--ink); font-weight: 600; }
+dl, dd, figure { margin: 0; }
+.meanings { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.5rem;
+  margin-top: 2rem; max-width: 44rem; }
+.facts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
+.facts dd { font-size: 1.2rem; }
+.tiles { display: grid; gap: 1.75rem; margin: 1.75rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(var(--tile), 100%), 1fr)); }
+img { display: block; width: 100%; margin-bottom: .5rem; image-rendering: pixelated; }
+article { border-top: 1px solid var(--line); padding: 2rem 0 2.5rem; }
+pre { background: var(--card); border-radius: 6px; padding: 1rem 1.25rem;
+  font: .82rem/1.55 ui-monospace, Menlo, monospace; }
+</style></head><body><main><h1>$title</h1><p>$lead</p>
+$body</main></body></html>
+""")
+
+
+class Run(NamedTuple):
+  """What one work directory holds; parts that are missing are empty."""
+
+  path: pathlib.Path
+  kind: str  # named as in its results: teacher, sCD, sCT
+  config: dict
+  metrics: list[dict]
+  training: dict
+  rows: list[dict]
+  command: str
+
+
+def write(runs: list[str], path: str) -> str:
+  """Writes one page about the work directories `runs` and returns its path.
+
+  Raises:
+    UserError: a directory has no config.json, so nothing was trained there.
+  """
+  loaded = [_load(run) for run in runs]
+  kinds = [run.kind for run in loaded]
+  data = [run.config["data"]["name"] for run in loaded]
+  title = f"Trained on {_list(data)}: {_list(kinds)}"
+  page = PAGE.substitute(
+    title=escape(title),
+    lead=" ".join(text for kind, text in OBJECTIVES.items() if kind in kinds),
+    body=_results(loaded) + _samples(loaded) + _training(loaded),
+  )
+  out = pathlib.Path(path)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.write_text(page, "utf-8")
+  return str(path)
+
+
+def rows(runs: list[str]) -> list[dict]:
+  """Returns the measured rows of the work directories `runs`, each once."""
+  return _rows([_load(run) for run in runs])
+
+
+def _rows(runs: list[Run]) -> list[dict]:
+  found = [row for run in runs for row in run.rows]
+  # Baselines do not depend on the model: runs on the same data repeat them.
+  return [row for k, row in enumerate(found) if row not in found[:k]]
+
+
+def table(rows: list[dict]) -> str:
+  """Returns the rows as text aligned for a terminal: models, a rule, baselines."""
+  lines: list = [[header for header, *_ in COLUMNS]]
+  for kind in KINDS:
+    group = [_cells(row, "-") for row in rows if row["kind"] == kind]
+    lines += [None, *group] if group else []
+  widths = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if k < WORDS else cell.rjust(width)
+      for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+    )
+    for line in (line or ["-" * width for width in widths] for line in lines)
+  )
+
+
+def _load(directory: str) -> Run:
+  path = pathlib.Path(directory)
+
+  def read(name: str, missing: str) -> str:
+    return (path / name).read_text("utf-8") if (path / name).exists() else missing
+
+  config = json.loads(read("config.json", "null"))
+  if config is None:
+    raise UserError(
+      f"{directory}: no config.json; make a run with --workdir={directory} --job=train"
+    )
+  loss = config["loss"]
+  scm = "sCD" if loss.get("velocity") == "teacher" else "sCT"
+  return Run(
+    path=path,
+    kind={"diffusion": "teacher", "scm": scm}.get(loss["name"], loss["name"]),
+    config=config,
+    metrics=writer.read_metrics(path),
+    training=json.loads(read("training.json", "{}")),
+    rows=json.loads(read("evaluate/results.json", "[]")),
+    command=read("command.txt", "").strip(),
+  )
+
+
+def _cells(row: dict, missing: str) -> list[str]:
+  values = [(row.get(key), form) for _, key, form, _ in COLUMNS]
+  # NaN, which differs from itself, is as good as null.
+  return [missing if v is None or v != v else form(v) for v, form in values]
+
+
+def _row(tag: str, cells: list[str]) -> str:
+  return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
+
+
+def _results(runs: list[Run]) -> str:
+  """Returns the table of all runs with a line on what each column means."""
+  rows = _rows(runs)
+  if not rows:
+    return ""
+  bodies = ""
+  for kind, above in KINDS.items():
+    lines = "".join(_row("td", _cells(row, "–")) for row in rows if row["kind"] == kind)
+    bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
+  head = _row("th", [header for header, *_ in COLUMNS])
+  meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in COLUMNS)
+  counts = _list(f"{row['images']:,}" for row in rows)
+  return (
+    f'<h2>Results</h2>\n<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
+    f'</table></div>\n<dl class="meanings">\n{meanings}'
+    f"<dt>Samples</dt><dd>{counts} images behind each row</dd>\n</dl>\n"
+  )
+
+
+def _samples(runs: list[Run]) -> str:
+  """Returns the evaluation's grids side by side."""
+  figures = ""
+  for folder, row in [(run.path / "evaluate", row) for run in runs for row in run.rows]:
+    model, sampler, evaluations = map(escape, _cells(row, "–")[:3])
+    caption = f"<b>{model}</b> {sampler}, NFE {evaluations}"
+    figures += _figure(folder / row["grid"], caption) if row.get("grid") else ""
+  note = "<p>Same seeds: cell k starts from the same noise in every grid.</p>"
+  return figures and f"<h2>Samples</h2>\n{note}\n{_tiles('18rem', figures)}"
+
+
+def _training(runs: list[Run]) -> str:
+  """Returns what each run did, how it went and how to make it again."""
+  articles = "".join(
+    f"<article>\n<h3>{escape(run.kind)} <span>{escape(str(run.path))}</span></h3>\n"
+    f'<dl class="facts">\n{_facts(run)}</dl>\n{_charts(run.metrics)}{_strip(run.path)}'
+    f"{run.command and f'<pre>{escape(run.command)}</pre>'}\n"
+    "<details><summary>Configuration</summary>"
+    f"<pre>{escape(json.dumps(run.config, indent=2))}</pre></details>\n</article>\n"
+    for run in runs
+  )
+  return f"<h2>Training</h2>\n{articles}"
+
+
+def _facts(run: Run) -> str:
+  facts = {"network": run.config["model"]["name"], "data": run.config["data"]["name"]}
+  facts["batch"] = str(run.config["train"]["batch_size"])
+  known = {key: value for key, value in run.training.items() if value is not None}
+  facts |= {label: form(known[key]) for label, key, form in FACTS if key in known}
+  pairs = ((label, escape(value)) for label, value in facts.items())
+  return "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>\n" for k, v in pairs)
+
+
+def _charts(metrics: list[dict]) -> str:
+  """Returns a chart of the loss and one of the norms, each for light and dark."""
+  pictures = ""
+  for names in (("loss",), ("gradient_norm", "tangent_norm")):
+    curves = {}
+    for name in names:
+      points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+      curves |= {name.replace("_", " "): np.array(points).T} if points else {}
+    if curves:
+      light, dark = (_uri(_chart(curves, look), "svg+xml") for look in (LIGHT, DARK))
+      pictures += (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{_list(curves)} by step"></picture>\n'
+      )
+  return _tiles("26rem", pictures)
+
+
+def _chart(curves: dict[str, np.ndarray], look: tuple) -> bytes:
+  """Draws name -> [2, N] of steps and values as an SVG."""
+  ink, line, colours = look
+  figure = Figure(figsize=(5.6, 3), layout="constrained")
+  axes = figure.subplots(subplot_kw={"frameon": False})
+  for (name, (steps, values)), colour in zip(curves.items(), colours, strict=False):
+    axes.plot(steps, values, color=colour, linewidth=1.3, label=name)
+  values = np.concatenate([curve[1] for curve in curves.values()])
+  if values.min() > 0 and values.max() > 10 * values.min():
+    axes.set_yscale("log")
+  axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+  axes.set_xlabel("step", color=ink)
+  axes.tick_params(which="both", colors=ink, length=0)
+  axes.grid(color=line, linewidth=0.7)
+  figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=ink)
+  figure.savefig(buffer := io.BytesIO(), format="svg", transparent=True)
+  return buffer.getvalue()
+
+
+def _strip(run: pathlib.Path) -> str:
+  """Returns a few of the training-time grids, from the first to the last."""
+  paths = sorted((run / "samples").glob("*_*.png"))
+  chosen = np.linspace(0, len(paths) - 1, min(len(paths), STRIP)).round().astype(int)
+  figures = ""
+  for path in (paths[k] for k in chosen):
+    name, _, step = path.stem.rpartition("_")
+    figures += _figure(path, escape(f"{name}, step {step.lstrip('0') or '0'}"))
+  return _tiles("8rem", figures)
+
+
+def _tiles(width: str, content: str) -> str:
+  return content and f'<div class="tiles" style="--tile: {width}">\n{content}</div>\n'
+
+
+def _figure(path: pathlib.Path, caption: str) -> str:
+  """Returns a PNG under a caption that is HTML already; nothing if it is missing."""
+  if not path.exists():
+    return ""
+  image = f'<img src="{_uri(path.read_bytes(), "png")}" alt="{escape(path.stem)}">'
+  return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _uri(content: bytes, kind: str) -> str:
+  return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _list(words: Iterable[str]) -> str:
+  """Joins the distinct words as a sentence does: a, b and c."""
+  *others, last = dict.fromkeys(words)
+  return f"{', '.join(others)} and {last}" if others else last

@@ -1,0 +1,94 @@
+"""The device mesh, and where arrays live on it.
+
+Axes: `data` holds replicas of the state, `fsdp` shards it, `window` is the parallel
+sampler's. The batch of a training step is spread over all three.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sdiff_jax.interfaces import UserError
+
+AXES = ("data", "fsdp", "window")
+SMALLEST_SHARDED = 4 * 2**20  # bytes; smaller arrays cost more to gather than to keep
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, window: int = 1) -> Mesh:
+  """Returns the mesh of all devices.
+
+  Args:
+    data: devices along `data`; -1 takes what the others leave.
+    fsdp: devices along `fsdp`.
+    window: devices along `window`.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  sizes, count = [data, fsdp, window], jax.device_count()
+  if sizes.count(-1) == 1:
+    rest = -np.prod(sizes)
+    sizes[sizes.index(-1)] = int(count // rest) if rest > 0 else 0
+  if min(sizes) < 1 or np.prod(sizes) != count:
+    wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+    raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a training batch: its leading axis over all axes."""
+  return NamedSharding(mesh, P(AXES))
+
+
+def samples(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of samples: over `data` and `fsdp`."""
+  return NamedSharding(mesh, P(AXES[:2]))
+
+
+def state(abstract: Any, mesh: Mesh) -> Any:
+  """Returns the sharding of every array of a state.
+
+  Arrays of 4 MB or more are split over `fsdp` along their largest dimension that it
+  divides; the others are replicated.
+
+  Args:
+    abstract: pytree of arrays or ShapeDtypeStructs.
+    mesh: the mesh.
+  """
+  size = mesh.shape["fsdp"]
+
+  def rule(x: Any) -> NamedSharding:
+    large = x.size * x.dtype.itemsize >= SMALLEST_SHARDED
+    axes = [i for i, n in enumerate(x.shape) if n % size == 0]
+    if size == 1 or not large or not axes:
+      return replicated(mesh)
+    axis = max(axes, key=lambda i: x.shape[i])
+    return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+
+  return jax.tree.map(rule, abstract)
+
+
+def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
+  """Raises a UserError if a leading axis of `count` does not divide as wanted."""
+  (axes,) = sharding.spec
+  parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+  if count % parts:
+    near = max(parts, count // parts * parts)
+    raise UserError(
+      f"config.{field}={count}: does not divide over {parts} devices; {near} does"
+    )
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Moves this process's share of a batch (numpy, leading axis) to its devices."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+  )

@@ -1,0 +1,81 @@
+"""One step of training as a pure function, and its compiled form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from sdiff_jax import ema, sharding
+from sdiff_jax.interfaces import Array, LossFn, Params, PRNGKey
+from sdiff_jax.state import TrainState
+
+Step = Callable[..., tuple[TrainState, dict[str, Array]]]
+
+
+def build(
+  loss: LossFn,
+  optimizer: optax.GradientTransformation,
+  betas: dict[str, Callable[[Array], Array]],
+  rate: optax.Schedule,
+) -> Step:
+  """Returns (state, batch, key, frozen) -> (state, metrics).
+
+  Args:
+    loss: the objective.
+    optimizer: turns gradients into updates.
+    betas: profile -> decay of the average at update n (see `ema`).
+    rate: step -> learning rate, to log it.
+
+  Returns:
+    A pure function. `key` is the run's own; the step's number is folded into it.
+    Teacher parameters are the argument `frozen`: closed over, they would be a
+    constant of the program.
+  """
+
+  def step(
+    state: TrainState, batch: dict, key: PRNGKey, frozen: Params
+  ) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(key, state.step)
+    gradient_of = jax.value_and_grad(loss, has_aux=True)
+    (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
+    # optax raises floats to integer powers, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    n = state.step + 1
+    averages = ema.update(state.ema, params, n, betas)
+    metrics = {
+      "loss": value,
+      "gradient_norm": optax.global_norm(grads),
+      "learning_rate": jax.numpy.asarray(rate(state.step)),
+      **aux,
+    }
+    return TrainState(n, params, opt_state, averages), metrics
+
+  return step
+
+
+def jitted(step: Step, mesh: Mesh, state: Any, frozen: Any) -> Any:
+  """Returns `step` under jit: sharded as `sharding` says, the state donated.
+
+  Args:
+    step: of `build`.
+    mesh: the device mesh.
+    state: abstract state.
+    frozen: abstract teacher parameters or None.
+  """
+  of_state = sharding.state(state, mesh)
+  everywhere = sharding.replicated(mesh)
+  return jax.jit(
+    step,
+    in_shardings=(
+      of_state,
+      sharding.batch(mesh),
+      everywhere,
+      sharding.state(frozen, mesh),
+    ),
+    out_shardings=(of_state, everywhere),
+    donate_argnums=0,
+  )

@@ -1,0 +1,40 @@
+"""Package metadata; everything about installation stands here."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+  name="sdiff_jax",
+  version="0.1.0",
+  description="Fast diffusion models in JAX: sCM few-step training and ParaDiGMS.",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["sdiff_jax", "sdiff_jax.*"]),
+  package_data={"sdiff_jax": ["metrics/features/*.npz"]},
+  install_requires=[
+    "absl-py>=2.1",
+    "chex>=0.1.90",
+    "clu>=0.0.12",
+    "flax>=0.12",
+    "grain>=0.2.13",
+    "jax>=0.10.1",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "pillow>=11",
+    "scikit-learn>=1.6",
+    "tensorboardX>=2.6",
+    "tqdm>=4.66",
+  ],
+  extras_require={
+    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8"],
+    "dev": ["pre-commit>=4"],
+    "tpu": ["jax[tpu]>=0.10.1"],
+    "cuda": ["jax[cuda12]>=0.10.1"],
+  },
+)

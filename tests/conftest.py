@@ -1,0 +1,44 @@
+"""Eight simulated devices, strict types: set before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+# Programs of small tests compile faster than they are optimised.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
+import pathlib
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+  return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+  """Turns on float64 for one test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def fixture():
+  """Loads tests/fixtures/<name>.npz."""
+
+  def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+      return dict(arrays)
+
+  return load

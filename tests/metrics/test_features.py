@@ -1,0 +1,100 @@
+"""The classifier's features: what ships, and that they can be made anew."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn import datasets
+
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.metrics.features import classifier
+
+
+@pytest.fixture(scope="module")
+def digits():
+  bunch = datasets.load_digits()
+  images = np.round(bunch.images[..., None] * 255 / 16).astype(np.uint8)
+  return images, bunch.target
+
+
+@pytest.fixture(scope="module")
+def features(digits):
+  return classifier.load("digits")(digits[0])
+
+
+def test_digits_features_have_unit_mean_variance(features):
+  assert features.shape == (1797, 64)
+  assert features.dtype == np.float32
+  assert np.trace(np.cov(features.T)) == pytest.approx(64, abs=1e-2)
+
+
+def test_digits_logits_are_accurate(digits):
+  images, labels = digits
+  with np.load(classifier.FOLDER / "digits.npz") as arrays:
+    _, logits = classifier.predict(dict(arrays), images)
+  assert np.mean(logits.argmax(axis=1) == labels) > 0.97
+
+
+@pytest.mark.parametrize("size", [1, 512, 513])
+def test_features_do_not_depend_on_the_batch(digits, features, size):
+  some = slice(-size, None)
+  alone = classifier.load("digits")(digits[0][some])
+  np.testing.assert_allclose(alone, features[some], atol=1e-5)
+
+
+def test_features_move_nothing_implicitly(digits, features):
+  with jax.transfer_guard("disallow"):
+    alone = classifier.load("digits")(digits[0][:3])
+  np.testing.assert_allclose(alone, features[:3], atol=1e-5)
+
+
+def test_fit_learns_and_repeats(tmp_path):
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 200)
+  images = rng.integers(0, 150, (200, 9, 12, 3))
+  images[np.arange(200), :, :, labels] += 50
+  images = images.astype(np.uint8)
+
+  def fit():
+    return classifier.fit(
+      images, labels, classes=3, steps=40, batch_size=32, progress=False
+    )
+
+  weights, again = fit(), fit()
+  assert weights.keys() == again.keys()
+  for name, value in weights.items():
+    np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+  features, logits = classifier.predict(weights, images)
+  assert np.mean(logits.argmax(axis=1) == labels) > 0.9
+  assert features.var(axis=0, ddof=1).sum() == pytest.approx(64, abs=1e-2)
+  classifier.save(tmp_path / "x.npz", weights)
+  stored = classifier.load(tmp_path / "x.npz")
+  np.testing.assert_array_equal(stored(images), features)
+
+
+@pytest.mark.parametrize(
+  ("images", "labels", "message"),
+  [
+    (np.zeros((4, 8, 8), np.uint8), np.zeros(4, int), r"\[N, H, W, C\], got uint8"),
+    (np.zeros((4, 8, 8, 1)), np.zeros(4, int), "got float64"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, int), "4 integers from 0 to 1"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.full(4, 2), "4 integers from 0 to 1"),
+  ],
+)
+def test_fit_refuses_bad_data(images, labels, message):
+  with pytest.raises(ValueError, match=message):
+    classifier.fit(images, labels, classes=2)
+
+
+def test_features_refuse_other_images(digits):
+  function = classifier.load("digits")
+  with pytest.raises(ValueError, match=r"\[N, 8, 8, 1\], got uint8 \[2, 9, 8, 1\]"):
+    function(np.zeros((2, 9, 8, 1), np.uint8))
+  with pytest.raises(ValueError, match="got float32"):
+    function(digits[0].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["digit", "/nowhere/x.npz"])
+def test_an_unknown_name_lists_what_ships(name):
+  with pytest.raises(UserError, match=rf"features='{name}' .*\(.*digits.*\)"):
+    classifier.load(name)
