@@ -32,6 +32,7 @@ def schedule(
   cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), final)
 
   def rate(step: Array) -> Array:
+    step = jnp.asarray(step, jnp.float32)
     ramp = 1.0
     if rampup_images:
       ramp = jnp.minimum(step * (batch_size / rampup_images), 1.0)

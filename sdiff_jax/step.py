@@ -48,7 +48,7 @@ def build(
     averages = ema.update(state.ema, params, n, betas)
     metrics = {
       "loss": value,
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
       "learning_rate": jax.numpy.asarray(rate(state.step)),
       **aux,
     }

@@ -28,6 +28,7 @@ class Mlp(nn.Module):
 
   width: int
   depth: int
+  embed: int
   classes: int
   guidance: bool
   dropout: float
@@ -37,7 +38,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
-    embed = layers.Embedding(self.width, self.classes, self.guidance, self.dtype)
+    embed = layers.Embedding(self.embed, self.classes, self.guidance, self.dtype)
     emb = embed(t, cond)
     h = nn.Dense(self.width, dtype=self.dtype, name="in")(flat)
     blocks = nn.scan(
@@ -62,6 +63,7 @@ def build(
   classes: int,
   width: int = 256,
   depth: int = 4,
+  embed: int = 64,
   dropout: float = 0.0,
   guidance: bool = False,
   unroll: int = 4,
@@ -74,10 +76,13 @@ def build(
     classes: number of labels; 0 for none.
     width: features of the hidden layers.
     depth: residual blocks.
+    embed: features of the embedding of time, label and guidance.
     dropout: rate inside the blocks.
     guidance: take a guidance scale as an input.
     unroll: blocks per turn of the loop over them; compile time against speed.
     dtype: type of the hidden layers; parameters are float32.
   """
-  module = Mlp(width, depth, classes, guidance, dropout, unroll, jnp.dtype(dtype))
+  module = Mlp(
+    width, depth, embed, classes, guidance, dropout, unroll, jnp.dtype(dtype)
+  )
   return network.from_module(module, shape=shape, classes=classes, guidance=guidance)

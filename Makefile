@@ -1,0 +1,44 @@
+# make demo   train, distil, sample and measure on built-in data; ends with a report
+# make test   lint and test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs/demo
+SEED ?= 0
+MAIN := $(BIN)/python -m sdiff_jax.main
+
+.PHONY: install demo test test-slow lint clean
+install: $(VENV)/installed
+
+# $(VENV)/installed is newer than the metadata that it was made from.
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: install
+	$(MAIN) --config=configs/digits_diffusion.py --workdir=$(RUNS)/teacher \
+	  --config.seed=$(SEED)
+	$(MAIN) --config=configs/digits_scd.py --workdir=$(RUNS)/scd \
+	  --config.seed=$(SEED) --config.teacher.workdir=$(RUNS)/teacher
+	$(MAIN) --config=configs/digits_sct.py --workdir=$(RUNS)/sct \
+	  --config.seed=$(SEED) --config.teacher.workdir=$(RUNS)/teacher
+	$(MAIN) --workdir=$(RUNS)/teacher --job=evaluate
+	$(MAIN) --workdir=$(RUNS)/scd --job=evaluate
+	$(MAIN) --workdir=$(RUNS)/sct --job=evaluate
+	$(MAIN) --workdir=$(RUNS) --job=report
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses=2 -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

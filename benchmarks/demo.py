@@ -1,0 +1,64 @@
+"""Quality of the demo over several seeds, each beside its baselines.
+
+  python benchmarks/demo.py [--seeds=3] [--folder=runs/demo]
+
+Runs `make demo` once a seed (finished runs are taken as they are), prints the mean
+and the spread of every row, and the ratios that the distilled model is judged by.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import time
+
+import numpy as np
+
+RUNS = ("teacher", "scd", "sct")
+
+
+def rows_of(folder: pathlib.Path, seed: int) -> dict[tuple[str, str], dict]:
+  """Returns the measured rows of one seed, made if they are not there."""
+  runs = folder / f"seed{seed}"
+  if not (runs / "report.html").exists():
+    begin = time.perf_counter()
+    subprocess.run(["make", "demo", f"RUNS={runs}", f"SEED={seed}"], check=True)
+    print(f"seed {seed}: {time.perf_counter() - begin:.0f} s")
+  rows = []
+  for run in RUNS:
+    rows += json.loads((runs / run / "evaluate" / "results.json").read_text())
+  return {(row["model"], row["sampler"]): row for row in rows}
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+  return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--folder", type=pathlib.Path, default="runs/demo")
+  args = parser.parse_args()
+  seeds = [rows_of(args.folder, seed) for seed in range(args.seeds)]
+  print("\n| model | sampler | NFE | Frechet | precision | recall | compute |")
+  print("|---|---|---|---|---|---|---|")
+  for key, row in seeds[0].items():
+    all_seeds = [rows[key] for rows in seeds]
+    columns = [spread([r[c] for r in all_seeds]) for c in ("frechet", "precision")]
+    columns.append(spread([r["recall"] for r in all_seeds]))
+    compute = f"{row['compute']:.2f}" if row["compute"] is not None else "-"
+    print("|", " | ".join([*key, str(row["evaluations"] or "-"), *columns, compute]), "|")
+  print("\n| seed | sCD | / teacher | / Gaussian | teacher as consistency model / |")
+  print("|---|---|---|---|---|")
+  for seed, rows in enumerate(seeds):
+    teacher = rows["teacher", "heun/16"]["frechet"]
+    gaussian = rows["Gaussian per class", "full covariance"]["frechet"]
+    naive = rows["teacher", "consistency/1"]["frechet"]
+    for steps in (1, 2):
+      mine = rows["sCD", f"consistency/{steps}"]["frechet"]
+      ratios = [mine / teacher, mine / gaussian, naive / mine]
+      print(f"| {seed} | {steps} step |", " | ".join(f"{r:.2f}" for r in ratios), "|")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,128 @@
+"""Data whose TrigFlow is known in closed form, and central differences."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtr
+
+from sdiff_jax.interfaces import Array, Cond, Network
+from sdiff_jax.trigflow import expand
+
+
+class Gaussian(NamedTuple):
+  """N(mean, std^2) of independent dimensions; mean and std are [1, D], or [] .
+
+  x_t is N(mean cos t, V(t)), V = std^2 cos^2 t + sigma_d^2 sin^2 t.
+  """
+
+  mean: Array
+  std: Array
+  sigma_d: float
+
+  def moments(self, x: Array, t: Array) -> tuple[Array, ...]:
+    """Returns cos t, sin t, the standard score of x at t and the root of V(t)."""
+    c, s = jnp.cos(expand(t, x)), jnp.sin(expand(t, x))
+    root = jnp.sqrt((self.std * c) ** 2 + (self.sigma_d * s) ** 2)
+    return c, s, (x - self.mean * c) / root, root
+
+  def velocity(self, x: Array, t: Array) -> Array:
+    """The probability flow dx/dt."""
+    c, s, score, root = self.moments(x, t)
+    return -self.mean * s + s * c * (self.sigma_d**2 - self.std**2) / root * score
+
+  def posterior(self, x: Array, t: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of x0 given x_t = x."""
+    c, s, score, root = self.moments(x, t)
+    mean = self.mean + self.std**2 * c / root * score
+    return mean, self.std * self.sigma_d * s / root
+
+  def flow(self, x: Array, t: Array, u: Array) -> Array:
+    """The probability flow's map from angle t to angle u."""
+    c, _, _, root = self.moments(x, u)
+    return self.mean * c + root * self.moments(x, t)[2]
+
+  def consistency(self, x: Array, t: Array, cond: Cond = None) -> Array:
+    """f*, the flow's map to angle 0; as a Denoiser."""
+    return self.mean + self.std * self.moments(x, t)[2]
+
+  def diffusion_net(self, x: Array, t: Array, cond: Cond = None) -> Array:
+    """F of the best diffusion model; as a NetFn."""
+    return self.velocity(x * self.sigma_d, t) / self.sigma_d
+
+  def consistency_net(self, x: Array, t: Array, cond: Cond = None) -> Array:
+    """F of the true consistency model, for t > 0; as a NetFn."""
+    xt = x * self.sigma_d
+    c, s, _, _ = self.moments(xt, t)
+    return (c * xt - self.consistency(xt, t)) / (self.sigma_d * s)
+
+
+class Mixture(NamedTuple):
+  """Mixture of 1-D normals; weights, means and stds are [1, K], x is [B, 1]."""
+
+  weights: np.ndarray
+  means: np.ndarray
+  stds: np.ndarray
+  sigma_d: float
+
+  def velocity(self, x: Array, t: Array) -> Array:
+    """The probability flow dx/dt: the components', by their responsibilities."""
+    parts = Gaussian(jnp.asarray(self.means), jnp.asarray(self.stds), self.sigma_d)
+    wide = jnp.broadcast_to(x, (x.shape[0], self.means.size))
+    _, _, score, root = parts.moments(wide, t)
+    share = jax.nn.softmax(jnp.log(self.weights / root) - score**2 / 2)
+    return jnp.sum(share * parts.velocity(wide, t), -1, keepdims=True)
+
+  def cdf(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """P(x_t <= x), [B, 1], in float64."""
+    c, s = np.cos(t)[:, None], np.sin(t)[:, None]
+    root = np.hypot(self.stds * c, self.sigma_d * s)
+    return np.sum(self.weights * ndtr((x - self.means * c) / root), 1, keepdims=True)
+
+  def consistency(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """f*: the flow is monotone in 1-D, so it keeps quantiles; by bisection."""
+    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+    rank, zero = self.cdf(x, t), np.zeros_like(t)
+    low, high = np.full_like(x, -10.0), np.full_like(x, 10.0)
+    for _ in range(60):
+      middle = (low + high) / 2
+      below = self.cdf(middle, zero) < rank
+      low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return low
+
+  def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draws float32 [size, 1]."""
+    k = rng.choice(self.means.size, size, p=self.weights[0])
+    x = self.means[0, k] + self.stds[0, k] * rng.standard_normal(size)
+    return x[:, None].astype(np.float32)
+
+
+# The mixture, and values of its f*, of the reference: section 6.2, item 2.
+MIXTURE = Mixture(
+  np.array([[0.3, 0.7]]), np.array([[-0.6, 0.4]]), np.array([[0.1, 0.15]]), 0.5
+)
+MIXTURE_X = np.array([[0.3], [-0.2], [0.05]])
+MIXTURE_T = np.array([1.1, 1.5, 0.6])
+MIXTURE_F = np.array([[0.4228594993], [0.1618759339], [0.2557306378]])
+
+
+def central(f: Callable, primals: tuple, tangents: tuple, h: float = 1e-5) -> Array:
+  """Returns the central difference of f along the tangents."""
+  ahead, behind = (
+    f(*(p + sign * h * d for p, d in zip(primals, tangents, strict=True)))
+    for sign in (1, -1)
+  )
+  return (ahead - behind) / (2 * h)
+
+
+def randomised(net: Network, seed: int = 0, dtype: str = "float64") -> dict:
+  """Returns parameters of a type with noise on all, so that no layer is zero."""
+  with jax.numpy_dtype_promotion("standard"):  # init under x64 mixes types
+    params = net.init(jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda p: jnp.asarray(np.asarray(p) + 0.3 * rng.standard_normal(p.shape), dtype),
+    params,
+  )

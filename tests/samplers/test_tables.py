@@ -1,0 +1,249 @@
+"""Solver tables against Gaussian flows: changes of variables, orders, laws, counts."""
+
+import hypothesis
+import numpy as np
+import pytest
+from closed_forms import Gaussian
+from hypothesis import strategies as st
+
+from sdiff_jax import times
+from sdiff_jax.samplers import tables
+
+SIGMA_D = 0.5
+
+
+def solve(table: tables.Table, x: float, denoiser) -> float:
+  """Returns the last state of a table's recurrence without noise, in float64."""
+  before, d_before = 0.0, 0.0
+  for a, p, b, c, time in zip(*table[:4], table.time, strict=True):
+    d = denoiser(x, time)
+    x, before, d_before = a * x + p * before + b * d + c * d_before, x, d
+  return x
+
+
+def vp_path(steps: int) -> tables.Path:
+  """A variance-preserving path, alpha from 0.1 to 0.9, whose time is alpha."""
+
+  def point(log_snr):
+    alpha = 1 / np.sqrt(1 + np.exp(-2 * log_snr))
+    return alpha, np.sqrt(1 - alpha**2), alpha
+
+  alpha = np.linspace(0.1, 0.9, steps + 1)
+  return tables.Path(alpha, np.sqrt(1 - alpha**2), alpha, point)
+
+
+def trig_path(steps: int) -> tables.Path:
+  return tables.trigflow_path(np.linspace(1.4, 0.3, steps + 1), SIGMA_D)
+
+
+def edm_path(steps: int) -> tables.Path:
+  return tables.edm_path(np.geomspace(20, 0.1, steps + 1))
+
+
+MEAN, STD = 0.4, 0.8
+
+
+def score(x, alpha, sigma):
+  """Standard score of x under alpha N(MEAN, STD^2) + N(0, sigma^2)."""
+  return (x - alpha * MEAN) / np.hypot(alpha * STD, sigma)
+
+
+def posterior_mean(x, alpha, sigma):
+  gain = alpha * STD**2 / np.hypot(alpha * STD, sigma)
+  return MEAN + gain * score(x, alpha, sigma)
+
+
+PATHS = {"trigflow": trig_path, "edm": edm_path, "vp": vp_path}
+# (alpha, sigma) at a time of each path
+COEFFICIENTS = {
+  "trigflow": lambda t: (np.cos(t), SIGMA_D * np.sin(t)),
+  "edm": lambda sigma: (1.0, sigma),
+  "vp": lambda alpha: (alpha, np.sqrt(1 - alpha**2)),
+}
+
+
+def error(solver, kind: str, steps: int) -> float:
+  """Returns the distance from the flow's end, from one standard deviation off."""
+  path = PATHS[kind](steps)
+  (first, last), (s_first, s_last) = path.alpha[[0, -1]], path.sigma[[0, -1]]
+  x = first * MEAN + np.hypot(first * STD, s_first)
+  exact = last * MEAN + np.hypot(last * STD, s_last)
+
+  def denoiser(x, time):
+    return posterior_mean(x, *COEFFICIENTS[kind](time))
+
+  return abs(solve(solver(path), x, denoiser) - exact)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize(
+  ("solver", "order"), [(tables.ddim, 1), (tables.heun, 2), (tables.dpm2s, 2)]
+)
+def test_order_of_convergence(kind, solver, order):
+  """Halving the steps divides the error by 2^order."""
+  errors = np.array([error(solver, kind, n) for n in (100, 200, 400)])
+  rates = np.log2(errors[:-1] / errors[1:])
+  np.testing.assert_allclose(rates, order, atol=0.1)
+  assert errors[0] < 0.02
+
+
+def test_heun_is_of_second_order_down_to_data():
+  """The last step, Euler's, goes from noise to none and keeps the order."""
+  f = Gaussian(np.array(MEAN), np.array(STD), SIGMA_D)
+  x = np.array(0.7)
+  exact = f.consistency(x, np.array(1.2))
+
+  def denoiser(x, time):
+    return posterior_mean(x, np.cos(time), SIGMA_D * np.sin(time))
+
+  paths = (
+    tables.trigflow_path(np.linspace(1.2, 0, n + 1), SIGMA_D) for n in (50, 100, 200)
+  )
+  errors = [abs(float(solve(tables.heun(p), x, denoiser) - exact)) for p in paths]
+  assert errors[0] / errors[1] > 3.4
+  assert errors[1] / errors[2] > 3.4
+
+
+def any_denoiser(x, sigma):
+  """A denoiser of the variance-exploding path that is no one's posterior mean."""
+  return np.tanh(x) / (1 + sigma) + 0.1 * np.sin(3 * x)
+
+
+@pytest.mark.parametrize("solver", [tables.ddim, tables.heun, tables.dpm2s])
+@hypothesis.given(seed=st.integers(0, 10**6), steps=st.integers(1, 12))
+def test_solvers_do_not_depend_on_the_path(solver, seed, steps):
+  """EDM's path at sigma and TrigFlow's at arctan(sigma / sigma_d) are one ODE."""
+  rng = np.random.default_rng(seed)
+  sigmas = np.append(np.sort(rng.uniform(0.01, 80, steps))[::-1], 0)
+  x = sigmas[0] * rng.standard_normal()
+  angles = np.arctan(sigmas / SIGMA_D)
+
+  def on_trigflow(xt, t):
+    return any_denoiser(xt / np.cos(t), SIGMA_D * np.tan(t))
+
+  edm = solve(solver(tables.edm_path(sigmas)), x, any_denoiser)
+  trig = solver(tables.trigflow_path(angles, SIGMA_D))
+  assert trig.init_std == pytest.approx(sigmas[0] * np.cos(angles[0]), rel=1e-12)
+  found = solve(trig, np.cos(angles[0]) * x, on_trigflow)
+  assert found == pytest.approx(edm, rel=1e-10, abs=1e-10)
+
+
+@hypothesis.given(seed=st.integers(0, 10**6))
+def test_ddim_is_euler_and_rotation(seed):
+  """Euler's step of dx/dsigma = (x - d)/sigma; cos(h) x - sin(h) sigma_d F."""
+  rng = np.random.default_rng(seed)
+  sigmas = np.array([rng.uniform(1, 80), rng.uniform(0.01, 1)])
+  x, d = rng.normal(size=2)
+  step = tables.ddim(tables.edm_path(sigmas))
+  euler = x + (sigmas[1] - sigmas[0]) * (x - d) / sigmas[0]
+  assert step.a[0] * x + step.b[0] * d == pytest.approx(euler, rel=1e-12, abs=1e-12)
+  t, s = np.arctan(sigmas / SIGMA_D)
+  step = tables.ddim(tables.trigflow_path(np.array([t, s]), SIGMA_D))
+  sigma_d_F = (np.cos(t) * x - d) / np.sin(t)
+  turned = np.cos(t - s) * x - np.sin(t - s) * sigma_d_F
+  assert step.a[0] * x + step.b[0] * d == pytest.approx(turned, rel=1e-12, abs=1e-12)
+
+
+def test_heun_averages_noise_predictions():
+  """Against the step written for eps, not for dx/dt (reference, section 1.2)."""
+  t, s, x = 1.2, 0.7, 0.3
+  noises = SIGMA_D * np.tan([t, s])
+  y, eps = x / np.cos(t), []
+  for noise, start in ((noises[0], y), (noises[1], None)):
+    start = y + (noises[1] - noises[0]) * eps[0] if start is None else start
+    eps.append((start - any_denoiser(start, noise)) / noise)
+  expected = np.cos(s) * (y + (noises[1] - noises[0]) * sum(eps) / 2)
+  path = tables.trigflow_path(np.array([t, s]), SIGMA_D)
+
+  def denoiser(xt, t):
+    return any_denoiser(xt / np.cos(t), SIGMA_D * np.tan(t))
+
+  assert solve(tables.heun(path), x, denoiser) == pytest.approx(expected, rel=1e-12)
+
+
+def law(table: tables.Table, f: Gaussian, mean, std, shrink=0.0) -> tuple:
+  """Returns mean and deviation after consistency sampling with f (1 - shrink sin t).
+
+  f is affine and the noise independent, so both are exact.
+  """
+  for b, s, t in zip(table.b, table.s, table.time, strict=True):
+    at = np.array(t)
+    scale = 1 - shrink * np.sin(t)
+    offset = float(f.consistency(np.array(0.0), at))
+    slope = scale * (float(f.consistency(np.array(1.0), at)) - offset)
+    mean = b * (slope * mean + scale * offset)
+    std = np.hypot(b * slope * std, s)
+  return mean, std
+
+
+@pytest.mark.usefixtures("x64")
+@hypothesis.settings(
+  max_examples=25,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(seed=st.integers(0, 10**6), steps=st.integers(1, 8))
+def test_consistency_sampling_is_exact_on_any_grid(seed, steps):
+  rng = np.random.default_rng(seed)
+  f = Gaussian(np.array(rng.normal()), np.array(rng.uniform(0.1, 2)), SIGMA_D)
+  angles = np.sort(rng.uniform(0.05, np.pi / 2, steps))[::-1]
+  table = tables.build(
+    sigma_d=SIGMA_D, name="consistency", steps=steps, angles=tuple(angles)
+  )
+  start = f.mean * np.cos(angles[0])
+  spread = np.hypot(f.std * np.cos(angles[0]), SIGMA_D * np.sin(angles[0]))
+  np.testing.assert_allclose(
+    law(table, f, start, spread), (f.mean, f.std), rtol=1e-10, atol=1e-10
+  )
+
+
+@pytest.mark.usefixtures("x64")
+def test_error_accumulates_as_in_the_reference():
+  """Section 6.2, item 3: Monte Carlo there, of error 0.0008; exact here."""
+  f = Gaussian(np.array(0.0), np.array(SIGMA_D), SIGMA_D)
+  short = []
+  for steps in (1, 2, 4, 8, 16):
+    angles = np.linspace(np.arctan(160), 0, steps + 1)
+    table = tables.consistency(tables.trigflow_path(angles, SIGMA_D))
+    short.append(SIGMA_D - law(table, f, 0.0, SIGMA_D, shrink=0.02)[1])
+  assert np.all(np.diff(short) > 0)
+  reference = [0.0094, 0.0125, 0.0142, 0.0171, 0.0201]
+  np.testing.assert_allclose(short, reference, atol=0.0012)
+
+
+@pytest.mark.parametrize(
+  ("name", "evaluations"), [("ddim", 18), ("heun", 35), ("dpm2s", 35)]
+)
+def test_evaluations(name, evaluations):
+  table = tables.build(sigma_d=SIGMA_D, name=name, steps=18)
+  assert table.evaluations == evaluations
+  np.testing.assert_allclose(np.tan(table.time[0]) * SIGMA_D, 80)
+  assert tables.build(sigma_d=SIGMA_D, name=name, steps=1).evaluations == 1
+
+
+def test_angles_replace_the_grid():
+  table = tables.build(sigma_d=SIGMA_D, name="consistency", steps=2)
+  np.testing.assert_allclose(table.time, [np.arctan(160), 1.1])
+  given = tables.build(
+    sigma_d=SIGMA_D, name="consistency", steps=1, angles=(1.5, 1.0, 0.2)
+  )
+  np.testing.assert_allclose(given.time, [1.5, 1.0, 0.2])
+  assert given.init_std == pytest.approx(SIGMA_D * np.sin(1.5))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": "euler"}, r"sampler\.name='euler': take one of \['ddim', 'heun'"),
+    ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
+    ({"angles": (1.0, 1.2)}, r"sampler\.times=\(1\.0, 1\.2\): give falling"),
+  ],
+)
+def test_mistakes_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    tables.build(**{"sigma_d": SIGMA_D, "name": "ddim", "steps": 4} | changes)
+
+
+def test_grids_of_solvers():
+  for name in ("ddim", "heun", "dpm2s"):
+    table = tables.build(sigma_d=SIGMA_D, name=name, steps=5)
+    assert set(times.karras_angles(5, SIGMA_D)[:-1]) <= set(table.time)

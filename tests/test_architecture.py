@@ -1,0 +1,84 @@
+"""The layers: a module imports only from layers before its own."""
+
+import ast
+import pathlib
+
+import pytest
+
+import sdiff_jax
+
+ROOT = pathlib.Path(sdiff_jax.__file__).parent
+LAYERS = (
+  {"interfaces", "lookup", "config"},
+  {"trigflow", "times", "guidance"},
+  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
+  {"optim", "ema", "state", "checkpoint", "writer"},
+  {"step", "loop", "report"},
+  {"jobs"},
+  {"main"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What only some may import.
+ALONE = {
+  "orbax": {"checkpoint.py"},
+  "tensorboardX": {"writer.py"},
+  "flax": {"models", "metrics/features", "state.py"},
+}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """Returns the dotted names that a file imports, at any depth."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return found
+
+
+def of(path: pathlib.Path) -> str:
+  """Returns the package or module below sdiff_jax that a file belongs to."""
+  return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+  mine = of(path)
+  for name in imports(path):
+    parts = name.split(".")
+    if parts[0] != "sdiff_jax" or parts[1] == mine:
+      continue
+    assert LEVEL[parts[1]] <= LEVEL[mine], f"{mine} imports {name}"
+    if mine in ("losses", "samplers"):
+      assert parts[1] not in ("models", "config"), f"{mine} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_outside_packages_stay_where_they_belong(path):
+  inside = str(path.relative_to(ROOT))
+  for name in imports(path):
+    top = name.split(".")[0]
+    assert top not in ("tensorflow", "torch")
+    assert not name.startswith(("jax._src", "jax.experimental"))
+    if top in ALONE:
+      assert inside.startswith(tuple(ALONE[top])), f"{inside} imports {name}"
+    if of(path) in ("losses", "samplers"):
+      assert top not in ("flax", "optax", "orbax")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path):
+  text = path.read_text("utf-8")
+  assert len(text.splitlines()) <= 400
+  assert ast.get_docstring(ast.parse(text))
+
+
+def test_every_module_has_a_layer():
+  assert {of(p) for p in FILES} <= LEVEL.keys()
+
+
+def test_the_mesh_is_made_in_one_place():
+  makers = [p.name for p in FILES if "make_mesh(" in p.read_text("utf-8")]
+  assert set(makers) == {"sharding.py", "experiment.py"}

@@ -1,0 +1,102 @@
+"""Configs: fields, validation, and every experiment file of the repository."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sdiff_jax import config, lookup
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment, train
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.glob("*.py"))
+
+
+def load(path: pathlib.Path, *words: str):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*words)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_config_validates_and_its_step_traces(path):
+  c = load(path)
+  config.validate(c)
+  built = experiment.build(c)
+  network = built.network
+  loss = train._loss(c, network, network)
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  size = 4
+  batch = {
+    "x0": jax.ShapeDtypeStruct((size, *built.source.shape), jnp.float32),
+    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+  }
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  frozen = params if c.loss.name == "scm" else None
+  value, aux = jax.eval_shape(loss, params, batch, jax.random.key(0), step, frozen)
+  assert value.shape == ()
+  assert "mse" in aux
+  for sampler in c.evaluate.samplers:
+    assert experiment.table(c, sampler).evaluations >= 1
+
+
+def test_guided_word():
+  c = load(CONFIGS / "digits_scd.py", "guided")
+  assert c.model.guidance
+  assert c.loss.guidance == (1.0, 2.0)
+  with pytest.raises(UserError, match="the only word is 'guided'"):
+    load(CONFIGS / "digits_scd.py", "guide")
+
+
+def test_fields_are_the_defaults_of_build():
+  section = config.use("models", "mlp", width=32)
+  assert section.name == "mlp"
+  assert section.width == 32
+  assert set(section) == {"name"} | set(lookup.fields("models", "mlp"))
+  assert "shape" not in section  # given by the job
+
+
+def test_unknown_piece_lists_what_exists():
+  with pytest.raises(UserError, match="models: no 'mpl'; there are dit, mlp"):
+    config.use("models", "mpl")
+  with pytest.raises(UserError, match="losses: no 'weighting'"):
+    config.use("losses", "weighting")  # a module without build
+
+
+def test_unknown_field_names_the_nearest():
+  with pytest.raises(UserError, match="models.widht: .*did you mean width"):
+    config.use("models", "mlp", widht=3)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("train.batch_size", 0, "config.train.batch_size=0: must be above 0"),
+    ("train.steps", -1, "config.train.steps=-1: must not be negative"),
+    ("sigma_d", float("nan"), "config.sigma_d=nan: must be above 0"),
+    ("ema.profiles", (), "config.ema.profiles"),
+    ("model.name", "dit", "config.model.embed: models/dit has no such field"),
+  ],
+)
+def test_validation_names_field_and_value(field, value, message):
+  c = config.base()
+  c.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=message):
+    config.validate(c)
+
+
+def test_a_refusal_of_a_piece_is_the_users_error():
+  section = config.use("models", "dit", patch=3).to_dict()
+  with pytest.raises(UserError, match="model.patch=3: must divide"):
+    lookup.build("models", section, shape=(8, 8, 1), classes=0)
+
+
+def test_name_and_number():
+  assert config.name_and_number("heun/16", "x") == ("heun", 16.0)
+  for text in ("heun", "heun/", "heun/a"):
+    with pytest.raises(UserError, match="config.x: .* name/number"):
+      config.name_and_number(text, "x")

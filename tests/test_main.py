@@ -1,0 +1,252 @@
+"""The command line, as a user meets it: other processes, real files."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdiff_jax import checkpoint, state
+from sdiff_jax.jobs import experiment, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Small enough to take seconds, with every part of the road in it.
+TINY = (
+  "--config.model.width=16",
+  "--config.model.depth=1",
+  "--config.train.steps=12",
+  "--config.train.batch_size=16",
+  "--config.train.log_every=4",
+  "--config.train.sample_every=6",
+  "--config.checkpoint.every=4",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """Compiled programs that the processes of this file share."""
+  return tmp_path_factory.mktemp("cache")
+
+
+def command(*args: str) -> list[str]:
+  return [sys.executable, "-m", "sdiff_jax.main", *args]
+
+
+def environment(cache, devices: int = 1) -> dict[str, str]:
+  return os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "PYTHONWARNINGS": "ignore",
+  }
+
+
+def call(cache, *args: str, devices: int = 1) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command(*args),
+    cwd=ROOT,
+    env=environment(cache, devices),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def works(*args, **options) -> str:
+  """Runs a command that must succeed, and returns its last line."""
+  done = call(*args, **options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def teacher(cache, tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("runs") / "teacher"
+  config = "--config=configs/digits_diffusion.py"
+  line = works(cache, config, f"--workdir={folder}", *TINY)
+  assert line == f"trained 12 steps: {folder}"
+  return folder
+
+
+def weights(workdir: pathlib.Path) -> state.TrainState:
+  """Returns the newest state of a run."""
+  built = experiment.build(experiment.read(str(workdir)))
+  _, optimizer, _ = train._optimisation(built.config)
+  profiles = tuple(built.config.ema.profiles)
+
+  def create(key):
+    return state.create(built.network.init(key), optimizer, profiles)
+
+  abstract = jax.eval_shape(create, jax.random.key(0))
+  with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+    return checkpoints.restore(experiment.place(abstract, built.mesh))
+
+
+def test_help_teaches():
+  done = subprocess.run(
+    command("--help"), cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  for text in ("--config=configs/digits_scd.py", "evaluate", "report", "--workdir"):
+    assert text in done.stdout
+  assert "Traceback" not in done.stderr
+
+
+def test_training_leaves_metrics_grids_and_a_summary(teacher):
+  lines = (teacher / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+  grids = sorted(p.name for p in (teacher / "samples").iterdir())
+  assert grids == ["grid_0000006.png", "grid_0000012.png"]
+  summary = json.loads((teacher / "training.json").read_text())
+  assert summary["images"] == 12 * 16
+  assert summary["flops"] > 0
+  assert list((teacher / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("student", ["scd", "sct", "scd.py:guided"])
+def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
+  file, _, word = student.partition(".py")
+  run, compute = tmp_path / "student", ("--config.sample.guidance=1.5",)
+  config = f"--config=configs/digits_{file}.py{word}"
+  train = (config, f"--workdir={run}", f"--config.teacher.workdir={teacher}", *TINY)
+  assert works(cache, *train) == f"trained 12 steps: {run}"
+  small = ("--config.sample.num=30", "--config.sample.batch_size=16")
+  line = works(cache, *train, *small, *compute, "--job=sample")
+  assert line == f"made 30 images (2 evaluations each): {run}/samples.npz"
+  with np.load(run / "samples.npz") as arrays:
+    assert arrays["arr_0"].shape == (30, 8, 8, 1)
+    assert arrays["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["arr_1"], np.arange(30) % 10)
+  assert Image.open(run / "samples.png").size[0] > 8 * 32
+  quick = ("--config.evaluate.num=100", "--config.evaluate.batch_size=50")
+  works(cache, *train, *quick, "--job=evaluate")
+  rows = json.loads((run / "evaluate" / "results.json").read_text())
+  assert [row["evaluations"] for row in rows] == [1, 2]
+  assert all(np.isfinite(row["frechet"]) and row["compute"] > 1 for row in rows)
+  line = works(cache, f"--workdir={run}", "--job=report")
+  assert line == f"report: {run}/report.html"
+  page = (run / "report.html").read_text()
+  assert "consistency/2" in page
+  assert "data:image/png" in page
+
+
+def test_the_baselines_of_a_teacher(cache, teacher):
+  quick = ("--config.evaluate.num=100", "--config.evaluate.batch_size=50")
+  config = "--config=configs/digits_diffusion.py"
+  works(cache, config, f"--workdir={teacher}", *TINY, *quick, "--job=evaluate")
+  rows = json.loads((teacher / "evaluate" / "results.json").read_text())
+  found = {(row["model"], row["sampler"]): row for row in rows}
+  assert found["teacher", "heun/16"]["evaluations"] == 31
+  assert found["teacher", "heun/16"]["compute"] == 1
+  for sampler in ("ddim/2", "ddim/4", "ddim/8", "consistency/1", "consistency/2"):
+    assert found["teacher", sampler]["kind"] == "baseline"
+  half = found["real data", "one half to the other"]["frechet"]
+  assert 0 < half < found["Gaussian per class", "full covariance"]["frechet"]
+
+
+def test_an_image_depends_on_its_seed_alone(cache, teacher):
+  config = ("--config=configs/digits_diffusion.py", *TINY)
+  config += (f"--workdir={teacher}", "--job=sample")
+
+  def images(*args, devices=1):
+    works(cache, *config, *args, devices=devices)
+    with np.load(teacher / "samples.npz") as arrays:
+      return arrays["arr_0"].astype(int)
+
+  one = images("--config.sample.num=12", "--config.sample.batch_size=12")
+  two = images("--config.sample.num=12", "--config.sample.batch_size=5")
+  mesh = ("--config.mesh.fsdp=2", "--config.sample.batch_size=8")
+  many = images("--config.sample.num=12", *mesh, devices=8)
+  later = images("--config.sample.num=4", "--config.sample.seed=8")
+  # Matmuls round by batch size, which may move a pixel by one level of 256.
+  assert np.abs(one - two).max() <= 1
+  assert np.abs(one - many).max() <= 1
+  assert np.abs(one[8:] - later).max() <= 1
+  assert np.abs(one[:4] - later).max() > 50
+
+
+def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path):
+  config = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
+  config += ("--config.checkpoint.every=1", "--config.train.sample_every=0")
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  works(cache, *config, f"--workdir={whole}")
+  process = subprocess.Popen(
+    command(*config, f"--workdir={killed}"),
+    cwd=ROOT,
+    env=environment(cache),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 120
+  while not list(killed.glob("checkpoints/[0-9]*")) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (killed / "training.json").exists()  # it was killed on its way
+  works(cache, *config, f"--workdir={killed}")
+  a, b = weights(whole), weights(killed)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").open("r")]
+  assert steps[-1] == 40
+  assert len(set(steps)) == len(steps)
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (("--config.train.batch_size=0",), "config.train.batch_size=0: must be above 0"),
+    (("--config.optim.name=sgd",), "config.optim.name='sgd': take adam, adamw or"),
+    (("--config.mesh.fsdp=3",), "config.mesh: data="),
+    (("--config.ema.profiles=('x/1',)",), "config.ema.profiles: 'x/1' is neither"),
+    (("extra",), "unknown argument 'extra'"),
+    (("--config.sampler.name=euler",), "config.sampler.name='euler': take one of"),
+  ],
+)
+def test_mistakes_are_one_line_and_code_2(cache, tmp_path, args, message):
+  config = "--config=configs/digits_diffusion.py"
+  done = call(cache, config, f"--workdir={tmp_path / 'run'}", *TINY, *args)
+  assert done.returncode == 2
+  assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_missing_teacher_says_how_to_train_it(cache, tmp_path):
+  config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path / 'run'}")
+  missing = tmp_path / "no teacher"
+  done = call(cache, *config, f"--config.teacher.workdir={missing}")
+  assert done.returncode == 2
+  wanted = "python -m sdiff_jax.main --config=configs/digits_diffusion.py --workdir="
+  assert wanted in done.stderr
+  done = call(cache, *config)
+  assert done.returncode == 2
+  assert wanted in done.stderr
+
+
+def test_a_student_unlike_its_teacher_is_refused(cache, teacher, tmp_path):
+  config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path / 'run'}")
+  wider = (*TINY, "--config.model.width=32", f"--config.teacher.workdir={teacher}")
+  done = call(cache, *config, *wider)
+  assert done.returncode == 2
+  assert "config.model is not the teacher's" in done.stderr
+
+
+def test_a_workdir_of_another_experiment_is_refused(cache, teacher):
+  config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
+  done = call(cache, *config, "--config.optim.learning_rate=0.5")
+  assert done.returncode == 2
+  assert "optim.learning_rate (0.002 there, 0.5 now)" in done.stderr
+
+
+def test_jobs_on_an_empty_directory_say_what_to_do_first(cache, tmp_path):
+  for job in ("sample", "evaluate", "report"):
+    done = call(cache, f"--workdir={tmp_path}", f"--job={job}")
+    assert done.returncode == 2
+    assert "--job=train" in done.stderr

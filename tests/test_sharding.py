@@ -1,0 +1,112 @@
+"""Meshes, the rule of sharding, and training on one mesh as on another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sdiff_jax import ema, sharding, state, step
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.losses import diffusion, scm
+from sdiff_jax.models import mlp
+
+
+def test_mesh_takes_what_is_left():
+  assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "window": 1}
+  assert sharding.make_mesh(-1, 4, 1).shape == {"data": 2, "fsdp": 4, "window": 1}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, 16, 1), (-1, -1, 1)])
+def test_mesh_that_does_not_fit(sizes):
+  with pytest.raises(UserError, match="does not make the 8 devices here"):
+    sharding.make_mesh(*sizes)
+
+
+def test_large_arrays_are_split_along_their_largest_divisible_axis():
+  mesh = sharding.make_mesh(2, 4, 1)
+
+  def spec(*shape):
+    array = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return sharding.state(array, mesh).spec
+
+  assert spec(1024, 2048) == P(None, "fsdp")
+  assert spec(1023, 2046, 4) == P(None, None, "fsdp")
+  assert spec(1023, 2047) == P()
+  assert spec(1024, 1023) == P()  # below 4 MB
+
+
+def test_check_batch_names_a_size_that_fits():
+  over = sharding.batch(sharding.make_mesh())
+  sharding.check_batch(16, over, "train.batch_size")
+  with pytest.raises(UserError, match="train.batch_size=12: .* 8 devices; 8 does"):
+    sharding.check_batch(12, over, "train.batch_size")
+
+
+def _train(mesh, loss_name, steps=3):
+  """Returns parameters and losses after a few steps on a mesh."""
+  network = mlp.build(shape=(2, 2, 1), classes=3, width=16, depth=2, unroll=1)
+  if loss_name == "scm":
+    loss = scm.build(
+      network=network, teacher=network.apply, sigma_d=0.5, warmup_steps=0
+    )
+  else:
+    loss = diffusion.build(network=network, sigma_d=0.5)
+  rate = optax.constant_schedule(1e-3)
+  optimizer, betas = optax.adam(rate), ema.betas(("power/0.1",), 16)
+  key = jax.random.key(0)
+  with jax.numpy_dtype_promotion("standard"):
+    current = state.create(network.init(key), optimizer, tuple(betas))
+  frozen = network.init(jax.random.key(1)) if loss_name == "scm" else None
+  run = step.jitted(step.build(loss, optimizer, betas, rate), mesh, current, frozen)
+  x0 = np.random.default_rng(0).standard_normal((16, 2, 2, 1), np.float32) / 2
+  batch = {"x0": x0, "cond": {"label": np.arange(16, dtype=np.int32) % 3}}
+  batch = sharding.put(batch, sharding.batch(mesh))
+  current = jax.device_put(current, sharding.state(current, mesh))
+  frozen = jax.device_put(frozen, sharding.state(frozen, mesh))
+  key = jax.device_put(key, sharding.replicated(mesh))
+  losses = []
+  for _ in range(steps):
+    current, metrics = run(current, batch, key, frozen)
+    losses.append(float(metrics["loss"]))
+  return jax.device_get(current), losses
+
+
+@pytest.mark.parametrize("loss", ["diffusion", "scm"])
+def test_training_is_the_same_on_every_mesh(loss, monkeypatch):
+  # Adam turns rounding of a gradient near 0 into a step; compare losses tightly.
+  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)
+  first, losses = _train(sharding.make_mesh(8, 1, 1), loss)
+  for sizes in ((1, 8, 1), (2, 2, 2)):
+    other, other_losses = _train(sharding.make_mesh(*sizes), loss)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_state_is_donated_and_the_teacher_is_no_constant():
+  mesh = sharding.make_mesh()
+  network = mlp.build(shape=(8, 8, 1), classes=0, width=256, depth=2)
+  loss = scm.build(network=network, teacher=network.apply, sigma_d=0.5)
+  rate = optax.constant_schedule(1e-3)
+  optimizer, betas = optax.sgd(rate), ema.betas(("power/0.1",), 8)
+  params = network.init(jax.random.key(0))
+  current = state.create(params, optimizer, tuple(betas))
+  function = step.build(loss, optimizer, betas, rate)
+  batch = {"x0": jnp.zeros((8, 8, 8, 1)), "cond": None}
+  closed = jax.make_jaxpr(function)(current, batch, jax.random.key(0), params)
+  assert max((np.size(c) for c in closed.consts), default=0) < 1000
+  frozen = jax.tree.map(jnp.copy, params)
+  run = step.jitted(function, mesh, current, frozen)
+  current = jax.device_put(current, sharding.state(current, mesh))
+  frozen = jax.device_put(frozen, sharding.state(frozen, mesh))
+  after, _ = run(
+    current,
+    sharding.put(jax.device_get(batch), sharding.batch(mesh)),
+    jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
+    frozen,
+  )
+  jax.block_until_ready(after)
+  assert all(x.is_deleted() for x in jax.tree.leaves(current.params))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
