@@ -47,7 +47,8 @@ def main() -> None:
     columns = [spread([r[c] for r in all_seeds]) for c in ("frechet", "precision")]
     columns.append(spread([r["recall"] for r in all_seeds]))
     compute = f"{row['compute']:.2f}" if row["compute"] is not None else "-"
-    print("|", " | ".join([*key, str(row["evaluations"] or "-"), *columns, compute]), "|")
+    cells = [*key, str(row["evaluations"] or "-"), *columns, compute]
+    print("|", " | ".join(cells), "|")
   print("\n| seed | sCD | / teacher | / Gaussian | teacher as consistency model / |")
   print("|---|---|---|---|---|")
   for seed, rows in enumerate(seeds):

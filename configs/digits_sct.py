@@ -7,9 +7,14 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
   c.model = config.use("models", "mlp", width=256, depth=4)
-  c.loss = config.use("losses", "scm", velocity="data", warmup_steps=200)
-  c.train.update(steps=1000, batch_size=128, log_every=50, sample_every=500)
-  c.optim.update(learning_rate=1e-3, b2=0.99, schedule="cosine", final=0.02)
+  # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
+  c.loss = config.use(
+    "losses", "scm", velocity="data", warmup_steps=1600, adaptive_weight=False
+  )
+  c.train.update(steps=8000, batch_size=128, log_every=100, sample_every=2000)
+  # The target is the network's own: momentum, which lags behind it, needs rates that
+  # are three times as small, and then ends worse.
+  c.optim.update(learning_rate=2e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.samplers = ("consistency/1", "consistency/2")

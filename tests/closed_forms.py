@@ -117,12 +117,11 @@ def central(f: Callable, primals: tuple, tangents: tuple, h: float = 1e-5) -> Ar
   return (ahead - behind) / (2 * h)
 
 
-def randomised(net: Network, seed: int = 0, dtype: str = "float64") -> dict:
-  """Returns parameters of a type with noise on all, so that no layer is zero."""
+def random_params(net: Network, seed: int = 0, dtype: str = "float64") -> dict:
+  """Returns random parameters of a network, none of its layers zero."""
   with jax.numpy_dtype_promotion("standard"):  # init under x64 mixes types
-    params = net.init(jax.random.key(seed))
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda p: jnp.asarray(np.asarray(p) + 0.3 * rng.standard_normal(p.shape), dtype),
-    params,
+    lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), dtype), shapes
   )

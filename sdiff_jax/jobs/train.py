@@ -51,7 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       seconds = _fit(
         experiment, workdir, checkpoints, jitted, current, key, frozen, start
       )
-      flops = _flops(config, experiment.source, teacher, current, key, frozen)
+      flops = _flops(config, experiment.source, teacher, abstract, key, frozen)
       _summary(config, workdir, abstract, seconds, flops)
   return f"trained {config.train.steps} steps: {workdir}"
 
@@ -78,8 +78,8 @@ def _fit(
   )
   on_device = (sharding.put(batch, over_batch) for batch in batches)
   key = jax.device_put(key, sharding.replicated(mesh))
-  first = next(on_device)
-  compiled = jitted.lower(current, first, key, frozen).compile()
+  shapes = _batch_shapes(config, experiment.source)
+  compiled = jitted.lower(current, shapes, key, frozen).compile()
   call = experiments.sampler(experiment, experiments.table(config))
   profile = config.ema.profiles[0]
 
@@ -89,10 +89,6 @@ def _fit(
       experiment, call, current.ema[profile], num=num, batch_size=num
     )
     return writer.grid(next(made)[0], columns)
-
-  def with_first() -> Any:
-    yield first
-    yield from on_device
 
   earlier = [r["seconds"] for r in writer.read_metrics(workdir) if r["step"] <= start]
   with writer.Writer(
@@ -104,7 +100,7 @@ def _fit(
     _, seconds = loop.run(
       lambda current, batch: compiled(current, batch, key, frozen),
       current,
-      with_first(),
+      on_device,
       metrics,
       checkpoints,
       start=start,
@@ -117,6 +113,15 @@ def _fit(
       seconds=earlier[-1] if start and earlier else 0.0,
     )
   return seconds
+
+
+def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
+  """Returns the shapes of a batch, over all processes."""
+  size = config.train.batch_size
+  return {
+    "x0": jax.ShapeDtypeStruct((size, *source.shape), jnp.float32),
+    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+  }
 
 
 def _optimisation(config: ml_collections.ConfigDict) -> tuple:
@@ -213,7 +218,7 @@ def _flops(
   config: ml_collections.ConfigDict,
   source: pipeline.Source,
   teacher: Network | None,
-  current: state.TrainState,
+  abstract: state.TrainState,
   key: Any,
   frozen: Params,
 ) -> float:
@@ -227,15 +232,8 @@ def _flops(
   network = experiments.network(config, source)
   rate, optimizer, betas = _optimisation(config)
   train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)
-  batch_size = config.train.batch_size
-  batch = {
-    "x0": jax.ShapeDtypeStruct((batch_size, *source.shape), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)},
-  }
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (current, key, frozen)
-  )
-  lowered = jax.jit(train_step).lower(shapes[0], batch, *shapes[1:])
+  batch = _batch_shapes(config, source)
+  lowered = jax.jit(train_step).lower(abstract, batch, key, frozen)
   return float(lowered.cost_analysis()["flops"])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import Gaussian, central, randomised
+from closed_forms import Gaussian, central, random_params
 from hypothesis import strategies as st
 
 from sdiff_jax import trigflow
@@ -28,11 +28,12 @@ def states(seed: int = 0, batch: int = 5):
   return jnp.asarray(xt), jnp.asarray(rng.uniform(0.1, 1.5, batch)), jnp.asarray(v)
 
 
+@functools.cache
 def network(dtype: str = "float64", **options):
   """Returns a small perceptron and parameters without a zero layer."""
   net = mlp.build(shape=SHAPE, width=16, depth=2, dtype=dtype, **options)
   # Compiled once, where loops inside would be for every call.
-  return net._replace(apply=jax.jit(net.apply)), randomised(net, dtype=dtype)
+  return net._replace(apply=jax.jit(net.apply)), random_params(net, dtype=dtype)
 
 
 def bound(**options):
