@@ -1,6 +1,6 @@
 """Quality of the demo over several seeds, each beside its baselines.
 
-  python benchmarks/demo.py [--seeds=3] [--folder=runs/demo]
+  python benchmarks/demo.py [--seeds=3] [--folder=runs/demo] [--picture=FILE.png]
 
 Runs `make demo` once a seed (finished runs are taken as they are), prints the mean
 and the spread of every row, and the ratios that the distilled model is judged by.
@@ -13,6 +13,8 @@ import subprocess
 import time
 
 import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
 
 RUNS = ("teacher", "scd", "sct")
 
@@ -30,6 +32,24 @@ def rows_of(folder: pathlib.Path, seed: int) -> dict[tuple[str, str], dict]:
   return {(row["model"], row["sampler"]): row for row in rows}
 
 
+def picture(runs: pathlib.Path, path: pathlib.Path) -> None:
+  """Draws the same seeds from the teacher and from its distillation."""
+  panels = (
+    ("teacher, 31 evaluations", "teacher/evaluate/heun-16.png"),
+    ("sCD, 1 evaluation", "scd/evaluate/consistency-1.png"),
+    ("sCD, 2 evaluations", "scd/evaluate/consistency-2.png"),
+  )
+  figure = Figure(figsize=(9, 2.1), layout="constrained", facecolor="white")
+  axes = figure.subplots(1, len(panels))
+  for ax, (title, name) in zip(axes, panels, strict=True):
+    grid = np.asarray(Image.open(runs / name))
+    ax.imshow(grid[: 5 * 34 - 2], interpolation="nearest")
+    ax.set_title(title, fontsize=10)
+    ax.axis("off")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+
+
 def spread(values: list[float], digits: int = 3) -> str:
   return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"
 
@@ -38,6 +58,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--folder", type=pathlib.Path, default="runs/demo")
+  parser.add_argument("--picture", type=pathlib.Path, help="draw samples to this PNG")
   args = parser.parse_args()
   seeds = [rows_of(args.folder, seed) for seed in range(args.seeds)]
   print("\n| model | sampler | NFE | Frechet | precision | recall | compute |")
@@ -59,6 +80,8 @@ def main() -> None:
       mine = rows["sCD", f"consistency/{steps}"]["frechet"]
       ratios = [mine / teacher, mine / gaussian, naive / mine]
       print(f"| {seed} | {steps} step |", " | ".join(f"{r:.2f}" for r in ratios), "|")
+  if args.picture:
+    picture(args.folder / "seed0", args.picture)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ KINDS = {"model": "", "baseline": BASELINES}  # and what stands above their rows
 OBJECTIVES = {
   "teacher": "The teacher is a diffusion model, sampled in many steps.",
   "sCD": "sCD is a consistency model, distilled from the teacher.",
-  "sCT": "sCT is a consistency model, trained on data alone.",
+  "sCT": "sCT is a consistency model, started from the teacher and trained on data.",
 }
 SHORT = EngFormatter(places=1, sep="\u202f")  # 2 560 000 as 2.6 M
 FACTS = (  # label, key in training.json, format
@@ -210,7 +210,8 @@ def _results(runs: list[Run]) -> str:
 def _samples(runs: list[Run]) -> str:
   """Returns the evaluation's grids side by side."""
   figures = ""
-  for folder, row in [(run.path / "evaluate", row) for run in runs for row in run.rows]:
+  found = [(run.path / "evaluate", row) for run in runs for row in run.rows]
+  for folder, row in sorted(found, key=lambda pair: [*KINDS].index(pair[1]["kind"])):
     model, sampler, evaluations = map(escape, _cells(row, "–")[:3])
     caption = f"<b>{model}</b> {sampler}, NFE {evaluations}"
     figures += _figure(folder / row["grid"], caption) if row.get("grid") else ""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import Gaussian, central
+from closed_forms import MIXTURE, MIXTURE_F, MIXTURE_T, MIXTURE_X, Gaussian, central
 from hypothesis import strategies as st
 
 from sdiff_jax import trigflow
@@ -103,6 +103,43 @@ def test_edm_preconditioning_is_trigonometry(seed):
   close(SIGMA_D * jnp.sin(t), sigma * SIGMA_D / jnp.sqrt(both))
 
 
+# The closed forms themselves: sections 6.2.1 and 6.2.2 of the reference.
+
+
+def test_gaussian_value_of_the_reference():
+  data = Gaussian(jnp.array(0.0), jnp.array(0.9), 0.5)
+  f = data.consistency(jnp.array(0.8), jnp.array(1.4))
+  assert float(f) == pytest.approx(1.3955539361, abs=1e-10)
+
+
+def test_data_as_wide_as_the_noise_do_not_move():
+  """s = sigma_d, m = 0: f* = x, F_diffusion = 0, F_consistency = -x tan(t/2)."""
+  data = Gaussian(jnp.zeros((1, 1)), jnp.full((1, 1), SIGMA_D), SIGMA_D)
+  x, _, t = draw(0, ends=(0.1, 1.5))
+  close(data.consistency(x, t), x)
+  close(data.diffusion_net(x, t), 0)
+  close(data.consistency_net(x, t), -x * jnp.tan(t / 2)[:, None])
+
+
+def test_gaussian_flow_follows_its_velocity():
+  x, _, t = draw(0)
+  u = draw(1)[2]
+  xu, v = jax.jvp(lambda u: GAUSSIAN.flow(x, t, u), (u,), (jnp.ones_like(u),))
+  close(v, GAUSSIAN.velocity(xu, u))
+  close(GAUSSIAN.flow(x, t, 0 * t), GAUSSIAN.consistency(x, t))
+  f = trigflow.denoiser(GAUSSIAN.consistency_net, SIGMA_D)(x, t, None)
+  close(f, GAUSSIAN.consistency(x, t), 1e-10)
+
+
+def test_mixture_of_the_reference():
+  """The listed values; f* is constant along the mixture's velocity."""
+  found = MIXTURE.consistency(MIXTURE_X, MIXTURE_T)
+  np.testing.assert_allclose(found, MIXTURE_F, atol=1e-10)
+  x, t = jnp.asarray(MIXTURE_X), jnp.asarray(MIXTURE_T)
+  slope = central(MIXTURE.consistency, (x, t), (MIXTURE.velocity(x, t), 1 + 0 * t))
+  np.testing.assert_allclose(slope, 0, atol=1e-8)
+
+
 # Networks of other parametrisations that predict the posterior mean of GAUSSIAN.
 
 
@@ -190,6 +227,37 @@ def test_jvp_of_wrappers_is_complete(name):
   _, derivative = jax.jvp(net, at, along)
   close(derivative, central(net, at, along), 1e-7)
   close(derivative, jax.jvp(GAUSSIAN.diffusion_net, at, along)[1], 1e-9)
+
+
+@settings
+@seeds
+def test_flow_of_unit_data_is_the_formula_of_rcm(seed):
+  """sigma_d = 1: ((1 - 2u) x' + (1 - 2u + 2u^2) v) / sqrt(u^2 + (1 - u)^2)."""
+  x, v, t = draw(seed)
+  seen = []
+
+  def raw(x, u, cond):
+    seen.append((x, u[:, None]))
+    return v
+
+  F = trigflow.from_flow(raw, 1.0)(x, t, None)
+  ((x_flow, u),) = seen
+  close(u[:, 0], jnp.sin(t) / (jnp.sin(t) + jnp.cos(t)))
+  close(x_flow, x * jnp.sqrt(u**2 + (1 - u) ** 2))
+  expected = (1 - 2 * u) * x_flow + (1 - 2 * u + 2 * u**2) * v
+  close(F, expected / jnp.sqrt(u**2 + (1 - u) ** 2))
+
+
+@settings
+@seeds
+def test_weighted_loss_of_edm_is_that_of_the_velocity(seed):
+  """(sigma^2 + sigma_d^2) / (sigma sigma_d)^2 |D - x0|^2 = |F - v/sigma_d|^2."""
+  x0, z, t = draw(seed, ends=(0.1, 1.5))
+  F = draw(seed + 1)[0]
+  sigma = SIGMA_D * jnp.tan(t)[:, None]
+  d = trigflow.denoise(trigflow.perturb(x0, z, t), F, t, SIGMA_D)
+  edm = (sigma**2 + SIGMA_D**2) / (sigma * SIGMA_D) ** 2 * (d - x0) ** 2
+  close(edm, (F - trigflow.velocity(x0, z, t) / SIGMA_D) ** 2, 1e-10)
 
 
 def test_wrappers_pass_the_condition_on():

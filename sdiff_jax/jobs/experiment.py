@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -60,7 +62,7 @@ def title(config: ml_collections.ConfigDict) -> str:
 
 
 def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes config.json, or checks that the one there is of the same experiment.
+  """Writes config.json and command.txt, or checks that the config there is the same.
 
   Raises:
     UserError: it is of another experiment; the message lists the fields that differ.
@@ -82,6 +84,9 @@ def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
     os.makedirs(workdir, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
       json.dump(config.to_dict(), file, indent=2)
+    command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
+    with open(os.path.join(workdir, "command.txt"), "w", encoding="utf-8") as file:
+      file.write(shlex.join(command) + "\n")
 
 
 def read(workdir: str) -> ml_collections.ConfigDict:

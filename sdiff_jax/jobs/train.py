@@ -14,6 +14,7 @@ from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.samplers.tables import Table
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -26,6 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   sharding.check_batch(
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
+  solver = experiments.table(config)
   rate, optimizer, betas = _optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
@@ -49,7 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       current = jax.jit(init, out_shardings=shardings)(key, frozen)
     if start < config.train.steps:
       seconds = _fit(
-        experiment, workdir, checkpoints, jitted, current, key, frozen, start
+        experiment, solver, workdir, checkpoints, jitted, current, key, frozen, start
       )
       flops = _flops(config, experiment.source, teacher, abstract, key, frozen)
       _summary(config, workdir, abstract, seconds, flops)
@@ -58,6 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _fit(
   experiment: experiments.Experiment,
+  solver: Table,
   workdir: str,
   checkpoints: Checkpoints,
   jitted: Any,
@@ -80,7 +83,7 @@ def _fit(
   key = jax.device_put(key, sharding.replicated(mesh))
   shapes = _batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
-  call = experiments.sampler(experiment, experiments.table(config))
+  call = experiments.sampler(experiment, solver)
   profile = config.ema.profiles[0]
 
   def sample(current: state.TrainState) -> np.ndarray:

@@ -19,11 +19,13 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:
-  """Returns softmax(q k^T / sqrt(size)) v with a float32 softmax, [B, L, heads, size].
+  """Returns softmax(q k^T / sqrt(size)) v, [B, L, heads, size].
 
-  In plain operations, since fused kernels have no forward-mode derivative.
+  In plain operations, since fused kernels have no forward-mode derivative; scores
+  and softmax are float32 or wider.
   """
-  scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+  dtype = layers.wide_type(q.dtype)
+  scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=dtype)
   weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
   return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v.dtype), v)
 

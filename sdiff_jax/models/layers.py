@@ -10,9 +10,14 @@ from sdiff_jax.interfaces import Array, Cond
 EPS = 1e-6
 
 
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+  """Returns float32 for a type of 16 bits, else the type itself."""
+  return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
 def wide(x: Array) -> Array:
-  """Returns x with at least 32 bits: float32 of a 16-bit type, else x itself."""
-  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+  """Returns x in the type that sums and statistics of it need."""
+  return x.astype(wide_type(x.dtype))
 
 
 def positional(t: Array, width: int) -> Array:

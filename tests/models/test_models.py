@@ -1,0 +1,362 @@
+"""The contract of every network, and the layers that they share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_forms import central, random_params
+
+from sdiff_jax import lookup
+from sdiff_jax.models import dit, layers
+
+# name -> arguments of build; a new model needs a line here and nothing else.
+CASES = {
+  "dit": {"shape": (4, 6, 2), "width": 16, "depth": 2, "heads": 2},
+  "mlp": {"shape": (2, 3), "width": 16, "depth": 2},
+}
+COMMON = {"classes": 3, "guidance": True}
+B = 4
+REMAT = [name for name in CASES if "remat" in lookup.fields("models", name)]
+models = pytest.mark.parametrize("name", CASES)
+x64 = pytest.mark.usefixtures("x64")
+
+
+@functools.cache
+def build(name: str, **options):
+  """Returns a small network, compiled once, all of whose options are on."""
+  net = lookup.lookup("models", name).build(**CASES[name] | COMMON | options)
+  return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
+
+
+def inputs(name: str, dtype: str = "float32"):
+  """Returns x, t, cond and a direction (dx, dt)."""
+  rng = np.random.default_rng(0)
+  x, dx = (
+    jnp.asarray(rng.normal(size=(B, *CASES[name]["shape"])), dtype) for _ in range(2)
+  )
+  t, dt, guidance = (jnp.asarray(rng.uniform(0.1, 1.5, B), dtype) for _ in range(3))
+  cond = {"label": jnp.array([0, 1, 2, -1]), "guidance": guidance}
+  return x, t, cond, (dx, dt)
+
+
+def close(a, b, tolerance=1e-5):
+  np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_every_model_has_a_case():
+  assert lookup.names("models") == sorted(CASES)
+
+
+@models
+def test_output_is_like_the_input_in_float32(name):
+  x, t, cond, _ = inputs(name)
+  for dtype in ("float32", "bfloat16"):
+    net = build(name, dtype=dtype)
+    params = net.init(jax.random.key(0))
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    F = net.apply(params, x, t, cond)
+    assert (F.shape, F.dtype) == (x.shape, jnp.float32)
+    np.testing.assert_array_equal(F, 0)  # f starts as cos(t) x_t
+    w = net.logvar(params, t)
+    assert (w.shape, w.dtype) == ((B,), jnp.float32)
+    np.testing.assert_array_equal(w, 0)
+
+
+@models
+def test_plain_networks_need_no_condition(name):
+  net = build(name, classes=0, guidance=False)
+  x, t, cond, _ = inputs(name)
+  params = random_params(net, dtype="float32")
+  np.testing.assert_array_equal(
+    net.apply(params, x, t, None), net.apply(params, x, t, cond)
+  )
+
+
+@models
+@x64
+def test_jvp_is_the_derivative(name):
+  net = build(name, dtype="float64")
+  params = random_params(net)
+  x, t, cond, along = inputs(name, "float64")
+
+  def F(x, t):
+    return net.apply(params, x, t, cond)
+
+  out, derivative = jax.jvp(F, (x, t), along)
+  assert out.dtype == jnp.float64
+  expected = central(F, (x, t), along)
+  size = np.abs(expected).max()
+  assert size > 0.1
+  np.testing.assert_allclose(derivative, expected, rtol=1e-6, atol=1e-7 * size)
+
+
+def gradient(net, params, name):
+  """Returns the gradient of |F|^2 + |tangent|^2: reverse over forward mode."""
+  x, t, cond, along = inputs(name)
+
+  def value(params):
+    F, J = jax.jvp(lambda x, t: net.apply(params, x, t, cond), (x, t), along)
+    return jnp.mean(F**2) + jnp.mean(J**2)
+
+  return jax.jit(jax.grad(value))(params)["net"]
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [(n, {"unroll": 2}) for n in CASES] + [(n, {"remat": True}) for n in REMAT],
+)
+def test_loops_and_remat_change_no_gradient(name, options):
+  plain = build(name)
+  params = random_params(plain, dtype="float32")
+  expected = gradient(plain, params, name)
+  found = gradient(build(name, **options), params, name)
+  jax.tree.map(lambda a, b: close(a, b, 2e-4), found, expected)
+  for leaf in jax.tree.leaves(expected):
+    assert jnp.any(leaf != 0)
+
+
+@models
+def test_samples_do_not_meet(name):
+  """Sample 2 of a batch is what it is alone."""
+  net = build(name)
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  one = jax.tree.map(lambda a: a[2:3], (x, t, cond))
+  close(net.apply(params, x, t, cond)[2:3], net.apply(params, *one))
+
+
+@models
+def test_all_inputs_count(name):
+  net = build(name)
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  F = net.apply(params, x, t, cond)
+  moved = [
+    (x + 0.1, t, cond),
+    (x, t + 0.1, cond),
+    (x, t, cond | {"label": (cond["label"] + 2) % 3}),
+    (x, t, cond | {"guidance": cond["guidance"] + 0.5}),
+  ]
+  for arguments in moved:
+    apart = jnp.max(jnp.abs(net.apply(params, *arguments) - F), range(1, x.ndim))
+    assert apart.min() > 1e-3
+
+
+def leaf_of(params: dict, name: str) -> list:
+  """Returns the keys of the one layer of a name."""
+  paths = jax.tree_util.tree_flatten_with_path(params)[0]
+  (found,) = [path for path, _ in paths if any(k.key == name for k in path)]
+  return [k.key for k in found]
+
+
+def without(params: dict, name: str) -> dict:
+  """Returns params with the layer's one array at zero."""
+  *path, last = leaf_of(params, name)
+  params = jax.tree.map(lambda p: p, params)
+  at = functools.reduce(dict.__getitem__, path, params)
+  at[last] = jnp.zeros_like(at[last])
+  return params
+
+
+@models
+def test_no_label_adds_nothing(name):
+  net = build(name)
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  unlabelled = net.apply(params, x, t, cond | {"label": jnp.full(B, -1)})
+  np.testing.assert_array_equal(
+    unlabelled, net.apply(without(params, "label"), x, t, cond)
+  )
+
+
+@models
+def test_guidance_starts_without_effect(name):
+  """So a student that takes it starts as its teacher, which does not."""
+  net, teacher = build(name), build(name, guidance=False)
+  start = net.init(jax.random.key(0))
+  path = leaf_of(start, "guidance")
+  np.testing.assert_array_equal(functools.reduce(dict.__getitem__, path, start), 0)
+  params = without(random_params(net, dtype="float32"), "guidance")
+  x, t, cond, _ = inputs(name)
+  F = net.apply(params, x, t, cond)
+  np.testing.assert_array_equal(
+    F, net.apply(params, x, t, cond | {"guidance": cond["guidance"] + 1})
+  )
+  functools.reduce(dict.__getitem__, path[:-2], params).pop("guidance")
+  shapes = jax.eval_shape(teacher.init, jax.random.key(0))
+  assert jax.tree.structure(params) == jax.tree.structure(shapes)
+  np.testing.assert_array_equal(F, teacher.apply(params, x, t, cond))
+
+
+@models
+def test_bfloat16_is_close(name):
+  """F to 2 % and its tangent to 6 %, in root mean square."""
+  x, t, cond, along = inputs(name)
+  params = random_params(build(name), dtype="float32")
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(apply):
+    return jax.jvp(lambda x, t: apply(params, x, t, cond), (x, t), along)
+
+  exact = both(build(name).apply)
+  rough = both(build(name, dtype="bfloat16").apply)
+  for a, b, tolerance in zip(rough, exact, (0.02, 0.06), strict=True):
+    assert 1e-4 < jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)) < tolerance
+
+
+@models
+def test_dropout_is_on_with_a_key_alone(name):
+  net, plain = build(name, dropout=0.5), build(name)
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  one, again, two = (
+    net.apply(params, x, t, cond, key=jax.random.key(k)) for k in (1, 1, 2)
+  )
+  np.testing.assert_array_equal(one, again)
+  assert jnp.max(jnp.abs(one - two)) > 1e-2
+  F = plain.apply(params, x, t, cond)
+  close(net.apply(params, x, t, cond), F)
+  assert jnp.max(jnp.abs(one - F)) > 1e-2
+  close(plain.apply(params, x, t, cond, key=jax.random.key(1)), F)
+
+
+@models
+def test_init_depends_on_the_key_alone(name):
+  net = build(name)
+  one, again, two = (net.init(jax.random.key(k)) for k in (0, 0, 1))
+  jax.tree.map(np.testing.assert_array_equal, one, again)
+  same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), one, two)
+  assert not all(jax.tree.leaves(same["net"]))
+
+
+@models
+def test_logvar_is_apart(name):
+  """It depends on its own parameters and t, and the network on neither of them."""
+  net = build(name)
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  of_w = jax.grad(lambda p: jnp.sum(net.logvar(p, t)))(params)
+  of_F = jax.grad(lambda p: jnp.sum(net.apply(p, x, t, cond) ** 2))(params)
+  assert all(jnp.all(g == 0) for g in jax.tree.leaves(of_w["net"]))
+  assert all(jnp.any(g != 0) for g in jax.tree.leaves(of_w["logvar"]))
+  assert all(jnp.all(g == 0) for g in jax.tree.leaves(of_F["logvar"]))
+  assert jnp.std(net.logvar(params, t)) > 0.1
+
+
+@models
+@pytest.mark.parametrize("start", ["init", "random"])
+def test_tangents_are_finite_at_zero(name, start):
+  """At x = 0 the derivative of |x| is none; at both ends of t as well."""
+  net = build(name)
+  params = net.init(jax.random.key(0))
+  if start == "random":
+    params = random_params(net, dtype="float32")
+  x, _, cond, along = inputs(name)
+  t = jnp.array([0.0, np.pi / 2, 0.0, np.pi / 2])
+
+  @jax.jit
+  def value(params):
+    F, J = jax.jvp(lambda x, t: net.apply(params, x, t, cond), (0 * x, t), along)
+    return jnp.sum(F**2), J
+
+  grads, J = jax.grad(value, has_aux=True)(params)
+  for leaf in jax.tree.leaves((grads, J)):
+    assert jnp.all(jnp.isfinite(leaf))
+
+
+# The transformer.
+
+
+def test_patches_return_to_their_places():
+  """Without attention a pixel reaches its own patch and no other."""
+  net = build("dit")
+  params = random_params(net, dtype="float32")
+  out = params["net"]["blocks"]["attention"]["out"]
+  out |= jax.tree.map(jnp.zeros_like, out)
+  x, t, cond, _ = inputs("dit")
+  x, t, cond = jax.tree.map(lambda a: a[:1], (x, t, cond))
+  jacobian = jax.jacobian(lambda x: net.apply(params, x[None], t, cond)[0])(x[0])
+  reach = np.any(jacobian != 0, axis=(2, 5))  # [H, W, H, W]
+  row, col = np.mgrid[:4, :6] // 2
+  same = (row[..., None, None] == row) & (col[..., None, None] == col)
+  np.testing.assert_array_equal(reach, same)
+
+
+def test_attention_is_the_standard_one():
+  rng = np.random.default_rng(0)
+  q, k, v = jnp.asarray(rng.normal(size=(3, 2, 5, 3, 4)), jnp.float32)
+  close(dit.attention(q, k, v), jax.nn.dot_product_attention(q, k, v))
+
+
+def test_positions_differ():
+  p = dit.positions(5, 7, 16)
+  assert (p.shape, p.dtype) == ((35, 16), np.float32)
+  gaps = np.linalg.norm(p[:, None] - p[None], axis=-1)
+  assert (gaps + np.eye(35)).min() > 0.1
+  # The distance of two patches depends on how far apart they are alone.
+  grid = p.reshape(5, 7, 16)
+  for step in (grid[1:] - grid[:-1], grid[:, 1:] - grid[:, :-1]):
+    lengths = np.linalg.norm(step, axis=-1)
+    close(lengths, lengths[0, 0])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"shape": (4, 5, 1)}, r"model\.patch=2: must divide .* of \(4, 5, 1\)"),
+    ({"shape": (4, 4)}, r"model\.patch=2: must divide height and width"),
+    ({"width": 18, "heads": 3}, r"model\.width=18: a multiple of 4"),
+    ({"width": 16, "heads": 3}, r"model\.width=16: .* model\.heads=3"),
+  ],
+)
+def test_sizes_that_do_not_divide(options, message):
+  with pytest.raises(ValueError, match=message):
+    dit.build(**{"shape": (4, 4, 1), "classes": 0} | options)
+
+
+# Layers.
+
+
+@x64
+def test_embedding_of_the_angle_is_slow():
+  """Frequencies fall from 1 to 1e-4, so |d/dt| <= 1: nothing explodes in dF/dt."""
+  t = jnp.linspace(0, np.pi / 2, 50)
+  value, slope = jax.jvp(lambda t: layers.positional(t, 16), (t,), (jnp.ones_like(t),))
+  assert value.shape == (50, 16)
+  assert jnp.max(jnp.abs(slope)) <= 1
+  close(slope[0, 8:], 10_000.0 ** (-np.arange(8) / 7))
+  close(value[:, :8] ** 2 + value[:, 8:] ** 2, 1)
+
+
+def test_norms():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(5 + 3 * rng.normal(size=(4, 64)), jnp.float32)
+  close(layers.rms_norm(x), x / np.sqrt(np.mean(np.square(x), 1, keepdims=True)))
+  centred = np.asarray(x) - np.mean(x, 1, keepdims=True)
+  close(layers.layer_norm(x), centred / np.std(x, 1, keepdims=True))
+  assert layers.rms_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_adaptive_double_norm():
+  """norm(x) pnorm(s(emb)) + pnorm(b(emb)), for tokens and for vectors."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+  emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+  norm = layers.AdaptiveDoubleNorm(jnp.dtype("float32"))
+  params = norm.init(jax.random.key(0), x, emb)
+  scale, shift = (
+    layers.rms_norm(emb @ p["kernel"] + p["bias"][None])[:, None]
+    for p in (params["params"][k] for k in ("scale", "shift"))
+  )
+  y = norm.apply(params, x, emb)
+  close(y, layers.layer_norm(x) * scale + shift)
+  close(norm.apply(params, x[:, 2], emb), y[:, 2])
+  assert jnp.min(jnp.mean(scale**2, -1)) > 0.9
+
+
+def test_wide_keeps_what_is_wide():
+  for narrow in ("bfloat16", "float16"):
+    assert layers.wide(jnp.zeros(2, narrow)).dtype == jnp.float32
+  assert layers.wide(jnp.zeros(2)).dtype == jnp.float32
