@@ -11,11 +11,10 @@ MAIN := $(BIN)/python -m sdiff_jax.main
 .PHONY: install demo test test-slow lint clean
 install: $(VENV)/installed
 
-# $(VENV)/installed is newer than the metadata that it was made from.
+# Without a pip of its own: Debian's Python cannot put one there.
 $(VENV)/installed: setup.py pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[test]'
 	touch $@
 
 demo: install

@@ -14,6 +14,7 @@ def get_config(words: str = ""):
   guided = words == "guided"
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
+  c.teacher.workdir = "runs/digits_diffusion"
   c.model = config.use("models", "mlp", width=256, depth=4, guidance=guided)
   # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
   c.loss = config.use(

@@ -1,4 +1,4 @@
-"""Command line: python -m sdiff_jax.main --config=configs/X.py --workdir=DIR.
+"""Command line: python -m sdiff_jax.main --config=configs/X.py [--workdir=DIR].
 
 Jobs (--job=NAME), each on the work directory DIR:
   train     train, or go on with a run that stopped (the default)
@@ -8,13 +8,13 @@ Jobs (--job=NAME), each on the work directory DIR:
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
 they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
-Without --config, the jobs other than train take the config that DIR was trained with.
+DIR is runs/X unless given. Without --config, the jobs other than train take the
+config that DIR was trained with.
 
 Example, a teacher, its distillation, and pictures from two steps:
-  python -m sdiff_jax.main --config=configs/digits_diffusion.py --workdir=runs/teacher
-  python -m sdiff_jax.main --config=configs/digits_scd.py --workdir=runs/scd \\
-    --config.teacher.workdir=runs/teacher
-  python -m sdiff_jax.main --workdir=runs/scd --job=sample
+  python -m sdiff_jax.main --config=configs/digits_diffusion.py
+  python -m sdiff_jax.main --config=configs/digits_scd.py
+  python -m sdiff_jax.main --config=configs/digits_scd.py --job=sample
 """
 
 import importlib
@@ -31,7 +31,7 @@ from sdiff_jax.interfaces import UserError
 JOBS = ("train", "sample", "evaluate", "report")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
 _JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
-    config, workdir = _CONFIG.value, os.path.abspath(_WORKDIR.value)
+    config, workdir = _CONFIG.value, os.path.abspath(_workdir())
     job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
     if config is None and _JOB.value == "train":
       raise UserError("--config is missing: name a file of configs/")
@@ -53,6 +53,17 @@ def main(argv: list[str]) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _workdir() -> str:
+  """Returns --workdir, or runs/X_words for --config=configs/X.py:words."""
+  if _WORKDIR.value is not None:
+    return _WORKDIR.value
+  if _CONFIG.value is None:
+    raise UserError("--config and --workdir are missing: give one of them; see --help")
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  name, _, words = os.path.basename(file).partition(".py")
+  return os.path.join("runs", (name + words).replace(":", "_").replace(",", "_"))
 
 
 def _cache_compilations() -> None:

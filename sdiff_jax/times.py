@@ -79,6 +79,6 @@ def given_angles(angles: Sequence[float]) -> np.ndarray:
   grid = np.append(np.asarray(angles, np.float64), 0.0)
   if grid[0] > np.pi / 2 or np.any(np.diff(grid) >= 0):
     raise ValueError(
-      f"sampler.times={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
+      f"sampler.angles={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
     )
   return grid

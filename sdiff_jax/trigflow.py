@@ -8,6 +8,7 @@ differentiable; t is [B], data are [B, ...].
 
 from collections.abc import Callable
 
+import chex
 import jax.numpy as jnp
 
 from sdiff_jax.interfaces import Array, Cond, NetFn
@@ -15,17 +16,20 @@ from sdiff_jax.interfaces import Array, Cond, NetFn
 
 def expand(t: Array, x: Array) -> Array:
   """Appends axes of length 1 to t [B] until it broadcasts against x [B, ...]."""
+  chex.assert_equal_shape_prefix((t, x), t.ndim)
   return jnp.reshape(t, t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def perturb(x0: Array, z: Array, t: Array) -> Array:
   """Returns x_t = cos(t) x0 + sin(t) z, [B, ...]."""
+  chex.assert_equal_shape((x0, z))
   t = expand(t, x0)
   return jnp.cos(t) * x0 + jnp.sin(t) * z
 
 
 def velocity(x0: Array, z: Array, t: Array) -> Array:
   """Returns dx_t/dt = cos(t) z - sin(t) x0, [B, ...]."""
+  chex.assert_equal_shape((x0, z))
   t = expand(t, x0)
   return jnp.cos(t) * z - jnp.sin(t) * x0
 
@@ -42,6 +46,7 @@ def rotate(xt: Array, F: Array, t: Array, s: Array, sigma_d: float) -> Array:
     s: angles after the step, [B].
     sigma_d: standard deviation of the data.
   """
+  chex.assert_equal_shape((xt, F))
   step = expand(t - s, xt)
   return jnp.cos(step) * xt - jnp.sin(step) * sigma_d * F
 

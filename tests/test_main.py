@@ -245,6 +245,37 @@ def test_a_workdir_of_another_experiment_is_refused(cache, teacher):
   assert "optim.learning_rate (0.002 there, 0.5 now)" in done.stderr
 
 
+def test_the_run_is_named_after_its_config(cache, tmp_path):
+  config = f"--config={ROOT}/configs/digits_scd.py:guided"
+
+  def fails(*args):
+    done = subprocess.run(
+      command(*args),
+      cwd=tmp_path,
+      env=environment(cache) | {"PYTHONPATH": str(ROOT)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 2
+    return done.stderr
+
+  assert "--workdir=runs/digits_diffusion" in fails(config)  # trains its teacher
+  missing = f"{tmp_path}/runs/digits_scd_guided/config.json does not exist"
+  assert missing in fails(config, "--job=sample")
+  assert fails("--job=sample").startswith("error: --config and --workdir are missing")
+
+
+def test_angles_of_a_sampler_from_the_command_line(cache, teacher):
+  config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
+  config += ("--config.sampler.name=consistency", "--config.sample.num=4")
+  angles = "--config.sampler.angles=(1.56, 1.3, 0.9)"
+  assert "(3 evaluations each)" in works(cache, *config, angles, "--job=sample")
+  done = call(cache, *config, "--config.sampler.angles=(1.1, 1.5)", "--job=sample")
+  assert done.returncode == 2
+  assert "config.sampler.angles=(1.1, 1.5): give falling angles" in done.stderr
+
+
 def test_jobs_on_an_empty_directory_say_what_to_do_first(cache, tmp_path):
   for job in ("sample", "evaluate", "report"):
     done = call(cache, f"--workdir={tmp_path}", f"--job={job}")

@@ -1,4 +1,4 @@
-"""Job `report`: one page on a work directory, or on all runs inside a directory."""
+"""Job `report`: one page on a run and its teacher, or on all runs inside a folder."""
 
 import glob
 import os
@@ -7,6 +7,7 @@ import ml_collections
 
 from sdiff_jax import report
 from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
 
 
 def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
@@ -20,6 +21,9 @@ def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   runs = sorted((os.path.dirname(f) for f in found), key=os.path.getctime)
   if os.path.exists(os.path.join(workdir, "config.json")):
     runs.insert(0, workdir)
+    teacher = experiments.read(workdir).teacher.workdir
+    if os.path.exists(os.path.join(teacher, "config.json")):
+      runs.insert(0, teacher)
   if not runs:
     raise UserError(f"{workdir}: no run there; make one with --job=train")
   path = report.write(runs, os.path.join(workdir, "report.html"))

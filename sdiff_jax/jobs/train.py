@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from clu import parameter_overview
 
 from sdiff_jax import ema, lookup, loop, optim, sharding, state, step, writer
 from sdiff_jax.checkpoint import Checkpoints
@@ -247,9 +248,14 @@ def _summary(
   seconds: float,
   flops: float,
 ) -> None:
-  """Writes training.json: what the run cost."""
+  """Writes training.json, what the run cost, and parameters.txt, what it trained."""
   if jax.process_index():
     return
+  overview = parameter_overview.get_parameter_overview(
+    abstract.params, include_stats=False
+  )
+  with open(os.path.join(workdir, "parameters.txt"), "w", encoding="utf-8") as file:
+    file.write(overview + "\n")
   steps = config.train.steps
   parameters = sum(x.size for x in jax.tree.leaves(abstract.params["net"]))
   summary = {

@@ -7,6 +7,7 @@ The two differ in the velocity alone: of the data (training) or of a teacher
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +46,7 @@ def tangent(
   Returns:
     F [B, ...], through which gradients flow, and g [B, ...], through which not.
   """
+  chex.assert_equal_shape((xt, v))
   c, s = jnp.cos(t), jnp.sin(t)
   c_x, s_x = trigflow.expand(c, xt), trigflow.expand(s, xt)
   F, J = jax.jvp(
