@@ -39,7 +39,7 @@ def picture(runs: pathlib.Path, path: pathlib.Path) -> None:
     ("sCD, 1 evaluation", "scd/evaluate/consistency-1.png"),
     ("sCD, 2 evaluations", "scd/evaluate/consistency-2.png"),
   )
-  figure = Figure(figsize=(9, 2.1), layout="constrained", facecolor="white")
+  figure = Figure(figsize=(9, 1.75), layout="constrained", facecolor="white")
   axes = figure.subplots(1, len(panels))
   for ax, (title, name) in zip(axes, panels, strict=True):
     grid = np.asarray(Image.open(runs / name))
@@ -70,7 +70,7 @@ def main() -> None:
     compute = f"{row['compute']:.2f}" if row["compute"] is not None else "-"
     cells = [*key, str(row["evaluations"] or "-"), *columns, compute]
     print("|", " | ".join(cells), "|")
-  print("\n| seed | sCD | / teacher | / Gaussian | teacher as consistency model / |")
+  print("\n| seed | sCD | / teacher | / Gaussian | teacher as 1-step consistency model / |")
   print("|---|---|---|---|---|")
   for seed, rows in enumerate(seeds):
     teacher = rows["teacher", "heun/16"]["frechet"]

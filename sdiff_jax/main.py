@@ -1,6 +1,7 @@
 """Command line: python -m sdiff_jax.main --config=configs/X.py [--workdir=DIR].
 
 Jobs (--job=NAME), each on the work directory DIR:
+  inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
   sample    write samples.npz and samples.png
   evaluate  measure samples of several solvers against the data set
@@ -19,6 +20,7 @@ Example, a teacher, its distillation, and pictures from two steps:
 
 import importlib
 import os
+import re
 import sys
 
 import jax
@@ -28,7 +30,7 @@ from ml_collections import config_flags
 from sdiff_jax import config as configs
 from sdiff_jax.interfaces import UserError
 
-JOBS = ("train", "sample", "evaluate", "report")
+JOBS = ("inspect", "train", "sample", "evaluate", "report")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
@@ -51,8 +53,27 @@ def main(argv: list[str]) -> None:
     _cache_compilations()
     print(job.run(config, workdir))
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _refuse(str(error))
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; a field that does not exist or has another type is refused."""
+  try:
+    rest = flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:  # of a config without that field
+    field = re.sub(r"\\n|\\?'", " ", str(error.args[0]))  # the name, quoted twice
+    _refuse(f"--config has no such field: {field}")
+  except (flags.Error, UserError) as error:
+    _refuse(f"{error}; see --help")
+  file, _ = _config_file()
+  if file and not os.path.exists(file):
+    _refuse(f"--config={file}: no such file")
+  return rest
+
+
+def _refuse(message: str) -> None:
+  print("error:", " ".join(message.split()), file=sys.stderr)
+  sys.exit(2)
 
 
 def _workdir() -> str:
@@ -61,9 +82,18 @@ def _workdir() -> str:
     return _WORKDIR.value
   if _CONFIG.value is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
-  file = config_flags.get_config_filename(flags.FLAGS["config"])
-  name, _, words = os.path.basename(file).partition(".py")
-  return os.path.join("runs", (name + words).replace(":", "_").replace(",", "_"))
+  file, words = _config_file()
+  name = os.path.basename(file).removesuffix(".py")
+  return os.path.join("runs", "_".join(filter(None, [name, *words.split(",")])))
+
+
+def _config_file() -> tuple[str, str]:
+  """Returns the file and the words of --config=FILE.py:words, "" where missing."""
+  if _CONFIG.value is None:
+    return "", ""
+  given = config_flags.get_config_filename(flags.FLAGS["config"])
+  name, _, words = given.partition(".py")
+  return name + ".py", words.removeprefix(":")
 
 
 def _cache_compilations() -> None:
@@ -75,4 +105,4 @@ def _cache_compilations() -> None:
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  app.run(main, flags_parser=parse)

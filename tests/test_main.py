@@ -206,6 +206,12 @@ def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path)
     (("--config.mesh.fsdp=3",), "config.mesh: data="),
     (("--config.ema.profiles=('x/1',)",), "config.ema.profiles: 'x/1' is neither"),
     (("extra",), "unknown argument 'extra'"),
+    (("--bogus=1",), "Unknown command line flag 'bogus'"),
+    (("--config.train.stepz=1",), "--config has no such field: stepz"),
+    (("--config.train.steps=1.5",), "flag --config.train.steps=1.5: invalid literal"),
+    (("--job=paint",), "flag --job=paint: value should be one of <train|sample"),
+    (("--config=configs/none.py",), "--config=configs/none.py: no such file"),
+    (("--config=configs/digits_scd.py:x",), "configs/digits_scd.py:x: the only word"),
     (("--config.sampler.name=euler",), "config.sampler.name='euler': take one of"),
   ],
 )

@@ -83,10 +83,18 @@ def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-      json.dump(config.to_dict(), file, indent=2)
+      json.dump(_with_absolute_teacher(config.to_dict()), file, indent=2)
     command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
     with open(os.path.join(workdir, "command.txt"), "w", encoding="utf-8") as file:
       file.write(shlex.join(command) + "\n")
+
+
+def _with_absolute_teacher(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config with a teacher that is found from any directory."""
+  teacher = config["teacher"]["workdir"]
+  if teacher:
+    config["teacher"]["workdir"] = os.path.abspath(teacher)
+  return config
 
 
 def read(workdir: str) -> ml_collections.ConfigDict:
