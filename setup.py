@@ -28,11 +28,12 @@ setuptools.setup(
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "scikit-learn>=1.6",
+    "tensorflow-datasets>=4.9.7",  # read without TensorFlow
     "tensorboardX>=2.6",
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8"],
+    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
     "dev": ["pre-commit>=4"],
     "tpu": ["jax[tpu]>=0.10.1"],
     "cuda": ["jax[cuda12]>=0.10.1"],

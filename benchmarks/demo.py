@@ -70,7 +70,8 @@ def main() -> None:
     compute = f"{row['compute']:.2f}" if row["compute"] is not None else "-"
     cells = [*key, str(row["evaluations"] or "-"), *columns, compute]
     print("|", " | ".join(cells), "|")
-  print("\n| seed | sCD | / teacher | / Gaussian | teacher as 1-step consistency model / |")
+  naive = "teacher as 1-step consistency model"
+  print(f"\n| seed | sCD | / teacher | / Gaussian | {naive} / |")
   print("|---|---|---|---|---|")
   for seed, rows in enumerate(seeds):
     teacher = rows["teacher", "heun/16"]["frechet"]

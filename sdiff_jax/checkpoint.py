@@ -1,6 +1,7 @@
 """Checkpoints of the training state; the only file that knows Orbax."""
 
 import os
+import sys
 from typing import Any
 
 from orbax.checkpoint import v1 as ocp
@@ -51,14 +52,36 @@ class Checkpoints:
       step, {"training": training | {"step": state.step}, "ema": state.ema}
     )
 
-  def restore(self, abstract: TrainState) -> TrainState:
-    """Returns the newest state, placed as the shardings of `abstract` say."""
-    tree = {"params": abstract.params, "opt_state": abstract.opt_state}
-    loaded = self._checkpointer.load_checkpointables(
-      None, {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
-    )
-    return TrainState(ema=loaded["ema"], **loaded["training"])
+  def restore(self, abstract: TrainState) -> TrainState | None:
+    """Returns the newest state that can be read, None if there is no checkpoint.
 
-  def restore_ema(self, abstract: dict[str, Params]) -> dict[str, Params]:
-    """Returns the averages of the newest checkpoint alone."""
-    return self._checkpointer.load_checkpointables(None, {"ema": abstract})["ema"]
+    Arrays are placed as the shardings of `abstract` say. A checkpoint that is newer
+    but damaged is named on stderr, and removed.
+    """
+    tree = {"params": abstract.params, "opt_state": abstract.opt_state}
+    wanted = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
+    loaded = self._newest(wanted)
+    return loaded and TrainState(ema=loaded["ema"], **loaded["training"])
+
+  def restore_ema(self, abstract: dict[str, Params]) -> dict[str, Params] | None:
+    """Returns the averages alone, as `restore` does."""
+    loaded = self._newest({"ema": abstract})
+    return loaded and loaded["ema"]
+
+  def _newest(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    damaged: list[tuple[int, Exception]] = []
+    steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+    for step in steps:
+      try:
+        loaded = self._checkpointer.load_checkpointables(step, wanted)
+      except Exception as error:  # whatever a missing or short file leads to
+        damaged.append((step, error))
+        continue
+      for bad, error in damaged:
+        reason = str(error).splitlines()[0][:200]
+        print(f"checkpoint {bad} is damaged, using {step}: {reason}", file=sys.stderr)
+        self._checkpointer.delete(bad)
+      return loaded
+    if damaged:
+      raise damaged[0][1]
+    return None

@@ -45,8 +45,10 @@ def base() -> ml_collections.ConfigDict:
     {
       "steps": 1000,
       "batch_size": 128,  # over all devices
+      "flip": False,  # mirror images, left to right, with probability 1/2
       "log_every": 50,  # steps
       "sample_every": 0,  # steps between sample grids; 0 for none
+      "skip_nonfinite": False,  # go on after a NaN or infinity, without that step
     }
   )
   c.optim = ml_collections.ConfigDict(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sdiff_jax.checkpoint import Checkpoints
-from sdiff_jax.interfaces import Array
+from sdiff_jax.interfaces import Array, UserError
 from sdiff_jax.state import TrainState
 from sdiff_jax.writer import Writer
 
@@ -27,9 +27,11 @@ def run(
   save_every: int,
   sample_every: int,
   sample: Callable[[TrainState], np.ndarray],
+  skip_nonfinite: bool,
+  stopping: Callable[[], bool],
   seconds: float = 0.0,
 ) -> tuple[TrainState, float]:
-  """Trains from step `start` to `steps` and saves a checkpoint at the end.
+  """Trains from step `start` to `steps`, and saves a checkpoint at the end.
 
   In each turn: take a batch, start the step, and only then, while it runs, write
   what the steps before it measured; then save, then sample. Metrics are means over
@@ -48,17 +50,35 @@ def run(
     save_every: steps between checkpoints.
     sample_every: steps between sample grids, 0 for none.
     sample: state -> picture uint8 [H, W, C].
+    skip_nonfinite: go on after steps that were not finite (see `step`).
+    stopping: whether to save and return before the end.
     seconds: training time before `start`.
 
   Returns:
     The last state and the training time in seconds, without grids.
+
+  Raises:
+    UserError: the loss or its gradient was not finite; no state of it was saved.
   """
   recent: list[dict[str, Array]] = []
   logged = [start, seconds]
   clock = time.perf_counter() - seconds
 
+  def read() -> list[dict[str, np.ndarray]]:
+    host = jax.device_get(recent)
+    bad = [i for i, metrics in enumerate(host) if metrics["skipped"]]
+    if bad and not skip_nonfinite:
+      raise UserError(
+        f"step {logged[0] + bad[0] + 1}: the loss or its gradient is not finite; the "
+        f"last good checkpoint is that of step {checkpoints.latest}; go on without "
+        "such steps by config.train.skip_nonfinite=True, or train anew with a lower "
+        "config.optim.learning_rate"
+      )
+    return host
+
   def log(done: int) -> None:
-    means = jax.tree.map(lambda *a: float(np.mean(a)), *jax.device_get(recent))
+    host = read()
+    means = jax.tree.map(lambda *a: float(np.mean(a)), *host)
     now = time.perf_counter() - clock
     rate = (done - logged[0]) * batch_size / max(now - logged[1], 1e-9)
     writer.scalars(done, means | {"images_per_second": rate, "seconds": now})
@@ -72,7 +92,11 @@ def run(
     if recent and done % log_every == 0:
       log(done)
     recent.append(metrics)
+    if stopping():
+      steps = done + 1
+      break
     if (done + 1) % save_every == 0 and done + 1 < steps:
+      read()  # what is saved is good
       checkpoints.save(done + 1, state)
     if sample_every and (done + 1) % sample_every == 0:
       pause = time.perf_counter()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -31,7 +32,8 @@ def build(
   Returns:
     A pure function. `key` is the run's own; the step's number is folded into it.
     Teacher parameters are the argument `frozen`: closed over, they would be a
-    constant of the program.
+    constant of the program. A step whose loss or gradient is not finite changes the
+    count alone, and says so in the metric `skipped`.
   """
 
   def step(
@@ -46,13 +48,19 @@ def build(
     params = optax.apply_updates(state.params, updates)
     n = state.step + 1
     averages = ema.update(state.ema, params, n, betas)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(value) & jnp.isfinite(norm)
+    new = TrainState(n, params, opt_state, averages)
+    old = state._replace(step=n)
+    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     metrics = {
       "loss": value,
-      "gradient_norm": optax.tree.norm(grads),
-      "learning_rate": jax.numpy.asarray(rate(state.step)),
+      "gradient_norm": norm,
+      "learning_rate": jnp.asarray(rate(state.step)),
+      "skipped": jnp.where(good, 0.0, 1.0),
       **aux,
     }
-    return TrainState(n, params, opt_state, averages), metrics
+    return new, metrics
 
   return step
 

@@ -1,5 +1,8 @@
 """Checkpoints: what comes back, on which mesh, and how many are kept."""
 
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +44,38 @@ def test_only_the_newest_are_kept(tmp_path):
   kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
   assert {"2", "3"} <= kept
   assert "1" not in kept
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make(step)._replace(step=jnp.int32(step)))
+  files = [p for p in (tmp_path / "checkpoints/2").rglob("*") if p.is_file()]
+  for path in files:
+    if damage == "truncate":
+      os.truncate(path, path.stat().st_size // 2)
+    elif path.stat().st_size > 1000:
+      path.unlink()
+  abstract = experiment.place(jax.eval_shape(lambda: make(1.0)), sharding.make_mesh())
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    loaded = checkpoints.restore(abstract)
+    assert int(loaded.step) == 1
+    checkpoints.save(2, make(5.0)._replace(step=jnp.int32(2)))
+  assert "checkpoint 2 is damaged, using 1" in capsys.readouterr().err
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    assert float(checkpoints.restore(abstract).params["logvar"]) == 5
+
+
+def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
+  abstract = experiment.place(jax.eval_shape(lambda: make(1.0)), sharding.make_mesh())
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(abstract) is None
+    checkpoints.save(1, make(1.0))
+  shutil.rmtree(tmp_path / "checkpoints/1/training")
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(Exception, match="training"):
+      checkpoints.restore(abstract)
 
 
 def test_the_error_of_a_save_surfaces(tmp_path):

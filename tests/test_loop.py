@@ -6,12 +6,16 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sdiff_jax import loop, writer
+from sdiff_jax.interfaces import UserError
 
 
 class Recorder:
   """Stands in for the checkpoints and notes what happened when."""
+
+  latest = 3
 
   def __init__(self):
     self.events = []
@@ -23,20 +27,21 @@ class Recorder:
     self.events.append(("wait",))
 
 
-def run(tmp_path, *, start=0, steps=10, **changed):
+def run(tmp_path, *, start=0, steps=10, bad=-1, recorder=None, **changed):
   """Counts: the state is the number of steps, the loss is the batch."""
-  recorder = Recorder()
+  recorder = recorder or Recorder()
 
   @jax.jit
   def step(state, batch):
-    return state + 1, {"loss": batch}
+    return state + 1, {"loss": batch, "skipped": jnp.where(batch == bad, 1.0, 0.0)}
 
   def sample(state):
     recorder.events.append(("sample", int(state)))
     return np.zeros((2, 2, 1), np.uint8)
 
   batches = (jnp.float32(k) for k in itertools.count(start))
-  options = {"log_every": 4, "save_every": 3, "sample_every": 5} | changed
+  options = {"log_every": 4, "save_every": 3, "sample_every": 5}
+  options |= {"skip_nonfinite": False, "stopping": lambda: False} | changed
   with writer.Writer(tmp_path, total=steps, start=start) as out:
     state, seconds = loop.run(
       step,
@@ -86,3 +91,24 @@ def test_it_goes_on_from_where_it_was(tmp_path):
 def test_nothing_left_to_do(tmp_path):
   state, events, lines = run(tmp_path, start=10, steps=10)
   assert (state, events, lines) == (10, [], [])
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path):
+  recorder = Recorder()
+  with pytest.raises(UserError, match="step 5: the loss .* that of step 3; go on"):
+    run(tmp_path, bad=4, recorder=recorder)
+  assert [event for event in recorder.events if event[0] == "save"] == [("save", 3, 3)]
+
+
+def test_or_is_counted_and_left_out(tmp_path):
+  state, _, lines = run(tmp_path, bad=4, skip_nonfinite=True)
+  assert state == 10
+  assert [line["skipped"] for line in lines] == [0, 0.25, 0]
+
+
+def test_stopping_saves_and_returns(tmp_path):
+  turns = iter([False] * 4 + [True])
+  state, events, lines = run(tmp_path, stopping=lambda: next(turns), sample_every=0)
+  assert state == 5
+  assert events == [("save", 3, 3), ("save", 5, 5), ("wait",)]
+  assert [line["step"] for line in lines] == [4, 5]

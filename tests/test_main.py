@@ -198,6 +198,40 @@ def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path)
   assert len(set(steps)) == len(steps)
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path):
+  config = ("--config=configs/digits_diffusion.py", *TINY, f"--workdir={tmp_path}")
+  config += ("--config.train.steps=100000", "--config.checkpoint.every=100000")
+  process = subprocess.Popen(
+    command(*config),
+    cwd=ROOT,
+    env=environment(cache),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  deadline = time.monotonic() + 120
+  metrics = tmp_path / "metrics.jsonl"
+  while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  said, _ = process.communicate(timeout=30)
+  assert process.returncode == 0
+  step = int(next(iter((tmp_path / "checkpoints").glob("[0-9]*"))).name)
+  assert said.strip().startswith(f"stopped at step {step}, the same command goes on")
+  assert 4 <= step < 100000
+
+
+def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
+  config = ("--config=configs/digits_diffusion.py", *TINY, f"--workdir={tmp_path}")
+  done = call(cache, *config, "--config.optim.learning_rate=1e30")
+  assert done.returncode == 2
+  line = done.stderr.strip().splitlines()[-1]
+  assert line.startswith("error: step ")
+  assert "not finite; the last good checkpoint is that of step" in line
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert all(json.loads(line)["loss"] is not None for line in lines)
+
+
 @pytest.mark.parametrize(
   ("args", "message"),
   [

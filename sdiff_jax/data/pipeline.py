@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.interfaces import Array
+from sdiff_jax.interfaces import Array, UserError
 
 
 class Source(NamedTuple):
@@ -30,6 +30,24 @@ class Source(NamedTuple):
   classes: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
+
+
+def checked(source: Source) -> Source:
+  """Returns a source whose `mean` and `std` fit its images.
+
+  Raises:
+    UserError: they do not.
+  """
+  channels = source.shape[-1]
+  for name, values in (("mean", source.mean), ("std", source.std)):
+    if len(values) not in (1, channels):
+      raise UserError(
+        f"config.data.{name}={values}: the images have {channels} channel(s); give one "
+        "number for all, or one a channel"
+      )
+  if min(source.std) <= 0:
+    raise UserError(f"config.data.std={source.std}: must be above 0")
+  return source
 
 
 def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
@@ -73,17 +91,30 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(size)
 
 
+def flips(seed: int, k: int, batch_size: int) -> np.ndarray:
+  """Returns which images of batch k are mirrored, bool [batch_size], each by a coin."""
+  coins = np.random.default_rng((seed, k, 1))  # apart from the order
+  return coins.random(batch_size) < 0.5
+
+
 def batches(
-  source: Source, *, seed: int, batch_size: int, sigma_d: float, start: int = 0
+  source: Source,
+  *,
+  seed: int,
+  batch_size: int,
+  sigma_d: float,
+  start: int = 0,
+  flip: bool = False,
 ) -> Iterator[dict]:
   """Yields batches start, start + 1, ... of this process, without end.
 
   Args:
     source: the images.
-    seed: of the order.
+    seed: of the order, and of the flips.
     batch_size: images a batch, over all processes.
     sigma_d: standard deviation to scale to.
     start: number of the first batch.
+    flip: whether to mirror each image, left to right, with probability 1/2.
 
   Yields:
     {"x0": float32 [n, H, W, C], "cond": {"label": int32 [n]}} with n the batch size
@@ -95,6 +126,9 @@ def batches(
   def load(k: int) -> dict:
     chosen = indices(source.size, seed, start + k, batch_size)[mine]
     images, labels = source.take(chosen)
+    if flip:
+      mirrored = flips(seed, start + k, batch_size)[mine][:, None, None, None]
+      images = np.where(mirrored, images[:, :, ::-1], images)
     return {"x0": encode(source, images, sigma_d), "cond": {"label": labels}}
 
   # An element is a whole batch, so threads work on batches and no state is needed.

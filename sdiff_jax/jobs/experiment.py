@@ -22,8 +22,8 @@ from sdiff_jax.samplers import sequential, tables
 
 ROWS = 10  # of a grid of samples; its columns are the classes
 # Fields that may change between two runs in one work directory.
-FREE = ("train.log_every", "train.sample_every", "checkpoint.", "mesh.")
-FREE += ("sampler.", "sample.", "evaluate.", "teacher.")
+FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
+FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "evaluate.", "teacher.")
 
 
 class Experiment(NamedTuple):
@@ -137,9 +137,10 @@ def averages(
   params = jax.eval_shape(experiment.network.init, jax.random.key(0))
   abstract = place({p: params for p in profiles}, experiment.mesh)
   with Checkpoints(workdir) as checkpoints:
-    if checkpoints.latest is None:
-      raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
-    return checkpoints.restore_ema(abstract)
+    found = checkpoints.restore_ema(abstract)
+  if found is None:
+    raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
+  return found
 
 
 def place(abstract: state.TrainState, mesh: Mesh) -> state.TrainState:

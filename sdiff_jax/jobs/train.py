@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,16 +47,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   train_step = step.build(loss, optimizer, betas, rate)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-    start = checkpoints.latest or 0
-    if start:
-      current = checkpoints.restore(placed)
-    else:
+    current = checkpoints.restore(placed)
+    if current is None:
       shardings = jax.tree.map(lambda x: x.sharding, placed)
       current = jax.jit(init, out_shardings=shardings)(key, frozen)
+    start = int(current.step)
     if start < config.train.steps:
-      seconds = _fit(
+      done, seconds = _fit(
         experiment, solver, workdir, checkpoints, jitted, current, key, frozen, start
       )
+      if done < config.train.steps:
+        return f"stopped at step {done}, the same command goes on: {workdir}"
       flops = _flops(config, experiment.source, teacher, abstract, key, frozen)
       _summary(config, workdir, abstract, seconds, flops)
   return f"trained {config.train.steps} steps: {workdir}"
@@ -69,8 +73,8 @@ def _fit(
   key: Any,
   frozen: Params,
   start: int,
-) -> float:
-  """Runs the loop from `start`, and returns the training time in seconds."""
+) -> tuple[int, float]:
+  """Runs the loop from `start`, and returns the steps taken and the seconds."""
   config, mesh = experiment.config, experiment.mesh
   over_batch = sharding.batch(mesh)
   batches = pipeline.batches(
@@ -79,6 +83,7 @@ def _fit(
     batch_size=config.train.batch_size,
     sigma_d=config.sigma_d,
     start=start,
+    flip=config.train.flip,
   )
   on_device = (sharding.put(batch, over_batch) for batch in batches)
   key = jax.device_put(key, sharding.replicated(mesh))
@@ -101,7 +106,7 @@ def _fit(
     start=start,
     active=jax.process_index() == 0,
   ) as metrics:
-    _, seconds = loop.run(
+    state_after, seconds = loop.run(
       lambda current, batch: compiled(current, batch, key, frozen),
       current,
       on_device,
@@ -114,9 +119,18 @@ def _fit(
       save_every=config.checkpoint.every,
       sample_every=config.train.sample_every,
       sample=sample,
+      skip_nonfinite=config.train.skip_nonfinite,
+      stopping=_on_sigterm(),
       seconds=earlier[-1] if start and earlier else 0.0,
     )
-  return seconds
+  return int(state_after.step), seconds
+
+
+def _on_sigterm() -> Callable[[], bool]:
+  """Returns a function that says whether SIGTERM has come since."""
+  came = threading.Event()
+  signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+  return came.is_set
 
 
 def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sdiff_jax.data import digits, pipeline
+from sdiff_jax.interfaces import UserError
 
 
 @hypothesis.given(
@@ -59,3 +60,46 @@ def test_decode_inverts_encode_and_clips(sigma_d):
   x0 = pipeline.encode(source, images, sigma_d)
   np.testing.assert_array_equal(pipeline.decode(source, x0, sigma_d), images)
   assert (np.asarray(pipeline.decode(source, x0 + 100, sigma_d)) == 255).all()
+
+
+def test_flipped_batches_are_functions_of_seed_and_number_alone():
+  source = digits.build()
+  options = {"seed": 3, "batch_size": 64, "sigma_d": 0.5}
+  plain, ones = (pipeline.batches(source, **options, flip=f) for f in (False, True))
+  later = pipeline.batches(source, **options, flip=True, start=2)
+  flipped = []
+  for k in range(4):
+    a, b = next(plain), next(ones)
+    np.testing.assert_array_equal(a["cond"]["label"], b["cond"]["label"])
+    mirrored = pipeline.flips(3, k, 64)
+    expected = a["x0"].copy()
+    expected[mirrored] = expected[mirrored, :, ::-1]
+    np.testing.assert_array_equal(b["x0"], expected)
+    flipped.append(mirrored)
+    if k >= 2:
+      np.testing.assert_array_equal(next(later)["x0"], b["x0"])
+  assert (flipped[0] != flipped[1]).any()
+  assert (flipped[0] != pipeline.flips(4, 0, 64)).any()
+
+
+def test_half_of_the_images_are_flipped():
+  coins = np.stack([pipeline.flips(0, k, 100) for k in range(400)])
+  assert coins.dtype == bool
+  # Five standard deviations of 40000 coins, and of 400 for each place in a batch.
+  assert coins.mean() == pytest.approx(0.5, abs=5 * 0.5 / 200)
+  assert np.abs(coins.mean(0) - 0.5).max() < 5 * 0.5 / 20
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mean": (0.0, 0.0)}, "config.data.mean=.*: the images have 3 channel"),
+    ({"std": (1.0,) * 4}, "config.data.std=.*: the images have 3 channel"),
+    ({"std": (1.0, 0.0, 1.0)}, "config.data.std=.*: must be above 0"),
+  ],
+)
+def test_moments_that_do_not_fit_the_images_are_refused(fields, message):
+  source = digits.build()._replace(shape=(8, 8, 3), mean=(0.0,), std=(1.0,) * 3)
+  assert pipeline.checked(source) == source
+  with pytest.raises(UserError, match=message):
+    pipeline.checked(source._replace(**fields))

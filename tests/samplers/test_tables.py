@@ -239,7 +239,7 @@ def test_angles_replace_the_grid():
   [
     ({"name": "euler"}, r"sampler\.name='euler': take one of \['ddim', 'heun'"),
     ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
-    ({"angles": (1.0, 1.2)}, r"sampler\.times=\(1\.0, 1\.2\): give falling"),
+    ({"angles": (1.0, 1.2)}, r"sampler\.angles=\(1\.0, 1\.2\): give falling"),
   ],
 )
 def test_mistakes_are_refused(changes, message):

@@ -1,0 +1,115 @@
+"""Images in the files of MNIST: train-images-idx3-ubyte[.gz] and its siblings."""
+
+import gzip
+import math
+import os
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from sdiff_jax.data.pipeline import Source, checked
+from sdiff_jax.interfaces import UserError
+
+FOLDER = "/usr/share/datasets/fashion-mnist"
+PREFIX = {"train": "train", "test": "t10k"}
+
+
+def build(
+  *,
+  dir: str = FOLDER,
+  split: str = "train",
+  classes: int = 10,
+  image_size: int = 0,
+  mean: tuple[float, ...] = (-0.428,),
+  std: tuple[float, ...] = (0.706,),
+) -> Source:
+  """Returns MNIST, Fashion-MNIST or another data set in their format.
+
+  Args:
+    dir: folder of the files, packed or not; by default the Fashion-MNIST of Debian.
+    split: "train" or "test".
+    classes: number of labels.
+    image_size: side to resize to, averaging areas, pixels; 0 for as it is.
+    mean: mean of the pixels in [-1, 1].
+    std: standard deviation of the pixels in [-1, 1].
+
+  Raises:
+    UserError: a file is missing, cut short or of another format.
+  """
+  if split not in PREFIX:
+    raise UserError(f"config.data.split={split!r}: take 'train' or 'test'")
+  if image_size < 0:
+    raise UserError(f"config.data.image_size={image_size}: must not be negative")
+  images = _read(dir, f"{PREFIX[split]}-images-idx3-ubyte", 3)[..., None]
+  labels = _read(dir, f"{PREFIX[split]}-labels-idx1-ubyte", 1).astype(np.int32)
+  if len(images) != len(labels):
+    raise UserError(
+      f"{dir}: {len(images)} images but {len(labels)} labels of split {split!r}; "
+      "take both files from one data set"
+    )
+  if labels.max() >= classes:
+    raise UserError(
+      f"config.data.classes={classes}: {dir} has the label {labels.max()}; "
+      f"set it to {labels.max() + 1} or more"
+    )
+  if image_size:
+    images = _resize(images, image_size)
+
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return images[chosen], labels[chosen]
+
+  return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
+
+
+def _read(folder: str, name: str, axes: int) -> np.ndarray:
+  """Returns the array uint8 of an IDX file with `axes` axes.
+
+  The header is big-endian: 0, 0, 8 for unsigned bytes, the number of axes, and the
+  size of each axis in four bytes.
+  """
+  path, data = _bytes(folder, name)
+  magic = bytes((0, 0, 8, axes))
+  if data[:4] != magic:
+    found = data[:4].hex() or "nothing"
+    raise UserError(
+      f"{path} starts with {found} and not {magic.hex()}: it is no "
+      f"{name.split('-', 1)[1]} file; fetch it again"
+    )
+  start = 4 + 4 * axes
+  header = data[4:start].ljust(4 * axes, b"\0")  # cut short: no images, refused below
+  shape = tuple(int(n) for n in np.frombuffer(header, ">u4"))
+  if not math.prod(shape) or len(data) - start != math.prod(shape):
+    raise UserError(
+      f"{path} holds {max(len(data) - start, 0)} bytes where its header says "
+      f"{' x '.join(map(str, shape))}: it is damaged; fetch it again"
+    )
+  return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _bytes(folder: str, name: str) -> tuple[str, bytes]:
+  """Returns the path of a file, packed or not, and what it holds."""
+  path = os.path.join(folder, name)
+  if os.path.exists(path):
+    with open(path, "rb") as file:
+      return path, file.read()
+  path += ".gz"
+  try:
+    with gzip.open(path) as file:
+      return path, file.read()
+  except FileNotFoundError:
+    raise UserError(
+      f"config.data.dir={folder!r} has no {name}[.gz]: put it there, or take "
+      f"Fashion-MNIST, `apt-get install -y dataset-fashion-mnist`, in {FOLDER}"
+    ) from None
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def _resize(images: np.ndarray, side: int) -> np.ndarray:
+  """Returns uint8 [N, side, side, 1] of [N, H, W, 1]: a pixel is an area's average."""
+  small = [
+    Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+    for image in images[..., 0]
+  ]
+  return np.stack([np.asarray(image) for image in small])[..., None]

@@ -1,0 +1,74 @@
+"""Images in an .npz file, such as the samples.npz that the job `sample` writes."""
+
+import zipfile
+import zlib
+
+import numpy as np
+
+from sdiff_jax.data.pipeline import Source, checked
+from sdiff_jax.interfaces import UserError
+
+
+def build(
+  *,
+  path: str = "",
+  mean: tuple[float, ...] = (0.0,),
+  std: tuple[float, ...] = (0.5,),
+) -> Source:
+  """Returns the images of a file; their classes are the labels up to the largest.
+
+  Args:
+    path: .npz with images uint8 [N, H, W, C] (arr_0 or images) and, if they have
+      classes, integers [N] (arr_1 or labels).
+    mean: mean of the pixels in [-1, 1], one for all or one a channel.
+    std: their standard deviation.
+
+  Raises:
+    UserError: the file is missing or damaged, or its arrays are of another form.
+  """
+  if not path:
+    raise UserError("config.data.path is empty: name an .npz of uint8 NHWC images")
+  images, labels = _load(path)
+  if images is None:
+    raise UserError(f"{path} has no images: save them as arr_0 or images")
+  if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+    raise UserError(
+      f"{path}: images are {images.dtype} {images.shape}; save uint8 [N, H, W, C]"
+    )
+  if images.shape[-1] not in (1, 3):
+    raise UserError(
+      f"{path}: images {images.shape} have {images.shape[-1]} channels; save 1 or 3, "
+      "as the last axis"
+    )
+  if labels is None:
+    classes, labels = 0, np.full(len(images), -1)
+  elif labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(
+      f"{path}: labels are {labels.dtype} {labels.shape}; save integers, one for each "
+      f"of the {len(images)} images"
+    )
+  elif labels.min() < 0:
+    raise UserError(f"{path}: a label is {labels.min()}; number them from 0")
+  else:
+    classes = int(labels.max()) + 1
+  labels = labels.astype(np.int32)
+
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return images[chosen], labels[chosen]
+
+  return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
+
+
+def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Returns images and labels of a file, None for what it does not have."""
+  try:
+    loaded = np.load(path)
+    if isinstance(loaded, np.ndarray):
+      raise UserError(f"{path} is one bare array: save it by np.savez(path, images)")
+    with loaded as arrays:
+      images = arrays.get("arr_0", arrays.get("images"))
+      return images, arrays.get("arr_1", arrays.get("labels"))
+  except FileNotFoundError:
+    raise UserError(f"config.data.path={path!r} does not exist") from None
+  except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(f"{path} is no .npz, or damaged ({error})") from error

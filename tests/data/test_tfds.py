@@ -1,0 +1,197 @@
+"""TensorFlow Datasets without TensorFlow: prepared here in ArrayRecord, then read."""
+
+import io
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets
+from PIL import Image
+
+from sdiff_jax.data import pipeline, tfds
+from sdiff_jax.interfaces import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def prepare(folder, images: dict, features: dict) -> None:
+  """Prepares a data set `tiny`; example k has its PNG, the label k % 3 and the id k.
+
+  TensorFlow Datasets encodes arrays by TensorFlow, but takes encoded files as they are.
+  """
+
+  core = tensorflow_datasets.core
+
+  class Tiny(core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = core.Version("1.0.0")
+
+    def _info(self):
+      described = tensorflow_datasets.features.FeaturesDict(features)
+      return core.DatasetInfo(builder=self, features=described)
+
+    def _split_generators(self, manager):
+      return {split: self._generate_examples(split) for split in images}
+
+    def _generate_examples(self, split):
+      for k, image in enumerate(images[split]):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        file.seek(0)
+        example = {"image": file, "label": k % 3, "id": k}
+        yield k, {key: example[key] for key in features}
+
+  Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def features(shape=(8, 8, 3)) -> dict:
+  return {
+    "image": tensorflow_datasets.features.Image(shape=shape),
+    "label": tensorflow_datasets.features.ClassLabel(num_classes=3),
+    "id": np.int64,
+  }
+
+
+@pytest.fixture(scope="module")
+def images():
+  return {
+    "train": RNG.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8),
+    "test": RNG.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8),
+  }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, images):
+  folder = tmp_path_factory.mktemp("tfds")
+  prepare(folder, images, features())
+  return str(folder)
+
+
+def test_examples_are_those_that_were_prepared(prepared, images):
+  source = tfds.build(tfds_name="tiny", dir=prepared)
+  assert source[1:4] == (12, (8, 8, 3), 3)
+  read, labels = source.take(np.arange(12))
+  assert (read.dtype, labels.dtype) == (np.uint8, np.int32)
+  # They were shuffled on the way, so each is looked up among the originals.
+  same = (read[:, None] == images["train"]).all((2, 3, 4))
+  assert (same.sum(0) == 1).all()
+  np.testing.assert_array_equal(labels, same.argmax(1) % 3)
+  again, _ = source.take(np.array([7, 2, 7]))
+  np.testing.assert_array_equal(again, read[[7, 2, 7]])
+
+
+def test_splits_and_parts_of_them(prepared, images):
+  test = tfds.build(tfds_name="tiny", dir=prepared, split="test")
+  read, _ = test.take(np.arange(5))
+  assert (read[:, None] == images["test"]).all((2, 3, 4)).sum() == 5
+  part = tfds.build(tfds_name="tiny:1.0.0", dir=prepared, split="train[4:]")
+  whole = tfds.build(tfds_name="tiny", dir=prepared)
+  assert part.size == 8
+  np.testing.assert_array_equal(
+    part.take(np.arange(8))[0], whole.take(np.arange(4, 12))[0]
+  )
+
+
+def test_batches_over_several_epochs(prepared):
+  source = tfds.build(tfds_name="tiny", dir=prepared, mean=(0.0,), std=(0.5,))
+  batches = pipeline.batches(source, seed=0, batch_size=6, sigma_d=0.5)
+  epochs = [np.concatenate([next(batches)["x0"] for _ in range(2)]) for _ in range(2)]
+  one, two = (np.sort(e.reshape(12, -1), axis=0) for e in epochs)
+  np.testing.assert_array_equal(one, two)
+  assert (epochs[0] != epochs[1]).any()
+
+
+def test_images_of_many_sizes_are_cropped_and_need_a_size(tmp_path):
+  wide, tall = np.full((8, 14, 3), 7, np.uint8), np.full((9, 8, 3), 9, np.uint8)
+  wide[:, 3:11] = 50
+  shapes = features((None, None, 3))
+  prepare(tmp_path, {"train": [wide, tall]}, shapes)
+  with pytest.raises(UserError, match="config.data.image_size=0: .* differ in size"):
+    tfds.build(tfds_name="tiny", dir=str(tmp_path))
+  source = tfds.build(tfds_name="tiny", dir=str(tmp_path), image_size=8)
+  assert source.shape == (8, 8, 3)
+  read, _ = source.take(np.arange(2))
+  assert sorted(np.unique(read).tolist()) == [9, 50]
+
+
+def test_grey_images_without_labels(tmp_path):
+  grey = RNG.integers(0, 256, (3, 8, 8), dtype=np.uint8)
+  image = tensorflow_datasets.features.Image(shape=(8, 8, 1))
+  prepare(tmp_path, {"train": grey}, {"image": image})
+  build = {"tfds_name": "tiny", "dir": str(tmp_path)}
+  with pytest.raises(
+    UserError, match=r"config.data.mean=.*: the images have 1 channel"
+  ):
+    tfds.build(**build)
+  source = tfds.build(**build, mean=(0.0,), std=(0.5,))
+  assert source[1:4] == (3, (8, 8, 1), 0)
+  read, labels = source.take(np.arange(3))
+  assert (read[:, None, ..., 0] == grey).all((2, 3)).sum() == 3
+  assert labels.tolist() == [-1] * 3
+
+
+def test_what_was_not_prepared_says_how_to_prepare_it(prepared, tmp_path):
+  with pytest.raises(UserError) as caught:
+    tfds.build(dir=str(tmp_path))
+  message = str(caught.value)
+  assert (
+    f"config.data.tfds_name='cifar10' is not below config.data.dir='{tmp_path}'"
+    in (message)
+  )
+  assert f"`tfds build cifar10 --data_dir={tmp_path} --file_format=array_record`" in (
+    message
+  )
+  with pytest.raises(UserError, match="'tiny:2.0.0' is not below"):
+    tfds.build(tfds_name="tiny:2.0.0", dir=prepared)
+
+
+def test_files_without_random_access_are_refused(prepared, tmp_path):
+  # Only TensorFlow writes tfrecord files; what describes them is a line.
+  target = tmp_path / "tiny" / "1.0.0"
+  target.mkdir(parents=True)
+  for name in ("dataset_info.json", "features.json"):
+    text = pathlib.Path(prepared, "tiny", "1.0.0", name).read_text("utf-8")
+    (target / name).write_text(text.replace("array_record", "tfrecord"))
+  with pytest.raises(UserError, match="is tfrecord, which has no random access"):
+    tfds.build(tfds_name="tiny", dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_damaged_files_are_named(prepared, tmp_path, damage):
+  shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+  folder = tmp_path / "tiny" / "1.0.0"
+  (file,) = folder.glob("*train.array_record*")
+  data = file.read_bytes()
+  file.write_bytes({"empty": b""}.get(damage, data[: len(data) // 2]))
+  if damage == "missing":
+    file.unlink()
+  with pytest.raises(UserError, match=r"cannot be read .*; remove it and prepare") as e:
+    tfds.build(tfds_name="tiny", dir=str(tmp_path))
+  assert str(e.value).startswith(str(folder))
+
+
+def test_fields_that_do_not_fit_are_refused(prepared, tmp_path):
+  def refuses(match, **fields):
+    with pytest.raises(UserError, match=match):
+      tfds.build(**{"tfds_name": "tiny", "dir": prepared} | fields)
+
+  refuses("config.data.split='valid': take one of .*train", split="valid")
+  refuses(r"config.data.split='train\[:0\]': take one of", split="train[:0]")
+  refuses("config.data.image_size=-8: must not be negative", image_size=-8)
+  refuses(r"config.data.std=\(0.0,\): must be above 0", std=(0.0,))
+  empty = {"train": [np.zeros((8, 8, 3), np.uint8)]}
+  prepare(tmp_path, empty, {"id": np.int64})
+  refuses("has no grey or RGB feature `image`, only id", dir=tmp_path)
+
+
+def test_tensorflow_is_never_imported(prepared):
+  code = (
+    "import sys, numpy; from sdiff_jax.data import tfds;"
+    "assert 'tensorflow_datasets' not in sys.modules;"
+    f"s = tfds.build(tfds_name='tiny', dir={prepared!r}); s.take(numpy.arange(3));"
+    "assert 'tensorflow_datasets' in sys.modules;"
+    "assert not {'tensorflow', 'torch'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
