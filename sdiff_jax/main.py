@@ -58,17 +58,17 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; a field that does not exist or has another type is refused."""
+  given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+  files = [name.partition(".py")[0] + ".py" for name in given]
+  if missing := [file for file in files if not os.path.exists(file)]:
+    _refuse(f"--config={missing[0]}: no such file")
   try:
-    rest = flags.FLAGS(argv)
+    return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:  # of a config without that field
     field = re.sub(r"\\n|\\?'", " ", str(error.args[0]))  # the name, quoted twice
     _refuse(f"--config has no such field: {field}")
-  except (flags.Error, UserError) as error:
+  except (flags.Error, OSError, UserError) as error:
     _refuse(f"{error}; see --help")
-  file, _ = _config_file()
-  if file and not os.path.exists(file):
-    _refuse(f"--config={file}: no such file")
-  return rest
 
 
 def _refuse(message: str) -> None:
@@ -82,18 +82,10 @@ def _workdir() -> str:
     return _WORKDIR.value
   if _CONFIG.value is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
-  file, words = _config_file()
-  name = os.path.basename(file).removesuffix(".py")
-  return os.path.join("runs", "_".join(filter(None, [name, *words.split(",")])))
-
-
-def _config_file() -> tuple[str, str]:
-  """Returns the file and the words of --config=FILE.py:words, "" where missing."""
-  if _CONFIG.value is None:
-    return "", ""
   given = config_flags.get_config_filename(flags.FLAGS["config"])
-  name, _, words = given.partition(".py")
-  return name + ".py", words.removeprefix(":")
+  name, _, words = os.path.basename(given).partition(".py")
+  words = words.removeprefix(":").split(",")
+  return os.path.join("runs", "_".join([name, *filter(None, words)]))
 
 
 def _cache_compilations() -> None:

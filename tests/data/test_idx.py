@@ -77,15 +77,14 @@ def test_a_damaged_file_is_named(tmp_path, files, message):
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "block", "plain"])
 def test_a_damaged_archive_is_named(tmp_path, damage):
   folder = put(tmp_path, zipped=True)
   path = tmp_path / "train-images-idx3-ubyte.gz"
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= damage == "flipped"
-  path.write_bytes(
-    {"cut": data[:-20], "flipped": data, "plain": packed(IMAGES)}[damage]
-  )
+  data[10] |= 255 * (damage == "block")  # behind the header: a block of no known type
+  path.write_bytes({"cut": data[:-20], "plain": packed(IMAGES)}.get(damage, data))
   with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
     idx.build(dir=folder)
 
@@ -122,6 +121,6 @@ def test_fashion_mnist_has_the_moments_of_the_defaults(split, size):
   assert source[1:4] == (size, (28, 28, 1), 10)
   images, labels = source.take(np.arange(size))
   assert np.bincount(labels).tolist() == [size // 10] * 10
-  x0 = pipeline.encode(source, images, 0.5)
+  x0 = pipeline.encode(source, images[:10_000], 0.5)
   assert x0.mean() == pytest.approx(0, abs=0.005)
   assert x0.std() == pytest.approx(0.5, abs=0.005)

@@ -65,6 +65,17 @@ def test_a_damaged_file_is_named(tmp_path, damage):
   assert str(path) in str(caught.value)
 
 
+def test_a_damaged_archive_is_named(tmp_path):
+  path = tmp_path / "data.npz"
+  np.savez_compressed(path, IMAGES)
+  data = bytearray(path.read_bytes())
+  name, extra = data[26] + 256 * data[27], data[28] + 256 * data[29]
+  data[30 + name + extra] = 255  # behind the header: a block of no known type
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="is no .npz, or damaged .*decompressing"):
+    npz.build(path=str(path))
+
+
 def test_one_bare_array_is_refused(tmp_path):
   np.save(tmp_path / "a.npy", IMAGES)
   with pytest.raises(UserError, match=r"a\.npy is one bare array: save it by np.savez"):
@@ -76,3 +87,5 @@ def test_a_missing_file_is_named(tmp_path):
     npz.build()
   with pytest.raises(UserError, match=r"config.data.path='.*a.npz' does not exist"):
     npz.build(path=str(tmp_path / "a.npz"))
+  with pytest.raises(UserError, match="is no .npz, or damaged .*Is a directory"):
+    npz.build(path=str(tmp_path))

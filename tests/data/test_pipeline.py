@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from sdiff_jax import config as configs
 from sdiff_jax.data import digits, pipeline
 from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import train
 
 
 @hypothesis.given(
@@ -80,6 +82,23 @@ def test_flipped_batches_are_functions_of_seed_and_number_alone():
       np.testing.assert_array_equal(next(later)["x0"], b["x0"])
   assert (flipped[0] != flipped[1]).any()
   assert (flipped[0] != pipeline.flips(4, 0, 64)).any()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_flips_if_its_config_says_so(tmp_path, monkeypatch, flip):
+  class ReachedError(Exception):
+    pass
+
+  def batches(source, *, flip, **options):
+    raise ReachedError(flip)
+
+  monkeypatch.setattr(pipeline, "batches", batches)
+  config = configs.base()
+  config.model.update(width=8, depth=1)
+  assert config.train.flip is False
+  config.train.flip = flip
+  with pytest.raises(ReachedError, match=str(flip)):
+    train.run(config, str(tmp_path))
 
 
 def test_half_of_the_images_are_flipped():

@@ -59,6 +59,18 @@ def test_the_numbers_are_those_of_the_images(tmp_path, capsys):
   assert printed[5] == f"better, as measured: mean={mean}, std={std}"
 
 
+def test_classes_without_images_are_counted(tmp_path, capsys):
+  sizes = (0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 8, 0, 0, 0, 8)
+  images = bytes(sizes) + bytes(range(256))
+  (tmp_path / "train-images-idx3-ubyte").write_bytes(images)
+  labels = bytes((0, 0, 8, 1, 0, 0, 0, 4)) + bytes((0, 0, 1, 1))
+  (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
+  config = configs.base()
+  config.data = configs.use("data", "idx", dir=str(tmp_path), classes=3)
+  inspect.run(config, str(tmp_path / "run"))
+  assert "3 classes of 0 to 2 images" in capsys.readouterr().out
+
+
 def test_the_measured_values_scale_the_images_as_promised(tmp_path, capsys):
   images = RNG.integers(100, 200, (50, 8, 8, 1), dtype=np.uint8)
   inspect.run(experiment(tmp_path, images), str(tmp_path / "run"))
