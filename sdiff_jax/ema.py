@@ -33,7 +33,13 @@ def power(sigma_rel: float) -> Callable[[Array], Array]:
 
 
 def half_life(images: float, batch_size: int) -> Callable[[Array], Array]:
-  """Returns n -> 0.5^(batch_size / h), h = min(images, 0.05 images seen)."""
+  """Returns n -> 0.5^(batch_size / h), h = min(images, 0.05 images seen).
+
+  Raises:
+    ValueError: images is not above 0.
+  """
+  if not images > 0:
+    raise ValueError(f"ema: half_life/{images}: must be above 0")
 
   def beta(n: Array) -> Array:
     return 0.5 ** (batch_size / jnp.minimum(images, RAMPUP * n * batch_size))
@@ -49,17 +55,23 @@ def betas(profiles: tuple[str, ...], batch_size: int) -> dict[str, Callable]:
   """
   out = {}
   for profile in profiles:
-    match profile.split("/"):
-      case ["power", width]:
-        out[profile] = power(float(width))
-      case ["half_life", images]:
-        out[profile] = half_life(float(images), batch_size)
-      case _:
-        raise ValueError(
-          f"config.ema.profiles: {profile!r} is neither power/sigma_rel nor "
-          "half_life/images"
-        )
+    name, _, number = profile.partition("/")
+    if name not in ("power", "half_life") or not _is_number(number):
+      raise ValueError(
+        f"config.ema.profiles: {profile!r} is neither power/sigma_rel nor "
+        "half_life/images"
+      )
+    value = float(number)
+    out[profile] = power(value) if name == "power" else half_life(value, batch_size)
   return out
+
+
+def _is_number(text: str) -> bool:
+  try:
+    float(text)
+  except ValueError:
+    return False
+  return True
 
 
 def update(

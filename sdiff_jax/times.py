@@ -71,14 +71,14 @@ def consistency_angles(steps: int, sigma_d: float) -> np.ndarray:
 
 
 def given_angles(angles: Sequence[float]) -> np.ndarray:
-  """Returns the listed angles and a final 0, float64.
+  """Returns the listed angles and a final 0, float64; 1.5708 stands for pi/2.
 
   Raises:
     ValueError: the angles do not fall, or leave (0, pi/2].
   """
   grid = np.append(np.asarray(angles, np.float64), 0.0)
-  if grid[0] > np.pi / 2 or np.any(np.diff(grid) >= 0):
+  if not (grid[0] <= 1.5708 and np.all(np.diff(grid) < 0)):
     raise ValueError(
       f"sampler.angles={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
     )
-  return grid
+  return np.minimum(grid, np.pi / 2)

@@ -123,3 +123,14 @@ def test_impossible_widths_are_refused(sigma_rel):
 def test_unknown_profiles_are_refused(profile):
   with pytest.raises(ValueError, match=r"config.ema.profiles: '.*' is neither"):
     ema.betas((profile,), 8)
+
+
+@pytest.mark.parametrize("profile", ["power/x", "power", "mean/3"])
+def test_other_profiles_are_named(profile):
+  with pytest.raises(ValueError, match="config.ema.profiles: .* is neither"):
+    ema.betas((profile,), 8)
+
+
+def test_a_half_life_is_above_zero():
+  with pytest.raises(ValueError, match="half_life/-1.0: must be above 0"):
+    ema.betas(("half_life/-1",), 8)

@@ -94,3 +94,9 @@ def test_given_angles():
 def test_given_angles_must_fall(angles):
   with pytest.raises(ValueError, match="falling angles in"):
     times.given_angles(angles)
+
+
+def test_the_rounded_pi_half_is_taken_as_pi_half():
+  np.testing.assert_array_equal(times.given_angles((1.5708, 1.1)), [np.pi / 2, 1.1, 0])
+  with pytest.raises(ValueError, match="falling angles"):
+    times.given_angles((float("nan"), 1.1))

@@ -54,8 +54,7 @@ def tangent(
     (xt / sigma_d, t),
     (c_x * s_x * v / sigma_d, c * s),
   )
-  F_minus = jax.lax.stop_gradient(F)
-  g = -(c_x**2) * (sigma_d * F_minus - v) - r * (c_x * s_x * xt + sigma_d * J)
+  g = -(c_x**2) * (sigma_d * F - v) - r * (c_x * s_x * xt + sigma_d * J)
   return F, jax.lax.stop_gradient(g)
 
 
@@ -150,7 +149,6 @@ def build(
     z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
     xt = trigflow.perturb(x0, z, t)
     v, cond = velocity_of(frozen, x0, z, xt, t, batch["cond"], key_v)
-    v = jax.lax.stop_gradient(v)
     net = functools.partial(network.apply, params, key=key_dropout)
     r = times.warmup(step, warmup_steps)
     F, g = tangent(net, xt, t, v, cond, sigma_d=sigma_d, r=r)

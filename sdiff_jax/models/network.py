@@ -23,10 +23,10 @@ def from_module(
 
   def init(key: PRNGKey) -> Params:
     key_net, key_head = jax.random.split(key)
-    x, t = jnp.zeros((1, *shape)), jnp.ones((1,))
+    x, t = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1,), jnp.float32)
     cond = {"label": jnp.zeros((1,), jnp.int32)} if classes else {}
     if guidance:
-      cond["guidance"] = jnp.ones((1,))
+      cond["guidance"] = jnp.ones((1,), jnp.float32)
     net = module.init(key_net, x, t, cond or None, deterministic=True)["params"]
     return {"net": net, "logvar": head.init(key_head, t)["params"]}
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from sdiff_jax import times
 
+HEUN_MAX = 1000.0  # sigma / alpha; EDM starts at 80
+
 
 class Path(NamedTuple):
   """A process x = alpha x0 + sigma eps on a falling grid of N + 1 points.
@@ -105,8 +107,16 @@ def heun(path: Path) -> Table:
   Euler to the next noise level, then the mean of both noise predictions from the
   start; the last step, to noise 0, is Euler's alone: 2 N - 1 evaluations. Written
   for y = x / alpha at noise s = sigma / alpha, then scaled back by alpha.
+
+  Raises:
+    ValueError: the noise starts above HEUN_MAX, where steps in s are useless.
   """
   rows, noise = [], path.sigma / path.alpha
+  if noise[0] > HEUN_MAX:
+    raise ValueError(
+      f"sampler.angles: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
+      f"start below {HEUN_MAX:g}, or take dpm2s or ddim"
+    )
   for i in range(len(path.time) - 1):
     s, s_next, h = noise[i], noise[i + 1], noise[i + 1] - noise[i]
     gain = path.alpha[i + 1] / path.alpha[i]

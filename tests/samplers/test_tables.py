@@ -251,3 +251,11 @@ def test_grids_of_solvers():
   for name in ("ddim", "heun", "dpm2s"):
     table = tables.build(sigma_d=SIGMA_D, name=name, steps=5)
     assert set(times.karras_angles(5, SIGMA_D)[:-1]) <= set(table.time)
+
+
+@pytest.mark.parametrize("start", [np.pi / 2, 1.5708, 1.5707])
+def test_heun_refuses_to_start_at_almost_pure_noise(start):
+  with pytest.raises(ValueError, match="heun cannot start at noise .* take dpm2s"):
+    tables.build(sigma_d=0.5, name="heun", steps=2, angles=(start, 1.0))
+  table = tables.build(sigma_d=0.5, name="dpm2s", steps=2, angles=(start, 1.0))
+  assert all(np.isfinite(column).all() for column in table[:-1])
