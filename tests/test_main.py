@@ -113,12 +113,12 @@ def test_training_leaves_metrics_grids_and_a_summary(teacher):
 @pytest.mark.parametrize("student", ["scd", "sct", "scd.py:guided"])
 def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
   file, _, word = student.partition(".py")
-  run, compute = tmp_path / "student", ("--config.sample.guidance=1.5",)
+  run, guided = tmp_path / "student", ("--config.sample.guidance=1.5",)
   config = f"--config=configs/digits_{file}.py{word}"
   train = (config, f"--workdir={run}", f"--config.teacher.workdir={teacher}", *TINY)
   assert works(cache, *train) == f"trained 12 steps: {run}"
   small = ("--config.sample.num=30", "--config.sample.batch_size=16")
-  line = works(cache, *train, *small, *compute, "--job=sample")
+  line = works(cache, *train, *small, *guided, "--job=sample")
   assert line == f"made 30 images (2 evaluations each): {run}/samples.npz"
   with np.load(run / "samples.npz") as arrays:
     assert arrays["arr_0"].shape == (30, 8, 8, 1)
@@ -126,9 +126,10 @@ def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
     np.testing.assert_array_equal(arrays["arr_1"], np.arange(30) % 10)
   assert Image.open(run / "samples.png").size[0] > 8 * 32
   quick = ("--config.evaluate.num=100", "--config.evaluate.batch_size=50")
-  works(cache, *train, *quick, "--job=evaluate")
+  works(cache, *train, *quick, *guided, "--job=evaluate")
   rows = json.loads((run / "evaluate" / "results.json").read_text())
   assert [row["evaluations"] for row in rows] == [1, 2]
+  assert rows[0]["sampler"] == "consistency/1, guidance 1.5"
   assert all(np.isfinite(row["frechet"]) and row["compute"] > 1 for row in rows)
   line = works(cache, f"--workdir={run}", "--job=report")
   assert line == f"report: {run}/report.html"

@@ -30,13 +30,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   os.makedirs(folder, exist_ok=True)
   rows = _baselines(experiment, measure) if config.evaluate.baselines else []
   model, share = experiments.title(experiment.config), _compute(workdir)
+  scale = config.sample.guidance
+  guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
     for i, (name, solver) in enumerate(bar):
       images, rate = _sample(experiment, solver, params)
       grid = name.replace("/", "-") + ".png"
       num, columns = experiments.grid_size(experiment)
       writer.save_png(os.path.join(folder, grid), writer.grid(images[:num], columns))
-      row = _row(model, name, measure(images), len(images)) | {
+      row = _row(model, name + guided, measure(images), len(images)) | {
         "evaluations": solver.evaluations,
         "images_per_second": rate,
         "compute": share,
