@@ -91,7 +91,7 @@ def base() -> ml_collections.ConfigDict:
     {
       "samplers": ("heun/16",),  # name/steps
       "num": 5000,  # samples for each
-      "batch_size": 500,
+      "batch_size": 512,  # over all devices
       "features": "digits",  # network of metrics/features, or a path to an .npz
       "baselines": False,  # real halves and a Gaussian for each class as well
     }

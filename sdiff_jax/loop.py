@@ -30,7 +30,7 @@ def run(
   skip_nonfinite: bool,
   stopping: Callable[[], bool],
   seconds: float = 0.0,
-) -> tuple[TrainState, float]:
+) -> TrainState:
   """Trains from step `start` to `steps`, and saves a checkpoint at the end.
 
   In each turn: take a batch, start the step, and only then, while it runs, write
@@ -55,7 +55,7 @@ def run(
     seconds: training time before `start`.
 
   Returns:
-    The last state and the training time in seconds, without grids.
+    The last state. The metrics' `seconds` are training time without grids.
 
   Raises:
     UserError: the loss or its gradient was not finite; no state of it was saved.
@@ -104,9 +104,7 @@ def run(
       clock += time.perf_counter() - pause
   if recent:
     log(steps)
-  jax.block_until_ready(state)
-  seconds = time.perf_counter() - clock
   if start < steps:
     checkpoints.save(steps, state)
     checkpoints.wait()
-  return state, seconds
+  return state

@@ -173,6 +173,27 @@ def test_an_image_depends_on_its_seed_alone(cache, teacher):
   assert np.abs(one[:4] - later).max() > 50
 
 
+def test_the_road_on_eight_devices(cache, teacher, tmp_path):
+  config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path}", *TINY)
+  config += (f"--config.teacher.workdir={teacher}", "--config.mesh.fsdp=2")
+  assert works(cache, *config, devices=8) == f"trained 12 steps: {tmp_path}"
+  assert (tmp_path / "samples" / "grid_0000012.png").exists()
+  one, eight = (
+    json.loads((d / "training.json").read_text()) for d in (teacher, tmp_path)
+  )
+  assert 1.3 < eight["flops"] / one["flops"] < 1.75  # counted over all devices
+  num = "--config.evaluate.num=100"
+  works(cache, *config, num, "--job=evaluate", devices=8)
+  odd = "--config.evaluate.batch_size=50"
+  done = call(cache, *config, num, odd, "--job=evaluate", devices=8)
+  assert done.returncode == 2
+  assert "config.evaluate.batch_size=50: does not divide" in done.stderr
+  # Killed between its last checkpoint and the summary: the summary comes later.
+  (tmp_path / "training.json").unlink()
+  works(cache, *config, devices=8)
+  assert json.loads((tmp_path / "training.json").read_text()) == eight
+
+
 def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path):
   config = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
   config += ("--config.checkpoint.every=1", "--config.train.sample_every=0")

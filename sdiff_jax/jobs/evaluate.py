@@ -109,6 +109,7 @@ def _sample(
   chosen = experiment.config.evaluate
   call = experiments.sampler(experiment, solver)
   settings = {"num": chosen.num, "batch_size": chosen.batch_size}
+  settings["field"] = "evaluate.batch_size"
   next(experiments.generate(experiment, call, params, **settings))
   begin = time.perf_counter()
   made = list(experiments.generate(experiment, call, params, **settings))

@@ -240,6 +240,7 @@ def generate(
   *,
   num: int,
   batch_size: int,
+  field: str = "sample.batch_size",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields batches of images uint8 [n, H, W, C] and labels [n], `num` in all.
 
@@ -249,10 +250,14 @@ def generate(
     params: parameters to sample from.
     num: images in all.
     batch_size: images a call; the last batch is filled up, then cut.
+    field: of the config that gave the batch size, for the error.
+
+  Raises:
+    UserError: the batch size does not divide over the mesh.
   """
   sample, mesh = experiment.config.sample, experiment.mesh
   over_samples = sharding.samples(mesh)
-  sharding.check_batch(batch_size, over_samples, "sample.batch_size")
+  sharding.check_batch(batch_size, over_samples, field)
   for start in range(0, num, batch_size):
     seeds = np.arange(start, start + batch_size, dtype=np.int32) + sample.seed
     labels = labels_of(seeds, experiment.source.classes, sample.label)

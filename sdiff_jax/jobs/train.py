@@ -53,13 +53,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       current = jax.jit(init, out_shardings=shardings)(key, frozen)
     start = int(current.step)
     if start < config.train.steps:
-      done, seconds = _fit(
+      done = _fit(
         experiment, solver, workdir, checkpoints, jitted, current, key, frozen, start
       )
       if done < config.train.steps:
         return f"stopped at step {done}, the same command goes on: {workdir}"
+    # A run that was killed after its last step has no summary yet.
+    if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
       flops = _flops(config, experiment.source, teacher, abstract, key, frozen)
-      _summary(config, workdir, abstract, seconds, flops)
+      _summary(config, workdir, abstract, flops)
   return f"trained {config.train.steps} steps: {workdir}"
 
 
@@ -73,8 +75,8 @@ def _fit(
   key: Any,
   frozen: Params,
   start: int,
-) -> tuple[int, float]:
-  """Runs the loop from `start`, and returns the steps taken and the seconds."""
+) -> int:
+  """Runs the loop from `start`, and returns the steps taken in all."""
   config, mesh = experiment.config, experiment.mesh
   over_batch = sharding.batch(mesh)
   batches = pipeline.batches(
@@ -94,8 +96,9 @@ def _fit(
 
   def sample(current: state.TrainState) -> np.ndarray:
     num, columns = experiments.grid_size(experiment)
+    batch_size = -(-num // mesh.size) * mesh.size
     made = experiments.generate(
-      experiment, call, current.ema[profile], num=num, batch_size=num
+      experiment, call, current.ema[profile], num=num, batch_size=batch_size
     )
     return writer.grid(next(made)[0], columns)
 
@@ -106,7 +109,7 @@ def _fit(
     start=start,
     active=jax.process_index() == 0,
   ) as metrics:
-    state_after, seconds = loop.run(
+    state_after = loop.run(
       lambda current, batch: compiled(current, batch, key, frozen),
       current,
       on_device,
@@ -123,7 +126,7 @@ def _fit(
       stopping=_on_sigterm(),
       seconds=earlier[-1] if start and earlier else 0.0,
     )
-  return int(state_after.step), seconds
+  return int(state_after.step)
 
 
 def _on_sigterm() -> Callable[[], bool]:
@@ -255,11 +258,14 @@ def _flops(
   return float(lowered.cost_analysis()["flops"])
 
 
+def _summary_path(workdir: str) -> str:
+  return os.path.join(workdir, "training.json")
+
+
 def _summary(
   config: ml_collections.ConfigDict,
   workdir: str,
   abstract: state.TrainState,
-  seconds: float,
   flops: float,
 ) -> None:
   """Writes training.json, what the run cost, and parameters.txt, what it trained."""
@@ -275,9 +281,9 @@ def _summary(
   summary = {
     "steps": steps,
     "images": steps * config.train.batch_size,
-    "seconds": seconds,
+    "seconds": writer.read_metrics(workdir)[-1]["seconds"],
     "parameters": parameters,
     "flops": flops * steps,
   }
-  with open(os.path.join(workdir, "training.json"), "w", encoding="utf-8") as file:
+  with open(_summary_path(workdir), "w", encoding="utf-8") as file:
     json.dump(summary, file, indent=2)
