@@ -60,28 +60,33 @@ class Checkpoints:
     """
     tree = {"params": abstract.params, "opt_state": abstract.opt_state}
     wanted = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
-    loaded = self._newest(wanted)
+    loaded, damaged = self._newest(wanted)
+    for step in damaged:  # Orbax would refuse to save older steps beside it
+      self._checkpointer.delete(step)
     return loaded and TrainState(ema=loaded["ema"], **loaded["training"])
 
   def restore_ema(self, abstract: dict[str, Params]) -> dict[str, Params] | None:
-    """Returns the averages alone, as `restore` does."""
-    loaded = self._newest({"ema": abstract})
+    """Returns the averages alone, as `restore` does, but removes nothing.
+
+    The work directory may be another run's, which reading must not change.
+    """
+    loaded, _ = self._newest({"ema": abstract})
     return loaded and loaded["ema"]
 
-  def _newest(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    damaged: list[tuple[int, Exception]] = []
+  def _newest(self, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, list[int]]:
+    """Returns the newest checkpoint that can be read, and the damaged newer steps."""
+    damaged: dict[int, Exception] = {}
     steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
     for step in steps:
       try:
         loaded = self._checkpointer.load_checkpointables(step, wanted)
       except Exception as error:  # whatever a missing or short file leads to
-        damaged.append((step, error))
+        damaged[step] = error
         continue
-      for bad, error in damaged:
+      for bad, error in damaged.items():
         reason = str(error).splitlines()[0][:200]
         print(f"checkpoint {bad} is damaged, using {step}: {reason}", file=sys.stderr)
-        self._checkpointer.delete(bad)
-      return loaded
+      return loaded, [*damaged]
     if damaged:
-      raise damaged[0][1]
-    return None
+      raise damaged[steps[0]]
+    return None, []

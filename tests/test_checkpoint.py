@@ -58,6 +58,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
     elif path.stat().st_size > 1000:
       path.unlink()
   abstract = experiment.place(jax.eval_shape(lambda: make(1.0)), sharding.make_mesh())
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:  # a reader removes nothing
+    checkpoints.restore_ema(abstract.ema)
+  assert (tmp_path / "checkpoints/2").exists()
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     loaded = checkpoints.restore(abstract)
     assert int(loaded.step) == 1

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn import datasets
 
-from sdiff_jax.data.pipeline import Source
+from sdiff_jax.data.pipeline import Source, checked
 
 
 def build(
@@ -22,4 +22,4 @@ def build(
   def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return images[chosen], labels[chosen]
 
-  return Source(take, len(images), images.shape[1:], 10, mean, std)
+  return checked(Source(take, len(images), images.shape[1:], 10, mean, std))
