@@ -8,7 +8,7 @@ from sdiff_jax import lookup
 from sdiff_jax.interfaces import UserError
 
 # Sections that name a piece, and the package that the piece is looked up in.
-PIECES = {"data": "data", "model": "models", "loss": "losses"}
+PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 
 
 def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
@@ -33,6 +33,8 @@ def base() -> ml_collections.ConfigDict:
   c.seed = 0
   c.sigma_d = 0.5  # standard deviation that the data are scaled to
   c.data = use("data", "digits")
+  # What `evaluate` compares with, a section like data; without a name, data itself.
+  c.reference = ml_collections.ConfigDict({"name": ""})
   c.model = use("models", "mlp")
   c.loss = use("losses", "diffusion")
   c.teacher = ml_collections.ConfigDict(
@@ -70,7 +72,13 @@ def base() -> ml_collections.ConfigDict:
     # "power/sigma_rel" (EDM2) or "half_life/images"; the first one is sampled from.
     {"profiles": ("power/0.05",)}
   )
-  c.checkpoint = ml_collections.ConfigDict({"every": 1000, "keep": 2})  # steps, count
+  c.checkpoint = ml_collections.ConfigDict(
+    {
+      "every": 1000,  # steps
+      "keep": 2,  # of the newest
+      "keep_every": 0,  # keep for good those of every so many steps; 0 for none
+    }
+  )
   c.sampler = ml_collections.ConfigDict(
     {
       "name": "heun",  # heun, ddim, dpm2s or consistency
@@ -85,6 +93,7 @@ def base() -> ml_collections.ConfigDict:
       "seed": 0,  # image k is made from seed + k alone
       "guidance": 1.0,  # scale of classifier-free guidance; 1 is none
       "label": -1,  # a class for every image; -1 takes them in turn
+      "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
     }
   )
   c.evaluate = ml_collections.ConfigDict(
@@ -92,6 +101,7 @@ def base() -> ml_collections.ConfigDict:
       "samplers": ("heun/16",),  # name/steps
       "num": 5000,  # samples for each
       "batch_size": 512,  # over all devices
+      "images": "",  # measure this .npz or folder of images instead of samples
       "features": "digits",  # network of metrics/features, or a path to an .npz
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
@@ -108,14 +118,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     UserError: one line that names field, value and remedy.
   """
   for section, package in PIECES.items():
-    lookup.check(package, config[section].to_dict(), f"config.{section}")
+    if config[section].name or section != "reference":
+      lookup.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:
       raise UserError(f"config.{name}={_get(config, name)}: must be above 0")
-  for name in ("train.steps", "train.sample_every", "optim.clip"):
+  not_negative = ["train.steps", "train.sample_every", "optim.clip"]
+  not_negative += ["checkpoint.keep_every"]
+  for name in not_negative:
     if _get(config, name) < 0:
       raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
   if not config.ema.profiles:

@@ -28,7 +28,7 @@ def run(
   sample_every: int,
   sample: Callable[[TrainState], np.ndarray],
   skip_nonfinite: bool,
-  stopping: Callable[[], bool],
+  stopping: Callable[[int], bool],
   seconds: float = 0.0,
 ) -> TrainState:
   """Trains from step `start` to `steps`, and saves a checkpoint at the end.
@@ -51,7 +51,7 @@ def run(
     sample_every: steps between sample grids, 0 for none.
     sample: state -> picture uint8 [H, W, C].
     skip_nonfinite: go on after steps that were not finite (see `step`).
-    stopping: whether to save and return before the end.
+    stopping: steps taken -> whether to save and return before the end.
     seconds: training time before `start`.
 
   Returns:
@@ -92,7 +92,7 @@ def run(
     if recent and done % log_every == 0:
       log(done)
     recent.append(metrics)
-    if stopping():
+    if stopping(done + 1):
       steps = done + 1
       break
     if (done + 1) % save_every == 0 and done + 1 < steps:

@@ -4,7 +4,8 @@ Jobs (--job=NAME), each on the work directory DIR:
   inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
   sample    write samples.npz and samples.png
-  evaluate  measure samples of several solvers against the data set
+  features  train the features that evaluate measures in: features.npz
+  evaluate  measure samples of several solvers, or given images, against data
   report    write report.html on DIR, or on all runs inside it
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
@@ -28,9 +29,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
+from sdiff_jax import disk, processes
 from sdiff_jax.interfaces import UserError
 
-JOBS = ("inspect", "train", "sample", "evaluate", "report")
+JOBS = ("inspect", "train", "sample", "features", "evaluate", "report")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
     config, workdir = _CONFIG.value, os.path.abspath(_workdir())
+    disk.check_writable(workdir)
+    processes.start()
     job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
     if config is None and _JOB.value == "train":
       raise UserError("--config is missing: name a file of configs/")
@@ -51,9 +55,15 @@ def main(argv: list[str]) -> None:
     if config is not None:
       configs.validate(config)
     _cache_compilations()
-    print(job.run(config, workdir))
+    with disk.errors(workdir):
+      made = job.run(config, workdir)
+    if jax.process_index() == 0:
+      print(made)
   except UserError as error:
     _refuse(str(error))
+  except Exception:
+    processes.leave(1)
+    raise
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -73,7 +83,11 @@ def parse(argv: list[str]) -> list[str]:
 
 def _refuse(message: str) -> None:
   print("error:", " ".join(message.split()), file=sys.stderr)
-  sys.exit(2)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Not sys.exit, which waits: for other processes that wait for this one elsewhere,
+  # and for minutes for threads of Orbax where a folder could not be made.
+  os._exit(2)
 
 
 def _workdir() -> str:
@@ -96,5 +110,6 @@ def _cache_compilations() -> None:
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.WARNING)
+  # Orbax logs, with tracebacks, what it raises as well.
+  logging.set_verbosity(logging.FATAL)
   app.run(main, flags_parser=parse)

@@ -87,8 +87,37 @@ def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
     )
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Moves this process's share of a batch (numpy, leading axis) to its devices."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), tree
-  )
+def rows(sharding: NamedSharding, count: int) -> np.ndarray:
+  """Returns which rows of a batch of `count` this process's devices hold, ascending."""
+  held = sharding.addressable_devices_indices_map((count,))
+  return np.unique(np.concatenate([np.arange(count)[i] for (i,) in held.values()]))
+
+
+def put(tree: Any, sharding: NamedSharding, count: int) -> Any:
+  """Moves this process's `rows` of a batch to its devices.
+
+  Args:
+    tree: arrays of numpy, whose leading axis is `rows(sharding, count)`.
+    sharding: of the batch.
+    count: rows of the batch, over all processes.
+
+  Returns:
+    The batch, [count, ...], whose other rows are on other processes' devices.
+  """
+  mine = rows(sharding, count)
+
+  def spread(x: np.ndarray) -> jax.Array:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(count)
+      return x[np.searchsorted(mine, start) : np.searchsorted(mine, stop)]
+
+    return jax.make_array_from_callback((count, *x.shape[1:]), sharding, shard)
+
+  return jax.tree.map(spread, tree)
+
+
+def agreed(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """Returns which of the flags [n] every process has set; waits for all processes."""
+  mine = np.tile(flags, (jax.local_device_count(), 1))
+  votes = put(mine, batch(mesh), mesh.size)
+  return np.asarray(jax.jit(lambda x: x.all(0), out_shardings=replicated(mesh))(votes))

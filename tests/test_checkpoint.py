@@ -1,6 +1,8 @@
 """Checkpoints: what comes back, on which mesh, and how many are kept."""
 
+import collections
 import os
+import resource
 import shutil
 
 import jax
@@ -10,7 +12,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax import checkpoint, sharding, state
+from sdiff_jax import checkpoint, disk, sharding, state
+from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment
 
 
@@ -44,6 +47,37 @@ def test_only_the_newest_are_kept(tmp_path):
   kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
   assert {"2", "3"} <= kept
   assert "1" not in kept
+
+
+def test_and_those_of_every_so_many_steps(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=2) as checkpoints:
+    for step in (1, 2, 3, 4, 5):
+      checkpoints.save(step, make(step))
+  kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert {n for n in kept if n.isdecimal()} == {"2", "4", "5"}
+  assert disk.newest(tmp_path) == 5
+
+
+def test_the_space_that_checkpoints_will_take(tmp_path, monkeypatch):
+  one = make(1.0)
+  size = sum(x.nbytes for x in jax.tree.leaves(one))
+
+  def check(free, *, there):
+    usage = collections.namedtuple("usage", "free")(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_every=3) as checkpoints:
+      assert len(checkpoints._checkpointer.checkpoints) == there
+      checkpoints.check_disk(one, range(1, 11))
+
+  check(5 * size, there=0)  # 3, 6, 8, 9, and 10 as it is written
+  short = f"5 more checkpoints of {size / 1e6:.1f} MB need {5 * size / 1e6:.1f} MB"
+  with pytest.raises(UserError, match=short):
+    check(5 * size - 1, there=0)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(3, one)
+  check(4 * size, there=1)
+  with pytest.raises(UserError, match="4 more checkpoints"):
+    check(4 * size - 1, there=1)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])
@@ -81,13 +115,44 @@ def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
       checkpoints.restore(abstract)
 
 
-def test_the_error_of_a_save_surfaces(tmp_path):
+@pytest.fixture
+def small_files():
+  """Returns a function after which this process can write no large file."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def noise(step: int) -> state.TrainState:
+  """Returns a state that does not compress."""
+  w = jax.random.normal(jax.random.key(step), (512, 512))
+  params = {"net": {"w": w}, "logvar": jnp.float32(step)}
+  saved = state.create(params, optax.adam(1e-3), ("power/0.1",))
+  return saved._replace(step=jnp.int32(step))
+
+
+@pytest.mark.parametrize("surfaces", ["at the next save", "at the end"])
+def test_a_save_that_fails(tmp_path, small_files, surfaces):
+  passed = []
+
+  def train():
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(1, noise(1))
+      checkpoints.wait()
+      small_files()
+      checkpoints.save(2, noise(2))
+      passed.append("the save itself")
+      if surfaces == "at the next save":
+        checkpoints.save(3, noise(3))
+      passed.append("the next save")
+
+  with pytest.raises(OSError, match="File too large.*checkpoints"):
+    train()
+  assert len(passed) == (2 if surfaces == "at the end" else 1)
+  assert disk.newest(tmp_path) == 1
+  assert len(list((tmp_path / "checkpoints").iterdir())) > 1  # what it left
+  abstract = experiment.place(jax.eval_shape(lambda: noise(1)), sharding.make_mesh())
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-
-    class Broken:
-      def result(self):
-        raise OSError("disk full")
-
-    checkpoints._pending = Broken()
-    with pytest.raises(OSError, match="disk full"):
-      checkpoints.save(1, make(1.0))
+    loaded = checkpoints.restore(abstract)
+  jax.tree.map(np.testing.assert_array_equal, loaded, noise(1))
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]

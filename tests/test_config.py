@@ -77,6 +77,7 @@ def test_unknown_field_names_the_nearest():
   [
     ("train.batch_size", 0, "config.train.batch_size=0: must be above 0"),
     ("train.steps", -1, "config.train.steps=-1: must not be negative"),
+    ("checkpoint.keep_every", -2, "config.checkpoint.keep_every=-2: must not be neg"),
     ("sigma_d", float("nan"), "config.sigma_d=nan: must be above 0"),
     ("ema.profiles", (), "config.ema.profiles"),
     ("model.name", "dit", "config.model.embed: models/dit has no such field"),

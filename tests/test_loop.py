@@ -41,7 +41,7 @@ def run(tmp_path, *, start=0, steps=10, bad=-1, recorder=None, **changed):
 
   batches = (jnp.float32(k) for k in itertools.count(start))
   options = {"log_every": 4, "save_every": 3, "sample_every": 5}
-  options |= {"skip_nonfinite": False, "stopping": lambda: False} | changed
+  options |= {"skip_nonfinite": False, "stopping": lambda step: False} | changed
   with writer.Writer(tmp_path, total=steps, start=start) as out:
     state = loop.run(
       step,
@@ -107,7 +107,9 @@ def test_or_is_counted_and_left_out(tmp_path):
 
 def test_stopping_saves_and_returns(tmp_path):
   turns = iter([False] * 4 + [True])
-  state, events, lines = run(tmp_path, stopping=lambda: next(turns), sample_every=0)
+  state, events, lines = run(
+    tmp_path, stopping=lambda step: next(turns), sample_every=0
+  )
   assert state == 5
   assert events == [("save", 3, 3), ("save", 5, 5), ("wait",)]
   assert [line["step"] for line in lines] == [4, 5]

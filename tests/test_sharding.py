@@ -56,7 +56,7 @@ def _train(mesh, steps=3):
   run = step.jitted(step.build(loss, optimizer, betas, rate), mesh, current, frozen)
   x0 = np.random.default_rng(0).standard_normal((16, 2, 2, 1), np.float32) / 2
   batch = {"x0": x0, "cond": {"label": np.arange(16, dtype=np.int32) % 3}}
-  batch = sharding.put(batch, sharding.batch(mesh))
+  batch = sharding.put(batch, sharding.batch(mesh), 16)
   current = jax.device_put(current, sharding.state(current, mesh))
   frozen = jax.device_put(frozen, sharding.state(frozen, mesh))
   key = jax.device_put(key, sharding.replicated(mesh))
@@ -96,7 +96,7 @@ def test_the_state_is_donated_and_the_teacher_is_no_constant():
   frozen = jax.device_put(frozen, sharding.state(frozen, mesh))
   after, _ = run(
     current,
-    sharding.put(jax.device_get(batch), sharding.batch(mesh)),
+    sharding.put(jax.device_get(batch), sharding.batch(mesh), 8),
     jax.device_put(jax.random.key(0), sharding.replicated(mesh)),
     frozen,
   )

@@ -18,15 +18,17 @@ def build(
   *,
   dir: str = "",
   image_size: int = 64,
-  mean: tuple[float, ...] = (0.0, 0.0, 0.0),
-  std: tuple[float, ...] = (0.5, 0.5, 0.5),
+  channels: int = 3,
+  mean: tuple[float, ...] = (0.0,),
+  std: tuple[float, ...] = (0.5,),
 ) -> Source:
-  """Returns the images below a folder as RGB; its sub-folders, sorted, are the classes.
+  """Returns the images below a folder; its sub-folders, sorted, are the classes.
 
   Args:
     dir: folder of folders of PNG, JPEG or WebP files; without sub-folders, the files
       in it are one class.
     image_size: side that images are resized and cropped to, pixels.
+    channels: 3 for RGB, 1 for grey.
     mean: mean of the pixels in [-1, 1], one for all or one a channel.
     std: their standard deviation.
 
@@ -36,22 +38,25 @@ def build(
   """
   if image_size <= 0:
     raise UserError(f"config.data.image_size={image_size}: must be above 0")
+  if channels not in (1, 3):
+    raise UserError(f"config.data.channels={channels}: take 1 or 3")
   classes = _classes(dir)
   paths = [path for files in classes for path in files]
   counts = [len(files) for files in classes]
   labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
 
+  shape = (image_size, image_size, channels)
+
   def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    images = np.empty((len(chosen), image_size, image_size, 3), np.uint8)
+    images = np.empty((len(chosen), *shape), np.uint8)
     for image, k in zip(images, chosen, strict=True):
       try:
-        image[...] = decode(paths[k], image_size)
+        image[...] = decode(paths[k], image_size, channels)
       except UNREADABLE as error:
         message = f"{paths[k]} cannot be read ({error}); replace or remove it"
         raise UserError(message) from error
     return images, labels[chosen]
 
-  shape = (image_size, image_size, 3)
   return checked(Source(take, len(paths), shape, len(classes), mean, std))
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import grain.python as grain
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -105,8 +104,9 @@ def batches(
   sigma_d: float,
   start: int = 0,
   flip: bool = False,
+  rows: np.ndarray | None = None,
 ) -> Iterator[dict]:
-  """Yields batches start, start + 1, ... of this process, without end.
+  """Yields batches start, start + 1, ..., or some rows of each, without end.
 
   Args:
     source: the images.
@@ -115,13 +115,12 @@ def batches(
     sigma_d: standard deviation to scale to.
     start: number of the first batch.
     flip: whether to mirror each image, left to right, with probability 1/2.
+    rows: which n of the batch_size rows to read, those of this process; None for all.
 
   Yields:
-    {"x0": float32 [n, H, W, C], "cond": {"label": int32 [n]}} with n the batch size
-    over the number of processes.
+    {"x0": float32 [n, H, W, C], "cond": {"label": int32 [n]}}.
   """
-  share = batch_size // jax.process_count()
-  mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+  mine = np.arange(batch_size) if rows is None else rows
 
   def load(k: int) -> dict:
     chosen = indices(source.size, seed, start + k, batch_size)[mine]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import ema, guidance, lookup, sharding, state, trigflow
+from sdiff_jax import ema, guidance, lookup, sharding, state, trigflow, writer
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Array, Network, Params, UserError
@@ -23,7 +23,8 @@ from sdiff_jax.samplers import sequential, tables
 ROWS = 10  # of a grid of samples; its columns are the classes
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
-FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "evaluate.", "teacher.")
+FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.")
+FREE += ("evaluate.", "reference.")
 
 
 class Experiment(NamedTuple):
@@ -70,11 +71,7 @@ def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
   path = os.path.join(workdir, "config.json")
   if os.path.exists(path):
     mine, theirs = (configs.flat(c.to_dict()) for c in (config, read(workdir)))
-    differ = [
-      f"{k} ({theirs.get(k)} there, {mine.get(k)} now)"
-      for k in sorted(mine.keys() | theirs.keys())
-      if mine.get(k) != theirs.get(k) and not k.startswith(FREE)
-    ]
+    differ = [d for d in differences(theirs, mine) if not d.startswith(FREE)]
     if differ:
       raise UserError(
         f"{workdir} holds another experiment: {', '.join(differ)}; take another "
@@ -82,11 +79,19 @@ def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
       )
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(_with_absolute_teacher(config.to_dict()), file, indent=2)
+    resolved = _with_absolute_teacher(config.to_dict())
+    writer.save_text(path, json.dumps(resolved, indent=2))
     command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
-    with open(os.path.join(workdir, "command.txt"), "w", encoding="utf-8") as file:
-      file.write(shlex.join(command) + "\n")
+    writer.save_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
+
+
+def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+  """Returns "field (value there, value now)" for each field that differs."""
+  return [
+    f"{k} ({theirs.get(k)} there, {mine.get(k)} now)"
+    for k in sorted(theirs.keys() | mine.keys())
+    if theirs.get(k) != mine.get(k)
+  ]
 
 
 def _with_absolute_teacher(config: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
       f"{path} does not exist: train into {workdir} first (--job=train)"
     ) from None
   default = configs.base()
-  for section in configs.PIECES:
+  for section in configs.PIECES.keys() & loaded.keys():
     default[section] = ml_collections.ConfigDict(loaded[section])
   default.update(loaded)
   return default
@@ -126,18 +131,26 @@ def _with_tuples(value: Any) -> Any:
 
 
 def averages(
-  experiment: Experiment, workdir: str, how_to_train: str
+  experiment: Experiment, workdir: str, how_to_train: str, step: int = 0
 ) -> dict[str, Params]:
-  """Returns profile -> averaged parameters of the newest checkpoint of a workdir.
+  """Returns profile -> averaged parameters of a checkpoint of a workdir.
+
+  Args:
+    experiment: gives the network, the profiles and the mesh.
+    workdir: of the run.
+    how_to_train: the end of the error's message.
+    step: of the checkpoint; 0 for the newest.
 
   Raises:
-    UserError: there is no checkpoint; the message ends with `how_to_train`.
+    UserError: there is no such checkpoint.
   """
   profiles = experiment.config.ema.profiles
   params = jax.eval_shape(experiment.network.init, jax.random.key(0))
   abstract = place({p: params for p in profiles}, experiment.mesh)
   with Checkpoints(workdir) as checkpoints:
-    found = checkpoints.restore_ema(abstract)
+    found = checkpoints.restore_ema(abstract, step)
+  if found is None and step:
+    raise UserError(f"config.sample.checkpoint={step}: {workdir} has none of that step")
   if found is None:
     raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
   return found
@@ -161,12 +174,13 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
     UserError: the work directory has no config or no checkpoint.
   """
   chosen = read(workdir)
-  for section in ("sampler", "sample", "evaluate", "mesh", "teacher"):
+  for section in ("sampler", "sample", "evaluate", "reference", "mesh", "teacher"):
     chosen[section] = config[section]
   experiment = build(chosen)
   ema.betas(chosen.ema.profiles, 1)
   train = "the same command with --job=train"
-  params = averages(experiment, workdir, train)[chosen.ema.profiles[0]]
+  found = averages(experiment, workdir, train, config.sample.checkpoint)
+  params = found[chosen.ema.profiles[0]]
   return experiment, params
 
 
@@ -219,18 +233,49 @@ def sampler(
     return pipeline.decode(source, x0, config.sigma_d)
 
   over_samples = sharding.samples(experiment.mesh)
-  everywhere = sharding.replicated(experiment.mesh)
   return jax.jit(
     generate,
     in_shardings=(None, over_samples, over_samples),
-    out_shardings=everywhere,
+    out_shardings=over_samples,
   )
 
 
-def labels_of(seeds: np.ndarray, classes: int, label: int = -1) -> np.ndarray:
-  """Returns int32 labels: one class for all, or the classes in turn by seed."""
-  chosen = seeds % max(classes, 1) if label < 0 else np.full_like(seeds, label)
-  return chosen.astype(np.int32)
+def seeds_and_labels(
+  experiment: Experiment, first: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns seeds and labels of images first, first + 1, ..., int32 [count] each."""
+  sample, classes = experiment.config.sample, experiment.source.classes
+  seeds = np.arange(first, first + count, dtype=np.int32) + sample.seed
+  if sample.label < 0:
+    return seeds, seeds % max(classes, 1)
+  return seeds, np.full_like(seeds, sample.label)
+
+
+def start_batch(
+  experiment: Experiment,
+  call: Callable[[Params, Array, Array], Array],
+  params: Params,
+  first: int,
+  batch_size: int,
+) -> jax.Array:
+  """Returns images first, first + 1, ...: uint8 [batch_size, H, W, C], over `samples`.
+
+  They are being computed still: only who reads them waits for the devices.
+
+  Args:
+    experiment: gives the mesh, the first seed and the classes.
+    call: `sampler(...)`, or its compiled form for this batch size.
+    params: parameters to sample from.
+    first: image k is made from seed + k.
+    batch_size: images to make.
+  """
+  over_samples = sharding.samples(experiment.mesh)
+  # Not device_put, which compares the processes' values and so waits for the devices.
+  seeds, labels = (
+    jax.make_array_from_callback(x.shape, over_samples, x.__getitem__)
+    for x in seeds_and_labels(experiment, first, batch_size)
+  )
+  return call(params, seeds, labels)
 
 
 def generate(
@@ -255,16 +300,13 @@ def generate(
   Raises:
     UserError: the batch size does not divide over the mesh.
   """
-  sample, mesh = experiment.config.sample, experiment.mesh
-  over_samples = sharding.samples(mesh)
-  sharding.check_batch(batch_size, over_samples, field)
-  for start in range(0, num, batch_size):
-    seeds = np.arange(start, start + batch_size, dtype=np.int32) + sample.seed
-    labels = labels_of(seeds, experiment.source.classes, sample.label)
-    arguments = jax.device_put((seeds, labels), over_samples)
-    images = np.asarray(call(params, *arguments))
-    count = min(batch_size, num - start)
-    yield images[:count], labels[:count]
+  mesh = experiment.mesh
+  sharding.check_batch(batch_size, sharding.samples(mesh), field)
+  for first in range(0, num, batch_size):
+    images = start_batch(experiment, call, params, first, batch_size)
+    images = np.asarray(jax.device_put(images, sharding.replicated(mesh)))
+    count = min(batch_size, num - first)
+    yield images[:count], seeds_and_labels(experiment, first, count)[1]
 
 
 def grid_size(experiment: Experiment) -> tuple[int, int]:

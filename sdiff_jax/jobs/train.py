@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +10,7 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from sdiff_jax import ema, lookup, loop, optim, sharding, state, step, writer
+from sdiff_jax import ema, lookup, loop, optim, processes, sharding, state, step, writer
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
@@ -41,13 +38,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     params = _start_from(frozen, experiment.network.init(key))
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
-  key = jax.random.key(config.seed)
+  everywhere = sharding.replicated(experiment.mesh)
+  key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = jax.eval_shape(init, key, frozen)
   placed = experiments.place(abstract, experiment.mesh)
   train_step = step.build(loss, optimizer, betas, rate)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
-  with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+  kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
+  with Checkpoints(workdir, **kept) as checkpoints:
     current = checkpoints.restore(placed)
+    if current is None or current.step < config.train.steps:
+      steps, every = config.train.steps, config.checkpoint.every
+      checkpoints.check_disk(abstract, [*range(every, steps, every), steps])
     if current is None:
       shardings = jax.tree.map(lambda x: x.sharding, placed)
       current = jax.jit(init, out_shardings=shardings)(key, frozen)
@@ -78,17 +80,17 @@ def _fit(
 ) -> int:
   """Runs the loop from `start`, and returns the steps taken in all."""
   config, mesh = experiment.config, experiment.mesh
-  over_batch = sharding.batch(mesh)
+  over_batch, size = sharding.batch(mesh), config.train.batch_size
   batches = pipeline.batches(
     experiment.source,
     seed=config.seed,
-    batch_size=config.train.batch_size,
+    batch_size=size,
     sigma_d=config.sigma_d,
     start=start,
     flip=config.train.flip,
+    rows=sharding.rows(over_batch, size),
   )
-  on_device = (sharding.put(batch, over_batch) for batch in batches)
-  key = jax.device_put(key, sharding.replicated(mesh))
+  on_device = (sharding.put(batch, over_batch, size) for batch in batches)
   shapes = _batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
   call = experiments.sampler(experiment, solver)
@@ -117,23 +119,16 @@ def _fit(
       checkpoints,
       start=start,
       steps=config.train.steps,
-      batch_size=config.train.batch_size,
+      batch_size=size,
       log_every=config.train.log_every,
       save_every=config.checkpoint.every,
       sample_every=config.train.sample_every,
       sample=sample,
       skip_nonfinite=config.train.skip_nonfinite,
-      stopping=_on_sigterm(),
+      stopping=processes.on_sigterm(),
       seconds=earlier[-1] if start and earlier else 0.0,
     )
   return int(state_after.step)
-
-
-def _on_sigterm() -> Callable[[], bool]:
-  """Returns a function that says whether SIGTERM has come since."""
-  came = threading.Event()
-  signal.signal(signal.SIGTERM, lambda number, frame: came.set())
-  return came.is_set
 
 
 def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
@@ -274,8 +269,7 @@ def _summary(
   overview = parameter_overview.get_parameter_overview(
     abstract.params, include_stats=False
   )
-  with open(os.path.join(workdir, "parameters.txt"), "w", encoding="utf-8") as file:
-    file.write(overview + "\n")
+  writer.save_text(os.path.join(workdir, "parameters.txt"), overview + "\n")
   steps = config.train.steps
   parameters = sum(x.size for x in jax.tree.leaves(abstract.params["net"]))
   summary = {
@@ -285,5 +279,4 @@ def _summary(
     "parameters": parameters,
     "flops": flops * steps,
   }
-  with open(_summary_path(workdir), "w", encoding="utf-8") as file:
-    json.dump(summary, file, indent=2)
+  writer.save_text(_summary_path(workdir), json.dumps(summary, indent=2))

@@ -51,10 +51,16 @@ class Mlp(nn.Module):
     )
     h, _ = blocks(self.dropout, deterministic, self.dtype, name="blocks")(h, emb)
     h = layers.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
-    out = nn.Dense(
-      flat.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
+    h = nn.silu(h)
+    # A filter of the input that depends on its content: what the image does not
+    # decide, noise above all, passes by the hidden layers pixel by pixel.
+    gain, shift = (
+      nn.Dense(
+        flat.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name=name
+      )(h)
+      for name in ("gain", "shift")
     )
-    return out(nn.silu(h)).reshape(x.shape)
+    return (gain * flat + shift).reshape(x.shape)
 
 
 def build(

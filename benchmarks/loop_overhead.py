@@ -1,0 +1,198 @@
+"""Share of the training time that is not the step: data, metrics, checkpoints.
+
+  python benchmarks/loop_overhead.py [--rounds=24] [--config=FILE --chunk=STEPS]
+
+Runs `loop.run` as training does, with the config's data, real metrics, progress and
+checkpoints, and no sample grids. After every `chunk` steps the loop is held, and the
+bare compiled step is called as often on one batch that stays on the device: so loop
+and bare step are timed in turns, on a machine that others may share. Metrics are
+written once a chunk, which is at least as often as the config says. A save is begun in
+the middle of every other chunk, and waited for at its end; the share at the config's
+own interval between checkpoints follows from the chunks with and without one. The
+second row of a config is the processor time of all threads, which other work on the
+machine disturbs less, and in which nothing hides behind the step.
+"""
+
+import argparse
+import runpy
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sdiff_jax import ema, lookup, loop, optim, sharding, state, step, writer
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.data import pipeline
+from sdiff_jax.jobs import experiment as experiments
+
+# Steps a chunk: some seconds.
+CHUNKS = {"configs/fashion_diffusion.py": 10, "configs/digits_diffusion.py": 100}
+PAUSE = 0.5  # seconds: the pipeline reads ahead first, which is not the bare step's
+
+
+def training_step(experiment: experiments.Experiment) -> tuple:
+  """Returns the compiled step, and a function that makes a first state."""
+  config = experiment.config
+  chosen, size = config.optim, config.train.batch_size
+  rate = optim.schedule(
+    name=chosen.schedule,
+    learning_rate=chosen.learning_rate,
+    steps=config.train.steps,
+    batch_size=size,
+    rampup_images=chosen.rampup_images,
+    final=chosen.final,
+    reference_steps=chosen.reference_steps,
+  )
+  moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}
+  optimizer, profiles = optim.build(rate, **moments), tuple(config.ema.profiles)
+  network = experiment.network
+  loss = lookup.build(
+    "losses", config.loss.to_dict(), network=network, sigma_d=config.sigma_d
+  )
+
+  def init() -> state.TrainState:
+    return state.create(network.init(jax.random.key(0)), optimizer, profiles)
+
+  abstract = jax.eval_shape(init)
+  placed = experiments.place(abstract, experiment.mesh)
+  train_step = step.build(loss, optimizer, ema.betas(profiles, size), rate)
+  jitted = step.jitted(train_step, experiment.mesh, abstract, None)
+  batch = {
+    "x0": jax.ShapeDtypeStruct((size, *experiment.source.shape), jnp.float32),
+    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+  }
+  everywhere = sharding.replicated(experiment.mesh)
+  key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
+  compiled = jitted.lower(placed, batch, key, None).compile()
+  shardings = jax.tree.map(lambda x: x.sharding, placed)
+  start = jax.jit(init, out_shardings=shardings)
+  return lambda current, batch: compiled(current, batch, key, None), start
+
+
+def device_batches(experiment: experiments.Experiment) -> Iterator[Any]:
+  """Yields what the training job yields to its loop."""
+  config, over_batch = experiment.config, sharding.batch(experiment.mesh)
+  size = config.train.batch_size
+  batches = pipeline.batches(
+    experiment.source,
+    seed=config.seed,
+    batch_size=size,
+    sigma_d=config.sigma_d,
+    flip=config.train.flip,
+    rows=sharding.rows(over_batch, size),
+  )
+  return (sharding.put(batch, over_batch, size) for batch in batches)
+
+
+def clocks() -> np.ndarray:
+  """Returns the seconds of the wall clock and of all threads on processors."""
+  return np.array([time.perf_counter(), time.process_time()])
+
+
+class Turns:
+  """Holds the loop between two of its batches, to time the bare step."""
+
+  def __init__(self, train_step: Any, bare: Any, batch: Any, chunk: int, saver: Any):
+    self._step, self._bare, self._batch = train_step, bare, batch
+    self._chunk, self._saver = chunk, saver
+    self._last = None  # metrics of the loop's newest step
+    self.seconds: list[tuple[np.ndarray, np.ndarray]] = []  # of loop and bare step
+
+  def step(self, current: state.TrainState, batch: Any) -> tuple:
+    current, self._last = self._step(current, batch)
+    return current, self._last
+
+  def batches(self, source: Iterator[Any], chunks: int) -> Iterator[Any]:
+    """Yields the batches of so many chunks, and times the bare step after each."""
+    for _ in range(chunks):
+      begin = clocks()
+      for _ in range(self._chunk):
+        yield next(source)
+      jax.block_until_ready(self._last)
+      self._saver.wait()
+      spent = clocks() - begin
+      time.sleep(PAUSE)
+      self.seconds.append((spent, self._bare_seconds()))
+    yield next(source)  # of a last step, so that the loop asks once more
+
+  def _bare_seconds(self) -> np.ndarray:
+    begin = clocks()
+    for _ in range(self._chunk):
+      self._bare, metrics = self._step(self._bare, self._batch)
+    jax.block_until_ready(metrics)
+    return clocks() - begin
+
+
+def measure(
+  config: ml_collections.ConfigDict, chunk: int, rounds: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns clocks of loop and bare step of every chunk; odd ones have a save."""
+  experiment = experiments.build(config)
+  train_step, start = training_step(experiment)
+  source = device_batches(experiment)
+  bare = start()
+  for _ in range(5):
+    bare, _ = train_step(bare, next(source))
+  # From half a chunk on, multiples of two chunks lie in the middle of odd chunks.
+  first = chunk // 2
+  last = first + chunk * rounds + 1
+  with (
+    tempfile.TemporaryDirectory() as workdir,
+    Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+    writer.Writer(workdir, total=last) as metrics,
+  ):
+    turns = Turns(train_step, bare, next(source), chunk, checkpoints)
+    loop.run(
+      turns.step,
+      start(),
+      turns.batches(source, rounds),
+      metrics,
+      checkpoints,
+      start=first,
+      steps=last,
+      batch_size=config.train.batch_size,
+      log_every=min(chunk, config.train.log_every),
+      save_every=2 * chunk,
+      sample_every=0,
+      sample=lambda current: None,
+      skip_nonfinite=config.train.skip_nonfinite,
+      stopping=lambda done: False,
+    )
+  return turns.seconds
+
+
+def report(name: str, config: ml_collections.ConfigDict, chunk: int, seconds: list):
+  """Prints two rows of the table."""
+  every = config.checkpoint.every
+  pairs = np.array(seconds)  # [chunks, (loop, bare), clocks]
+  shares = 100 * (pairs[:, 0] / pairs[:, 1] - 1)
+  without, with_save = (np.median(shares[k::2], 0) for k in (0, 1))
+  usual = without + (with_save - without) * chunk / every
+  bare = np.median(pairs[:, 1], 0) / chunk * 1e3
+  for k, clock in enumerate(("wall clock", "processors")):
+    cells = [f"`{name}`, batch {config.train.batch_size}", clock, f"{bare[k]:.1f} ms"]
+    cells += [f"{without[k]:+.1f}%", f"{with_save[k]:+.1f}% ({chunk} steps)"]
+    print("|", " | ".join([*cells, f"**{usual[k]:+.1f}%** ({every} steps)"]), "|")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("--config", help="one config instead of the two")
+  parser.add_argument("--chunk", type=int, default=0, help="steps a turn")
+  parser.add_argument("--rounds", type=int, default=24, help="turns, half with a save")
+  args = parser.parse_args()
+  print("| config | clock | bare step | loop | with a save | save as configured |")
+  print("|---|---|---|---|---|---|")
+  for name in [args.config] if args.config else CHUNKS:
+    config = runpy.run_path(name)["get_config"]()
+    chunk = args.chunk or CHUNKS.get(name, 25)
+    report(name, config, chunk, measure(config, chunk, args.rounds))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,22 @@
+"""sCT on Fashion-MNIST: a consistency model trained on data, from the teacher's EMA."""
+
+from sdiff_jax import config
+
+
+def get_config():
+  c = config.base()
+  c.teacher.config = "configs/fashion_diffusion.py"
+  c.teacher.workdir = "runs/fashion_diffusion"
+  c.data = config.use("data", "idx")
+  c.reference = config.use("data", "idx", split="test")
+  c.model = config.use("models", "mlp", width=1024, depth=4)
+  c.loss = config.use(
+    "losses", "scm", velocity="data", warmup_steps=300, adaptive_weight=False
+  )
+  c.train.update(steps=1500, batch_size=256, log_every=50, sample_every=300)
+  c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  c.ema.profiles = ("power/0.1",)
+  c.sampler.update(name="consistency", steps=2)
+  c.evaluate.update(features="fashion", num=20_000, batch_size=1000)
+  c.evaluate.samplers = ("consistency/1", "consistency/2")
+  return c

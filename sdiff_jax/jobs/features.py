@@ -1,0 +1,41 @@
+"""Job `features`: trains the small classifier whose features `evaluate` measures in."""
+
+import os
+
+import jax
+import ml_collections
+import numpy as np
+
+from sdiff_jax import lookup
+from sdiff_jax.data import pipeline
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.metrics.features import classifier
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes features.npz for --config.evaluate.features, from the labels of the data.
+
+  Raises:
+    UserError: the data have fewer than two classes.
+  """
+  source = lookup.build("data", config.data.to_dict())
+  if source.classes < 2:
+    raise UserError(
+      f"config.data: {source.classes} classes; features come from telling classes apart"
+    )
+  path = os.path.join(workdir, "features.npz")
+  if jax.process_index():
+    return path
+  images, labels = _all(source)
+  weights = classifier.fit(images, labels, source.classes)
+  os.makedirs(workdir, exist_ok=True)
+  classifier.save(path, weights)
+  if config.reference.name:
+    images, labels = _all(lookup.build("data", config.reference.to_dict()))
+  accuracy = np.mean(classifier.predict(weights, images)[1].argmax(axis=1) == labels)
+  of = "reference" if config.reference.name else "training"
+  return f"accuracy on {len(labels)} {of} images {accuracy:.4f}: {path}"
+
+
+def _all(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
+  return source.take(np.arange(source.size))

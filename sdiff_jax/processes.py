@@ -1,0 +1,67 @@
+"""Several processes that run one job: on a pod, on a cluster, or on one machine."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+
+from sdiff_jax.interfaces import UserError
+
+HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start() -> None:
+  """Joins the other processes of this job, where there are any.
+
+  On TPU pods, Slurm, Open MPI and Kubernetes JAX finds them by itself. Elsewhere
+  three variables of the environment name them: JAX_COORDINATOR_ADDRESS (host:port of
+  process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+  Raises:
+    UserError: only some of the variables are set, or not to numbers.
+  """
+  given = [os.environ.get(name) for name in VARIABLES]
+  try:
+    count, mine = (None if n is None else int(n) for n in given[1:])
+    jax.distributed.initialize(
+      num_processes=count,
+      process_id=mine,
+      heartbeat_timeout_seconds=HEARTBEAT,
+      shutdown_timeout_seconds=HEARTBEAT,
+    )
+  except ValueError as error:
+    if any(given):
+      raise UserError(f"set all of {', '.join(VARIABLES)}, or none: {error}") from error
+    # No cluster here: this process is alone.
+
+
+def leave(code: int) -> None:
+  """Ends this process at once where there are others; alone, does nothing.
+
+  The usual end waits for all at a barrier, which those never reach that are waiting
+  for this process elsewhere. They notice that it is gone.
+  """
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if code == 1:
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def on_sigterm() -> Callable[[int], bool]:
+  """Returns step -> whether to stop after it, since SIGTERM has come.
+
+  Of several processes all stop after the same step, whichever got the signal.
+  """
+  if jax.process_count() > 1:
+    return multihost_utils.reached_preemption_sync_point
+  came = threading.Event()
+  signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+  return lambda step: came.is_set()

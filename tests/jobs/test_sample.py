@@ -1,0 +1,327 @@
+"""The job that samples: stopped at any moment, it goes on where it was."""
+
+import json
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from sdiff_jax import config as configs
+from sdiff_jax import state
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import sample
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZE = 8  # images a batch
+# One of two processes with two devices each: argv is number, port and work directories.
+# The second one is slow to write.
+PROCESS = """
+import sys, time, jax, numpy as np
+number, port, *workdirs = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+from sdiff_jax.jobs import experiment as experiments, sample
+write = sample._write_part
+sample._write_part = lambda *args: (time.sleep(0.3 * int(number)), write(*args))
+for workdir in workdirs:
+  config = experiments.read(workdir)
+  sample.run(config, workdir)
+built, params = experiments.trained(config, workdir)
+call = experiments.sampler(built, experiments.table(config))
+made = experiments.generate(built, call, params, num=12, batch_size=8)
+np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, _ in made]))
+"""
+
+
+def save(config, workdir: pathlib.Path, step: int) -> None:
+  """Saves a network that was not trained, but whose every weight has a say."""
+  built = experiments.build(config)
+  params = built.network.init(jax.random.key(step))
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(step), len(leaves))
+  noisy = [
+    x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+  ]
+  params = jax.tree.unflatten(treedef, noisy)
+  with Checkpoints(str(workdir), keep=2) as checkpoints:
+    created = state.create(params, optax.identity(), tuple(config.ema.profiles))
+    checkpoints.save(step, created)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A work directory to copy."""
+  config = configs.base()
+  config.model = configs.use("models", "mlp", width=16, depth=1)
+  config.sampler.update(name="ddim", steps=2)
+  config.sample.update(num=30, batch_size=SIZE)
+  workdir = tmp_path_factory.mktemp("sample") / "run"
+  experiments.claim(config, str(workdir))
+  save(config, workdir, 3)
+  return workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+  """Makes copies of the work directory."""
+  return lambda name: shutil.copytree(trained, tmp_path / name)
+
+
+def run(workdir: pathlib.Path, **fields) -> bytes:
+  """Runs the job with fields such as num=30; returns what samples.npz is."""
+  config = experiments.read(str(workdir))
+  for name, value in fields.items():
+    section, _, field = name.rpartition("__")
+    config[section or "sample"][field] = value
+  sample.run(config, str(workdir))
+  return (workdir / "samples.npz").read_bytes()
+
+
+def change(workdir: pathlib.Path, section: str, **fields) -> None:
+  """Changes the config that other processes will find."""
+  path = workdir / "config.json"
+  config = json.loads(path.read_text())
+  config[section] |= fields
+  path.write_text(json.dumps(config))
+
+
+def parts(workdir: pathlib.Path) -> list[str]:
+  return sorted(p.name for p in workdir.glob("samples.parts/*.npz"))
+
+
+def images(workdir: pathlib.Path) -> np.ndarray:
+  with np.load(workdir / "samples.npz") as arrays:
+    return arrays["arr_0"].astype(int)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+  """What the job did, `events`; it is stopped as it would start the image `stop`."""
+  watched = types.SimpleNamespace(events=[], stop=None)
+  start, write = experiments.start_batch, sample._write_part
+
+  def starting(experiment, call, params, first, size):
+    if first == watched.stop:
+      raise KeyboardInterrupt
+    watched.events.append(("start", first))
+    return start(experiment, call, params, first, size)
+
+  def writing(folder, first, images):
+    write(folder, first, images)
+    watched.events.append(("write", first))
+
+  monkeypatch.setattr(experiments, "start_batch", starting)
+  monkeypatch.setattr(sample, "_write_part", writing)
+  return watched
+
+
+def stopped(workdir: pathlib.Path, watch, at: int = 24, **fields) -> None:
+  """Runs the job until it would start image `at`: all batches but one are written."""
+  watch.stop = at
+  with pytest.raises(KeyboardInterrupt):
+    run(workdir, **fields)
+  watch.stop = None
+  watch.events.clear()
+
+
+def starts(watch) -> list[int]:
+  return [first for what, first in watch.events if what == "start"]
+
+
+def test_a_batch_is_under_way_before_the_one_before_is_waited_for(copy, watch):
+  run(copy("run"))
+  expected = [("start", 0)]
+  for first in (0, 8, 16):
+    expected += [("start", first + 8), ("write", first)]
+  assert watch.events == [*expected, ("write", 24)]
+
+
+def test_a_stopped_job_goes_on_and_ends_the_same(copy, watch, capsys):
+  whole, resumed = copy("whole"), copy("resumed")
+  (resumed / "samples").mkdir()  # grids of the training
+  wanted = run(whole)
+  assert "going on" not in capsys.readouterr().err
+  stopped(resumed, watch)
+  assert parts(resumed) == ["00000000-p0.npz", "00000008-p0.npz"]
+  (resumed / "samples.parts" / "00000016-p0.npz.tmp").write_bytes(b"PK half")
+  assert run(resumed) == wanted
+  assert starts(watch) == [16, 24]
+  assert "going on: 16 of 30 images are there" in capsys.readouterr().err
+  left = {p.name for p in resumed.iterdir()} - {"checkpoints", "command.txt"}
+  assert left == {"config.json", "samples", "samples.npz", "samples.png"}
+  with np.load(resumed / "samples.npz") as arrays:
+    assert arrays["arr_0"].shape == (30, 8, 8, 1)
+    assert arrays["arr_0"].dtype == np.uint8
+    assert len(np.unique(arrays["arr_0"], axis=0)) == 30
+    np.testing.assert_array_equal(arrays["arr_1"], np.arange(30) % 10)
+
+
+def test_a_killed_process_goes_on(copy, watch):
+  whole, killed = copy("whole"), copy("killed")
+  num = 4000
+  command = [sys.executable, "-m", "sdiff_jax.main", f"--workdir={killed}"]
+  change(killed, "sample", num=num)
+  process = subprocess.Popen([*command, "--job=sample"], cwd=ROOT)
+  deadline = time.monotonic() + 120
+  while len(parts(killed)) < 2 and time.monotonic() < deadline:
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  there = len(parts(killed))
+  wanted = run(whole, num=num)
+  watch.events.clear()
+  assert run(killed, num=num) == wanted
+  assert 2 <= there == num // SIZE - len(starts(watch))
+
+
+@pytest.mark.parametrize("later", [44, 12])
+def test_another_number_of_images_later(copy, watch, later):
+  whole, resumed = copy("whole"), copy("resumed")
+  wanted = run(whole, num=later)
+  stopped(resumed, watch)
+  assert run(resumed, num=later) == wanted
+  assert starts(watch) == [k for k in (16, 24, 32, 40) if k < later]
+  assert len(images(resumed)) == later
+
+
+def test_parts_of_other_samples_are_refused(copy, watch):
+  workdir = copy("run")
+  stopped(workdir, watch)
+  message = (
+    r"samples\.parts holds parts of other samples: sample\.seed \(0 there, 1 now\), "
+    r"sampler\.angles \(\[\] there, \[1\.5\] now\); remove it, or take the same values"
+  )
+  with pytest.raises(UserError, match=message):
+    run(workdir, seed=1, sampler__angles=(1.5,))
+  for name, value in {"batch_size": 16, "guidance": 2.0, "label": 1}.items():
+    with pytest.raises(UserError, match=rf"sample\.{name} \(.* there, {value} now\);"):
+      run(workdir, **{name: value})
+  save(experiments.read(str(workdir)), workdir, 5)
+  with pytest.raises(UserError, match=r"samples: checkpoint \(3 there, 5 now\);"):
+    run(workdir)
+  assert starts(watch) == []
+  assert len(parts(workdir)) == 2
+  shutil.rmtree(workdir / "checkpoints" / "5")
+  run(workdir)
+  assert starts(watch) == [16, 24]
+
+
+def test_settings_without_parts_bind_nobody(copy, watch, monkeypatch):
+  workdir = copy("run")
+  with monkeypatch.context() as patch:  # killed as it removes the folder
+    patch.setattr(shutil, "rmtree", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      run(workdir)
+  assert [p.name for p in (workdir / "samples.parts").iterdir()] == ["settings.json"]
+  assert run(workdir, seed=1) == run(copy("other"), seed=1)
+
+
+def test_damaged_parts_are_made_again(copy, watch, capsys):
+  whole, resumed = copy("whole"), copy("resumed")
+  wanted = run(whole, num=48)
+  stopped(resumed, watch, at=40, num=48)
+  paths = [resumed / "samples.parts" / name for name in parts(resumed)]
+  assert len(paths) == 4
+  data = [path.read_bytes() for path in paths]
+  paths[0].write_bytes(data[0][: len(data[0]) // 2])
+  paths[1].write_bytes(b"")
+  paths[2].write_bytes(data[2][:-600] + b"?" + data[2][-599:])  # of a pixel
+  assert run(resumed, num=48) == wanted
+  assert starts(watch) == [0, 8, 16, 32, 40]
+  said = capsys.readouterr().err
+  assert [f"{path} is damaged" in said for path in paths] == [True, True, True, False]
+
+
+def test_half_a_batch_is_not_a_batch(copy, watch):
+  whole, resumed = copy("whole"), copy("resumed")
+  wanted = run(whole)
+  stopped(resumed, watch)
+  path = resumed / "samples.parts" / "00000008-p0.npz"
+  with np.load(path) as part:
+    half = {name: part[name][:4] for name in part.files}
+  path.unlink()
+  np.savez(path.with_name("00000008-p1.npz"), **half)  # of a process that is no more
+  assert run(resumed) == wanted
+  assert starts(watch) == [8, 16, 24]
+
+
+def test_a_part_is_written_whole_or_not_at_all(copy, watch, monkeypatch):
+  workdir = copy("run")
+
+  def half(file, **arrays):
+    file.write(b"PK")
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(np, "savez", half)
+    with pytest.raises(KeyboardInterrupt):
+      run(workdir)
+  assert parts(workdir) == []
+  assert run(workdir) == run(copy("whole"))
+
+
+def test_lost_parts_do_not_become_samples(copy, monkeypatch):
+  workdir = copy("run")
+  monkeypatch.setattr(sample, "_write_part", lambda folder, first, images: None)
+  with pytest.raises(UserError, match="has lost parts: the same command makes them"):
+    run(workdir)
+  assert not (workdir / "samples.npz").exists()
+
+
+def test_a_batch_size_that_does_not_divide_is_refused_before_any_work(copy):
+  workdir = copy("run")
+  with pytest.raises(UserError, match="config.sample.batch_size=12: does not divide"):
+    run(workdir, batch_size=12)
+  assert not (workdir / "samples.parts").exists()
+
+
+def test_rows_that_several_devices_hold_are_written_once(copy, watch):
+  one, mesh = copy("one"), copy("mesh")
+  run(one)
+  stopped(mesh, watch, mesh__data=4, mesh__window=2)
+  for k, name in enumerate(parts(mesh)):
+    with np.load(mesh / "samples.parts" / name) as part:
+      np.testing.assert_array_equal(part["indices"], np.arange(8 * k, 8 * k + 8))
+      assert part["images"].shape == (8, 8, 8, 1)
+  run(mesh, mesh__data=4, mesh__window=2)
+  # Matmuls round by the rows of a device, which may move a pixel by one level.
+  assert np.abs(images(one) - images(mesh)).max() <= 1
+
+
+def test_two_processes_share_the_work_and_go_on_with_that_of_one(
+  copy, watch, monkeypatch
+):
+  one, spread, same_rows = copy("one"), copy("spread"), copy("same_rows")
+  run(one)
+  for workdir, window in ((spread, 1), (same_rows, 4)):
+    stopped(workdir, watch, at=16)
+    change(workdir, "mesh", window=window)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+  command = [sys.executable, "-c", PROCESS]
+  both = [
+    subprocess.Popen([*command, n, port, same_rows, spread], cwd=ROOT) for n in "01"
+  ]
+  try:
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+  finally:
+    for process in both:
+      process.kill()
+  for workdir in (spread, same_rows):
+    assert np.abs(images(one) - images(workdir)).max() <= 1
+    assert not (workdir / "samples.parts").exists()
+  for number in "01":
+    made = np.load(spread / f"{number}.npy")
+    np.testing.assert_array_equal(made, images(spread)[:12])

@@ -1,0 +1,240 @@
+"""Time of a training step here and in PyTorch: same network, batch, machine.
+
+  python3 -m venv /tmp/torch            # PyTorch is no dependency of ours
+  /tmp/torch/bin/pip install torch numpy
+  python third_party/torch_step.py --torch=/tmp/torch/bin/python [--compile]
+
+The network is `mlp` (width 1024, 4 blocks) on 28 x 28 x 1 and 10 classes, batch 256,
+float32, Adam, one power average. In PyTorch (`torch_half.py`) the sCD step is written
+as its public implementations are: without gradients, the teacher's forward and
+`torch.func.jvp` of the student; then a second forward of the student, with gradients.
+Ours also guards against steps that are not finite and measures the gradient.
+--compile adds rows for `torch.compile` of the loss.
+
+PyTorch runs in a process of its own. First both compute F, dF/dt, losses and gradient
+norms of the same inputs, and the script ends where they differ; then they take turns,
+so that one is idle while the other is timed. Both use all cores; where other work
+shares them, `taskset --cpu-list 0` before the command, one core for both, is fairer:
+threads of PyTorch wait for the slowest among them, ours steal its work.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import config, ema, guidance, lookup, optim, state, step, times
+
+SHAPE, CLASSES, BATCH, SIGMA_D, PROFILE = (28, 28, 1), 10, 256, 0.5, "power/0.1"
+MODEL = config.use("models", "mlp", width=1024, depth=4, embed=64).to_dict()
+ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-8}
+RATE = 1e-4
+LOSSES = {"teacher": "diffusion", "sCD": "scm"}
+AT = 5_000  # the step that both compute: halfway through the warm-up
+PAUSE = 0.2  # seconds: threads that still spin must not slow the other process
+
+
+def setup() -> tuple[dict, dict, dict]:
+  """Returns losses, parameters and a batch.
+
+  The parameters are not those of a start: F is 0 there, and hides mistakes.
+  """
+  network = lookup.build("models", MODEL, shape=SHAPE, classes=CLASSES)
+  losses = {
+    name: lookup.build(
+      "losses",
+      config.use("losses", loss).to_dict(),
+      network=network,
+      teacher=network.apply,
+      sigma_d=SIGMA_D,
+    )
+    for name, loss in LOSSES.items()
+  }
+  rng = np.random.default_rng(0)
+  start = network.init(jax.random.key(0))
+
+  def moved(x: jax.Array) -> jax.Array:
+    return x + 0.02 * rng.standard_normal(x.shape, np.float32)
+
+  params = {name: jax.tree.map(moved, start) for name in ("student", "frozen")}
+  x0 = SIGMA_D * jnp.asarray(rng.standard_normal((BATCH, *SHAPE), np.float32))
+  batch = {"x0": x0, "cond": {"label": jnp.arange(BATCH) % CLASSES}}
+  return losses, params, batch
+
+
+def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
+  """Returns the t, z and labels that a loss draws from a key."""
+  chosen = config.use("losses", LOSSES[name])
+  key_t, key_z, key_label, _ = jax.random.split(key, 4)
+  spread = {"p_mean": chosen.p_mean, "p_std": chosen.p_std}
+  cond = batch["cond"]
+  if name == "teacher":
+    cond = guidance.drop_labels(key_label, cond, chosen.label_dropout)
+  return {
+    "t": times.log_normal(key_t, BATCH, **spread, sigma_d=SIGMA_D),
+    "z": SIGMA_D * jax.random.normal(key_z, batch["x0"].shape),
+    "label": cond["label"],
+  }
+
+
+def export(folder: pathlib.Path, params: dict, batch: dict, key: jax.Array) -> dict:
+  """Writes what the other half needs, and returns F and dF/dt of it."""
+  network = lookup.build("models", MODEL, shape=SHAPE, classes=CLASSES)
+  rng = np.random.default_rng(1)
+  x, dx = rng.standard_normal((2, BATCH, *SHAPE), np.float32)
+  t, dt = rng.uniform(0.1, 1.5, (2, BATCH)).astype(np.float32)
+  F, J = jax.jvp(
+    lambda x, t: network.apply(params["student"], x, t, batch["cond"]), (x, t), (dx, dt)
+  )
+  arrays = {"x": x, "t": t, "dx": dx, "dt": dt, "x0": batch["x0"]} | batch["cond"]
+  for name in LOSSES:
+    arrays |= {f"{name}/{k}": v for k, v in drawn(name, key, batch).items()}
+  for path, leaf in jax.tree.leaves_with_path(params):
+    arrays[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+  np.savez(folder / "ours.npz", **arrays)
+  settings = {name: config.use("losses", k).to_dict() for name, k in LOSSES.items()}
+  settings |= {k: MODEL[k] for k in ("width", "depth", "embed")}
+  settings |= {"shape": SHAPE, "classes": CLASSES, "sigma_d": SIGMA_D, "step": AT}
+  adam = {"lr": RATE, "betas": (ADAM["b1"], ADAM["b2"]), "eps": ADAM["eps"]}
+  exponent = ema.power_exponent(float(PROFILE.partition("/")[2])) + 1
+  settings |= {"adam": adam, "exponent": exponent}
+  (folder / "settings.json").write_text(json.dumps(settings))
+  return {"F": F, "J": J}
+
+
+def training(loss: Callable, params: dict, batch: dict) -> Callable[[int], float]:
+  """Returns (count) -> seconds of so many of our steps."""
+  rate = lambda n: jnp.float32(RATE)  # noqa: E731
+  optimizer = optim.build(rate, name="adam", weight_decay=0.0, clip=0.0, **ADAM)
+  betas = ema.betas((PROFILE,), BATCH)
+  student = jax.tree.map(jnp.copy, params["student"])
+  current = state.create(student, optimizer, tuple(betas))
+  function = jax.jit(step.build(loss, optimizer, betas, rate), donate_argnums=0)
+  key, frozen = jax.random.key(2), params["frozen"]
+  compiled = function.lower(current, batch, key, frozen).compile()
+
+  def run(count: int) -> float:
+    nonlocal current
+    begin = time.perf_counter()
+    for _ in range(count):
+      current, _ = compiled(current, batch, key, frozen)
+    jax.block_until_ready(current)
+    return time.perf_counter() - begin
+
+  run(3)
+  return run
+
+
+class Theirs:
+  """The process of the other half."""
+
+  def __init__(self, python: str, folder: pathlib.Path):
+    half = pathlib.Path(__file__).with_name("torch_half.py")
+    command = [python, str(half), str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    self._process = subprocess.Popen(command, text=True, **pipes)
+
+  def ask(self, *request: Any) -> Any:
+    print(json.dumps(request), file=self._process.stdin, flush=True)
+    return json.loads(self._process.stdout.readline())
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def compare(theirs: Theirs, folder: pathlib.Path, ours: dict, losses: dict) -> None:
+  """Checks that both halves compute the same.
+
+  Args:
+    theirs: the other half.
+    folder: where it writes F and J.
+    ours: our F and J.
+    losses: name -> () -> (our loss, our gradient).
+  """
+  answer = theirs.ask("check")
+  if "error" in answer:
+    raise SystemExit(answer["error"])
+  print(f"jax {jax.__version__}, torch {answer['version']}; largest differences:")
+  with np.load(folder / "theirs.npz") as found:
+    for name, mine in ours.items():
+      worst = float(jnp.abs(mine - found[name]).max() / jnp.abs(mine).max())
+      print(f"  {name}: {worst:.1e} of its largest value")
+      assert worst < 1e-4, name
+  for name, of in losses.items():
+    value, grads = of()
+    norm = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)) ** 0.5
+    mine = np.array([value, norm])
+    print(f"  {name}: loss and gradient norm {mine} and {np.array(answer[name])}")
+    np.testing.assert_allclose(mine, answer[name], rtol=1e-3)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("--torch", required=True, help="a Python that has PyTorch")
+  parser.add_argument("--compile", action="store_true", help="time torch.compile too")
+  parser.add_argument("--rounds", type=int, default=20)
+  parser.add_argument("--steps", type=int, default=5, help="steps a turn")
+  args = parser.parse_args()
+  losses, params, batch = setup()
+  key = jax.random.key(3)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    ours = export(folder, params, batch, key)
+    theirs = Theirs(args.torch, folder)
+
+    def gradient(loss: Callable) -> Callable:
+      of = jax.jit(jax.value_and_grad(lambda *a: loss(*a)[0]))
+      at = jnp.int32(AT)
+      return lambda: of(params["student"], batch, key, at, params["frozen"])
+
+    compare(theirs, folder, ours, {k: gradient(v) for k, v in losses.items()})
+    report(args, theirs, {k: training(v, params, batch) for k, v in losses.items()})
+    theirs.close()
+
+
+def report(args: argparse.Namespace, theirs: Theirs, ours: dict) -> None:
+  """Times both halves in turns, and prints the table."""
+  rows = [(name, False) for name in ours]
+  for name in ours if args.compile else ():
+    rows.append((name, True))
+  for row in [*rows]:
+    answer = theirs.ask("start", *row)
+    if isinstance(answer, dict):
+      print(f"torch.compile, {row[0]}: {answer['error']}")
+      rows.remove(row)
+  seconds: dict[tuple, list] = {row: [] for row in rows}
+  for _ in range(args.rounds):
+    for name, compiled in rows:
+      mine = ours[name](args.steps)
+      time.sleep(PAUSE)
+      other = theirs.ask("run", name, compiled, args.steps)
+      time.sleep(PAUSE)
+      seconds[name, compiled].append((mine / args.steps, other / args.steps))
+  load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+  print(
+    f"{len(os.sched_getaffinity(0))} cores; load of the last 1, 5, 15 minutes {load}"
+  )
+  print(f"\n| step | ours | torch | torch / ours, median of {args.rounds} pairs |")
+  print("|---|---|---|---|")
+  for (name, compiled), pairs in seconds.items():
+    mine, other = (
+      statistics.median(column) * 1e3 for column in zip(*pairs, strict=True)
+    )
+    ratio = statistics.median(b / a for a, b in pairs)
+    title = f"{name}, torch.compile" if compiled else name
+    print(f"| {title} | {mine:.0f} ms | {other:.0f} ms | **{ratio:.2f}** |")
+
+
+if __name__ == "__main__":
+  main()
