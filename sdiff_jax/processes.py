@@ -24,20 +24,24 @@ def start() -> None:
   process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Raises:
-    UserError: only some of the variables are set, or not to numbers.
+    UserError: only some of the variables are set, or the numbers are none.
   """
-  given = [os.environ.get(name) for name in VARIABLES]
+  address, count, mine = (os.environ.get(name) for name in VARIABLES)
+  options = {}
+  if count is not None or mine is not None:
+    if address is None or not all(n and n.isdecimal() for n in (count, mine)):
+      found = ", ".join(f"{n}={os.environ.get(n, '')!r}" for n in VARIABLES)
+      raise UserError(f"{found}: set none of them, or an address and two numbers")
+    options = {"num_processes": int(count), "process_id": int(mine)}
   try:
-    count, mine = (None if n is None else int(n) for n in given[1:])
     jax.distributed.initialize(
-      num_processes=count,
-      process_id=mine,
+      **options,
       heartbeat_timeout_seconds=HEARTBEAT,
       shutdown_timeout_seconds=HEARTBEAT,
     )
   except ValueError as error:
-    if any(given):
-      raise UserError(f"set all of {', '.join(VARIABLES)}, or none: {error}") from error
+    if address is not None:
+      raise UserError(f"{VARIABLES[0]}={address!r}: {error}") from error
     # No cluster here: this process is alone.
 
 
@@ -47,7 +51,7 @@ def leave(code: int) -> None:
   The usual end waits for all at a barrier, which those never reach that are waiting
   for this process elsewhere. They notice that it is gone.
   """
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
+  if jax.distributed.is_initialized():
     if code == 1:
       traceback.print_exc()
     sys.stdout.flush()

@@ -145,6 +145,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(cache, alone, tmp_path):
   until(lambda: list(tmp_path.glob("checkpoints/[0-9]*")), both)
   both[0].kill()
   killed = time.monotonic()
+  both[0].communicate()
   both[1].communicate(timeout=60)
   assert both[1].returncode not in (0, None)
   assert time.monotonic() - killed < 60
@@ -154,11 +155,13 @@ def test_a_killed_process_ends_the_other_and_both_go_on(cache, alone, tmp_path):
   same_weights(tmp_path, alone)
 
 
-def test_half_a_description_of_the_processes_is_refused(monkeypatch):
+@pytest.mark.parametrize("mine", ["", "first", "-1", None])
+def test_half_a_description_of_the_processes_is_refused(monkeypatch, mine):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-  with pytest.raises(UserError, match="set all of JAX_COORDINATOR_ADDRESS"):
-    processes.start()
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-  with pytest.raises(UserError, match="'two'"):
+  if mine is None:
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    mine = "0"
+  monkeypatch.setenv("JAX_PROCESS_ID", mine)
+  with pytest.raises(UserError, match=f"JAX_PROCESS_ID='{mine}': set none of them"):
     processes.start()

@@ -64,8 +64,7 @@ class Mlp(nn.Module):
     self.first = nn.Linear(size, WIDTH)
     self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
     self.norm = DoubleNorm()
-    self.last = nn.Linear(WIDTH, size)
-    self.skip = nn.Linear(EMBED, size)
+    self.gain, self.shift = nn.Linear(WIDTH, size), nn.Linear(WIDTH, size)
     self.w = nn.Linear(128, 1)
     rng = np.random.default_rng(0)
     fixed = {"fourier": 2 * np.pi * rng.standard_normal(128, np.float32)}
@@ -85,8 +84,8 @@ class Mlp(nn.Module):
     h = self.first(flat)
     for block in self.blocks:
       h = block(h, emb)
-    out = self.last(functional.silu(self.norm(h, emb)))
-    return (out + self.skip(emb) * flat).reshape(x.shape)
+    h = functional.silu(self.norm(h, emb))
+    return (self.gain(h) * flat + self.shift(h)).reshape(x.shape)
 
   def logvar(self, t):
     x = torch.cos(t[:, None] * self.fourier + self.phases) * (2 / 128) ** 0.5
@@ -97,8 +96,8 @@ def load(arrays, prefix):
   """Returns the network with our parameters, which the arrays name as Flax does."""
   net = Mlp()
   pairs = {"net/Embedding_0/time": net.time, "net/Embedding_0/label": net.label}
-  pairs |= {"net/Embedding_0/out": net.emb, "net/in": net.first, "net/out": net.last}
-  pairs |= {"net/skip": net.skip, "logvar/Dense_0": net.w}
+  pairs |= {"net/Embedding_0/out": net.emb, "net/in": net.first}
+  pairs |= {"net/gain": net.gain, "net/shift": net.shift, "logvar/Dense_0": net.w}
   for name in ("scale", "shift"):
     pairs[f"net/out_norm/{name}"] = getattr(net.norm, name)
   for i, block in enumerate(net.blocks):

@@ -18,8 +18,8 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import checkpoint, sharding, writer
 from sdiff_jax import config as configs
+from sdiff_jax import disk, sharding, writer
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
 
@@ -54,7 +54,7 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   the parts are refused later rather than mixed.
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
-  settings = configs.flat(sections) | {"checkpoint": checkpoint.newest(workdir)}
+  settings = configs.flat(sections) | {"checkpoint": disk.newest(workdir)}
   del settings["sample.num"]
   return json.loads(json.dumps(settings))  # tuples as they will be read
 
