@@ -2,20 +2,19 @@
 
   python3 -m venv /tmp/torch            # PyTorch is no dependency of ours
   /tmp/torch/bin/pip install torch numpy
-  python third_party/torch_step.py --torch=/tmp/torch/bin/python [--compile]
+  python third_party/torch_step.py --torch=/tmp/torch/bin/python [--of=digits]
 
-The network is `mlp` (width 1024, 4 blocks) on 28 x 28 x 1 and 10 classes, batch 256,
-float32, Adam, one power average. In PyTorch (`torch_half.py`) the sCD step is written
-as its public implementations are: without gradients, the teacher's forward and
-`torch.func.jvp` of the student; then a second forward of the student, with gradients.
-Ours also guards against steps that are not finite and measures the gradient.
+The network and the batch are those of configs/fashion_*.py or configs/digits_*.py:
+`mlp`, 10 classes, float32, Adam, one power average. In PyTorch (`torch_half.py`) the
+sCD step is written as its public implementations are: without gradients, the teacher's
+forward and `torch.func.jvp` of the student; then a second forward of the student, with
+gradients. Ours also guards against steps that are not finite and measures the gradient.
 --compile adds rows for `torch.compile` of the loss.
 
 PyTorch runs in a process of its own. First both compute F, dF/dt, losses and gradient
 norms of the same inputs, and the script ends where they differ; then they take turns,
-so that one is idle while the other is timed. Both use all cores; where other work
-shares them, `taskset --cpu-list 0` before the command, one core for both, is fairer:
-threads of PyTorch wait for the slowest among them, ours steal its work.
+so that one is idle while the other is timed. Both use all cores: run it on a quiet
+machine, or on one core with `taskset --cpu-list 0` before the command.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,8 @@ import numpy as np
 
 from sdiff_jax import config, ema, guidance, lookup, optim, state, step, times
 
-SHAPE, CLASSES, BATCH, SIGMA_D, PROFILE = (28, 28, 1), 10, 256, 0.5, "power/0.1"
-MODEL = config.use("models", "mlp", width=1024, depth=4, embed=64).to_dict()
+CLASSES, SIGMA_D, PROFILE = 10, 0.5, "power/0.1"
+SIZES = {"fashion": ((28, 28, 1), 256, 1024), "digits": ((8, 8, 1), 128, 256)}
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-8}
 RATE = 1e-4
 LOSSES = {"teacher": "diffusion", "sCD": "scm"}
@@ -44,12 +43,24 @@ AT = 5_000  # the step that both compute: halfway through the warm-up
 PAUSE = 0.2  # seconds: threads that still spin must not slow the other process
 
 
-def setup() -> tuple[dict, dict, dict]:
+class Setup(NamedTuple):
+  """What both halves compute with."""
+
+  shape: tuple[int, int, int]
+  model: dict
+  losses: dict[str, Callable]
+  params: dict
+  batch: dict
+
+
+def setup(of: str) -> Setup:
   """Returns losses, parameters and a batch.
 
   The parameters are not those of a start: F is 0 there, and hides mistakes.
   """
-  network = lookup.build("models", MODEL, shape=SHAPE, classes=CLASSES)
+  shape, batch_size, width = SIZES[of]
+  model = config.use("models", "mlp", width=width, depth=4).to_dict()
+  network = lookup.build("models", model, shape=shape, classes=CLASSES)
   losses = {
     name: lookup.build(
       "losses",
@@ -67,9 +78,9 @@ def setup() -> tuple[dict, dict, dict]:
     return x + 0.02 * rng.standard_normal(x.shape, np.float32)
 
   params = {name: jax.tree.map(moved, start) for name in ("student", "frozen")}
-  x0 = SIGMA_D * jnp.asarray(rng.standard_normal((BATCH, *SHAPE), np.float32))
-  batch = {"x0": x0, "cond": {"label": jnp.arange(BATCH) % CLASSES}}
-  return losses, params, batch
+  x0 = SIGMA_D * jnp.asarray(rng.standard_normal((batch_size, *shape), np.float32))
+  batch = {"x0": x0, "cond": {"label": jnp.arange(batch_size) % CLASSES}}
+  return Setup(shape, model, losses, params, batch)
 
 
 def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
@@ -81,18 +92,19 @@ def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
   if name == "teacher":
     cond = guidance.drop_labels(key_label, cond, chosen.label_dropout)
   return {
-    "t": times.log_normal(key_t, BATCH, **spread, sigma_d=SIGMA_D),
+    "t": times.log_normal(key_t, len(batch["x0"]), **spread, sigma_d=SIGMA_D),
     "z": SIGMA_D * jax.random.normal(key_z, batch["x0"].shape),
     "label": cond["label"],
   }
 
 
-def export(folder: pathlib.Path, params: dict, batch: dict, key: jax.Array) -> dict:
+def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   """Writes what the other half needs, and returns F and dF/dt of it."""
-  network = lookup.build("models", MODEL, shape=SHAPE, classes=CLASSES)
+  params, batch = of.params, of.batch
+  network = lookup.build("models", of.model, shape=of.shape, classes=CLASSES)
   rng = np.random.default_rng(1)
-  x, dx = rng.standard_normal((2, BATCH, *SHAPE), np.float32)
-  t, dt = rng.uniform(0.1, 1.5, (2, BATCH)).astype(np.float32)
+  x, dx = rng.standard_normal((2, *batch["x0"].shape), np.float32)
+  t, dt = rng.uniform(0.1, 1.5, (2, len(x))).astype(np.float32)
   F, J = jax.jvp(
     lambda x, t: network.apply(params["student"], x, t, batch["cond"]), (x, t), (dx, dt)
   )
@@ -103,8 +115,8 @@ def export(folder: pathlib.Path, params: dict, batch: dict, key: jax.Array) -> d
     arrays[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
   np.savez(folder / "ours.npz", **arrays)
   settings = {name: config.use("losses", k).to_dict() for name, k in LOSSES.items()}
-  settings |= {k: MODEL[k] for k in ("width", "depth", "embed")}
-  settings |= {"shape": SHAPE, "classes": CLASSES, "sigma_d": SIGMA_D, "step": AT}
+  settings |= {k: of.model[k] for k in ("width", "depth", "embed")}
+  settings |= {"shape": of.shape, "classes": CLASSES, "sigma_d": SIGMA_D, "step": AT}
   adam = {"lr": RATE, "betas": (ADAM["b1"], ADAM["b2"]), "eps": ADAM["eps"]}
   exponent = ema.power_exponent(float(PROFILE.partition("/")[2])) + 1
   settings |= {"adam": adam, "exponent": exponent}
@@ -116,7 +128,7 @@ def training(loss: Callable, params: dict, batch: dict) -> Callable[[int], float
   """Returns (count) -> seconds of so many of our steps."""
   rate = lambda n: jnp.float32(RATE)  # noqa: E731
   optimizer = optim.build(rate, name="adam", weight_decay=0.0, clip=0.0, **ADAM)
-  betas = ema.betas((PROFILE,), BATCH)
+  betas = ema.betas((PROFILE,), len(batch["x0"]))
   student = jax.tree.map(jnp.copy, params["student"])
   current = state.create(student, optimizer, tuple(betas))
   function = jax.jit(step.build(loss, optimizer, betas, rate), donate_argnums=0)
@@ -182,21 +194,23 @@ def compare(theirs: Theirs, folder: pathlib.Path, ours: dict, losses: dict) -> N
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--torch", required=True, help="a Python that has PyTorch")
+  parser.add_argument("--of", choices=SIZES, default="fashion", help="whose network")
   parser.add_argument("--compile", action="store_true", help="time torch.compile too")
   parser.add_argument("--rounds", type=int, default=20)
   parser.add_argument("--steps", type=int, default=5, help="steps a turn")
   args = parser.parse_args()
-  losses, params, batch = setup()
+  of = setup(args.of)
+  _, _, losses, params, batch = of
   key = jax.random.key(3)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    ours = export(folder, params, batch, key)
+    ours = export(folder, of, key)
     theirs = Theirs(args.torch, folder)
 
     def gradient(loss: Callable) -> Callable:
-      of = jax.jit(jax.value_and_grad(lambda *a: loss(*a)[0]))
+      both = jax.jit(jax.value_and_grad(lambda *a: loss(*a)[0]))
       at = jnp.int32(AT)
-      return lambda: of(params["student"], batch, key, at, params["frozen"])
+      return lambda: both(params["student"], batch, key, at, params["frozen"])
 
     compare(theirs, folder, ours, {k: gradient(v) for k, v in losses.items()})
     report(args, theirs, {k: training(v, params, batch) for k, v in losses.items()})
