@@ -81,7 +81,7 @@ def base() -> ml_collections.ConfigDict:
   )
   c.sampler = ml_collections.ConfigDict(
     {
-      "name": "heun",  # heun, ddim, dpm2s or consistency
+      "name": "heun",  # one of samplers/tables.py: heun, ddim, ddpm, dpmpp2m, ...
       "steps": 16,
       "angles": (),  # starting angle of every step, instead of the sampler's grid
     }

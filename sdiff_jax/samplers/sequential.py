@@ -41,16 +41,17 @@ def sample(
   columns = jax.tree.map(lambda c: jnp.asarray(c, x.dtype), table[:-1])
   rows = jnp.arange(table.evaluations)
 
-  def row(carry: tuple[Array, Array, Array], inputs: tuple) -> tuple:
-    x, x_before, d_before = carry
-    (a, p, b, c, s, time), i = inputs
+  def row(carry: tuple[Array, ...], inputs: tuple) -> tuple:
+    x, x_1, d_1, d_2 = carry
+    (a, p, b, c, e, s, time), i = inputs
     d = denoiser(x, jnp.full(x.shape[:1], time), cond)
-    new = a * x + p * x_before + b * d + c * d_before
+    new = a * x + p * x_1 + b * d + c * d_1 + e * d_2
     if noisy:
       new += s * noise(keys, i, x.shape[1:])
-    return (new, x, d), None
+    return (new, x, d, d_1), None
 
-  (x, _, _), _ = jax.lax.scan(row, (x, x, jnp.zeros_like(x)), (columns, rows))
+  none = jnp.zeros_like(x)
+  (x, *_), _ = jax.lax.scan(row, (x, x, none, none), (columns, rows))
   return x
 
 

@@ -2,7 +2,7 @@
 
 Row i of a table takes state x_i to x_{i+1} with one evaluation of the denoiser,
 
-    x_{i+1} = a_i x_i + p_i x_{i-1} + b_i d_i + c_i d_{i-1} + s_i z_i,
+    x_{i+1} = a_i x_i + p_i x_{i-1} + b_i d_i + c_i d_{i-1} + e_i d_{i-2} + s_i z_i,
     d_i = denoiser(x_i, time_i),    z_i ~ N(0, I),
 
 so a table says all that there is to say of a solver, and any loop over rows can run
@@ -10,30 +10,17 @@ it. Tables are made once, on the host, in float64, from a `Path`. A solver with 
 evaluations a step has two rows a step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from sdiff_jax import times
+from sdiff_jax.samplers import paths
+from sdiff_jax.samplers.paths import Path
 
 HEUN_MAX = 1000.0  # sigma / alpha; EDM starts at 80
-
-
-class Path(NamedTuple):
-  """A process x = alpha x0 + sigma eps on a falling grid of N + 1 points.
-
-  Attributes:
-    alpha: float64 [N + 1].
-    sigma: float64 [N + 1], the last one 0.
-    time: what the denoiser is told at each point, float64 [N + 1].
-    point: ln(alpha / sigma) -> (alpha, sigma, time) between the points of the grid.
-  """
-
-  alpha: np.ndarray
-  sigma: np.ndarray
-  time: np.ndarray
-  point: Callable[[float], tuple[float, float, float]]
 
 
 class Table(NamedTuple):
@@ -43,6 +30,7 @@ class Table(NamedTuple):
   p: np.ndarray
   b: np.ndarray
   c: np.ndarray
+  e: np.ndarray
   s: np.ndarray
   time: np.ndarray
   init_std: float
@@ -52,53 +40,112 @@ class Table(NamedTuple):
     return len(self.time)
 
 
-def trigflow_path(angles: np.ndarray, sigma_d: float) -> Path:
-  """Returns the path x_t = cos(t) x0 + sin(t) sigma_d eps, with time t.
-
-  Args:
-    angles: falling, float64 [N + 1], the last one 0.
-    sigma_d: standard deviation of the data.
-  """
-
-  def point(log_snr: float) -> tuple[float, float, float]:
-    t = np.arctan(np.exp(-log_snr) / sigma_d)
-    return np.cos(t), sigma_d * np.sin(t), t
-
-  return Path(np.cos(angles), sigma_d * np.sin(angles), angles, point)
-
-
-def edm_path(sigmas: np.ndarray) -> Path:
-  """Returns the variance-exploding path x = x0 + sigma eps, with time sigma.
-
-  Args:
-    sigmas: falling noise levels, float64 [N + 1], the last one 0.
-  """
-
-  def point(log_snr: float) -> tuple[float, float, float]:
-    sigma = np.exp(-log_snr)
-    return 1.0, sigma, sigma
-
-  return Path(np.ones_like(sigmas), sigmas, sigmas, point)
-
-
 def _assemble(rows: list[dict[str, float]], path: Path) -> Table:
   names = Table._fields[:-1]
   columns = {n: np.array([row.get(n, 0.0) for row in rows], np.float64) for n in names}
   return Table(**columns, init_std=float(path.sigma[0]))
 
 
-def ddim(path: Path) -> Table:
-  """x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) d (arXiv:2010.02502).
+def ddim(path: Path, eta: float = 0.0) -> Table:
+  """x' = alpha' d + (sigma'^2 - s^2)^(1/2) (x - alpha d) / sigma + s z.
 
-  On the TrigFlow path it is the rotation of arXiv:2410.11081, section 3; on EDM's,
-  Euler's method.
+  s^2 = eta^2 sigma'^2 (1 - (alpha sigma' / (alpha' sigma))^2) (arXiv:2010.02502, eq.
+  12 and 16). With eta = 0 it is the rotation of arXiv:2410.11081, section 3, on the
+  TrigFlow path, and Euler's method on EDM's and on rectified flow's.
+
+  Args:
+    path: the steps.
+    eta: share of the noise of DDPM's posterior; 0 is an ODE, 1 is DDPM.
   """
   rows = []
-  for i in range(len(path.time) - 1):
-    ratio = path.sigma[i + 1] / path.sigma[i]
-    b = path.alpha[i + 1] - path.alpha[i] * ratio
-    rows.append({"a": ratio, "b": b, "time": path.time[i]})
+  for alpha, sigma, time, alpha_1, sigma_1 in zip(*path[:5], strict=True):
+    s = eta * sigma_1 * (1 - (alpha * sigma_1 / (alpha_1 * sigma)) ** 2) ** 0.5
+    a = (sigma_1**2 - s**2) ** 0.5 / sigma
+    rows.append({"a": a, "b": alpha_1 - alpha * a, "s": s, "time": time})
   return _assemble(rows, path)
+
+
+def ddpm(path: Path, variance: str = "small") -> Table:
+  """Ancestral sampling: x' ~ N(E[x' | x, x0 = d], s^2) (arXiv:2006.11239, eq. 6-7).
+
+  Args:
+    path: the steps.
+    variance: "small", that of the posterior, or "large", beta = sigma^2 - (alpha
+      sigma' / alpha')^2 (section 3.2); none in a step to clean data.
+
+  Raises:
+    ValueError: another variance.
+  """
+  table = ddim(path, eta=1.0)
+  if variance == "small":
+    return table
+  if variance != "large":
+    raise ValueError(f"variance={variance!r}: take 'small' or 'large'")
+  beta = path.sigma**2 - (path.alpha * path.sigma_next / path.alpha_next) ** 2
+  return table._replace(s=np.where(path.sigma_next > 0, beta**0.5, 0.0))
+
+
+def dpmpp(path: Path, order: int = 2, *, sde: bool = False) -> Table:
+  """DPM-Solver++ multistep in x0 (arXiv:2211.01095, algorithm 2 and appendix B).
+
+  With l = ln(alpha / sigma), h = l' - l: first order is DDIM's step; the others add
+  differences of the d before. The first steps have the order that their history
+  allows; a step to clean data is of first order, and so are, of fewer than 15 steps,
+  the last (the one before it of second), where higher orders overshoot. 3M is as its
+  authors run it: its second difference has half the weight of a third order.
+
+  Args:
+    path: the steps, joined.
+    order: 1, 2 (2M, midpoint) or 3 (3M).
+    sde: solve the reverse SDE instead: noise in every step; order 1 or 2.
+
+  Raises:
+    ValueError: an order that does not exist.
+  """
+  if order not in ((1, 2) if sde else (1, 2, 3)):
+    raise ValueError(f"order={order}: DPM-Solver++ has 1, 2 and 3, its SDE 1 and 2")
+  with np.errstate(divide="ignore"):
+    here, there = (
+      np.log(alpha) - np.log(sigma)
+      for alpha, sigma in ((path.alpha, path.sigma), (path.alpha_next, path.sigma_next))
+    )
+  steps, h, rows = len(here), there - here, []
+  for i in range(steps):
+    most = steps - i if steps < 15 else order
+    if path.sigma_next[i] == 0 or h[i] == 0:
+      most = 1
+    b, c, e = _differences(h[: i + 1], min(order, most, i + 1), sde)
+    ratio, gain = path.sigma_next[i] / path.sigma[i], path.alpha_next[i]
+    row = {"b": gain * b, "c": gain * c, "e": gain * e, "time": path.time[i]}
+    row["a"] = ratio * (np.exp(-h[i]) if sde else 1.0)
+    row["s"] = path.sigma_next[i] * (-np.expm1(-2 * h[i])) ** 0.5 if sde else 0.0
+    rows.append(row)
+  return _assemble(rows, path)
+
+
+def _differences(h: np.ndarray, order: int, sde: bool) -> tuple[float, float, float]:
+  """Returns the weights of d, of the one before and of the one before that.
+
+  Args:
+    h: steps in ln(alpha / sigma) up to this one, the last of the array.
+    order: of this step.
+    sde: as in `dpmpp`.
+  """
+  one = -np.expm1(-(1 + sde) * h[-1])  # 1 - e^-h
+  if order == 1:
+    return one, 0.0, 0.0
+  r = h[-2] / h[-1]
+  if order == 2:
+    half = one / (2 * r)
+    return one + half, -half, 0.0
+  r_1 = h[-3] / h[-1]
+  # Weights of the first and second difference, and those in terms of d.
+  first = 1 - one / h[-1]
+  second = (h[-1] - one) / h[-1] ** 2 - 0.5
+  D_1_0, D_1_1 = np.array([1, -1, 0]) / r, np.array([0, 1, -1]) / r_1
+  D_1 = D_1_0 + r / (r + r_1) * (D_1_0 - D_1_1)
+  D_2 = (D_1_0 - D_1_1) / (r + r_1)
+  return tuple(np.array([one, 0, 0]) + first * D_1 - second * D_2)
 
 
 def heun(path: Path) -> Table:
@@ -112,21 +159,21 @@ def heun(path: Path) -> Table:
     ValueError: the noise starts above HEUN_MAX, where steps in s are useless.
   """
   rows, noise = [], path.sigma / path.alpha
+  noise_next = path.sigma_next / path.alpha_next
   if noise[0] > HEUN_MAX:
     raise ValueError(
       f"sampler.angles: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
       f"start below {HEUN_MAX:g}, or take dpm2s or ddim"
     )
-  for i in range(len(path.time) - 1):
-    s, s_next, h = noise[i], noise[i + 1], noise[i + 1] - noise[i]
-    gain = path.alpha[i + 1] / path.alpha[i]
-    euler = {"a": gain * (1 + h / s), "b": -path.alpha[i + 1] * h / s}
-    rows.append(euler | {"time": path.time[i]})
+  for i, time in enumerate(path.time):
+    s, s_next, alpha_1 = noise[i], noise_next[i], path.alpha_next[i]
+    gain, h = alpha_1 / path.alpha[i], s_next - s
+    rows.append({"a": gain * (1 + h / s), "b": -alpha_1 * h / s, "time": time})
     if s_next == 0:
       continue
-    correct = {"p": gain * (1 + h / (2 * s)), "c": -path.alpha[i + 1] * h / (2 * s)}
-    correct |= {"a": h / (2 * s_next), "b": -path.alpha[i + 1] * h / (2 * s_next)}
-    rows.append(correct | {"time": path.time[i + 1]})
+    correct = {"p": gain * (1 + h / (2 * s)), "c": -alpha_1 * h / (2 * s)}
+    correct |= {"a": h / (2 * s_next), "b": -alpha_1 * h / (2 * s_next)}
+    rows.append(correct | {"time": path.point(-np.log(s_next))[2]})
   return _assemble(rows, path)
 
 
@@ -137,9 +184,7 @@ def dpm2s(path: Path) -> Table:
   midpoint's d; the last step, to noise 0, is DDIM's alone: 2 N - 1 evaluations.
   """
   rows = []
-  for i in range(len(path.time) - 1):
-    alpha, sigma, time = path.alpha[i], path.sigma[i], path.time[i]
-    alpha_1, sigma_1 = path.alpha[i + 1], path.sigma[i + 1]
+  for alpha, sigma, time, alpha_1, sigma_1 in zip(*path[:5], strict=True):
     whole = alpha_1 - alpha * sigma_1 / sigma
     if sigma_1 == 0:
       rows.append({"a": 0.0, "b": whole, "time": time})
@@ -157,16 +202,18 @@ def consistency(path: Path) -> Table:
 
   The sampler of consistency models (arXiv:2303.01469, algorithm 1), with d = f.
   """
-  rows = [
-    {"b": path.alpha[i + 1], "s": path.sigma[i + 1], "time": path.time[i]}
-    for i in range(len(path.time) - 1)
-  ]
+  columns = zip(path.alpha_next, path.sigma_next, path.time, strict=True)
+  rows = [{"b": alpha, "s": sigma, "time": time} for alpha, sigma, time in columns]
   return _assemble(rows, path)
 
 
 # name -> (solver, angles for a number of steps)
 SOLVERS: dict[str, tuple[Callable[[Path], Table], Callable[..., np.ndarray]]] = {
   "ddim": (ddim, times.karras_angles),
+  "ddpm": (ddpm, times.karras_angles),
+  "dpmpp2m": (dpmpp, times.karras_angles),
+  "dpmpp3m": (functools.partial(dpmpp, order=3), times.karras_angles),
+  "dpmpp2m_sde": (functools.partial(dpmpp, sde=True), times.karras_angles),
   "heun": (heun, times.karras_angles),
   "dpm2s": (dpm2s, times.karras_angles),
   "consistency": (consistency, times.consistency_angles),
@@ -193,4 +240,4 @@ def build(
     raise ValueError(f"sampler.steps={steps}: take 1 or more")
   solver, grid = SOLVERS[name]
   t = times.given_angles(angles) if angles else grid(steps, sigma_d)
-  return solver(trigflow_path(t, sigma_d))
+  return solver(paths.trigflow(t, sigma_d))

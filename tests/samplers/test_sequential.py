@@ -7,7 +7,7 @@ import pytest
 from closed_forms import Gaussian
 
 from sdiff_jax import guidance, times, trigflow
-from sdiff_jax.samplers import sequential, tables
+from sdiff_jax.samplers import paths, sequential, tables
 
 SIGMA_D = 0.5
 
@@ -52,7 +52,7 @@ def sample(denoiser, table, x, cond=None):
 
 @pytest.mark.parametrize(("case", "steps"), [("edm1_18", 18), ("edm2_32", 32)])
 def test_heun_of_edm(edm, case, steps):
-  table = tables.heun(tables.edm_path(times.karras(steps)))
+  table = tables.heun(paths.edm(times.karras(steps)))
   x = table.init_std * jnp.asarray(edm["latents"])
   found = sample(mixture(edm), table, x)
   np.testing.assert_allclose(found, edm[f"{case}/final"], rtol=1e-9, atol=1e-9)
@@ -101,7 +101,7 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
   noises, outputs = (jnp.asarray(data[k]) for k in ("noises", "model_outputs"))
   monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: noises[i])
   angles = data["timesteps"].astype(np.float64)
-  table = tables.consistency(tables.trigflow_path(angles, sigma_d))
+  table = tables.consistency(paths.trigflow(angles, sigma_d))
 
   def denoiser(x, t, cond):
     row = jnp.argmin(jnp.abs(jnp.asarray(table.time, t.dtype) - t[0]))

@@ -9,21 +9,21 @@ from closed_forms import Gaussian
 from hypothesis import strategies as st
 
 from sdiff_jax import times, trigflow
-from sdiff_jax.samplers import tables
+from sdiff_jax.samplers import paths, tables
 
 SIGMA_D = 0.5
 
 
 def solve(table: tables.Table, x: float, denoiser) -> float:
   """Returns the last state of a table's recurrence without noise, in float64."""
-  before, d_before = 0.0, 0.0
-  for a, p, b, c, time in zip(*table[:4], table.time, strict=True):
+  x_1 = d_1 = d_2 = 0.0
+  for a, p, b, c, e, time in zip(*table[:5], table.time, strict=True):
     d = denoiser(x, time)
-    x, before, d_before = a * x + p * before + b * d + c * d_before, x, d
+    x, x_1, d_1, d_2 = a * x + p * x_1 + b * d + c * d_1 + e * d_2, x, d, d_1
   return x
 
 
-def vp_path(steps: int) -> tables.Path:
+def vp_path(steps: int) -> paths.Path:
   """A variance-preserving path, alpha from 0.1 to 0.9, whose time is alpha."""
 
   def point(log_snr):
@@ -31,15 +31,15 @@ def vp_path(steps: int) -> tables.Path:
     return alpha, np.sqrt(1 - alpha**2), alpha
 
   alpha = np.linspace(0.1, 0.9, steps + 1)
-  return tables.Path(alpha, np.sqrt(1 - alpha**2), alpha, point)
+  return paths.chain(alpha, np.sqrt(1 - alpha**2), alpha, point)
 
 
-def trig_path(steps: int) -> tables.Path:
-  return tables.trigflow_path(np.linspace(1.4, 0.3, steps + 1), SIGMA_D)
+def trig_path(steps: int) -> paths.Path:
+  return paths.trigflow(np.linspace(1.4, 0.3, steps + 1), SIGMA_D)
 
 
-def edm_path(steps: int) -> tables.Path:
-  return tables.edm_path(np.geomspace(20, 0.1, steps + 1))
+def edm_path(steps: int) -> paths.Path:
+  return paths.edm(np.geomspace(20, 0.1, steps + 1))
 
 
 MEAN, STD = 0.4, 0.8
@@ -67,7 +67,8 @@ COEFFICIENTS = {
 def error(solver, kind: str, steps: int) -> float:
   """Returns the distance from the flow's end, from one standard deviation off."""
   path = PATHS[kind](steps)
-  (first, last), (s_first, s_last) = path.alpha[[0, -1]], path.sigma[[0, -1]]
+  first, last = path.alpha[0], path.alpha_next[-1]
+  s_first, s_last = path.sigma[0], path.sigma_next[-1]
   x = first * MEAN + np.hypot(first * STD, s_first)
   exact = last * MEAN + np.hypot(last * STD, s_last)
 
@@ -79,7 +80,8 @@ def error(solver, kind: str, steps: int) -> float:
 
 @pytest.mark.parametrize("kind", PATHS)
 @pytest.mark.parametrize(
-  ("solver", "order"), [(tables.ddim, 1), (tables.heun, 2), (tables.dpm2s, 2)]
+  ("solver", "order"),
+  [(tables.ddim, 1), (tables.heun, 2), (tables.dpm2s, 2), (tables.dpmpp, 2)],
 )
 def test_order_of_convergence(kind, solver, order):
   """Halving the steps divides the error by 2^order."""
@@ -87,6 +89,39 @@ def test_order_of_convergence(kind, solver, order):
   rates = np.log2(errors[:-1] / errors[1:])
   np.testing.assert_allclose(rates, order, atol=0.1)
   assert errors[0] < 0.02
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_multistep_solvers_agree_with_ddim_where_d_is_constant(kind):
+  path = PATHS[kind](9)
+  first = tables.ddim(path)
+  for order in (1, 2, 3):
+    table = tables.dpmpp(path, order)
+    np.testing.assert_allclose(table.a, first.a, rtol=1e-12)
+    total = table.b + table.c + table.e
+    np.testing.assert_allclose(total, first.b, rtol=1e-9)
+    assert bool(table.c.any()) == (order > 1)
+    assert bool(table.e.any()) == (order > 2)
+
+
+@pytest.mark.parametrize(("order", "rate"), [(1, 0.9), (2, 1.8)])
+def test_the_sde_solver_converges_to_the_law_of_a_gaussian(order, rate):
+  """x0 ~ N(0, v): states stay Gaussian, so the variance is exact."""
+  v, errors = 0.3, []
+  for steps in (50, 100, 200):
+    path = paths.trigflow(np.linspace(1.4, 0.3, steps + 1), SIGMA_D)
+    table = tables.dpmpp(path, order, sde=True)
+    gain = path.alpha * v / (path.alpha**2 * v + path.sigma**2)
+    # (x, d before) stay jointly Gaussian; the noise joins x alone.
+    cov = np.zeros((2, 2))
+    cov[0, 0] = path.alpha[0] ** 2 * v + path.sigma[0] ** 2
+    for i, g in enumerate(gain):
+      move = np.array([[table.a[i] + table.b[i] * g, table.c[i]], [g, 0.0]])
+      cov = move @ cov @ move.T + np.diag([table.s[i] ** 2, 0.0])
+    exact = path.alpha_next[-1] ** 2 * v + path.sigma_next[-1] ** 2
+    errors.append(abs(cov[0, 0] - exact))
+  assert np.log2(errors[0] / errors[1]) > rate
+  assert np.log2(errors[1] / errors[2]) > rate
 
 
 def test_heun_is_of_second_order_down_to_data():
@@ -98,10 +133,8 @@ def test_heun_is_of_second_order_down_to_data():
   def denoiser(x, time):
     return posterior_mean(x, np.cos(time), SIGMA_D * np.sin(time))
 
-  paths = (
-    tables.trigflow_path(np.linspace(1.2, 0, n + 1), SIGMA_D) for n in (50, 100, 200)
-  )
-  errors = [abs(float(solve(tables.heun(p), x, denoiser) - exact)) for p in paths]
+  grids = (paths.trigflow(np.linspace(1.2, 0, n + 1), SIGMA_D) for n in (50, 100, 200))
+  errors = [abs(float(solve(tables.heun(p), x, denoiser) - exact)) for p in grids]
   assert errors[0] / errors[1] > 3.4
   assert errors[1] / errors[2] > 3.4
 
@@ -123,8 +156,8 @@ def test_solvers_do_not_depend_on_the_path(solver, seed, steps):
   def on_trigflow(xt, t):
     return any_denoiser(xt / np.cos(t), SIGMA_D * np.tan(t))
 
-  edm = solve(solver(tables.edm_path(sigmas)), x, any_denoiser)
-  trig = solver(tables.trigflow_path(angles, SIGMA_D))
+  edm = solve(solver(paths.edm(sigmas)), x, any_denoiser)
+  trig = solver(paths.trigflow(angles, SIGMA_D))
   assert trig.init_std == pytest.approx(sigmas[0] * np.cos(angles[0]), rel=1e-12)
   found = solve(trig, np.cos(angles[0]) * x, on_trigflow)
   assert found == pytest.approx(edm, rel=1e-10, abs=1e-10)
@@ -136,11 +169,11 @@ def test_ddim_is_euler_and_rotation(seed):
   rng = np.random.default_rng(seed)
   sigmas = np.array([rng.uniform(1, 80), rng.uniform(0.01, 1)])
   x, d = rng.normal(size=2)
-  step = tables.ddim(tables.edm_path(sigmas))
+  step = tables.ddim(paths.edm(sigmas))
   euler = x + (sigmas[1] - sigmas[0]) * (x - d) / sigmas[0]
   assert step.a[0] * x + step.b[0] * d == pytest.approx(euler, rel=1e-12, abs=1e-12)
   t, s = np.arctan(sigmas / SIGMA_D)
-  step = tables.ddim(tables.trigflow_path(np.array([t, s]), SIGMA_D))
+  step = tables.ddim(paths.trigflow(np.array([t, s]), SIGMA_D))
   F = (np.cos(t) * x - d) / (SIGMA_D * np.sin(t))
   with jax.enable_x64(True):
     turned = float(trigflow.rotate(*(jnp.array(a) for a in (x, F, t, s)), SIGMA_D))
@@ -156,7 +189,7 @@ def test_heun_averages_noise_predictions():
     start = y + (noises[1] - noises[0]) * eps[0] if start is None else start
     eps.append((start - any_denoiser(start, noise)) / noise)
   expected = np.cos(s) * (y + (noises[1] - noises[0]) * sum(eps) / 2)
-  path = tables.trigflow_path(np.array([t, s]), SIGMA_D)
+  path = paths.trigflow(np.array([t, s]), SIGMA_D)
 
   def denoiser(xt, t):
     return any_denoiser(xt / np.cos(t), SIGMA_D * np.tan(t))
@@ -206,7 +239,7 @@ def test_error_accumulates_as_in_the_reference():
   short = []
   for steps in (1, 2, 4, 8, 16):
     angles = np.linspace(np.arctan(160), 0, steps + 1)
-    table = tables.consistency(tables.trigflow_path(angles, SIGMA_D))
+    table = tables.consistency(paths.trigflow(angles, SIGMA_D))
     short.append(SIGMA_D - law(table, f, 0.0, SIGMA_D, shrink=0.02)[1])
   assert np.all(np.diff(short) > 0)
   reference = [0.0094, 0.0125, 0.0142, 0.0171, 0.0201]
@@ -237,7 +270,7 @@ def test_angles_replace_the_grid():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "euler"}, r"sampler\.name='euler': take one of \['ddim', 'heun'"),
+    ({"name": "euler"}, r"sampler\.name='euler': take one of \['ddim', 'ddpm'"),
     ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
     ({"angles": (1.0, 1.2)}, r"sampler\.angles=\(1\.0, 1\.2\): give falling"),
   ],
