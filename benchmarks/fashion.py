@@ -39,10 +39,10 @@ def rows_of(
   part = f"evaluate_{checkpoint}" if checkpoint else "evaluate"
   results = folder / name / part / "results.json"
   if not results.exists():
-    run(folder, name, seed)
-    run(
-      folder, name, seed, "--job=evaluate", f"--config.sample.checkpoint={checkpoint}"
-    )
+    if not (folder / name / "training.json").exists():
+      run(folder, name, seed)
+    step = f"--config.sample.checkpoint={checkpoint}"
+    run(folder, name, seed, "--job=evaluate", step)
   return json.loads(results.read_text())
 
 

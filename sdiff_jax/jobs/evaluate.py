@@ -74,7 +74,9 @@ def _trained(
       images, rate = _sample(experiment, solver, params)
       grid = name.replace("/", "-") + ".png"
       num, columns = experiments.grid_size(experiment)
-      writer.save_png(os.path.join(folder, grid), writer.grid(images[:num], columns))
+      if jax.process_index() == 0:
+        picture = writer.grid(images[:num], columns)
+        writer.save_png(os.path.join(folder, grid), picture)
       row = _row(model, name + guided, measure(images), len(images)) | {
         "evaluations": solver.evaluations,
         "images_per_second": rate,

@@ -295,7 +295,7 @@ def test_value_and_gradient_of_the_loss(seen, key, velocity, stabiliser, adaptiv
   for found, wanted in zip(*leaves, strict=True):
     size = float(jnp.max(jnp.abs(wanted)))
     np.testing.assert_allclose(found, wanted, atol=1e-4 * size + 1e-9)
-  assert jnp.max(jnp.abs(by_hand["net"]["out"]["kernel"])) > 1e-3
+  assert jnp.max(jnp.abs(by_hand["net"]["shift"]["kernel"])) > 1e-3
 
 
 def test_no_gradient_reaches_the_teacher(key):
@@ -311,7 +311,7 @@ def test_no_gradient_reaches_the_teacher(key):
     np.testing.assert_array_equal(leaf, 0)
   shared = jax.grad(lambda p: value(p, p))(params)
   jax.tree.map(np.testing.assert_array_equal, shared, student)
-  assert jnp.max(jnp.abs(student["net"]["out"]["kernel"])) > 0
+  assert jnp.max(jnp.abs(student["net"]["shift"]["kernel"])) > 0
 
 
 def test_velocities_are_those_of_data_and_teacher(seen, monkeypatch):
