@@ -1,5 +1,7 @@
 """Runs a solver table, one row after the other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +19,35 @@ def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
   def draw(key: PRNGKey) -> Array:
     return jax.random.normal(jax.random.fold_in(key, i + 1), shape, jnp.float32)
 
-  return jax.vmap(draw)(keys)
+  return jax.lax.optimization_barrier(jax.vmap(draw)(keys))
 
 
 def initial(table: Table, keys: PRNGKey, shape: tuple[int, ...]) -> Array:
   """Returns the first state, N(0, init_std^2), [B, *shape]."""
   return table.init_std * noise(keys, -1, shape)
+
+
+def apart(denoiser: Denoiser, x: Array, time: Array, cond: Cond) -> Array:
+  """Returns denoiser(x, time, cond), compiled alike in every program."""
+  x, time, cond = jax.lax.optimization_barrier((x, time, cond))
+  return jax.lax.optimization_barrier(denoiser(x, time, cond))
+
+
+def advance(row: dict[str, Array], *, z: Array, **state: Array) -> Array:
+  """Returns a x + p x_1 + b d + c d_1 + e d_2 + s z, rounded alike in every program.
+
+  A compiler may fuse a product into the sum that follows, which rounds once instead
+  of twice, and it chooses by what stands around: so products are made apart.
+
+  Args:
+    row: coefficients by name, each of a shape that broadcasts.
+    z: noise, or 0 where the table has none.
+    **state: x, x_1, d, d_1 and d_2: states and denoised, now, one and two rows ago.
+  """
+  names = zip("apbces", ("x", "x_1", "d", "d_1", "d_2", "z"), strict=True)
+  state["z"] = z
+  terms = jax.lax.optimization_barrier([row[k] * state[v] for k, v in names])
+  return functools.reduce(jnp.add, terms)
 
 
 def sample(
@@ -38,20 +63,21 @@ def sample(
     cond: conditions, leading [B].
   """
   noisy = bool(table.s.any())
-  columns = jax.tree.map(lambda c: jnp.asarray(c, x.dtype), table[:-1])
+  columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in table._fields[:7]}
   rows = jnp.arange(table.evaluations)
+  # A time for each sample, as in a parallel sampler, where they differ.
+  times = jnp.repeat(columns["time"][:, None], len(x), axis=1)
 
   def row(carry: tuple[Array, ...], inputs: tuple) -> tuple:
     x, x_1, d_1, d_2 = carry
-    (a, p, b, c, e, s, time), i = inputs
-    d = denoiser(x, jnp.full(x.shape[:1], time), cond)
-    new = a * x + p * x_1 + b * d + c * d_1 + e * d_2
-    if noisy:
-      new += s * noise(keys, i, x.shape[1:])
+    row, times, i = inputs
+    d = apart(denoiser, x, times, cond)
+    z = noise(keys, i, x.shape[1:]) if noisy else jnp.zeros_like(x[:1])
+    new = advance(row, x=x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=z)
     return (new, x, d, d_1), None
 
   none = jnp.zeros_like(x)
-  (x, *_), _ = jax.lax.scan(row, (x, x, none, none), (columns, rows))
+  (x, *_), _ = jax.lax.scan(row, (x, x, none, none), (columns, times, rows))
   return x
 
 

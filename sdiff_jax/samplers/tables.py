@@ -24,7 +24,15 @@ HEUN_MAX = 1000.0  # sigma / alpha; EDM starts at 80
 
 
 class Table(NamedTuple):
-  """Coefficients [R] of the recurrence above, time [R], and the first state's std."""
+  """Coefficients of the recurrence above, and what else its rows know, float64 [R].
+
+  Attributes:
+    alpha: of the state that a row starts from: 0 <= dd/dx <= 1 / alpha for a true
+      denoiser.
+    scale: standard deviation of x' given x and x0 in the row's step, the unit of
+      errors of its state; 0 in a step to clean data.
+    init_std: the first state's standard deviation.
+  """
 
   a: np.ndarray
   p: np.ndarray
@@ -33,6 +41,8 @@ class Table(NamedTuple):
   e: np.ndarray
   s: np.ndarray
   time: np.ndarray
+  alpha: np.ndarray
+  scale: np.ndarray
   init_std: float
 
   @property
@@ -40,10 +50,33 @@ class Table(NamedTuple):
     return len(self.time)
 
 
+def _posterior_std(path: Path) -> np.ndarray:
+  """Returns sigma' (1 - (alpha sigma' / (alpha' sigma))^2)^(1/2), float64 [N].
+
+  That of x' given x and x0, the noise of DDPM (arXiv:2006.11239, eq. 7).
+  """
+  ratio = path.alpha * path.sigma_next / (path.alpha_next * path.sigma)
+  return path.sigma_next * (1 - ratio**2) ** 0.5
+
+
 def _assemble(rows: list[dict[str, float]], path: Path) -> Table:
-  names = Table._fields[:-1]
+  """Returns the table of rows, each of which names its step."""
+  names = Table._fields[:-3]
   columns = {n: np.array([row.get(n, 0.0) for row in rows], np.float64) for n in names}
-  return Table(**columns, init_std=float(path.sigma[0]))
+  step = np.array([row["step"] for row in rows])
+  alpha = [row.get("alpha", path.alpha[row["step"]]) for row in rows]
+  scale = _posterior_std(path)[step]
+  return Table(
+    **columns, alpha=np.array(alpha), scale=scale, init_std=float(path.sigma[0])
+  )
+
+
+def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, float]]:
+  """Returns the rows of a solver with one evaluation a step."""
+  values = zip(*columns.values(), strict=True)
+  return [
+    dict(zip(columns, v, strict=True)) | {"step": i} for i, v in enumerate(values)
+  ]
 
 
 def ddim(path: Path, eta: float = 0.0) -> Table:
@@ -57,12 +90,10 @@ def ddim(path: Path, eta: float = 0.0) -> Table:
     path: the steps.
     eta: share of the noise of DDPM's posterior; 0 is an ODE, 1 is DDPM.
   """
-  rows = []
-  for alpha, sigma, time, alpha_1, sigma_1 in zip(*path[:5], strict=True):
-    s = eta * sigma_1 * (1 - (alpha * sigma_1 / (alpha_1 * sigma)) ** 2) ** 0.5
-    a = (sigma_1**2 - s**2) ** 0.5 / sigma
-    rows.append({"a": a, "b": alpha_1 - alpha * a, "s": s, "time": time})
-  return _assemble(rows, path)
+  s = eta * _posterior_std(path)
+  a = (path.sigma_next**2 - s**2) ** 0.5 / path.sigma
+  columns = {"a": a, "b": path.alpha_next - path.alpha * a, "s": s, "time": path.time}
+  return _assemble(_rows(columns), path)
 
 
 def ddpm(path: Path, variance: str = "small") -> Table:
@@ -116,7 +147,7 @@ def dpmpp(path: Path, order: int = 2, *, sde: bool = False) -> Table:
       most = 1
     b, c, e = _differences(h[: i + 1], min(order, most, i + 1), sde)
     ratio, gain = path.sigma_next[i] / path.sigma[i], path.alpha_next[i]
-    row = {"b": gain * b, "c": gain * c, "e": gain * e, "time": path.time[i]}
+    row = {"b": gain * b, "c": gain * c, "e": gain * e, "time": path.time[i], "step": i}
     row["a"] = ratio * (np.exp(-h[i]) if sde else 1.0)
     row["s"] = path.sigma_next[i] * (-np.expm1(-2 * h[i])) ** 0.5 if sde else 0.0
     rows.append(row)
@@ -168,12 +199,14 @@ def heun(path: Path) -> Table:
   for i, time in enumerate(path.time):
     s, s_next, alpha_1 = noise[i], noise_next[i], path.alpha_next[i]
     gain, h = alpha_1 / path.alpha[i], s_next - s
-    rows.append({"a": gain * (1 + h / s), "b": -alpha_1 * h / s, "time": time})
+    euler = {"a": gain * (1 + h / s), "b": -alpha_1 * h / s}
+    rows.append(euler | {"time": time, "step": i})
     if s_next == 0:
       continue
     correct = {"p": gain * (1 + h / (2 * s)), "c": -alpha_1 * h / (2 * s)}
     correct |= {"a": h / (2 * s_next), "b": -alpha_1 * h / (2 * s_next)}
-    rows.append(correct | {"time": path.point(-np.log(s_next))[2]})
+    alpha, _, time = path.point(-np.log(s_next))
+    rows.append(correct | {"time": time, "alpha": alpha, "step": i})
   return _assemble(rows, path)
 
 
@@ -184,16 +217,19 @@ def dpm2s(path: Path) -> Table:
   midpoint's d; the last step, to noise 0, is DDIM's alone: 2 N - 1 evaluations.
   """
   rows = []
-  for alpha, sigma, time, alpha_1, sigma_1 in zip(*path[:5], strict=True):
+  for i, (alpha, sigma, time, alpha_1, sigma_1) in enumerate(
+    zip(*path[:5], strict=True)
+  ):
     whole = alpha_1 - alpha * sigma_1 / sigma
     if sigma_1 == 0:
-      rows.append({"a": 0.0, "b": whole, "time": time})
+      rows.append({"a": 0.0, "b": whole, "time": time, "step": i})
       continue
     middle = (np.log(alpha / sigma) + np.log(alpha_1 / sigma_1)) / 2
     alpha_m, sigma_m, time_m = path.point(middle)
     half = alpha_m - alpha * sigma_m / sigma
-    rows.append({"a": sigma_m / sigma, "b": half, "time": time})
-    rows.append({"p": sigma_1 / sigma, "b": whole, "time": time_m})
+    rows.append({"a": sigma_m / sigma, "b": half, "time": time, "step": i})
+    second = {"p": sigma_1 / sigma, "b": whole}
+    rows.append(second | {"time": time_m, "alpha": alpha_m, "step": i})
   return _assemble(rows, path)
 
 
@@ -202,9 +238,8 @@ def consistency(path: Path) -> Table:
 
   The sampler of consistency models (arXiv:2303.01469, algorithm 1), with d = f.
   """
-  columns = zip(path.alpha_next, path.sigma_next, path.time, strict=True)
-  rows = [{"b": alpha, "s": sigma, "time": time} for alpha, sigma, time in columns]
-  return _assemble(rows, path)
+  columns = {"b": path.alpha_next, "s": path.sigma_next, "time": path.time}
+  return _assemble(_rows(columns), path)
 
 
 # name -> (solver, angles for a number of steps)

@@ -1,0 +1,216 @@
+"""ParaDiGMS against diffusers' loop, the sequential loop, and its own claims."""
+
+import functools
+import json
+import pathlib
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from sdiff_jax.samplers import paradigms, paths, sequential, tables
+
+FILE = pathlib.Path(__file__).parents[1] / "fixtures" / "picard.npz"
+with np.load(FILE) as arrays:
+  PEER = dict(arrays)
+CASES = json.loads(str(PEER["cases"]))
+SCHEDULES = {"squaredcos_cap_v2": "cosine", "scaled_linear": "scaled_linear"}
+
+
+def mixture(means, stds, weights, level):
+  """Returns a Denoiser: E[x0 | x] of a Gaussian mixture; level: time -> (alpha, sigma).
+
+  Only elementwise operations and sums over a row, so that a row's result does not
+  depend on the others.
+  """
+
+  def denoiser(x, time, cond):
+    alpha, sigma = (a[:, None] for a in level(time))
+    d, total = 0.0, 0.0
+    logs = []
+    for mean, std, weight in zip(means, stds, weights, strict=True):
+      mean = jnp.asarray(mean, x.dtype)[None]
+      var = (alpha * float(std)) ** 2 + sigma**2
+      residual = x - alpha * mean
+      log = -0.5 * jnp.sum(residual**2 / var + jnp.log(var), -1, keepdims=True)
+      best = mean + alpha * float(std) ** 2 / var * residual
+      logs.append((log + float(np.log(weight)), best))
+    most = functools.reduce(jnp.maximum, [log for log, _ in logs])
+    for log, mean in logs:
+      share = jnp.exp(log - most)
+      d, total = d + share * mean, total + share
+    return d / total
+
+  return denoiser
+
+
+def published(name: str):
+  """Returns the peer's case as (denoiser, table, x, keys, noise)."""
+  case, (size, _, _) = CASES[name], name.partition("/")
+  abar = paths.alphas_cumprod(
+    SCHEDULES[case["beta"]], case["T"], start=0.00085, end=0.012
+  )
+  at = PEER[f"{name}/timesteps"]
+  path = paths.vp(abar, at, ends=at - case["T"] // case["N"])
+  table = (tables.ddpm if case["kind"] == "ddpm" else tables.ddim)(path)
+  means, stds, weights = (PEER[f"{size}/{k}"] for k in ("means", "stds", "weights"))
+
+  def level(time):
+    a = jnp.asarray(abar)[time.astype(int)]
+    return a**0.5, (1 - a) ** 0.5
+
+  denoiser = mixture(means, stds, weights, level)
+  if case["clip"]:
+    denoiser = clipped(denoiser, table, case)
+  x = jnp.asarray(PEER[f"{name}/x_init"])
+  return denoiser, table, x, jnp.arange(len(x))
+
+
+def clipped(denoiser, table, case):
+  """Clips x0; the peer's DDIM keeps the eps of the x0 from before."""
+  if case["kind"] == "ddpm":
+    return lambda x, t, cond: jnp.clip(denoiser(x, t, cond), -1, 1)
+  a, b, alpha = (
+    jnp.zeros(case["T"]).at[table.time.astype(int)].set(v)
+    for v in (table.a, table.b, table.alpha)
+  )
+
+  def of(x, t, cond):
+    d0 = denoiser(x, t, cond)
+    a_t, b_t, alpha_t = (v[t.astype(int)][:, None] for v in (a, b, alpha))
+    kept = (b_t + a_t * alpha_t) * jnp.clip(d0, -1, 1) - a_t * alpha_t * d0
+    return kept / b_t
+
+  return of
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CASES)
+def test_published_is_the_loop_of_diffusers(name, monkeypatch):
+  """Passes, evaluations and strides are identical, the ends agree."""
+  case = CASES[name]
+  denoiser, table, x, keys = published(name)
+  np.testing.assert_allclose(
+    np.maximum(table.scale**2, 1e-20), PEER[f"{name}/variance"], rtol=1e-9, atol=1e-20
+  )
+  if "noise" in case:
+    recorded = jnp.asarray(PEER[case["noise"]], jnp.float64)
+    monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: recorded[i, keys])
+  begins = []
+  run = jax.jit(
+    functools.partial(
+      paradigms.sample,
+      denoiser,
+      table,
+      window=min(case["p"], case["N"]),
+      tolerance=case["tol"],
+      rule="published",
+      callback=lambda begin, x, d: begins.append(np.asarray(begin)),
+    )
+  )
+  result = run(x, keys, None)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(result.passes, PEER[f"{name}/iters"])
+  np.testing.assert_array_equal(result.evaluations, PEER[f"{name}/evals"])
+  for mine, theirs in zip(np.array(begins).T, PEER[f"{name}/begins"], strict=True):
+    theirs = theirs[(theirs >= 0) & (theirs < case["N"])]
+    np.testing.assert_array_equal(mine[: len(theirs)], theirs)
+  np.testing.assert_allclose(result.x, PEER[f"{name}/final"], atol=1e-4)
+
+
+def trigflow_mixture():
+  rng = np.random.default_rng(0)
+  means = 0.6 * rng.standard_normal((3, 4)).astype(np.float32)
+  level = lambda t: (jnp.cos(t), 0.5 * jnp.sin(t))  # noqa: E731
+  return mixture(means, (0.1, 0.2, 0.3), (0.5, 0.3, 0.2), level)
+
+
+SOLVERS = [*tables.SOLVERS]
+
+
+def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2)):
+  table = tables.build(sigma_d=0.5, name=name, steps=steps)
+  keys = sequential.keys_of(np.array(seeds))
+  x = sequential.initial(table, keys, (4,))
+  denoiser = trigflow_mixture()
+  alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
+  options = {"window": window, "tolerance": tolerance, "rule": rule}
+  parallel = jax.jit(functools.partial(paradigms.sample, denoiser, table, **options))
+  return table, alone, parallel(x, keys, None)
+
+
+@pytest.mark.parametrize(
+  ("name", "window", "rule"),
+  # Heun's large coefficients show the last bit of the mixture, which XLA rounds in
+  # another way where a window of one row leaves it other shapes.
+  [(k, w, "secant") for k in SOLVERS for w in ((2, 9) if k == "heun" else (1, 3, 9))]
+  + [("ddpm", 4, rule) for rule in paradigms.RULES],
+)
+def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch):
+  monkeypatch.setattr(paradigms, "ULPS", 0)
+  table, alone, parallel = both(name, 9, window, 0.0, rule)
+  np.testing.assert_array_equal(parallel.x, alone)
+  assert np.all(parallel.passes <= table.evaluations)
+  if window == 1:
+    np.testing.assert_array_equal(parallel.passes, table.evaluations)
+    np.testing.assert_array_equal(parallel.evaluations, table.evaluations)
+
+
+@pytest.mark.parametrize(
+  ("name", "rule"),
+  [(name, "secant") for name in ("ddim", "ddpm", "dpmpp2m", "heun")]
+  + [("ddpm", rule) for rule in ("published", "picard", "linear")],
+)
+def test_small_tolerances_are_kept(name, rule):
+  _, alone, parallel = both(name, 40, 20, 1e-3, rule)
+  assert np.all(parallel.passes < 40)
+  assert np.all(parallel.error <= 1e-3)
+  np.testing.assert_allclose(parallel.x, alone, atol=2e-3)
+
+
+def test_samples_of_a_batch_do_not_know_of_each_other():
+  for seed in range(3):
+    _, _, one = both("ddpm", 30, 8, 0.05, "secant", seeds=(seed,))
+    _, _, many = both("ddpm", 30, 8, 0.05, "secant", seeds=(0, 1, 2))
+    for a, b in zip(one[:3], many[:3], strict=True):
+      np.testing.assert_array_equal(a[0], b[seed])
+    np.testing.assert_allclose(one.error[0], many.error[seed], rtol=1e-5)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+  window=st.integers(1, 24),
+  tolerance=st.sampled_from([0.0, 1e-4, 0.1, 10.0]),
+  rule=st.sampled_from([*paradigms.RULES]),
+  name=st.sampled_from(["ddim", "ddpm", "dpmpp3m"]),
+)
+def test_counts_are_possible(window, tolerance, rule, name):
+  _, _, result = both(name, 24, window, tolerance, rule)
+  assert np.all(result.passes <= 24)
+  assert np.all(result.passes * window >= 24)
+  assert np.all(result.evaluations <= result.passes * window)
+  assert np.all(result.evaluations >= 24)
+  assert np.all(np.isfinite(result.x))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"window": 0}, r"sampler\.window=0: take 1 to 5"),
+    ({"window": 6}, r"sampler\.window=6: take 1 to 5"),
+    ({"tolerance": -1.0}, r"sampler\.tolerance=-1\.0: take 0 or more"),
+    ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
+    ({"rule": "newton"}, r"sampler\.rule='newton': take one of \['published'"),
+  ],
+)
+def test_mistakes_are_refused(changes, message):
+  options = {"window": 2, "tolerance": 0.1} | changes
+  table = tables.build(sigma_d=0.5, name="ddim", steps=5)
+  keys = sequential.keys_of(np.arange(1))
+  with pytest.raises(ValueError, match=message):
+    paradigms.sample(
+      trigflow_mixture(), table, jnp.zeros((1, 4)), keys, None, **options
+    )
