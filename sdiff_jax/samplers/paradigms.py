@@ -15,11 +15,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
 from sdiff_jax.samplers import sequential
+from sdiff_jax.samplers.ring import (
+  Ring,
+  flatten,
+  pick,
+  product,
+  rank,
+  solve,
+  unflatten,
+  wide,
+)
 from sdiff_jax.samplers.tables import Table
 
+TERMS = ("a", "p", "b", "c", "e", "s", "alpha")
 ULPS = 4  # changes of so many units in the last place count as none
 
 
@@ -41,16 +53,18 @@ class Result(NamedTuple):
 
 
 class Window(NamedTuple):
-  """Where each sample is; j counts from the window's first state, `begin`.
+  """Where each sample is; state i of [begin, begin + W) is in slot i mod W.
 
   Attributes:
     begin: states before this one are done, int32 [B].
-    x: states, [B, W + 1, ...].
-    z: noise of rows, [B, W, ...], or [B, W, 1, ...] of zeros for a table without.
+    x: states, [B, W, ...].
+    z: noise of the rows that start there, [B, W, ...], or of length 1 beyond W for a
+      table without.
     x_1: the state before `begin`, [B, ...].
     d_1: the denoiser at that state, [B, ...].
     d_2: the denoiser at the state before that, [B, ...].
-    before: states and Phi of the pass before, each [B, W, ...] (`secant` alone).
+    before: states and Phi of the pass before, each [B, W, ...], NaN for states new to
+      the window (`secant` alone).
   """
 
   begin: Array
@@ -72,6 +86,7 @@ def sample(
   window: int,
   tolerance: float,
   rule: str = "secant",
+  sharding: NamedSharding | None = None,
   callback: Callable[[Array, Array, Array], None] | None = None,
 ) -> Result:
   """Returns the last state of the recurrence of `tables`, found in parallel.
@@ -88,9 +103,11 @@ def sample(
     rule: how changes carry on (A above), a key of RULES. States new to a window are
       rolled out with the last d and their own noise, and the last states, which no
       noise follows, have the scale of those before; but "published" copies the last
-      state and leaves them theirs, as arXiv:2305.16317 does.
-    callback: called on the host before each pass with (rows done [B], their last
-      state [B, ...], the denoiser there a pass ago [B, ...]): a preview; None for none.
+      state, leaves them theirs, and forgets the d before the window, as
+      arXiv:2305.16317 does.
+    sharding: of the axes [B, W]; None on one device.
+    callback: called on the host in each pass with (rows done [B], their last state
+      [B, ...], the denoiser there [B, ...]): a preview; None for none.
 
   Returns:
     A Result. Every sample has its own window; all is one loop on the device.
@@ -98,107 +115,168 @@ def sample(
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
   """
-  rows, published = table.evaluations, rule == "published"
-  _check(rows, window, tolerance, rule)
-  noisy = bool(table.s.any())
-  columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in table._fields[:-1]}
-  scale = jnp.asarray(_scale(table, published), x.dtype)
-  count, slots = len(x), jnp.arange(window, dtype=jnp.int32)[None]
-  none = jnp.zeros_like(x)
-
-  def at(begin: Array) -> dict[str, Array]:
-    """Returns the coefficients of the window's rows, [B, W, 1, ...] each."""
-    i = jnp.minimum(begin[:, None] + slots, rows - 1)
-    return {name: _wide(column[i], x.ndim + 1) for name, column in columns.items()}
-
-  def draw(begin: Array) -> Array:
-    if not noisy:
-      return jnp.zeros((count, window, *(1,) * (x.ndim - 1)), x.dtype)
-    return jax.vmap(
-      lambda key, i: jax.vmap(lambda i: sequential.noise(key[None], i, x.shape[1:])[0])(
-        i
-      )
-    )(keys, begin[:, None] + slots)
-
-  cond_rows = jax.tree.map(lambda c: jnp.repeat(c, window, axis=0), cond)
-
-  def evaluate(now: Window, times: Array) -> Array:
-    flat = now.x[:, :window].reshape(count * window, *x.shape[1:])
-    d = sequential.apart(denoiser, flat, times.reshape(-1), cond_rows)
-    return d.reshape(count, window, *x.shape[1:])
+  ring = Ring(window, sharding)
+  _check(table.evaluations, ring, tolerance, rule)
+  solver = _Solver(ring, table, keys, rule, tolerance, x.dtype)
+  cond_rows = jax.tree.map(
+    lambda c: flatten(ring, jnp.repeat(c[:, None], window, axis=1)), cond
+  )
 
   def one_pass(carry: tuple[Window, Result]) -> tuple[Window, Result]:
     now, result = carry
+    times = flatten(ring, solver.time(now.begin))
+    d = sequential.apart(denoiser, flatten(ring, now.x), times, cond_rows)
+    d = unflatten(ring, d)
     if callback is not None:
-      jax.debug.callback(callback, now.begin, now.x[:, 0], now.d_1, ordered=True)
-    row = at(now.begin)
-    d = evaluate(now, row["time"])
-    old = now.x[:, :window]
-    d_1 = _after(now.d_1, d)
-    d_2 = jnp.concatenate([now.d_2[:, None], d_1[:, :-1]], axis=1)
-    x_1 = _after(now.x_1, old)
-    phi = sequential.advance(row, x=old, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=now.z)
-    A = RULES[rule](row, old, phi, now.before)
-    new = _recur(phi, A, row["p"], now.x)
-    left = rows - now.begin  # rows, of which some of the window's may be none
-    change = _mean_square(new[:, 1:] - now.x[:, 1:])
-    allowed = scale[jnp.minimum(now.begin[:, None] + 1 + slots, rows)]
-    ulps = ULPS * jnp.finfo(x.dtype).eps
-    floor = ulps**2 * _mean_square(new[:, 1:])
-    good = change <= jnp.maximum((tolerance * allowed) ** 2, floor)
-    ahead = jnp.cumprod(good.astype(jnp.int32), axis=1)  # 1 up to the first that failed
-    stride = jnp.minimum(1 + ahead.sum(1, dtype=jnp.int32), window)
-    stride = jnp.minimum(stride, left)
-    counts = (slots < (stride - 1)[:, None]) & (change > floor)
-    relative = change**0.5 / jnp.where(allowed > 0, allowed, 1)
-    error = jnp.max(jnp.where(counts, relative, 0), axis=1)
-    active = (left > 0).astype(jnp.int32)
+      here = rank(ring, now.begin) == 0
+      jax.debug.callback(callback, now.begin, pick(now.x, here), pick(d, here))
+    return solver.step(now, result, d)
+
+  now, result = jax.lax.while_loop(
+    lambda carry: jnp.any(carry[0].begin < table.evaluations),
+    one_pass,
+    solver.start(x),
+  )
+  return result._replace(x=pick(now.x, rank(ring, now.begin) == 0))
+
+
+class _Solver(NamedTuple):
+  """All that a pass does beside the denoiser."""
+
+  ring: Ring
+  table: Table
+  keys: PRNGKey
+  rule: str
+  tolerance: float
+  dtype: jnp.dtype
+
+  def column(self, name: str, i: Array, ndim: int) -> Array:
+    """Returns a column of the table at rows i [B, W], [B, W, 1, ...]."""
+    column = jnp.asarray(getattr(self.table, name), self.dtype)
+    return wide(column[jnp.clip(i, 0, len(column) - 1)], ndim)
+
+  def time(self, begin: Array) -> Array:
+    """Returns what the denoiser is told in each slot, [B, W]."""
+    return self.column("time", begin[:, None] + rank(self.ring, begin), 2)
+
+  def noise(self, begin: Array, shape: tuple[int, ...]) -> Array | None:
+    """Returns the noise of the window's rows, [B, W, *shape]."""
+    if not self.table.uses("s"):
+      return None
+    one = lambda key, i: sequential.noise(key[None], i, shape)[0]  # noqa: E731
+    draw = jax.vmap(jax.vmap(one, in_axes=(None, 0)))
+    return self.ring.spread(draw(self.keys, begin[:, None] + rank(self.ring, begin)))
+
+  def start(self, x: Array) -> tuple[Window, Result]:
+    """Returns the first window, rolled out from d = 0."""
+    zero, none = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
+    states = self.ring.spread(jnp.repeat(x[:, None], self.ring.window, axis=1))
+    empty = jnp.full_like(states, jnp.nan)
+    before = (empty, empty) if self.rule == "secant" else ()
+    z = self.noise(zero, x.shape[1:])
+    now = Window(zero, states, z, x, none, none, before)
+    now = now._replace(x=self.enter(now, zero, none))
+    return now, Result(x, zero, zero, jnp.zeros(len(x), self.dtype))
+
+  def step(self, now: Window, result: Result, d: Array) -> tuple[Window, Result]:
+    """Improves the states by their d, and moves the window on."""
+    table, ndim, k = self.table, d.ndim, rank(self.ring, now.begin)
+    first, second = wide(k == 0, ndim), wide(k == 1, ndim)
+    row = {name: self.column(name, now.begin[:, None] + k, ndim) for name in TERMS}
+
+    def one_ago(x: Array, before: Array) -> Array:
+      return jnp.where(first, before[:, None], jnp.roll(x, 1, axis=1))
+
+    d_1 = d_2 = x_1 = None
+    if table.uses("p"):
+      x_1 = one_ago(now.x, now.x_1)
+    if table.uses("c", "e"):
+      d_1 = one_ago(d, now.d_1)
+      d_1 = jnp.where(first, d, d_1) if self.rule == "published" else d_1
+    if table.uses("e"):
+      d_2 = one_ago(d_1, now.d_2)
+    phi = sequential.advance(row, x=now.x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=now.z)
+    A = RULES[self.rule](row, now.x, phi, now.before)
+    factors = [jnp.where(first, 0, A)]
+    if table.uses("p"):
+      factors.append(jnp.where(first | second, 0, row["p"]))
+    # At a row's slot: the state that it makes, as it was.
+    old = jnp.roll(now.x, -1, axis=1)
+    delta = solve(self.ring, factors, phi - old)
+    behind = [jnp.roll(delta, n + 1, axis=1) for n in range(len(factors))]
+    new = phi + product(factors, behind)
+    stride, error = self.judge(now.begin, k, new, new - old)
+    left = table.evaluations - now.begin
     result = Result(
-      now.x[:, 0],
-      result.passes + active,
-      result.evaluations + jnp.clip(left, 0, window),
+      result.x,
+      result.passes + (left > 0).astype(jnp.int32),
+      result.evaluations + jnp.clip(left, 0, self.ring.window),
       jnp.maximum(result.error, error),
     )
-    begin = now.begin + stride
-    z = draw(begin)
-    moved = _shift(new, stride)
-    last = jnp.minimum(left, window)  # index of the last state that is one
-    if not published:
-      frozen = _pick(d, jnp.maximum(last - 1, 0))
-      moved = _roll_out(moved, last - stride, at(begin), z, frozen)
-    else:
-      index = jnp.arange(window + 1, dtype=jnp.int32)[None] <= (last - stride)[:, None]
-      final = _pick(new, last)[:, None]
-      moved = jnp.where(_wide(index, x.ndim + 1), moved, final)
-    stay = _wide(stride == 0, x.ndim)
-    back = jnp.maximum(stride - 1, 0)
-    following = Window(
-      begin,
-      moved,
-      z,
-      jnp.where(stay, now.x_1, _pick(new, back)),
-      jnp.where(stay, now.d_1, _pick(d, back)),
-      jnp.where(stay, now.d_2, _pick(d_1, back)),
-      tuple(_shift(v, stride) for v in (old, phi)) if rule == "secant" else (),
+    last = k == (stride - 1)[:, None]  # of the rows that are done now
+    states = jnp.roll(new, 1, axis=1)  # in their own slots
+    done = Window(
+      now.begin + stride,
+      states,
+      self.noise(now.begin + stride, d.shape[2:]),
+      pick(jnp.where(first, now.x, states), last) if table.uses("p") else now.x_1,
+      pick(d, last) if table.uses("c", "e") else now.d_1,
+      pick(d_1, last) if table.uses("e") else now.d_2,
+      (now.x, phi) if self.rule == "secant" else (),
     )
-    return following, result
+    frozen = pick(d, k == self.ring.window - 1)
+    following = done._replace(
+      x=self.enter(done, now.begin + self.ring.window, frozen),
+      before=self.forget(done, now.begin + self.ring.window),
+    )
+    keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
+    return jax.tree.map(keep, following, now), result
 
-  begin = jnp.zeros(count, jnp.int32)
-  z = draw(begin)
-  states = jnp.repeat(x[:, None], window + 1, axis=1)
-  if not published:
-    states = _roll_out(states, jnp.zeros_like(begin), at(begin), z, none)
-  empty = jnp.full_like(states[:, :window], jnp.nan)
-  before = (empty, empty) if rule == "secant" else ()
-  zero = jnp.zeros(count, jnp.int32)
-  carry = (
-    Window(begin, states, z, x, none, none, before),
-    Result(x, zero, zero, jnp.zeros(count, x.dtype)),
-  )
-  now, result = jax.lax.while_loop(
-    lambda carry: jnp.any(carry[0].begin < rows), one_pass, carry
-  )
-  return result._replace(x=now.x[:, 0])
+  def judge(
+    self, begin: Array, k: Array, new: Array, change: Array
+  ) -> tuple[Array, Array]:
+    """Returns the rows that are done [B], and the largest accepted change [B]."""
+    published, rows = self.rule == "published", self.table.evaluations
+    scale = jnp.asarray(_scale(self.table, published), self.dtype)
+    allowed = scale[jnp.minimum(begin[:, None] + k + 1, rows)]
+    change = _mean_square(change)
+    ulps = ULPS * jnp.finfo(self.dtype).eps
+    floor = ulps**2 * _mean_square(new)
+    good = change <= jnp.maximum((self.tolerance * allowed) ** 2, floor)
+    stride = 1 + jnp.min(jnp.where(good, self.ring.window - 1, k), axis=1)
+    stride = jnp.minimum(stride, rows - begin)
+    counts = (k < (stride - 1)[:, None]) & (change > floor)
+    relative = change**0.5 / jnp.where(allowed > 0, allowed, 1)
+    return stride, jnp.max(jnp.where(counts, relative, 0), axis=1)
+
+  def enter(self, now: Window, known: Array, d: Array) -> Array:
+    """Returns the states, those after `known` [B] rolled out with d [B, ...] frozen.
+
+    Published: they are copies of the state `known`.
+    """
+    ndim, k = now.x.ndim, rank(self.ring, now.begin)
+    i = now.begin[:, None] + k  # of the state; the row before makes it
+    fixed = wide(i <= known[:, None], ndim)
+    if self.rule == "published":
+      one = jnp.ones_like(fixed, self.dtype)
+      copied = solve(self.ring, [jnp.where(fixed, 0, one)], jnp.where(fixed, now.x, 0))
+      return copied
+    row = {name: self.column(name, i - 1, ndim) for name in TERMS}
+    made = (row["b"] + row["c"] + row["e"]) * d[:, None]
+    if self.table.uses("s"):
+      made += row["s"] * jnp.roll(now.z, 1, axis=1)
+    factors = [jnp.where(fixed, 0, row["a"])]
+    if self.table.uses("p"):
+      second = wide(k == 1, ndim)  # whose x_{i-2} has left the window
+      made += jnp.where(second, row["p"] * now.x_1[:, None], 0)
+      factors.append(jnp.where(fixed | second, 0, row["p"]))
+    return solve(self.ring, factors, jnp.where(fixed, now.x, made))
+
+  def forget(self, now: Window, end: Array) -> tuple[Array, ...]:
+    """Returns what is known of the pass before, NaN at rows from `end` [B] on."""
+    i = now.begin[:, None] + rank(self.ring, now.begin)
+    seen = wide(i < end[:, None], now.x.ndim)
+    return tuple(jnp.where(seen, v, jnp.nan) for v in now.before)
 
 
 def _scale(table: Table, published: bool) -> np.ndarray:
@@ -213,10 +291,15 @@ def _scale(table: Table, published: bool) -> np.ndarray:
   return np.where(np.arange(len(scale)) > known[-1], scale[known[-1]], scale)
 
 
-def _check(rows: int, window: int, tolerance: float, rule: str) -> None:
-  if not 1 <= window <= rows:
+def _check(rows: int, ring: Ring, tolerance: float, rule: str) -> None:
+  if not 1 <= ring.window <= rows:
     raise ValueError(
-      f"sampler.window={window}: take 1 to {rows}, the rows of the table"
+      f"sampler.window={ring.window}: take 1 to {rows}, the rows of the table"
+    )
+  if ring.window % ring.parts(1):
+    raise ValueError(
+      f"sampler.window={ring.window}: does not divide over the {ring.parts(1)} devices "
+      "of mesh.window"
     )
   if not 0 <= tolerance < float("inf"):
     raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
@@ -256,63 +339,6 @@ RULES: dict[str, Callable[..., Array]] = {
 }
 
 
-def _wide(a: Array, ndim: int) -> Array:
-  """Returns a with axes of length 1 at its end."""
-  return a.reshape(*a.shape, *(1,) * (ndim - a.ndim))
-
-
 def _mean_square(x: Array) -> Array:
   """Returns the mean of x^2 over a sample, [B, W]."""
   return jnp.mean(jnp.square(x), tuple(range(2, x.ndim)))
-
-
-def _after(first: Array, rest: Array) -> Array:
-  """Returns (first, rest_0, ..., rest_{W-2}), [B, W, ...]."""
-  return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
-
-
-def _pick(x: Array, j: Array) -> Array:
-  """Returns x[k, j[k]], [B, ...]."""
-  return jax.vmap(lambda row, j: row[j])(x, j)
-
-
-def _shift(x: Array, by: Array) -> Array:
-  """Returns x[k, j + by[k]], its last entry where there is none."""
-  most = x.shape[1] - 1
-  index = by[:, None] + jnp.arange(x.shape[1], dtype=by.dtype)[None]
-  index = jnp.minimum(index, most)
-  return jax.vmap(lambda row, i: row[i])(x, index)
-
-
-def _recur(phi: Array, A: Array, p: Array, old: Array) -> Array:
-  """Returns the new states, [B, W + 1, ...]; one row after the other."""
-
-  def row(carry: tuple[Array, Array], inputs: tuple) -> tuple:
-    delta, delta_1 = carry
-    phi, A, p, old = inputs
-    new = phi + A * delta + p * delta_1
-    return (new - old, delta), new
-
-  none = jnp.zeros_like(phi[:, 0])
-  inputs = (phi, jnp.broadcast_to(A, (*phi.shape[:2], *A.shape[2:])), p, old[:, 1:])
-  _, new = jax.lax.scan(
-    row, (none, none), jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), inputs)
-  )
-  return jnp.concatenate([old[:, :1], jnp.moveaxis(new, 0, 1)], axis=1)
-
-
-def _roll_out(x: Array, known: Array, row: dict, z: Array, d: Array) -> Array:
-  """Returns the states with those after `known` [B] made from d frozen at `d`."""
-
-  def step(carry: tuple[Array, Array], inputs: tuple) -> tuple:
-    x_0, x_1 = carry
-    j, old, row, z = inputs
-    new = row["a"] * x_0 + row["p"] * x_1 + (row["b"] + row["c"] + row["e"]) * d
-    new += row["s"] * z
-    new = jnp.where(_wide(j < known, old.ndim), old, new)
-    return (new, x_0), new
-
-  by_row = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (x[:, 1:], row, z))
-  inputs = (jnp.arange(x.shape[1] - 1, dtype=known.dtype), *by_row)
-  _, rest = jax.lax.scan(step, (x[:, 0], x[:, 0]), inputs)
-  return jnp.concatenate([x[:, :1], jnp.moveaxis(rest, 0, 1)], axis=1)

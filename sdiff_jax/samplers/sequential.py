@@ -33,7 +33,7 @@ def apart(denoiser: Denoiser, x: Array, time: Array, cond: Cond) -> Array:
   return jax.lax.optimization_barrier(denoiser(x, time, cond))
 
 
-def advance(row: dict[str, Array], *, z: Array, **state: Array) -> Array:
+def advance(row: dict[str, Array], **state: Array | None) -> Array:
   """Returns a x + p x_1 + b d + c d_1 + e d_2 + s z, rounded alike in every program.
 
   A compiler may fuse a product into the sum that follows, which rounds once instead
@@ -41,12 +41,13 @@ def advance(row: dict[str, Array], *, z: Array, **state: Array) -> Array:
 
   Args:
     row: coefficients by name, each of a shape that broadcasts.
-    z: noise, or 0 where the table has none.
-    **state: x, x_1, d, d_1 and d_2: states and denoised, now, one and two rows ago.
+    **state: x, x_1, d, d_1, d_2 and z: states and denoised, now, one and two rows
+      ago, and noise; None where the table does not use it.
   """
   names = zip("apbces", ("x", "x_1", "d", "d_1", "d_2", "z"), strict=True)
-  state["z"] = z
-  terms = jax.lax.optimization_barrier([row[k] * state[v] for k, v in names])
+  terms = [row[k] * state[v] for k, v in names if state[v] is not None]
+  # What stands between a product and its sum, so that nothing makes one of both.
+  terms = [jnp.maximum(term, jnp.finfo(term.dtype).min) for term in terms]
   return functools.reduce(jnp.add, terms)
 
 
@@ -62,7 +63,6 @@ def sample(
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
   """
-  noisy = bool(table.s.any())
   columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in table._fields[:7]}
   rows = jnp.arange(table.evaluations)
   # A time for each sample, as in a parallel sampler, where they differ.
@@ -72,8 +72,15 @@ def sample(
     x, x_1, d_1, d_2 = carry
     row, times, i = inputs
     d = apart(denoiser, x, times, cond)
-    z = noise(keys, i, x.shape[1:]) if noisy else jnp.zeros_like(x[:1])
-    new = advance(row, x=x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=z)
+    new = advance(
+      row,
+      x=x,
+      x_1=x_1 if table.uses("p") else None,
+      d=d,
+      d_1=d_1 if table.uses("c", "e") else None,
+      d_2=d_2 if table.uses("e") else None,
+      z=noise(keys, i, x.shape[1:]) if table.uses("s") else None,
+    )
     return (new, x, d, d_1), None
 
   none = jnp.zeros_like(x)

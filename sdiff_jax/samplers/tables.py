@@ -49,6 +49,10 @@ class Table(NamedTuple):
   def evaluations(self) -> int:
     return len(self.time)
 
+  def uses(self, *columns: str) -> bool:
+    """Returns whether one of the columns is not all zeros."""
+    return any(getattr(self, name).any() for name in columns)
+
 
 def _posterior_std(path: Path) -> np.ndarray:
   """Returns sigma' (1 - (alpha sigma' / (alpha' sigma))^2)^(1/2), float64 [N].
