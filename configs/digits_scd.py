@@ -21,7 +21,8 @@ def get_config(words: str = ""):
     "losses", "scm", velocity="teacher", warmup_steps=1600, adaptive_weight=False
   )
   c.loss.guidance = (1.0, 2.0) if guided else ()
-  c.train.update(steps=8000, batch_size=128, log_every=100, sample_every=2000)
+  c.train.update(steps=10_000, batch_size=128, log_every=100, sample_every=2000)
+  c.checkpoint.every = 2000
   # The target is the network's own: momentum, which lags behind it, needs rates that
   # are three times as small, and then ends worse.
   c.optim.update(learning_rate=2e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)

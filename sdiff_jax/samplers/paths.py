@@ -21,6 +21,7 @@ class Path(NamedTuple):
     alpha_next: at the end of each step, float64 [N].
     sigma_next: at the end of each step, float64 [N]; the last one is 0, or small.
     point: ln(alpha / sigma) -> (alpha, sigma, time) anywhere on the process.
+    sigma_d: standard deviation of the data, about; parallel samplers guess with it.
   """
 
   alpha: np.ndarray
@@ -29,6 +30,7 @@ class Path(NamedTuple):
   alpha_next: np.ndarray
   sigma_next: np.ndarray
   point: Callable[[float], tuple[float, float, float]]
+  sigma_d: float
 
 
 def chain(
@@ -36,9 +38,11 @@ def chain(
   sigma: np.ndarray,
   time: np.ndarray,
   point: Callable[[float], tuple[float, float, float]],
+  sigma_d: float,
 ) -> Path:
   """Returns the path whose steps join the N + 1 points that are given."""
-  return Path(alpha[:-1], sigma[:-1], time[:-1], alpha[1:], sigma[1:], point)
+  ends = alpha[1:], sigma[1:]
+  return Path(alpha[:-1], sigma[:-1], time[:-1], *ends, point, sigma_d)
 
 
 def trigflow(angles: np.ndarray, sigma_d: float) -> Path:
@@ -53,35 +57,37 @@ def trigflow(angles: np.ndarray, sigma_d: float) -> Path:
     t = np.arctan(np.exp(-log_snr) / sigma_d)
     return np.cos(t), sigma_d * np.sin(t), t
 
-  return chain(np.cos(angles), sigma_d * np.sin(angles), angles, point)
+  return chain(np.cos(angles), sigma_d * np.sin(angles), angles, point, sigma_d)
 
 
-def edm(sigmas: np.ndarray) -> Path:
+def edm(sigmas: np.ndarray, sigma_d: float = 0.5) -> Path:
   """Returns the variance-exploding path x = x0 + sigma eps, with time sigma.
 
   Args:
     sigmas: falling noise levels, float64 [N + 1], the last one 0.
+    sigma_d: standard deviation of the data.
   """
 
   def point(log_snr: float) -> tuple[float, float, float]:
     sigma = np.exp(-log_snr)
     return 1.0, sigma, sigma
 
-  return chain(np.ones_like(sigmas), sigmas, sigmas, point)
+  return chain(np.ones_like(sigmas), sigmas, sigmas, point, sigma_d)
 
 
-def flow(times: np.ndarray) -> Path:
+def flow(times: np.ndarray, sigma_d: float = 1.0) -> Path:
   """Returns the path of rectified flow, x = (1 - t) x0 + t eps, with time t.
 
   Args:
     times: falling in [0, 1], float64 [N + 1], the last one 0.
+    sigma_d: standard deviation of the data.
   """
 
   def point(log_snr: float) -> tuple[float, float, float]:
     t = 1 / (1 + np.exp(log_snr))
     return 1 - t, t, t
 
-  return chain(1 - times, times, times, point)
+  return chain(1 - times, times, times, point, sigma_d)
 
 
 def alphas_cumprod(
@@ -173,4 +179,5 @@ def vp(
     next_abar**0.5,
     (1 - next_abar) ** 0.5,
     point,
+    sigma_d=1.0,
   )

@@ -63,7 +63,7 @@ def sample(
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
   """
-  columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in table._fields[:7]}
+  columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in (*"apbces", "time")}
   rows = jnp.arange(table.evaluations)
   # A time for each sample, as in a parallel sampler, where they differ.
   times = jnp.repeat(columns["time"][:, None], len(x), axis=1)

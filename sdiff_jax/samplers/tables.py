@@ -29,6 +29,7 @@ class Table(NamedTuple):
   Attributes:
     alpha: of the state that a row starts from: 0 <= dd/dx <= 1 / alpha for a true
       denoiser.
+    gain: dd/dx where the data are Gaussian, of the path's standard deviation: a guess.
     scale: standard deviation of x' given x and x0 in the row's step, the unit of
       errors of its state; 0 in a step to clean data.
     init_std: the first state's standard deviation.
@@ -42,6 +43,7 @@ class Table(NamedTuple):
   s: np.ndarray
   time: np.ndarray
   alpha: np.ndarray
+  gain: np.ndarray
   scale: np.ndarray
   init_std: float
 
@@ -64,14 +66,19 @@ def _posterior_std(path: Path) -> np.ndarray:
 
 
 def _assemble(rows: list[dict[str, float]], path: Path) -> Table:
-  """Returns the table of rows, each of which names its step."""
-  names = Table._fields[:-3]
+  """Returns the table of rows, each of which names its step, and its point if inside."""
+  names = Table._fields[:7]
   columns = {n: np.array([row.get(n, 0.0) for row in rows], np.float64) for n in names}
-  step = np.array([row["step"] for row in rows])
-  alpha = [row.get("alpha", path.alpha[row["step"]]) for row in rows]
-  scale = _posterior_std(path)[step]
+  step = [row["step"] for row in rows]
+  ends = [(path.alpha[i], path.sigma[i]) for i in step]
+  points = [row.get("point", end) for row, end in zip(rows, ends, strict=True)]
+  alpha, sigma = np.array(points).T
   return Table(
-    **columns, alpha=np.array(alpha), scale=scale, init_std=float(path.sigma[0])
+    **columns,
+    alpha=alpha,
+    gain=alpha * path.sigma_d**2 / ((alpha * path.sigma_d) ** 2 + sigma**2),
+    scale=_posterior_std(path)[step],
+    init_std=float(path.sigma[0]),
   )
 
 
@@ -209,8 +216,8 @@ def heun(path: Path) -> Table:
       continue
     correct = {"p": gain * (1 + h / (2 * s)), "c": -alpha_1 * h / (2 * s)}
     correct |= {"a": h / (2 * s_next), "b": -alpha_1 * h / (2 * s_next)}
-    alpha, _, time = path.point(-np.log(s_next))
-    rows.append(correct | {"time": time, "alpha": alpha, "step": i})
+    *point, time = path.point(-np.log(s_next))
+    rows.append(correct | {"time": time, "point": point, "step": i})
   return _assemble(rows, path)
 
 
@@ -233,7 +240,8 @@ def dpm2s(path: Path) -> Table:
     half = alpha_m - alpha * sigma_m / sigma
     rows.append({"a": sigma_m / sigma, "b": half, "time": time, "step": i})
     second = {"p": sigma_1 / sigma, "b": whole}
-    rows.append(second | {"time": time_m, "alpha": alpha_m, "step": i})
+    second |= {"time": time_m, "point": (alpha_m, sigma_m)}
+    rows.append(second | {"step": i})
   return _assemble(rows, path)
 
 

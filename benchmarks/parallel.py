@@ -1,0 +1,167 @@
+"""Parallel samplers beside each other at equal error to the sequential sampler.
+
+  python benchmarks/parallel.py [--digits=runs/demo/seed0/teacher]
+                                [--fashion=runs/fashion/seed0/teacher]
+                                [--seeds=3] [--samples=16] [--only=WORD]
+
+The tolerance is swept; passes and evaluations are those where the final states differ
+from the sequential ones by the wanted error (root mean square over that of the
+states; interpolated in its logarithm, a dash where no tolerance reaches it), and
+speculation's, which has no error, are its own. Means over seeds x samples. The data
+are a mixture in 16 dimensions, whose denoiser is known, and trained teachers, where
+their work directories are there.
+"""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from sdiff_jax import trigflow
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.samplers import mixture, paradigms, sequential, speculative, tables
+
+# solver, steps, window, error
+CASES = (
+  ("ddpm", 100, 20, 1e-2),
+  ("ddpm", 1000, 48, 3e-3),
+  ("ddim", 50, 25, 1e-2),
+  ("ddim", 200, 32, 1e-2),
+  ("dpmpp2m", 50, 25, 1e-2),
+)
+RULES = ("published", "picard", "linear", "secant")
+TOLERANCES = np.geomspace(1.0, 1e-3, 13)
+
+
+class Data(NamedTuple):
+  """Something to sample from: (params, ...) -> d, its parameters, shape and classes."""
+
+  denoiser: Callable
+  params: dict
+  shape: tuple[int, ...]
+  classes: int
+
+
+def trained(workdir: str) -> Data:
+  experiment, params = experiments.trained(experiments.read(workdir), workdir)
+
+  def denoiser(params, x, t, cond):
+    net = lambda x, t, cond: experiment.network.apply(params, x, t, cond)  # noqa: E731
+    return trigflow.denoiser(net, experiment.config.sigma_d)(x, t, cond)
+
+  source = experiment.source
+  return Data(denoiser, params, source.shape, source.classes)
+
+
+def toy() -> Data:
+  net = mixture.denoiser(sigma_d=0.5)
+  return Data(lambda params, *args: net(*args), {}, (16,), 0)
+
+
+def at_error(errors: np.ndarray, values: np.ndarray, wanted: float) -> float:
+  """Returns the value where the error is as wanted; NaN outside what was swept."""
+  order = np.argsort(errors)
+  logs = np.log(np.maximum(errors[order], 1e-12))
+  if not logs[0] <= np.log(wanted) <= logs[-1]:
+    return float("nan")
+  return float(np.interp(np.log(wanted), logs, values[order]))
+
+
+def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
+  """Returns (passes, evaluations, tolerance) of every rule, and of speculation."""
+  name, steps, window, wanted = case
+  table = tables.build(sigma_d=0.5, name=name, steps=steps)
+  numbers = np.arange(seeds * samples)
+  keys = sequential.keys_of(numbers)
+  x = sequential.initial(table, keys, data.shape)
+  cond = {"label": jnp.asarray(numbers % max(data.classes, 1), jnp.int32)}
+
+  def bound(params):
+    return functools.partial(data.denoiser, params)
+
+  alone = jax.jit(lambda params: sequential.sample(bound(params), table, x, keys, cond))
+  truth = np.asarray(alone(data.params)).reshape(seeds, -1)
+
+  def error(x: jax.Array) -> float:
+    off = np.asarray(x).reshape(seeds, -1) - truth
+    return np.mean(np.sqrt(np.mean(off**2, 1) / np.mean(truth**2, 1)))
+
+  found = {}
+  for rule in RULES:
+    options = {"window": window, "rule": rule}
+    call = jax.jit(
+      lambda params, tolerance, options=options: paradigms.sample(
+        bound(params), table, x, keys, cond, tolerance=tolerance, **options
+      )
+    )
+    rows = []
+    for tolerance in TOLERANCES:
+      result = call(data.params, jnp.float32(tolerance))
+      means = [float(v.mean()) for v in (result.passes, result.evaluations)]
+      rows.append([error(result.x), *means, np.log(tolerance)])
+      if rows[-1][0] < wanted / 10:
+        break
+    errors, passes, evaluations, taus = np.array(rows).T
+    values = (passes, evaluations, taus)
+    passes, evaluations, tau = (at_error(errors, v, wanted) for v in values)
+    found[rule] = passes, evaluations, float(np.exp(tau))
+  if (table.s[:-1] > 0).all():
+    call = jax.jit(
+      lambda params: speculative.sample(
+        bound(params), table, x, keys, cond, window=window
+      )
+    )
+    result = call(data.params)
+    found["speculative"] = (
+      float(result.passes.mean()),
+      float(result.evaluations.mean()),
+      0.0,
+    )
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--digits", default="runs/demo/seed0/teacher")
+  parser.add_argument("--fashion", default="runs/fashion/seed0/teacher")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--samples", type=int, default=16)
+  parser.add_argument("--only", default="", help="cases that hold this word")
+  parser.add_argument("--json", default="", help="write the numbers there as well")
+  args = parser.parse_args()
+  sources = {"mixture": toy}
+  for name in ("digits", "fashion"):
+    workdir = getattr(args, name)
+    if os.path.isdir(workdir):
+      sources[name] = functools.partial(trained, workdir)
+  jobs = [(name, case) for case in CASES for name in sources]
+  jobs = [j for j in jobs if args.only in f"{j[0]} {j[1][0]}-{j[1][1]}"]
+  numbers = {}
+  print(
+    "| solver, window, error | data | " + " | ".join([*RULES, "speculative"]) + " |"
+  )
+  print("|---|---|" + "---|" * (len(RULES) + 1))
+  for source, case in tqdm.tqdm(jobs):
+    found = measure(sources[source](), case, args.seeds, args.samples)
+    name, steps, window, wanted = case
+    label = f"{name}-{steps}, {window}, {wanted:g}"
+    numbers[f"{label} {source}"] = found
+    cells = [found.get(rule) for rule in (*RULES, "speculative")]
+    cells = ["" if c is None else f"{c[0]:.1f}/{c[1]:.0f} ({c[2]:.2g})" for c in cells]
+    tqdm.tqdm.write(f"| {label} | {source} | " + " | ".join(cells) + " |")
+    if args.json:
+      with open(args.json, "w", encoding="utf-8") as file:
+        json.dump(numbers, file, indent=2)
+
+
+if __name__ == "__main__":
+  main()

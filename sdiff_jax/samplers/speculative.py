@@ -1,0 +1,101 @@
+"""Speculative sampling of a solver with noise, exact in law, without a tolerance.
+
+The states of a window are a draft: each was made from the one before by a guess of
+the denoiser there, and noise. A pass evaluates the denoiser at all of them, and
+accepts states one after the other by the reflection coupling of two Gaussians, whose
+means are the draft's and the table's (autospeculation, arXiv:2505.03983; arXiv:
+2501.05370, algorithm 4). So the law of the samples is that of `sequential`. As the
+draft's noise is independent of its means, noise of rows that come after a rejected
+one is used again, and their next guess starts from what the pass has found there.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.samplers import windows
+from sdiff_jax.samplers.paradigms import secant
+from sdiff_jax.samplers.ring import Ring, wide
+from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
+
+
+def sample(
+  denoiser: Denoiser,
+  table: Table,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  *,
+  window: int,
+  sharding: NamedSharding | None = None,
+  callback: Callback | None = None,
+) -> Result:
+  """Returns a draw with the law of `sequential.sample`; `error` is 0.
+
+  Args:
+    denoiser: (x [N, ...], time [N], cond) -> d [N, ...]; N = B window.
+    table: the solver; every row but the last has noise.
+    x: first state, [B, ...] (see `sequential.initial`).
+    keys: one key a sample, [B].
+    cond: conditions, leading [B].
+    window: rows verified at once, theta.
+    sharding: of the axes [B, W]; None on one device.
+    callback: a preview (see windows.Callback); None for none.
+
+  Raises:
+    ValueError: a window that does not exist, or a table without noise.
+  """
+  if not (table.s[:-1] > 0).all():
+    raise ValueError(
+      "sampler.name: speculation needs noise in every row but the last; take ddpm or "
+      "dpmpp2m_sde"
+    )
+  ring = Ring(window, sharding)
+
+  def uniform(key: PRNGKey, i: Array) -> Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i + 1), 1))
+
+  def improve(now: Pass) -> tuple[Array, Array, Array]:
+    u = jax.vmap(jax.vmap(uniform, in_axes=(None, 0)))(keys, now.begin[:, None] + now.k)
+    accepted, made = couple(now.phi, now.old, now.row["s"], now.z, u)
+    last = jnp.minimum(window, table.evaluations - now.begin)[:, None] - 1
+    # The last row has made no draft yet: its Phi is a draw from the table.
+    made = jnp.where(wide(now.k == last, made.ndim), now.phi, made)
+    stride = 1 + jnp.min(jnp.where(accepted | (now.k > last), last, now.k), axis=1)
+    ahead = wide(now.k - (stride - 1)[:, None], made.ndim)  # of the last row done
+    factors = [jnp.where(ahead > 0, factor, 0) for factor in now.factors]
+    phi = jnp.where(ahead > 0, now.phi, jnp.where(ahead == 0, made, now.old))
+    new = windows.carry_on(ring, factors, phi, now.old)
+    return new, stride, jnp.zeros(len(stride), x.dtype)
+
+  method = Method(secant, improve)
+  return windows.run(denoiser, table, x, keys, cond, ring, method, callback)
+
+
+def couple(
+  phi: Array, draft: Array, s: Array, z: Array, u: Array
+) -> tuple[Array, Array]:
+  """Reflection coupling of N(phi - s z, s^2) with the draft, a draw by the same z.
+
+  With D = (phi - draft) / s, the means' distance, a draft is accepted where
+  ln u <= z . D - |D|^2 / 2, else reflected: phi - 2 s D (D . z) / |D|^2.
+
+  Args:
+    phi: mean of the table's Gaussian, and s z, [B, W, ...].
+    draft: mean of the draft's Gaussian, and s z, [B, W, ...].
+    s: standard deviation, [B, W, 1, ...].
+    z: standard Gaussian, [B, W, ...].
+    u: uniform in [0, 1), [B, W].
+
+  Returns:
+    Whether the draft is a draw from the table's Gaussian [B, W], and one for where it
+    is not, [B, W, ...].
+  """
+  axes = tuple(range(2, phi.ndim))
+  distance = (phi - draft) / jnp.where(s > 0, s, 1)
+  dot, square = (jnp.sum(distance * v, axes, keepdims=True) for v in (z, distance))
+  accepted = jnp.log(u) <= (dot - square / 2).reshape(u.shape)
+  reflected = phi - 2 * s * distance * dot / jnp.where(square > 0, square, 1)
+  return accepted, reflected

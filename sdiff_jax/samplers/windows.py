@@ -1,0 +1,298 @@
+"""A window that moves over the rows of a solver table, many evaluated at a time.
+
+A pass evaluates the denoiser at all states of the window at once. Phi_i being row i
+of the table, what a state's change says of the states after it is carried on by
+
+    new_{i+1} = Phi_i(old) + A_i (new_i - old_i) + p_i (new_{i-1} - old_{i-1}),
+
+and the window moves to the first state that is not done. `paradigms` and
+`speculative` say which are. The first state of a window is the sequential sampler's,
+so Phi of it is too: each pass does one row at least.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.samplers import sequential
+from sdiff_jax.samplers.ring import (
+  Ring,
+  flatten,
+  pick,
+  product,
+  rank,
+  solve,
+  unflatten,
+  wide,
+)
+from sdiff_jax.samplers.tables import Table
+
+TERMS = ("a", "p", "b", "c", "e", "s", "alpha", "gain")
+# Called on the host in each pass with (rows done [B], their last state [B, ...], the
+# denoiser there [B, ...]): a preview.
+Callback = Callable[[Array, Array, Array], None]
+
+
+class Result(NamedTuple):
+  """What came out, and what it took.
+
+  Attributes:
+    x: the last states, [B, ...].
+    passes: calls of the denoiser that a sample took part in, int32 [B].
+    evaluations: states of the sample that these evaluated, int32 [B].
+    error: largest change of a state that was taken for done, as a root mean square
+      over the tolerance's scale, float32 [B].
+  """
+
+  x: Array
+  passes: Array
+  evaluations: Array
+  error: Array
+
+
+class Window(NamedTuple):
+  """Where each sample is; state i of [begin, begin + W) is in slot i mod W.
+
+  Attributes:
+    begin: states before this one are done, int32 [B].
+    x: states, [B, W, ...].
+    z: noise of the rows that start there, [B, W, ...]; None for a table without.
+    x_1: the state before `begin`, [B, ...].
+    d_1: the denoiser at that state, [B, ...].
+    d_2: the denoiser at the state before that, [B, ...].
+    before: states and Phi of the pass before, each [B, W, ...]; NaN for states new to
+      the window.
+  """
+
+  begin: Array
+  x: Array
+  z: Array | None
+  x_1: Array
+  d_1: Array
+  d_2: Array
+  before: tuple[Array, Array]
+
+
+class Pass(NamedTuple):
+  """The rows of a window with the denoiser evaluated; all are [B, W, ...].
+
+  Attributes:
+    begin: states before this one are done, int32 [B].
+    k: rank of the row, 0 for that of `begin`, int32 [B, W].
+    row: columns of the table by name.
+    x: the states that rows start from.
+    old: the states that rows make, as they were; meaningless at the last rank.
+    phi: what rows make of x.
+    z: their noise.
+    factors: A, and p if the table has it; 0 where the ring is cut.
+  """
+
+  begin: Array
+  k: Array
+  row: dict[str, Array]
+  x: Array
+  old: Array
+  phi: Array
+  z: Array | None
+  factors: list[Array]
+
+
+class Method(NamedTuple):
+  """How a window is improved.
+
+  Attributes:
+    A: (row, x, phi, (x, phi) of the pass before) -> A, [B, W, 1, ...].
+    improve: Pass -> (new states at the slots of the rows that make them [B, W, ...],
+      rows done [B], largest accepted change [B]).
+    published: fill the window with copies of its last state, and forget the d before
+      it, as arXiv:2305.16317 does; else new states are rolled out with their own
+      noise and the last d, which changes by the table's gain.
+  """
+
+  A: Callable[[dict, Array, Array, tuple], Array]
+  improve: Callable[[Pass], tuple[Array, Array, Array]]
+  published: bool = False
+
+
+def run(
+  denoiser: Denoiser,
+  table: Table,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  ring: Ring,
+  method: Method,
+  callback: Callback | None = None,
+) -> Result:
+  """Returns the last state of the recurrence of `tables`; one loop on the device.
+
+  Args:
+    denoiser: (x [N, ...], time [N], cond) -> d [N, ...]; N = B W.
+    table: the solver.
+    x: first state, [B, ...] (see `sequential.initial`).
+    keys: one key a sample, [B]; unused by a table without noise.
+    cond: conditions, leading [B].
+    ring: the window; every sample has its own.
+    method: how it is improved.
+    callback: see Callback; None for none.
+
+  Raises:
+    ValueError: a window that does not fit the table or the devices.
+  """
+  if not 1 <= ring.window <= table.evaluations:
+    raise ValueError(
+      f"sampler.window={ring.window}: take 1 to {table.evaluations}, the rows of the "
+      "table"
+    )
+  if ring.window % ring.parts(1):
+    raise ValueError(
+      f"sampler.window={ring.window}: does not divide over the {ring.parts(1)} devices "
+      "of mesh.window"
+    )
+  rows = _Rows(ring, table, keys, method)
+  cond_rows = jax.tree.map(
+    lambda c: flatten(ring, jnp.repeat(c[:, None], ring.window, axis=1)), cond
+  )
+
+  def one_pass(carry: tuple[Window, Result]) -> tuple[Window, Result]:
+    now, result = carry
+    times = flatten(ring, rows.time(now))
+    d = sequential.apart(denoiser, flatten(ring, now.x), times, cond_rows)
+    d = unflatten(ring, d)
+    if callback is not None:
+      here = rank(ring, now.begin) == 0
+      jax.debug.callback(callback, now.begin, pick(now.x, here), pick(d, here))
+    return rows.step(now, result, d)
+
+  now, result = jax.lax.while_loop(
+    lambda carry: jnp.any(carry[0].begin < table.evaluations), one_pass, rows.start(x)
+  )
+  return result._replace(x=pick(now.x, rank(ring, now.begin) == 0))
+
+
+def carry_on(ring: Ring, factors: list[Array], phi: Array, old: Array) -> Array:
+  """Returns the new states by the recurrence above, at the slots of their rows."""
+  delta = solve(ring, factors, phi - old)
+  behind = [jnp.roll(delta, n + 1, axis=1) for n in range(len(factors))]
+  return phi + product(factors, behind)
+
+
+class _Rows(NamedTuple):
+  """All that a pass does beside the denoiser."""
+
+  ring: Ring
+  table: Table
+  keys: PRNGKey
+  method: Method
+
+  def column(self, name: str, i: Array, like: Array) -> Array:
+    """Returns a column of the table at rows i [B, W], [B, W, 1, ...]."""
+    column = jnp.asarray(getattr(self.table, name), like.dtype)
+    return wide(column[jnp.clip(i, 0, len(column) - 1)], like.ndim)
+
+  def time(self, now: Window) -> Array:
+    """Returns what the denoiser is told in each slot, [B, W]."""
+    i = now.begin[:, None] + rank(self.ring, now.begin)
+    return jnp.asarray(self.table.time, now.x.dtype)[
+      jnp.minimum(i, self.table.evaluations - 1)
+    ]
+
+  def noise(self, begin: Array, shape: tuple[int, ...]) -> Array | None:
+    """Returns the noise of the window's rows, [B, W, *shape]."""
+    if not self.table.uses("s"):
+      return None
+    one = lambda key, i: sequential.noise(key[None], i, shape)[0]  # noqa: E731
+    draw = jax.vmap(jax.vmap(one, in_axes=(None, 0)))
+    return self.ring.spread(draw(self.keys, begin[:, None] + rank(self.ring, begin)))
+
+  def start(self, x: Array) -> tuple[Window, Result]:
+    """Returns the first window, rolled out for Gaussian data."""
+    zero, none = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
+    states = self.ring.spread(jnp.repeat(x[:, None], self.ring.window, axis=1))
+    empty = jnp.full_like(states, jnp.nan)
+    z = self.noise(zero, x.shape[1:])
+    now = Window(zero, states, z, x, none, none, (empty, empty))
+    now = now._replace(x=self.enter(now, zero, none))
+    return now, Result(x, zero, zero, jnp.zeros(len(x), x.dtype))
+
+  def step(self, now: Window, result: Result, d: Array) -> tuple[Window, Result]:
+    """Improves the states by their d, and moves the window on."""
+    table, published = self.table, self.method.published
+    k = rank(self.ring, now.begin)
+    first, second = wide(k == 0, d.ndim), wide(k == 1, d.ndim)
+
+    def one_ago(x: Array, before: Array) -> Array:
+      return jnp.where(first, before[:, None], jnp.roll(x, 1, axis=1))
+
+    d_1 = d_2 = x_1 = None
+    if table.uses("p"):
+      x_1 = one_ago(now.x, now.x_1)
+    if table.uses("c", "e"):
+      d_1 = one_ago(d, now.d_1)
+      d_1 = jnp.where(first, d, d_1) if published else d_1  # a step of first order
+    if table.uses("e"):
+      d_2 = one_ago(d_1, now.d_2)
+    row = {name: self.column(name, now.begin[:, None] + k, d) for name in TERMS}
+    phi = sequential.advance(row, x=now.x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=now.z)
+    factors = [jnp.where(first, 0, self.method.A(row, now.x, phi, now.before))]
+    if table.uses("p"):
+      factors.append(jnp.where(first | second, 0, row["p"]))
+    old = jnp.roll(now.x, -1, axis=1)
+    done = Pass(now.begin, k, row, now.x, old, phi, now.z, factors)
+    new, stride, error = self.method.improve(done)
+    left = table.evaluations - now.begin
+    stride = jnp.minimum(stride, left)
+    result = Result(
+      result.x,
+      result.passes + (left > 0).astype(jnp.int32),
+      result.evaluations + jnp.clip(left, 0, self.ring.window),
+      jnp.maximum(result.error, error),
+    )
+    last = k == (stride - 1)[:, None]  # of the rows that are done now
+    states = jnp.roll(new, 1, axis=1)  # in their own slots
+    moved = Window(
+      now.begin + stride,
+      states,
+      self.noise(now.begin + stride, d.shape[2:]),
+      pick(jnp.where(first, now.x, states), last) if table.uses("p") else now.x_1,
+      pick(d, last) if table.uses("c", "e") else now.d_1,
+      pick(d_1, last) if table.uses("e") else now.d_2,
+      (now.x, phi),
+    )
+    end = now.begin + self.ring.window
+    offset = pick(d - row["gain"] * now.x, k == self.ring.window - 1)
+    moved = moved._replace(
+      x=self.enter(moved, end, offset), before=self.forget(moved, end)
+    )
+    keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
+    return jax.tree.map(keep, moved, now), result
+
+  def enter(self, now: Window, known: Array, offset: Array) -> Array:
+    """Returns the states, those after `known` [B] made with d = gain x + offset."""
+    ndim, k = now.x.ndim, rank(self.ring, now.begin)
+    i = now.begin[:, None] + k  # of the state, which the row before makes
+    fixed = wide(i <= known[:, None], ndim)
+    row = {name: self.column(name, i - 1, now.x) for name in TERMS}
+    if self.method.published:
+      row = dict.fromkeys(row, jnp.zeros_like(row["a"])) | {
+        "a": jnp.ones_like(row["a"])
+      }
+    weight = row["b"] + row["c"] + row["e"]
+    made = weight * offset[:, None]
+    if now.z is not None:
+      made += row["s"] * jnp.roll(now.z, 1, axis=1)
+    factors = [jnp.where(fixed, 0, row["a"] + weight * row["gain"])]
+    if self.table.uses("p"):
+      second = wide(k == 1, ndim)  # whose x_{i-2} has left the window
+      made += jnp.where(second, row["p"] * now.x_1[:, None], 0)
+      factors.append(jnp.where(fixed | second, 0, row["p"]))
+    return solve(self.ring, factors, jnp.where(fixed, now.x, made))
+
+  def forget(self, now: Window, end: Array) -> tuple[Array, Array]:
+    """Returns what is known of the pass before, NaN at rows from `end` [B] on."""
+    i = now.begin[:, None] + rank(self.ring, now.begin)
+    seen = wide(i < end[:, None], now.x.ndim)
+    return tuple(jnp.where(seen, v, jnp.nan) for v in now.before)
