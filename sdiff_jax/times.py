@@ -58,16 +58,22 @@ def karras_angles(steps: int, sigma_d: float) -> np.ndarray:
   return np.arctan(karras(steps) / sigma_d)
 
 
+def uniform_angles(steps: int, sigma_d: float) -> np.ndarray:
+  """Returns equally spaced angles from arctan(80 / sigma_d) to 0, float64 [steps + 1].
+
+  As a variance-preserving process, the cosine schedule.
+  """
+  return np.linspace(np.arctan(SIGMA_MAX / sigma_d), 0.0, steps + 1)
+
+
 def consistency_angles(steps: int, sigma_d: float) -> np.ndarray:
   """Returns the angles of consistency sampling, float64 [steps + 1], the last one 0.
 
   One step: arctan(80 / sigma_d). Two: 1.1 after it (arXiv:2410.11081, appendix G).
   More: equally spaced between that start and 0.
   """
-  start = np.arctan(SIGMA_MAX / sigma_d)
-  if steps == 2:
-    return np.array([start, 1.1, 0.0])
-  return np.linspace(start, 0.0, steps + 1)
+  grid = uniform_angles(steps, sigma_d)
+  return np.array([grid[0], 1.1, 0.0]) if steps == 2 else grid
 
 
 def given_angles(angles: Sequence[float]) -> np.ndarray:

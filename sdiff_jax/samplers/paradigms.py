@@ -18,6 +18,7 @@ from sdiff_jax.samplers.tables import Table
 from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
 
 ULPS = 4  # changes of so many units in the last place count as none
+LEAST = 1e-2  # sensitivity: states that matter less have to be right as well
 
 
 def sample(
@@ -42,12 +43,11 @@ def sample(
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
     window: rows evaluated at once, W.
-    tolerance: largest change of an accepted state, as a root mean square, in units of
-      the table's scale there.
+    tolerance: largest change of an accepted state, as a root mean square, in a unit
+      that makes it a share of the data's standard deviation at the end (see `_unit`).
     rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
-      letter; the others start new states from the last d, keep a multistep solver's
-      history, and give the last states, which no noise follows, the scale of those
-      before.
+      letter, its unit the noise of the row; the others start new states from the
+      last d, and keep a multistep solver's history.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see windows.Callback); None for none.
 
@@ -59,11 +59,11 @@ def sample(
   if rule not in RULES:
     raise ValueError(f"sampler.rule={rule!r}: take one of {[*RULES]}")
   ring, published = Ring(window, sharding), rule == "published"
-  scale = jnp.asarray(_scale(table, published), x.dtype)
+  unit = jnp.asarray(_unit(table, published), x.dtype)
 
   def improve(now: Pass) -> tuple[Array, Array, Array]:
     new = windows.carry_on(ring, now.factors, now.phi, now.old)
-    allowed = scale[jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)]
+    allowed = unit[jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)]
     change = _mean_square(new - now.old)
     floor = (ULPS * jnp.finfo(x.dtype).eps) ** 2 * _mean_square(new)
     good = change <= jnp.maximum((tolerance * allowed) ** 2, floor)
@@ -77,16 +77,17 @@ def sample(
   return windows.run(denoiser, table, x, keys, cond, ring, method, callback)
 
 
-def _scale(table: Table, published: bool) -> np.ndarray:
-  """Returns the unit of errors of states 0 to R, float64 [R + 1]."""
-  scale = np.append(table.scale, 0.0)
-  if published:  # states that must not change at all
-    scale[:-1] = np.maximum(scale[:-1], 1e-10)
-    return scale
-  known = np.flatnonzero(scale > 0)
-  if not known.size:
-    return scale
-  return np.where(np.arange(len(scale)) > known[-1], scale[known[-1]], scale)
+def _unit(table: Table, published: bool) -> np.ndarray:
+  """Returns the unit of errors of states 0 to R, float64 [R + 1].
+
+  The standard deviation of the data over |S|^(1/2), S being what the state's change
+  does to the last state where the data are Gaussian: half of that damping (in
+  logarithms), since other data have less. Published: the standard deviation of the
+  noise that leaves the state, and all but nothing where there is none.
+  """
+  if published:
+    return np.append(np.maximum(table.scale, 1e-10), 0.0)
+  return table.sigma_d / np.maximum(np.abs(table.sensitivity()), LEAST) ** 0.5
 
 
 def _mean_square(x: Array) -> Array:

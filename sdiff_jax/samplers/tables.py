@@ -33,6 +33,7 @@ class Table(NamedTuple):
     scale: standard deviation of x' given x and x0 in the row's step, the unit of
       errors of its state; 0 in a step to clean data.
     init_std: the first state's standard deviation.
+    sigma_d: the data's, about.
   """
 
   a: np.ndarray
@@ -46,10 +47,22 @@ class Table(NamedTuple):
   gain: np.ndarray
   scale: np.ndarray
   init_std: float
+  sigma_d: float
 
   @property
   def evaluations(self) -> int:
     return len(self.time)
+
+  def sensitivity(self) -> np.ndarray:
+    """Returns d(last state) / d(state i) where dd/dx is the gain, float64 [R + 1]."""
+    rows = self.evaluations
+    s, pad = np.append(np.zeros(rows), [1.0, 0.0, 0.0]), np.zeros(2)
+    p, c, e = (np.append(column, pad) for column in (self.p, self.c, self.e))
+    for i in reversed(range(rows)):
+      s[i] = (self.a[i] + self.b[i] * self.gain[i]) * s[i + 1]
+      s[i] += (p[i + 1] + c[i + 1] * self.gain[i]) * s[i + 2]
+      s[i] += e[i + 2] * self.gain[i] * s[i + 3] if i + 3 <= rows else 0.0
+    return s[: rows + 1]
 
   def uses(self, *columns: str) -> bool:
     """Returns whether one of the columns is not all zeros."""
@@ -66,7 +79,7 @@ def _posterior_std(path: Path) -> np.ndarray:
 
 
 def _assemble(rows: list[dict[str, float]], path: Path) -> Table:
-  """Returns the table of rows, each of which names its step, and its point if inside."""
+  """Returns the table of rows; each names its step, and its point if inside."""
   names = Table._fields[:7]
   columns = {n: np.array([row.get(n, 0.0) for row in rows], np.float64) for n in names}
   step = [row["step"] for row in rows]
@@ -79,6 +92,7 @@ def _assemble(rows: list[dict[str, float]], path: Path) -> Table:
     gain=alpha * path.sigma_d**2 / ((alpha * path.sigma_d) ** 2 + sigma**2),
     scale=_posterior_std(path)[step],
     init_std=float(path.sigma[0]),
+    sigma_d=path.sigma_d,
   )
 
 
@@ -256,11 +270,13 @@ def consistency(path: Path) -> Table:
 
 # name -> (solver, angles for a number of steps)
 SOLVERS: dict[str, tuple[Callable[[Path], Table], Callable[..., np.ndarray]]] = {
-  "ddim": (ddim, times.karras_angles),
-  "ddpm": (ddpm, times.karras_angles),
+  "ddim": (ddim, times.uniform_angles),
+  "euler": (ddim, times.karras_angles),  # Euler's method in noise is DDIM's step
+  "ddpm": (ddpm, times.uniform_angles),
+  "ddpm_large": (functools.partial(ddpm, variance="large"), times.uniform_angles),
   "dpmpp2m": (dpmpp, times.karras_angles),
   "dpmpp3m": (functools.partial(dpmpp, order=3), times.karras_angles),
-  "dpmpp2m_sde": (functools.partial(dpmpp, sde=True), times.karras_angles),
+  "dpmpp2m_sde": (functools.partial(dpmpp, sde=True), times.uniform_angles),
   "heun": (heun, times.karras_angles),
   "dpm2s": (dpm2s, times.karras_angles),
   "consistency": (consistency, times.consistency_angles),
@@ -268,7 +284,12 @@ SOLVERS: dict[str, tuple[Callable[[Path], Table], Callable[..., np.ndarray]]] = 
 
 
 def build(
-  *, sigma_d: float, name: str, steps: int, angles: tuple[float, ...] = ()
+  *,
+  sigma_d: float,
+  name: str,
+  steps: int,
+  angles: tuple[float, ...] = (),
+  eta: float = 0.0,
 ) -> Table:
   """Returns the table of a named solver on the TrigFlow path.
 
@@ -277,14 +298,21 @@ def build(
     name: a key of SOLVERS.
     steps: number of steps (heun and dpm2s evaluate 2 steps - 1 times).
     angles: the starting angle of every step, instead of the solver's own grid.
+    eta: DDIM's share of noise.
 
   Raises:
-    ValueError: an unknown name, steps below 1, or angles that do not fall.
+    ValueError: an unknown name, steps below 1, angles that do not fall, or an eta that
+      does not fit.
   """
   if name not in SOLVERS:
     raise ValueError(f"sampler.name={name!r}: take one of {[*SOLVERS]}")
   if steps < 1:
     raise ValueError(f"sampler.steps={steps}: take 1 or more")
+  if not 0 <= eta <= 1:
+    raise ValueError(f"sampler.eta={eta}: take 0 to 1")
+  if eta and name != "ddim":
+    raise ValueError(f"sampler.eta={eta}: ddim alone has an eta")
   solver, grid = SOLVERS[name]
   t = times.given_angles(angles) if angles else grid(steps, sigma_d)
-  return solver(paths.trigflow(t, sigma_d))
+  path = paths.trigflow(t, sigma_d)
+  return ddim(path, eta) if eta else solver(path)

@@ -109,7 +109,7 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
 
   state = jnp.asarray(data["sample"])
   for k in range(table.evaluations):
-    part = tables.Table(*(column[: k + 1] for column in table[:-1]), table.init_std)
+    part = tables.Table(*(column[: k + 1] for column in table[:-2]), *table[-2:])
     found = sample(denoiser, part, state)
     np.testing.assert_allclose(found, data["prev_samples"][k], atol=2e-6)
   np.testing.assert_allclose(found, data["pred_x0"][-1], atol=2e-6)

@@ -31,7 +31,7 @@ def vp_path(steps: int) -> paths.Path:
     return alpha, np.sqrt(1 - alpha**2), alpha
 
   alpha = np.linspace(0.1, 0.9, steps + 1)
-  return paths.chain(alpha, np.sqrt(1 - alpha**2), alpha, point)
+  return paths.chain(alpha, np.sqrt(1 - alpha**2), alpha, point, sigma_d=1.0)
 
 
 def trig_path(steps: int) -> paths.Path:
@@ -270,8 +270,10 @@ def test_angles_replace_the_grid():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "euler"}, r"sampler\.name='euler': take one of \['ddim', 'ddpm'"),
+    ({"name": "rk4"}, r"sampler\.name='rk4': take one of \['ddim', 'euler'"),
     ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
+    ({"eta": 1.5}, r"sampler\.eta=1\.5: take 0 to 1"),
+    ({"name": "heun", "eta": 0.5}, r"sampler\.eta=0\.5: ddim alone has an eta"),
     ({"angles": (1.0, 1.2)}, r"sampler\.angles=\(1\.0, 1\.2\): give falling"),
   ],
 )
@@ -281,9 +283,12 @@ def test_mistakes_are_refused(changes, message):
 
 
 def test_grids_of_solvers():
-  for name in ("ddim", "heun", "dpm2s"):
+  for name, (_, grid) in tables.SOLVERS.items():
     table = tables.build(sigma_d=SIGMA_D, name=name, steps=5)
-    assert set(times.karras_angles(5, SIGMA_D)[:-1]) <= set(table.time)
+    assert set(grid(5, SIGMA_D)[:-1]) <= set(table.time)
+  np.testing.assert_allclose(
+    np.diff(times.uniform_angles(5, SIGMA_D), 2), 0, atol=1e-15
+  )
 
 
 @pytest.mark.parametrize("start", [np.pi / 2, 1.5708, 1.5707])
@@ -291,4 +296,35 @@ def test_heun_refuses_to_start_at_almost_pure_noise(start):
   with pytest.raises(ValueError, match="heun cannot start at noise .* take dpm2s"):
     tables.build(sigma_d=0.5, name="heun", steps=2, angles=(start, 1.0))
   table = tables.build(sigma_d=0.5, name="dpm2s", steps=2, angles=(start, 1.0))
-  assert all(np.isfinite(column).all() for column in table[:-1])
+  assert all(np.isfinite(column).all() for column in table[:-2])
+
+
+@pytest.mark.parametrize("name", [*tables.SOLVERS])
+def test_sensitivity_is_the_derivative_of_the_last_state(name):
+  table = tables.build(sigma_d=SIGMA_D, name=name, steps=6)
+
+  def last(start: int, change: float) -> float:
+    """Runs the rows on a line, its state `start` moved; d = gain x."""
+    x, x_1, d_1, d_2 = 0.7, 0.0, 0.0, 0.0
+    for i in range(table.evaluations):
+      x += change if i == start else 0.0
+      d = table.gain[i] * x
+      new = table.a[i] * x + table.p[i] * x_1 + table.b[i] * d
+      new += table.c[i] * d_1 + table.e[i] * d_2
+      x, x_1, d_1, d_2 = new, x, d, d_1
+    return x
+
+  found = table.sensitivity()
+  assert found[-1] == 1
+  for i in range(table.evaluations):
+    slope = (last(i, 1e-3) - last(i, -1e-3)) / 2e-3
+    np.testing.assert_allclose(found[i], slope, atol=1e-10)
+
+
+def test_the_gain_is_that_of_gaussian_data():
+  for sigma_d in (0.5, 1.0):
+    path = paths.trigflow(np.linspace(1.5, 0, 5), sigma_d)
+    np.testing.assert_allclose(tables.ddim(path).gain, np.cos(path.time))
+  sigmas = np.array([80.0, 2.0, 0.5, 0.0])
+  gain = tables.ddim(paths.edm(sigmas)).gain
+  np.testing.assert_allclose(gain, 0.25 / (0.25 + sigmas[:-1] ** 2))
