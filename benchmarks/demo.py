@@ -68,7 +68,12 @@ def main() -> None:
     columns = [spread([r[c] for r in all_seeds]) for c in ("frechet", "precision")]
     columns.append(spread([r["recall"] for r in all_seeds]))
     compute = f"{row['compute']:.2f}" if row["compute"] is not None else "-"
-    cells = [*key, str(row["evaluations"] or "-"), *columns, compute]
+    cells = [
+      *key,
+      f"{row['evaluations']:g}" if row["evaluations"] else "-",
+      *columns,
+      compute,
+    ]
     print("|", " | ".join(cells), "|")
   naive = "teacher as 1-step consistency model"
   print(f"\n| seed | sCD | / teacher | / Gaussian | {naive} / |")

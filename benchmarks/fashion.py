@@ -78,7 +78,18 @@ def print_rows(seeds: list[dict]) -> None:
     numbers = ("frechet", "precision", "recall")
     cells = [spread([r[c] for r in every]) for c in numbers]
     compute = "-" if row["compute"] is None else f"{row['compute']:.2f}"
-    print("|", " | ".join([*key, str(row["evaluations"] or "-"), *cells, compute]), "|")
+    print(
+      "|",
+      " | ".join(
+        [
+          *key,
+          f"{row['evaluations']:g}" if row["evaluations"] else "-",
+          *cells,
+          compute,
+        ]
+      ),
+      "|",
+    )
 
 
 def ratios(seeds: list[dict]) -> dict[tuple[str, float], list[float]]:

@@ -81,9 +81,17 @@ def base() -> ml_collections.ConfigDict:
   )
   c.sampler = ml_collections.ConfigDict(
     {
-      "name": "heun",  # one of samplers/tables.py: heun, ddim, ddpm, dpmpp2m, ...
+      # A solver of samplers/tables.py: heun, ddim, ddpm, dpmpp2m, ...; many of its rows
+      # at a time with para (ParaDiGMS), spec (speculation, exact in law) or srds
+      # (parareal) in front: paraddpm, paraddim, paradpmpp2m, specddpm, srdsddim, ...
+      "name": "heun",
       "steps": 16,
       "angles": (),  # starting angle of every step, instead of the sampler's grid
+      "eta": 0.0,  # ddim: share of DDPM's noise
+      "window": 0,  # rows at a time; 0 times the network, and takes the fastest
+      "tolerance": 0.01,  # para, srds: share of the data's spread at the end
+      "rule": "secant",  # para: how changes carry on; or picard, linear, published
+      "coarse": "",  # srds: work directory of a consistency model; "" for DDIM itself
     }
   )
   c.sample = ml_collections.ConfigDict(
@@ -93,6 +101,7 @@ def base() -> ml_collections.ConfigDict:
       "seed": 0,  # image k is made from seed + k alone
       "guidance": 1.0,  # scale of classifier-free guidance; 1 is none
       "label": -1,  # a class for every image; -1 takes them in turn
+      "compare": False,  # time a batch of the sequential sampler, and the difference
       "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
     }
   )

@@ -21,7 +21,7 @@ from sdiff_jax.interfaces import UserError
 COLUMNS = (
   ("Model", "model", str, "the run that made the images"),
   ("Sampler", "sampler", str, "how they were drawn: method/steps"),
-  ("NFE", "evaluations", str, "network evaluations that one image takes"),
+  ("NFE", "evaluations", "{:.4g}".format, "network evaluations that one image takes"),
   ("Frechet", "frechet", "{:.2f}".format, "distance to real images, lower is better; "
    "in the features of the small classifier that ships with sdiff_jax, scaled to "
    "trace 64: not comparable with FID"),

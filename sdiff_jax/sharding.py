@@ -53,6 +53,11 @@ def samples(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(AXES[:2]))
 
 
+def window(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of axes [samples, rows of a parallel sampler's window]."""
+  return NamedSharding(mesh, P(AXES[:2], AXES[2]))
+
+
 def state(abstract: Any, mesh: Mesh) -> Any:
   """Returns the sharding of every array of a state.
 
@@ -116,8 +121,13 @@ def put(tree: Any, sharding: NamedSharding, count: int) -> Any:
   return jax.tree.map(spread, tree)
 
 
+def largest(values: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """Returns the largest of the processes' values [n], each; waits for all of them."""
+  mine = np.tile(values, (jax.local_device_count(), 1))
+  every = put(mine, batch(mesh), mesh.size)
+  return np.asarray(jax.jit(lambda x: x.max(0), out_shardings=replicated(mesh))(every))
+
+
 def agreed(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
   """Returns which of the flags [n] every process has set; waits for all processes."""
-  mine = np.tile(flags, (jax.local_device_count(), 1))
-  votes = put(mine, batch(mesh), mesh.size)
-  return np.asarray(jax.jit(lambda x: x.all(0), out_shardings=replicated(mesh))(votes))
+  return ~largest(~flags, mesh)

@@ -9,7 +9,7 @@ import pytest
 
 from sdiff_jax import config, lookup
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment, train
+from sdiff_jax.jobs import experiment, sampling, train
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -41,7 +41,7 @@ def test_every_config_validates_and_its_step_traces(path):
   assert value.shape == ()
   assert "mse" in aux
   for sampler in c.evaluate.samplers:
-    assert experiment.table(c, sampler).evaluations >= 1
+    assert sampling.plan(c, sampler).table.evaluations >= 1
 
 
 def test_guided_word():

@@ -15,9 +15,10 @@ from sdiff_jax import lookup, report, writer
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import sampling
 from sdiff_jax.metrics import baselines, reference
 from sdiff_jax.metrics.features import classifier
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.plans import Plan
 
 CHUNK = 1000  # images decoded at a time
 # Images -> distance, precision and recall.
@@ -62,7 +63,7 @@ def _trained(
 ) -> list[dict[str, Any]]:
   """Returns the rows of a trained work directory, and writes their grids."""
   experiment, params = experiments.trained(config, workdir)
-  samplers = [(s, experiments.table(config, s)) for s in config.evaluate.samplers]
+  samplers = [(s, sampling.plan(config, s)) for s in config.evaluate.samplers]
   real = _reference(experiment.config)
   measure = _measure(experiment.config, real)
   rows = _baselines(experiment, real, measure) if config.evaluate.baselines else []
@@ -70,19 +71,21 @@ def _trained(
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
-    for i, (name, solver) in enumerate(bar):
-      images, rate = _sample(experiment, solver, params)
+    for i, (name, chosen) in enumerate(bar):
+      images, took = _sample(experiment, chosen, params)
       grid = name.replace("/", "-") + ".png"
-      num, columns = experiments.grid_size(experiment)
+      num, columns = sampling.grid_size(experiment)
       if jax.process_index() == 0:
         picture = writer.grid(images[:num], columns)
         writer.save_png(os.path.join(folder, grid), picture)
-      row = _row(model, name + guided, measure(images), len(images)) | {
-        "evaluations": solver.evaluations,
-        "images_per_second": rate,
-        "compute": share,
-        "grid": grid,
-      }
+      row = (
+        _row(model, name + guided, measure(images), len(images))
+        | took
+        | {
+          "compute": share,
+          "grid": grid,
+        }
+      )
       # A teacher's other solvers are what its students have to beat.
       if model == "teacher" and i > 0:
         row["kind"] = "baseline"
@@ -159,18 +162,26 @@ def _measure_halves(config: ml_collections.ConfigDict, other: np.ndarray) -> Mea
 
 
 def _sample(
-  experiment: experiments.Experiment, solver: Table, params: Params
-) -> tuple[np.ndarray, float]:
-  """Returns evaluate.num images and the images a second, without compilation."""
-  chosen = experiment.config.evaluate
-  call = experiments.sampler(experiment, solver)
-  settings = {"num": chosen.num, "batch_size": chosen.batch_size}
-  settings["field"] = "evaluate.batch_size"
-  next(experiments.generate(experiment, call, params, **settings))
+  experiment: experiments.Experiment, chosen: Plan, params: Params
+) -> tuple[np.ndarray, dict[str, float]]:
+  """Returns evaluate.num images, and what they took, without compilation."""
+  settings = {
+    "num": experiment.config.evaluate.num,
+    "batch_size": experiment.config.evaluate.batch_size,
+    "field": "evaluate.batch_size",
+  }
+  chosen = sampling.with_window(experiment, chosen, params, settings["batch_size"])
+  call = sampling.sampler(experiment, chosen)
+  next(sampling.generate(experiment, call, params, **settings))
   begin = time.perf_counter()
-  made = list(experiments.generate(experiment, call, params, **settings))
-  rate = chosen.num / (time.perf_counter() - begin)
-  return np.concatenate([images for images, _ in made]), rate
+  made = list(sampling.generate(experiment, call, params, **settings))
+  rate = settings["num"] / (time.perf_counter() - begin)
+  passes, evaluations = (
+    float(np.concatenate([getattr(result, name) for _, _, result in made]).mean())
+    for name in ("passes", "evaluations")
+  )
+  took = {"passes": passes, "evaluations": evaluations, "images_per_second": rate}
+  return np.concatenate([images for images, _, _ in made]), took
 
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:

@@ -4,23 +4,18 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import ema, guidance, lookup, sharding, state, trigflow, writer
+from sdiff_jax import ema, lookup, sharding, state, writer
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
-from sdiff_jax.interfaces import Array, Network, Params, UserError
-from sdiff_jax.samplers import sequential, tables
+from sdiff_jax.interfaces import Network, Params, UserError
 
-ROWS = 10  # of a grid of samples; its columns are the classes
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.")
@@ -182,135 +177,3 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
   found = averages(experiment, workdir, train, config.sample.checkpoint)
   params = found[chosen.ema.profiles[0]]
   return experiment, params
-
-
-def table(
-  config: ml_collections.ConfigDict, sampler: str | None = None
-) -> tables.Table:
-  """Returns the solver of config.sampler, or of a word such as "heun/16".
-
-  Raises:
-    UserError: an unknown solver or bad angles.
-  """
-  name, steps, angles = config.sampler.name, config.sampler.steps, config.sampler.angles
-  if sampler is not None:
-    name, steps = configs.name_and_number(sampler, "evaluate.samplers")
-    angles = ()
-  try:
-    return tables.build(
-      sigma_d=config.sigma_d, name=name, steps=int(steps), angles=tuple(angles)
-    )
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
-
-
-def sampler(
-  experiment: Experiment, solver: tables.Table
-) -> Callable[[Params, Array, Array], Array]:
-  """Returns (params, seeds [B], labels [B]) -> images uint8 [B, H, W, C], jitted.
-
-  Image k depends on seeds[k] and labels[k] alone, so neither the batch size nor the
-  mesh changes it beyond rounding.
-  """
-  config, source = experiment.config, experiment.source
-  scale = config.sample.guidance
-  takes_scale = config.model.get("guidance", False)
-
-  def generate(params: Params, seeds: Array, labels: Array) -> Array:
-    cond = {"label": labels}
-
-    def net(x: Array, t: Array, cond: dict) -> Array:
-      return experiment.network.apply(params, x, t, cond)
-
-    if takes_scale:
-      cond["guidance"] = jnp.full(labels.shape, scale, jnp.float32)
-    elif scale != 1:
-      net = guidance.classifier_free(net, scale)
-    keys = sequential.keys_of(seeds)
-    x = sequential.initial(solver, keys, source.shape)
-    denoiser = trigflow.denoiser(net, config.sigma_d)
-    x0 = sequential.sample(denoiser, solver, x, keys, cond)
-    return pipeline.decode(source, x0, config.sigma_d)
-
-  over_samples = sharding.samples(experiment.mesh)
-  return jax.jit(
-    generate,
-    in_shardings=(None, over_samples, over_samples),
-    out_shardings=over_samples,
-  )
-
-
-def seeds_and_labels(
-  experiment: Experiment, first: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns seeds and labels of images first, first + 1, ..., int32 [count] each."""
-  sample, classes = experiment.config.sample, experiment.source.classes
-  seeds = np.arange(first, first + count, dtype=np.int32) + sample.seed
-  if sample.label < 0:
-    return seeds, seeds % max(classes, 1)
-  return seeds, np.full_like(seeds, sample.label)
-
-
-def start_batch(
-  experiment: Experiment,
-  call: Callable[[Params, Array, Array], Array],
-  params: Params,
-  first: int,
-  batch_size: int,
-) -> jax.Array:
-  """Returns images first, first + 1, ...: uint8 [batch_size, H, W, C], over `samples`.
-
-  They are being computed still: only who reads them waits for the devices.
-
-  Args:
-    experiment: gives the mesh, the first seed and the classes.
-    call: `sampler(...)`, or its compiled form for this batch size.
-    params: parameters to sample from.
-    first: image k is made from seed + k.
-    batch_size: images to make.
-  """
-  over_samples = sharding.samples(experiment.mesh)
-  # Not device_put, which compares the processes' values and so waits for the devices.
-  seeds, labels = (
-    jax.make_array_from_callback(x.shape, over_samples, x.__getitem__)
-    for x in seeds_and_labels(experiment, first, batch_size)
-  )
-  return call(params, seeds, labels)
-
-
-def generate(
-  experiment: Experiment,
-  call: Callable[[Params, Array, Array], Array],
-  params: Params,
-  *,
-  num: int,
-  batch_size: int,
-  field: str = "sample.batch_size",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields batches of images uint8 [n, H, W, C] and labels [n], `num` in all.
-
-  Args:
-    experiment: gives the mesh, the first seed and the classes.
-    call: `sampler(...)`, or its compiled form for this batch size.
-    params: parameters to sample from.
-    num: images in all.
-    batch_size: images a call; the last batch is filled up, then cut.
-    field: of the config that gave the batch size, for the error.
-
-  Raises:
-    UserError: the batch size does not divide over the mesh.
-  """
-  mesh = experiment.mesh
-  sharding.check_batch(batch_size, sharding.samples(mesh), field)
-  for first in range(0, num, batch_size):
-    images = start_batch(experiment, call, params, first, batch_size)
-    images = np.asarray(jax.device_put(images, sharding.replicated(mesh)))
-    count = min(batch_size, num - first)
-    yield images[:count], seeds_and_labels(experiment, first, count)[1]
-
-
-def grid_size(experiment: Experiment) -> tuple[int, int]:
-  """Returns the number of images and of columns of a grid of samples."""
-  columns = experiment.source.classes or ROWS
-  columns = columns if columns <= 10 else ROWS
-  return ROWS * columns, columns

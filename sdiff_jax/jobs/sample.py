@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import sys
+import time
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -22,6 +23,11 @@ from sdiff_jax import config as configs
 from sdiff_jax import disk, sharding, writer
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import sampling
+from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.samplers.windows import Result
+
+TOOK = ("passes", "evaluations", "error", "variation")  # of a Result, one an image
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -32,19 +38,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   settings = _settings(config, workdir)
   experiment, params = experiments.trained(config, workdir)
-  solver = experiments.table(config)
-  call = experiments.sampler(experiment, solver)
-  sharding.check_batch(
-    config.sample.batch_size, sharding.samples(experiment.mesh), "sample.batch_size"
-  )
+  size = config.sample.batch_size
+  over_samples = sharding.samples(experiment.mesh)
+  sharding.check_batch(size, over_samples, "sample.batch_size")
   folder = os.path.join(workdir, "samples.parts")
-  _claim(folder, settings)
-  _make_parts(folder, experiment, call, params)
+  chosen = sampling.plan(config)
+  if chosen.loop and not chosen.window and _parts(folder):
+    chosen = chosen._replace(window=_read(folder).get("window", 0))  # go on with that
+  chosen = sampling.with_window(experiment, chosen, params, size)
+  call = sampling.sampler(experiment, chosen)
+  call = sampling.compiled(experiment, call, params, size)
+  _claim(folder, settings | {"window": chosen.window})
+  took = _make_parts(folder, experiment, call, params)
   path = os.path.join(workdir, "samples.npz")
   if jax.process_index() == 0:
-    _finish(folder, path, experiment)
-  evaluations = f"{solver.evaluations} evaluations each"
-  return f"made {config.sample.num} images ({evaluations}): {path}"
+    took += _finish(folder, path, experiment, chosen)
+  if config.sample.compare:
+    _compare(experiment, chosen, call, params)
+  return f"made {config.sample.num} images ({took}): {path}"
 
 
 def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -55,24 +66,29 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
   settings = configs.flat(sections) | {"checkpoint": disk.newest(workdir)}
-  del settings["sample.num"]
+  for name in ("sample.num", "sample.compare"):
+    del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read
 
 
 def _claim(folder: str, settings: dict[str, Any]) -> None:
   """Writes settings.json, or checks that the parts there were made with the same."""
   os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, "settings.json")
   if _parts(folder):
-    with open(path, encoding="utf-8") as file:
-      differ = experiments.differences(json.load(file), settings)
+    differ = experiments.differences(_read(folder), settings)
     if differ:
       raise UserError(
         f"{folder} holds parts of other samples: {', '.join(differ)}; remove it, or "
         "take the same values"
       )
   elif jax.process_index() == 0:
+    path = os.path.join(folder, "settings.json")
     writer.save_text(path, json.dumps(settings, indent=2))
+
+
+def _read(folder: str) -> dict[str, Any]:
+  with open(os.path.join(folder, "settings.json"), encoding="utf-8") as file:
+    return json.load(file)
 
 
 def _parts(folder: str) -> list[str]:
@@ -80,26 +96,33 @@ def _parts(folder: str) -> list[str]:
 
 
 def _make_parts(
-  folder: str, experiment: experiments.Experiment, call: Any, params: Params
-) -> None:
-  """Makes the batches that are missing, and waits for the other processes' parts."""
+  folder: str, experiment: experiments.Experiment, call: sampling.Call, params: Params
+) -> str:
+  """Makes the batches that are missing, and waits for the other processes' parts.
+
+  Returns:
+    Their rate, for the last line; "" if none was missing.
+  """
   num, size = experiment.config.sample.num, experiment.config.sample.batch_size
   missing, quiet = _missing(folder, experiment), jax.process_index() > 0
   done = num - sum(min(size, num - first) for first in missing)
   if done and not quiet:
     print(f"going on: {done} of {num} images are there", file=sys.stderr)
   batches = (
-    (first, experiments.start_batch(experiment, call, params, first, size))
+    (first, *sampling.start_batch(experiment, call, params, first, size))
     for first in missing
   )
   with tqdm.tqdm(
     total=num, initial=done, unit="image", desc="sample", disable=quiet or None
   ) as bar:
+    begin = time.perf_counter()
     # In pairs: a batch is under way before the one before it is waited for.
-    for (first, images), _ in itertools.pairwise(itertools.chain(batches, [None])):
-      _write_part(folder, first, images)
-      bar.update(min(size, num - first))
+    for made, _ in itertools.pairwise(itertools.chain(batches, [None])):
+      _write_part(folder, *made)
+      bar.update(min(size, num - made[0]))
   sharding.agreed(np.ones(1, bool), experiment.mesh)
+  seconds = time.perf_counter() - begin
+  return f"{len(missing) * size / seconds:.4g} images/s, " if missing else ""
 
 
 def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
@@ -108,24 +131,32 @@ def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
   firsts = range(0, num, size)
   there = np.ones(len(firsts), bool)
   if jax.process_index() == 0:
-    _, images_there = _collect(folder, len(firsts) * size, experiment.source.shape)
-    there = images_there.reshape(-1, size).all(axis=1)
+    found = _collect(folder, len(firsts) * size, experiment.source.shape)
+    there = found.there.reshape(-1, size).all(axis=1)
   there = sharding.agreed(there, experiment.mesh)
   return list(itertools.compress(firsts, ~there))
 
 
-def _write_part(folder: str, first: int, images: jax.Array) -> None:
+def _write_part(folder: str, first: int, images: jax.Array, result: Result) -> None:
   """Writes the rows of a batch that this process holds, if it holds any."""
+  indices = np.arange(first, first + len(images))
   # Where several devices hold the same rows, one of them has replica 0.
   shards = [s for s in images.addressable_shards if s.replica_id == 0]
   if not shards:
     return
-  indices = np.arange(first, first + len(images))
+  held = [s.index[0] for s in shards]
   _save(
     os.path.join(folder, f"{first:08d}-p{jax.process_index()}.npz"),
-    indices=np.concatenate([indices[s.index[0]] for s in shards]),
+    indices=np.concatenate([indices[rows] for rows in held]),
     images=np.concatenate([s.data for s in shards]),
+    **{name: _rows(getattr(result, name), held) for name in TOOK},
   )
+
+
+def _rows(x: jax.Array, held: list[slice]) -> np.ndarray:
+  """Returns rows of x [B] that this process holds."""
+  by_start = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+  return np.concatenate([by_start[rows.start or 0] for rows in held])
 
 
 def _save(path: str, **arrays: np.ndarray) -> None:
@@ -136,38 +167,97 @@ def _save(path: str, **arrays: np.ndarray) -> None:
   os.replace(temporary, path)
 
 
-def _collect(
-  folder: str, num: int, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns images 0 to num of the parts, and which of them are there, [num].
+class Found(NamedTuple):
+  """What the parts hold of images 0 to n, what each took, and which are there."""
+
+  images: np.ndarray
+  took: dict[str, np.ndarray]
+  there: np.ndarray
+
+
+def _collect(folder: str, num: int, shape: tuple[int, ...]) -> Found:
+  """Returns images 0 to num of the parts.
 
   A part that cannot be read is named on stderr and removed, to be made again.
   """
   images, there = np.empty((num, *shape), np.uint8), np.zeros(num, bool)
+  took = {name: np.zeros(num) for name in TOOK}
   for path in _parts(folder):
     try:
       with np.load(path) as part:
-        indices, rows = part["indices"], part["images"]
+        part = {name: part[name] for name in ("indices", "images", *TOOK)}
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
       print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
       os.remove(path)
       continue
-    wanted = indices < num
-    images[indices[wanted]] = rows[wanted]
-    there[indices[wanted]] = True
-  return images, there
+    wanted = part["indices"] < num
+    indices = part["indices"][wanted]
+    images[indices] = part["images"][wanted]
+    for name, values in took.items():
+      values[indices] = part[name][wanted]
+    there[indices] = True
+  return Found(images, took, there)
 
 
-def _finish(folder: str, path: str, experiment: experiments.Experiment) -> None:
-  """Writes samples.npz and samples.png from the parts, and removes them."""
+def _finish(
+  folder: str, path: str, experiment: experiments.Experiment, chosen: Plan
+) -> str:
+  """Writes samples.npz and samples.png from the parts, and removes them.
+
+  Returns:
+    What the images took, for the last line.
+  """
   sample, source = experiment.config.sample, experiment.source
-  images, there = _collect(folder, sample.num, source.shape)
-  if not there.all():
+  found = _collect(folder, sample.num, source.shape)
+  if not found.there.all():
     raise UserError(f"{folder} has lost parts: the same command makes them again")
-  _, labels = experiments.seeds_and_labels(experiment, 0, sample.num)
-  _save(path, arr_0=images, arr_1=labels)
-  count, columns = experiments.grid_size(experiment)
-  writer.save_png(path.replace(".npz", ".png"), writer.grid(images[:count], columns))
+  _, labels = sampling.seeds_and_labels(experiment, 0, sample.num)
+  _save(path, arr_0=found.images, arr_1=labels)
+  count, columns = sampling.grid_size(experiment)
+  picture = writer.grid(found.images[:count], columns)
+  writer.save_png(path.replace(".npz", ".png"), picture)
   for part in _parts(folder):  # before settings.json, without which they mean nothing
     os.remove(part)
   shutil.rmtree(folder)
+  return _took(found.took, chosen)
+
+
+def _took(took: dict[str, np.ndarray], chosen: Plan) -> str:
+  """Returns passes and evaluations of an image, and what is known of its error."""
+  mean = {name: values.mean() for name, values in took.items()}
+  line = f"{mean['evaluations']:.4g} evaluations each"
+  if not chosen.loop:
+    return line
+  line += f" in {mean['passes']:.4g} passes, {chosen.table.evaluations} one by one"
+  if chosen.loop == "spec":
+    return line + ", the same law"
+  line += f"; largest accepted change {took['error'].max():.2g}"
+  if chosen.loop == "para" and chosen.table.uses("s"):
+    variation = mean["variation"]
+    known = "says nothing" if variation >= 1 else f"at most {variation:.2g}"
+    line += f", total variation {known}"
+  return line
+
+
+def _compare(
+  experiment: experiments.Experiment, chosen: Plan, call: sampling.Call, params: Params
+) -> None:
+  """Prints the time of a batch beside the sequential sampler's, and the difference."""
+  size = experiment.config.sample.batch_size
+  alone = sampling.sampler(experiment, chosen._replace(loop=""))
+  alone = sampling.compiled(experiment, alone, params, size)
+  images, seconds = [], []
+  for each in (call, alone):
+    begin = time.perf_counter()
+    made, _ = sampling.start_batch(experiment, each, params, 0, size)
+    everywhere = sharding.replicated(experiment.mesh)
+    images.append(np.asarray(jax.device_put(made, everywhere)).astype(np.float64))
+    seconds.append(time.perf_counter() - begin)
+  off = np.sqrt(np.mean((images[0] - images[1]) ** 2))
+  if jax.process_index() == 0:
+    print(
+      f"a batch of {size}: {seconds[0]:.3g} s; one row after the other "
+      f"{seconds[1]:.3g} s ({seconds[1] / seconds[0]:.2f}x); images "
+      f"differ by {off:.3g} of 255 levels",
+      file=sys.stderr,
+    )

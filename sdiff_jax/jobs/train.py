@@ -15,7 +15,8 @@ from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.jobs import sampling
+from sdiff_jax.samplers.plans import Plan
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -28,7 +29,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   sharding.check_batch(
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
-  solver = experiments.table(config)
+  chosen = sampling.plan(config)
   rate, optimizer, betas = _optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
@@ -56,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     start = int(current.step)
     if start < config.train.steps:
       done = _fit(
-        experiment, solver, workdir, checkpoints, jitted, current, key, frozen, start
+        experiment, chosen, workdir, checkpoints, jitted, current, key, frozen, start
       )
       if done < config.train.steps:
         return f"stopped at step {done}, the same command goes on: {workdir}"
@@ -69,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _fit(
   experiment: experiments.Experiment,
-  solver: Table,
+  chosen: Plan,
   workdir: str,
   checkpoints: Checkpoints,
   jitted: Any,
@@ -93,13 +94,13 @@ def _fit(
   on_device = (sharding.put(batch, over_batch, size) for batch in batches)
   shapes = _batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
-  call = experiments.sampler(experiment, solver)
+  call = sampling.sampler(experiment, chosen._replace(loop=""))
   profile = config.ema.profiles[0]
 
   def sample(current: state.TrainState) -> np.ndarray:
-    num, columns = experiments.grid_size(experiment)
+    num, columns = sampling.grid_size(experiment)
     batch_size = -(-num // mesh.size) * mesh.size
-    made = experiments.generate(
+    made = sampling.generate(
       experiment, call, current.ema[profile], num=num, batch_size=batch_size
     )
     return writer.grid(next(made)[0], columns)

@@ -31,7 +31,7 @@ def denoiser(sigma_d: float, dimensions: int = 16) -> Denoiser:
     cos, sin = wide(jnp.cos(time), x.ndim), sigma_d * wide(jnp.sin(time), x.ndim)
     logs, parts = [], []
     for mean, std, share in zip(means, STDS, SHARES, strict=True):
-      mean, std = jnp.asarray(mean, x.dtype), std * sigma_d
+      mean, std = jnp.asarray(mean, x.dtype)[None], std * sigma_d
       var, off = (cos * std) ** 2 + sin**2, x - cos * mean
       log = -0.5 * jnp.sum(off**2 / var + jnp.log(var), -1, keepdims=True)
       logs.append(log + float(np.log(share)))

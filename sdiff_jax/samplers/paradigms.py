@@ -21,6 +21,14 @@ ULPS = 4  # changes of so many units in the last place count as none
 LEAST = 1e-2  # sensitivity: states that matter less have to be right as well
 
 
+def check(tolerance: float | Array, rule: str) -> None:
+  """Raises a ValueError for a tolerance or a rule that does not exist."""
+  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
+    raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
+  if rule not in RULES:
+    raise ValueError(f"sampler.rule={rule!r}: take one of {[*RULES]}")
+
+
 def sample(
   denoiser: Denoiser,
   table: Table,
@@ -54,16 +62,15 @@ def sample(
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
   """
-  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
-    raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
-  if rule not in RULES:
-    raise ValueError(f"sampler.rule={rule!r}: take one of {[*RULES]}")
+  check(tolerance, rule)
   ring, published = Ring(window, sharding), rule == "published"
   unit = jnp.asarray(_unit(table, published), x.dtype)
+  noise = jnp.asarray(np.append(table.scale, 0.0), x.dtype)
 
-  def improve(now: Pass) -> tuple[Array, Array, Array]:
+  def improve(now: Pass) -> tuple[Array, Array, Array, Array]:
     new = windows.carry_on(ring, now.factors, now.phi, now.old)
-    allowed = unit[jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)]
+    state = jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)
+    allowed = unit[state]
     change = _mean_square(new - now.old)
     floor = (ULPS * jnp.finfo(x.dtype).eps) ** 2 * _mean_square(new)
     good = change <= jnp.maximum((tolerance * allowed) ** 2, floor)
@@ -71,7 +78,9 @@ def sample(
     stride = jnp.minimum(stride, table.evaluations - now.begin)
     counts = (now.k < (stride - 1)[:, None]) & (change > floor)
     relative = change**0.5 / jnp.where(allowed > 0, allowed, 1)
-    return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1)
+    norm = (change * x[0].size) ** 0.5
+    variation = jnp.where(counts, norm / (2 * noise[state]), 0).sum(axis=1)
+    return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
 
   method = Method(RULES[rule], improve, published)
   return windows.run(denoiser, table, x, keys, cond, ring, method, callback)

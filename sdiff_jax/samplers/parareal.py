@@ -6,8 +6,8 @@ once; G_n jumps over the block with a coarse solver, one block after the other:
     U_{n+1}^{k+1} = F_n(U_n^k) + G_n(U_n^{k+1}) - G_n(U_n^k),
 
 and after k sweeps the first k states are those of the table (Lions, Maday, Turinici
-2001; arXiv:2412.08292). The coarse solver has a denoiser of its own, which may be a
-consistency model.
+2001; arXiv:2412.08292). The coarse solver is one step of DDIM with a denoiser of its
+own, which may be a consistency model.
 """
 
 import jax
@@ -20,6 +20,16 @@ from sdiff_jax.samplers import sequential
 from sdiff_jax.samplers.ring import Ring, flatten, unflatten, wide
 from sdiff_jax.samplers.tables import Table
 from sdiff_jax.samplers.windows import Result
+
+
+def check(table: Table, tolerance: float) -> None:
+  """Raises a ValueError for a table with noise or history, or a bad tolerance."""
+  if table.uses("p", "c", "e", "s"):
+    raise ValueError(
+      "sampler.name: parareal takes solvers of one row a step without noise: srdsddim"
+    )
+  if not 0 <= tolerance < float("inf"):
+    raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
 
 
 def boundaries(rows: int, blocks: int) -> np.ndarray:
@@ -43,7 +53,7 @@ def sample(
   x: Array,
   cond: Cond,
   *,
-  coarse: tuple[Denoiser, Table],
+  coarse: Denoiser,
   blocks: int,
   tolerance: float,
   sharding: NamedSharding | None = None,
@@ -55,10 +65,11 @@ def sample(
     table: the slow solver, without noise and history.
     x: first state, [B, ...].
     cond: conditions, leading [B].
-    coarse: denoiser and solver of one row a block, such as DDIM at `boundaries`.
+    coarse: denoiser of the sweep, which jumps over a block by DDIM: `denoiser`
+      again, or a consistency model, whose d is where the trajectory ends.
     blocks: K.
     tolerance: largest change of the last state between two sweeps, as a root mean
-      square, in units of the first one's standard deviation.
+      square, as a share of the data's standard deviation.
     sharding: of the axes [B, K]; None on one device.
 
   Returns:
@@ -68,13 +79,10 @@ def sample(
   Raises:
     ValueError: a table with noise or history, or blocks that do not exist.
   """
-  if table.uses("p", "c", "e", "s"):
-    raise ValueError("sampler.name: parareal takes solvers of one row a step: ddim")
+  check(table, tolerance)
   starts = boundaries(table.evaluations, blocks)
-  jump, rough = coarse
-  if rough.evaluations != blocks or rough.uses("p", "c", "e", "s"):
-    raise ValueError(f"the coarse table must be DDIM's of {blocks} rows")
-  ring, size = Ring(blocks, sharding), int(starts[1]) if blocks > 1 else len(table.time)
+  a, b, times = (jnp.asarray(c, x.dtype) for c in (*_jumps(table, starts), table.time))
+  ring, size = Ring(blocks, sharding), -(-table.evaluations // blocks)
   cond_rows = jax.tree.map(
     lambda c: flatten(ring, jnp.repeat(c[:, None], blocks, axis=1)), cond
   )
@@ -86,26 +94,21 @@ def sample(
       i = jnp.asarray(starts) + j
       there = i < table.evaluations
       i = jnp.minimum(i, table.evaluations - 1)
-      a, b, time = (
-        jnp.asarray(getattr(table, name), x.dtype)[i][None]
-        for name in ("a", "b", "time")
-      )
-      times = flatten(ring, jnp.broadcast_to(time, now.shape[:2]))
-      d = unflatten(
-        ring, sequential.apart(denoiser, flatten(ring, now), times, cond_rows)
-      )
-      row = {"a": wide(a, now.ndim), "b": wide(b, now.ndim)}
-      new = _advance(row, now, d)
+      row = {
+        k: wide(jnp.asarray(getattr(table, k), x.dtype)[i][None], now.ndim)
+        for k in "ab"
+      }
+      time = flatten(ring, jnp.broadcast_to(times[i][None], now.shape[:2]))
+      d = sequential.apart(denoiser, flatten(ring, now), time, cond_rows)
+      new = _advance(row, now, unflatten(ring, d))
       return jnp.where(wide(there[None], now.ndim), new, now)
 
     return jax.lax.fori_loop(0, size, row, states)
 
   def coarse_step(n: Array, now: Array) -> Array:
-    a, b, time = (
-      jnp.asarray(getattr(rough, k), x.dtype)[n] for k in ("a", "b", "time")
-    )
-    d = sequential.apart(jump, now, jnp.broadcast_to(time, now.shape[:1]), cond)
-    return _advance({"a": a, "b": b}, now, d)
+    time = jnp.broadcast_to(times[jnp.asarray(starts)[n]], now.shape[:1])
+    d = sequential.apart(coarse, now, time, cond)
+    return _advance({"a": a[n], "b": b[n]}, now, d)
 
   def sweep(states: Array, correction: Array) -> tuple[Array, Array]:
     """Returns the states [B, K, ...], the last one, and G_n of each."""
@@ -124,7 +127,7 @@ def sample(
     after = fine(states)
     new, end, jumped = sweep(states, after - jumped)
     change = jnp.sqrt(jnp.mean(jnp.square(end - last), tuple(range(1, x.ndim))))
-    change = change / table.init_std
+    change = change / table.sigma_d
     # Samples that are done stay as they are, whatever their batch goes on with.
     keep = lambda old, new: jnp.where(wide(done, new.ndim), old, new)  # noqa: E731
     last = keep(last, end)
@@ -139,7 +142,21 @@ def sample(
     lambda carry: ~carry[4].all(), one_sweep, carry
   )
   passes = blocks + k * (size + blocks)
-  return Result(last, passes, k * table.evaluations, change)
+  none = jnp.zeros_like(change)
+  return Result(last, passes, k * table.evaluations, change, none)
+
+
+def _jumps(table: Table, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a and b of DDIM from each start to the next, float64 [K].
+
+  The rows' own a and b tell it: DDIM steps with one d make one DDIM step.
+  """
+  ends = np.append(starts[1:], table.evaluations)
+  a, b = np.ones(len(starts)), np.zeros(len(starts))
+  for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    for i in range(start, end):
+      a[n], b[n] = table.a[i] * a[n], table.a[i] * b[n] + table.b[i]
+  return a, b
 
 
 def _advance(row: dict, x: Array, d: Array) -> Array:

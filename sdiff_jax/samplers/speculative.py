@@ -21,6 +21,15 @@ from sdiff_jax.samplers.tables import Table
 from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
 
 
+def check(table: Table) -> None:
+  """Raises a ValueError for a table without noise."""
+  if not (table.s[:-1] > 0).all():
+    raise ValueError(
+      "sampler.name: speculation needs noise in every row but the last: specddpm, "
+      "specdpmpp2m_sde"
+    )
+
+
 def sample(
   denoiser: Denoiser,
   table: Table,
@@ -47,17 +56,13 @@ def sample(
   Raises:
     ValueError: a window that does not exist, or a table without noise.
   """
-  if not (table.s[:-1] > 0).all():
-    raise ValueError(
-      "sampler.name: speculation needs noise in every row but the last; take ddpm or "
-      "dpmpp2m_sde"
-    )
+  check(table)
   ring = Ring(window, sharding)
 
   def uniform(key: PRNGKey, i: Array) -> Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i + 1), 1))
 
-  def improve(now: Pass) -> tuple[Array, Array, Array]:
+  def improve(now: Pass) -> tuple[Array, Array, Array, Array]:
     u = jax.vmap(jax.vmap(uniform, in_axes=(None, 0)))(keys, now.begin[:, None] + now.k)
     accepted, made = couple(now.phi, now.old, now.row["s"], now.z, u)
     last = jnp.minimum(window, table.evaluations - now.begin)[:, None] - 1
@@ -68,7 +73,8 @@ def sample(
     factors = [jnp.where(ahead > 0, factor, 0) for factor in now.factors]
     phi = jnp.where(ahead > 0, now.phi, jnp.where(ahead == 0, made, now.old))
     new = windows.carry_on(ring, factors, phi, now.old)
-    return new, stride, jnp.zeros(len(stride), x.dtype)
+    none = jnp.zeros(len(stride), x.dtype)
+    return new, stride, none, none
 
   method = Method(secant, improve)
   return windows.run(denoiser, table, x, keys, cond, ring, method, callback)

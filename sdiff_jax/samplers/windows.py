@@ -44,13 +44,18 @@ class Result(NamedTuple):
     passes: calls of the denoiser that a sample took part in, int32 [B].
     evaluations: states of the sample that these evaluated, int32 [B].
     error: largest change of a state that was taken for done, as a root mean square
-      over the tolerance's scale, float32 [B].
+      in the tolerance's unit, float32 [B].
+    variation: sum over those of |change| / (2 s), s being the noise that leaves the
+      state: a bound of the total variation to the law of one row after the other, if
+      each change is at least what is missing (arXiv:2305.16317, section 3.3); infinite
+      where no noise follows a change; float32 [B].
   """
 
   x: Array
   passes: Array
   evaluations: Array
   error: Array
+  variation: Array
 
 
 class Window(NamedTuple):
@@ -106,14 +111,14 @@ class Method(NamedTuple):
   Attributes:
     A: (row, x, phi, (x, phi) of the pass before) -> A, [B, W, 1, ...].
     improve: Pass -> (new states at the slots of the rows that make them [B, W, ...],
-      rows done [B], largest accepted change [B]).
+      rows done [B], largest accepted change [B], their variation [B]).
     published: fill the window with copies of its last state, and forget the d before
       it, as arXiv:2305.16317 does; else new states are rolled out with their own
       noise and the last d, which changes by the table's gain.
   """
 
   A: Callable[[dict, Array, Array, tuple], Array]
-  improve: Callable[[Pass], tuple[Array, Array, Array]]
+  improve: Callable[[Pass], tuple[Array, Array, Array, Array]]
   published: bool = False
 
 
@@ -216,7 +221,7 @@ class _Rows(NamedTuple):
     z = self.noise(zero, x.shape[1:])
     now = Window(zero, states, z, x, none, none, (empty, empty))
     now = now._replace(x=self.enter(now, zero, none))
-    return now, Result(x, zero, zero, jnp.zeros(len(x), x.dtype))
+    return now, Result(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
 
   def step(self, now: Window, result: Result, d: Array) -> tuple[Window, Result]:
     """Improves the states by their d, and moves the window on."""
@@ -242,7 +247,7 @@ class _Rows(NamedTuple):
       factors.append(jnp.where(first | second, 0, row["p"]))
     old = jnp.roll(now.x, -1, axis=1)
     done = Pass(now.begin, k, row, now.x, old, phi, now.z, factors)
-    new, stride, error = self.method.improve(done)
+    new, stride, error, variation = self.method.improve(done)
     left = table.evaluations - now.begin
     stride = jnp.minimum(stride, left)
     result = Result(
@@ -250,6 +255,7 @@ class _Rows(NamedTuple):
       result.passes + (left > 0).astype(jnp.int32),
       result.evaluations + jnp.clip(left, 0, self.ring.window),
       jnp.maximum(result.error, error),
+      result.variation + variation,
     )
     last = k == (stride - 1)[:, None]  # of the rows that are done now
     states = jnp.roll(new, 1, axis=1)  # in their own slots

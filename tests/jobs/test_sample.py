@@ -20,7 +20,7 @@ from sdiff_jax import state
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sample
+from sdiff_jax.jobs import sample, sampling
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 8  # images a batch
@@ -30,16 +30,16 @@ PROCESS = """
 import sys, time, jax, numpy as np
 number, port, *workdirs = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-from sdiff_jax.jobs import experiment as experiments, sample
+from sdiff_jax.jobs import experiment as experiments, sample, sampling
 write = sample._write_part
 sample._write_part = lambda *args: (time.sleep(0.3 * int(number)), write(*args))
 for workdir in workdirs:
   config = experiments.read(workdir)
   sample.run(config, workdir)
 built, params = experiments.trained(config, workdir)
-call = experiments.sampler(built, experiments.table(config))
-made = experiments.generate(built, call, params, num=12, batch_size=8)
-np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, _ in made]))
+call = sampling.sampler(built, sampling.plan(config))
+made = sampling.generate(built, call, params, num=12, batch_size=8)
+np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, *_ in made]))
 """
 
 
@@ -108,7 +108,7 @@ def images(workdir: pathlib.Path) -> np.ndarray:
 def watch(monkeypatch):
   """What the job did, `events`; it is stopped as it would start the image `stop`."""
   watched = types.SimpleNamespace(events=[], stop=None)
-  start, write = experiments.start_batch, sample._write_part
+  start, write = sampling.start_batch, sample._write_part
 
   def starting(experiment, call, params, first, size):
     if first == watched.stop:
@@ -116,11 +116,11 @@ def watch(monkeypatch):
     watched.events.append(("start", first))
     return start(experiment, call, params, first, size)
 
-  def writing(folder, first, images):
-    write(folder, first, images)
+  def writing(folder, first, *made):
+    write(folder, first, *made)
     watched.events.append(("write", first))
 
-  monkeypatch.setattr(experiments, "start_batch", starting)
+  monkeypatch.setattr(sampling, "start_batch", starting)
   monkeypatch.setattr(sample, "_write_part", writing)
   return watched
 
@@ -272,7 +272,7 @@ def test_a_part_is_written_whole_or_not_at_all(copy, watch, monkeypatch):
 
 def test_lost_parts_do_not_become_samples(copy, monkeypatch):
   workdir = copy("run")
-  monkeypatch.setattr(sample, "_write_part", lambda folder, first, images: None)
+  monkeypatch.setattr(sample, "_write_part", lambda *args: None)
   with pytest.raises(UserError, match="has lost parts: the same command makes them"):
     run(workdir)
   assert not (workdir / "samples.npz").exists()

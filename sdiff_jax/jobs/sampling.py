@@ -1,0 +1,264 @@
+"""Samples of a trained network: which, by what sampler, over which devices."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sdiff_jax import config as configs
+from sdiff_jax import guidance, sharding, trigflow
+from sdiff_jax.data import pipeline
+from sdiff_jax.interfaces import Array, Cond, Denoiser, Params, UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs.experiment import Experiment
+from sdiff_jax.samplers import plans, sequential
+from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.samplers.windows import Result
+
+ROWS = 10  # of a grid of samples; its columns are the classes
+TIMED = 3  # calls of the network, of which the fastest counts
+# (params, seeds [B], labels [B]) -> images uint8 [B, H, W, C] and a Result whose x is
+# None.
+Call = Callable[[Params, Array, Array], tuple[Array, Result]]
+
+
+def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Plan:
+  """Returns the plan of config.sampler, or of a word such as "heun/16".
+
+  Raises:
+    UserError: an unknown sampler, or values that do not fit.
+  """
+  fields = config.sampler.to_dict()
+  coarse = fields.pop("coarse")
+  if sampler is not None:
+    name, steps = configs.name_and_number(sampler, "evaluate.samplers")
+    fields |= {"name": name, "steps": int(steps), "angles": ()}
+    fields["eta"] = config.sampler.eta if name.endswith("ddim") else 0.0
+  try:
+    chosen = plans.build(sigma_d=config.sigma_d, **fields)
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
+  if coarse and chosen.loop != "srds" and sampler is None:
+    raise UserError(f"config.sampler.coarse={coarse}: only for srdsddim")
+  return chosen
+
+
+def denoiser(experiment: Experiment, params: Params) -> Denoiser:
+  """Returns the denoiser of the experiment's network, guided by sample.guidance."""
+  config = experiment.config
+  scale = config.sample.guidance
+
+  def net(x: Array, t: Array, cond: Cond) -> Array:
+    return experiment.network.apply(params, x, t, cond)
+
+  def with_scale(x: Array, t: Array, cond: Cond) -> Array:
+    return net(x, t, cond | {"guidance": jnp.full(t.shape, scale, jnp.float32)})
+
+  if config.model.get("guidance", False):
+    net_or_guided = with_scale
+  else:
+    net_or_guided = net if scale == 1 else guidance.classifier_free(net, scale)
+  return trigflow.denoiser(net_or_guided, config.sigma_d)
+
+
+def sampler(experiment: Experiment, chosen: Plan) -> Call:
+  """Returns what makes a batch of images, jitted; its window has been chosen.
+
+  Image k depends on seeds[k] and labels[k] alone, so neither the batch size nor the
+  mesh changes it beyond rounding.
+
+  Raises:
+    UserError: sampler.coarse is no work directory of the same images, or the window
+      does not divide over the mesh.
+  """
+  config, source = experiment.config, experiment.source
+  coarse, coarse_params = _coarse(experiment, chosen)
+  parts = experiment.mesh.shape["window"]
+  if chosen.loop and chosen.window % parts:
+    raise UserError(
+      f"config.sampler.window={chosen.window}: does not divide over mesh.window={parts}"
+    )
+
+  def generate(
+    coarse_params: Params, params: Params, seeds: Array, labels: Array
+  ) -> tuple[Array, Result]:
+    keys = sequential.keys_of(seeds)
+    result = plans.run(
+      chosen,
+      denoiser(experiment, params),
+      sequential.initial(chosen.table, keys, source.shape),
+      keys,
+      {"label": labels},
+      sharding=sharding.window(experiment.mesh),
+      coarse=denoiser(coarse, coarse_params) if coarse else None,
+    )
+    images = pipeline.decode(source, result.x, config.sigma_d)
+    return images, result._replace(x=None)
+
+  over_samples = sharding.samples(experiment.mesh)
+  jitted = jax.jit(
+    generate,
+    in_shardings=(None, None, over_samples, over_samples),
+    out_shardings=over_samples,
+  )
+  return functools.partial(jitted, coarse_params)
+
+
+def _coarse(experiment: Experiment, chosen: Plan) -> tuple[Experiment | None, Params]:
+  """Returns the network of parareal's sweep, if it is one of its own."""
+  workdir = experiment.config.sampler.coarse
+  if not workdir or chosen.loop != "srds":
+    return None, None
+  config = experiments.read(workdir)
+  config.mesh = experiment.config.mesh
+  coarse, params = experiments.trained(config, workdir)
+  if coarse.source.shape != experiment.source.shape:
+    raise UserError(
+      f"config.sampler.coarse={workdir}: makes images of {coarse.source.shape}, not of "
+      f"{experiment.source.shape}"
+    )
+  return coarse, params
+
+
+def with_window(
+  experiment: Experiment, chosen: Plan, params: Params, batch_size: int
+) -> Plan:
+  """Returns the plan with a window: its own, or one that the machine's timings say.
+
+  The same on every process.
+  """
+  if not chosen.loop or chosen.window:
+    return chosen
+  cost = functools.partial(_seconds, experiment, params, batch_size)
+  try:
+    tried = plans.choose(chosen, cost, experiment.mesh.shape["window"])
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
+  best, rows = tried[0], chosen.table.evaluations
+  alone = rows * cost(1)
+  if jax.process_index() == 0:
+    print(
+      f"window {best.window}: about {best.passes:.1f} passes, {best.seconds:.2g} s a "
+      f"batch; one row after the other {rows} and {alone:.2g} s",
+      file=sys.stderr,
+    )
+  return chosen._replace(window=best.window)
+
+
+def _seconds(
+  experiment: Experiment, params: Params, batch_size: int, window: int
+) -> float:
+  """Returns the time of a call of the network for a batch of windows."""
+  mesh, count = experiment.mesh, batch_size * window
+  spread = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
+
+  @functools.partial(jax.jit, out_shardings=spread)
+  def call(params: Params) -> Array:
+    x = jnp.zeros((count, *experiment.source.shape), jnp.float32)
+    x = jax.lax.with_sharding_constraint(x, spread)
+    cond = {"label": jnp.zeros(count, jnp.int32)}
+    return denoiser(experiment, params)(x, jnp.ones(count), cond)
+
+  call(params).block_until_ready()
+  seconds = []
+  for _ in range(TIMED):
+    begin = time.perf_counter()
+    call(params).block_until_ready()
+    seconds.append(time.perf_counter() - begin)
+  # The slowest process's, so that all choose alike.
+  return float(sharding.largest(np.float32([min(seconds)]), mesh)[0])
+
+
+def seeds_and_labels(
+  experiment: Experiment, first: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns seeds and labels of images first, first + 1, ..., int32 [count] each."""
+  sample, classes = experiment.config.sample, experiment.source.classes
+  seeds = np.arange(first, first + count, dtype=np.int32) + sample.seed
+  if sample.label < 0:
+    return seeds, seeds % max(classes, 1)
+  return seeds, np.full_like(seeds, sample.label)
+
+
+def compiled(
+  experiment: Experiment, call: Call, params: Params, batch_size: int
+) -> Call:
+  """Returns the call, compiled for a batch size."""
+  seeds, labels = _inputs(experiment, 0, batch_size)
+  program = call.func.lower(*call.args, params, seeds, labels).compile()
+  return functools.partial(program, *call.args)
+
+
+def _inputs(
+  experiment: Experiment, first: int, batch_size: int
+) -> tuple[jax.Array, ...]:
+  """Returns seeds and labels [batch_size] over the devices."""
+  over_samples = sharding.samples(experiment.mesh)
+  # Not device_put, which compares the processes' values and so waits for the devices.
+  return tuple(
+    jax.make_array_from_callback(x.shape, over_samples, x.__getitem__)
+    for x in seeds_and_labels(experiment, first, batch_size)
+  )
+
+
+def start_batch(
+  experiment: Experiment, call: Call, params: Params, first: int, batch_size: int
+) -> tuple[Array, Result]:
+  """Returns images first, first + 1, ..., and what they took, over `samples`.
+
+  They are being computed still: only who reads them waits for the devices.
+
+  Args:
+    experiment: gives the mesh, the first seed and the classes.
+    call: `sampler(...)`, or its compiled form for this batch size.
+    params: parameters to sample from.
+    first: image k is made from seed + k.
+    batch_size: images to make.
+  """
+  return call(params, *_inputs(experiment, first, batch_size))
+
+
+def generate(
+  experiment: Experiment,
+  call: Call,
+  params: Params,
+  *,
+  num: int,
+  batch_size: int,
+  field: str = "sample.batch_size",
+) -> Iterator[tuple[np.ndarray, np.ndarray, Result]]:
+  """Yields batches of images uint8 [n, H, W, C], labels [n] and what they took.
+
+  Args:
+    experiment: gives the mesh, the first seed and the classes.
+    call: `sampler(...)`, or its compiled form for this batch size.
+    params: parameters to sample from.
+    num: images in all.
+    batch_size: images a call; the last batch is filled up, then cut.
+    field: of the config that gave the batch size, for the error.
+
+  Raises:
+    UserError: the batch size does not divide over the mesh.
+  """
+  mesh = experiment.mesh
+  sharding.check_batch(batch_size, sharding.samples(mesh), field)
+  for first in range(0, num, batch_size):
+    made = start_batch(experiment, call, params, first, batch_size)
+    made = jax.device_put(made, sharding.replicated(mesh))
+    count = min(batch_size, num - first)
+    images, result = made
+    result = Result(None, *(np.asarray(x)[:count] for x in result[1:]))
+    labels = seeds_and_labels(experiment, first, count)[1]
+    yield np.asarray(images)[:count], labels, result
+
+
+def grid_size(experiment: Experiment) -> tuple[int, int]:
+  """Returns the number of images and of columns of a grid of samples."""
+  columns = experiment.source.classes or ROWS
+  columns = columns if columns <= 10 else ROWS
+  return ROWS * columns, columns

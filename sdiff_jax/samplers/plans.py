@@ -1,0 +1,184 @@
+"""How to sample, by name: a solver's table and the loop that runs its rows.
+
+A name is a solver's, whose rows then run one after the other, or one with the loop in
+front: paraddpm, paraddim, paradpmpp2m, paraheun, ... (ParaDiGMS), specddpm,
+specdpmpp2m_sde (speculation), srdsddim (parareal).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.samplers import (
+  mixture,
+  paradigms,
+  parareal,
+  sequential,
+  speculative,
+  tables,
+)
+from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.windows import Result
+
+LOOPS = ("para", "spec", "srds")
+ALIASES = {"paradpmsolver": "paradpmpp2m"}
+
+
+class Plan(NamedTuple):
+  """A sampler.
+
+  Attributes:
+    loop: one of LOOPS, or "" for one row after the other.
+    table: the solver.
+    window: rows at once, or blocks of parareal; 0 where it is yet to be chosen.
+    tolerance: see `paradigms.sample` and `parareal.sample`.
+    rule: see `paradigms.sample`.
+  """
+
+  loop: str
+  table: Table
+  window: int = 0
+  tolerance: float = 0.01
+  rule: str = "secant"
+
+
+def build(
+  *,
+  name: str,
+  window: int = 0,
+  tolerance: float = 0.01,
+  rule: str = "secant",
+  **solver: object,
+) -> Plan:
+  """Returns the plan of a name, such as "paraddpm".
+
+  Args:
+    name: a solver, maybe with a loop in front.
+    window: see Plan.
+    tolerance: see Plan.
+    rule: see Plan.
+    **solver: the other arguments of `tables.build`.
+
+  Raises:
+    ValueError: an unknown name, or values that do not fit.
+  """
+  full = ALIASES.get(name, name)
+  loop = next((loop for loop in LOOPS if full.startswith(loop)), "")
+  if full.removeprefix(loop) not in tables.SOLVERS:
+    raise ValueError(
+      f"sampler.name={name!r}: take one of {[*tables.SOLVERS]}, maybe with 'para', "
+      "'spec' or 'srds' in front"
+    )
+  table = tables.build(name=full.removeprefix(loop), **solver)
+  plan = Plan(loop, table, window, tolerance, rule)
+  if not loop:
+    return plan
+  if not 0 <= window <= table.evaluations:
+    raise ValueError(
+      f"sampler.window={window}: take 1 to {table.evaluations}, the rows of the table, "
+      "or 0 for one that fits the machine"
+    )
+  if loop == "para":
+    paradigms.check(tolerance, rule)
+  if loop == "spec":
+    speculative.check(table)
+  if loop == "srds":
+    parareal.check(table, tolerance)
+    blocks = window or round(table.evaluations**0.5)
+    parareal.boundaries(table.evaluations, blocks)
+    plan = plan._replace(window=blocks)
+  return plan
+
+
+def run(
+  plan: Plan,
+  denoiser: Denoiser,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  *,
+  sharding: NamedSharding | None = None,
+  coarse: Denoiser | None = None,
+) -> Result:
+  """Returns what a plan makes of the first state, and what it took.
+
+  Args:
+    plan: with its window chosen.
+    denoiser: (x [N, ...], time [N], cond) -> d [N, ...].
+    x: first state, [B, ...].
+    keys: one key a sample, [B].
+    cond: conditions, leading [B].
+    sharding: of the axes [B, window]; None on one device.
+    coarse: denoiser of parareal's sweep; None for `denoiser`.
+  """
+  if plan.loop == "para":
+    options = {"tolerance": plan.tolerance, "rule": plan.rule}
+    options |= {"window": plan.window, "sharding": sharding}
+    return paradigms.sample(denoiser, plan.table, x, keys, cond, **options)
+  if plan.loop == "spec":
+    options = {"window": plan.window, "sharding": sharding}
+    return speculative.sample(denoiser, plan.table, x, keys, cond, **options)
+  if plan.loop == "srds":
+    return parareal.sample(
+      denoiser,
+      plan.table,
+      x,
+      cond,
+      coarse=coarse or denoiser,
+      blocks=plan.window,
+      tolerance=plan.tolerance,
+      sharding=sharding,
+    )
+  count = jnp.full(len(x), plan.table.evaluations, jnp.int32)
+  x = sequential.sample(denoiser, plan.table, x, keys, cond)
+  none = jnp.zeros(len(x), x.dtype)
+  return Result(x, count, count, none, none)
+
+
+class Choice(NamedTuple):
+  """What a window is expected to take: passes, and seconds for a batch."""
+
+  window: int
+  passes: float
+  seconds: float
+
+
+def choose(plan: Plan, cost: Callable[[int], float], multiple: int = 1) -> list[Choice]:
+  """Returns what windows are expected to take, the best one first.
+
+  Passes hang on solver and tolerance more than on the network: they are those of a
+  mixture of Gaussians in 16 dimensions. Windows grow until the time does.
+
+  Args:
+    plan: with any window.
+    cost: window -> seconds of a call of the denoiser for a batch, measured.
+    multiple: windows are multiples of it.
+
+  Raises:
+    ValueError: no multiple fits the table.
+  """
+  rows, tried = plan.table.evaluations, []
+  sizes = [n for k in range(2, 10) for n in (2**k, 3 * 2 ** (k - 1))] + [rows]
+  for window in sorted({n for n in sizes if n <= rows and n % multiple == 0}):
+    passes = _passes(plan._replace(window=window))
+    tried.append(Choice(window, passes, passes * cost(window)))
+    if tried[-1].seconds > 1.5 * min(t.seconds for t in tried):
+      break
+  if not tried:
+    raise ValueError(
+      f"sampler.steps: no window of {rows} rows divides over {multiple} devices"
+    )
+  return sorted(tried, key=lambda t: t.seconds)
+
+
+def _passes(plan: Plan) -> float:
+  """Returns the mean passes of 16 samples of the mixture."""
+  denoiser = mixture.denoiser(plan.table.sigma_d)
+  keys = sequential.keys_of(np.arange(16))
+  x = sequential.initial(plan.table, keys, (16,))
+  return float(jax.jit(lambda: run(plan, denoiser, x, keys, None).passes)().mean())

@@ -1,0 +1,71 @@
+"""Parareal against the sequential loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdiff_jax.samplers import mixture, parareal, sequential, tables
+
+
+def run(blocks, tolerance, steps=36, coarse=None):
+  table = tables.build(sigma_d=0.5, name="ddim", steps=steps)
+  keys = sequential.keys_of(np.arange(3))
+  x = sequential.initial(table, keys, (16,))
+  denoiser = mixture.denoiser(0.5)
+  alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
+  options = {"coarse": coarse or denoiser, "blocks": blocks, "tolerance": tolerance}
+  call = jax.jit(lambda x: parareal.sample(denoiser, table, x, None, **options))
+  return table, x, np.asarray(alone), call(x)
+
+
+@pytest.mark.parametrize("blocks", [1, 6, 8, 36])
+def test_ends_where_the_sequential_loop_does(blocks):
+  table, _, alone, found = run(blocks, 0.0)
+  np.testing.assert_allclose(found.x, alone, atol=2e-6)
+  sweeps = found.evaluations / table.evaluations
+  assert np.all(sweeps <= blocks)
+  size = -(-table.evaluations // blocks)
+  np.testing.assert_array_equal(found.passes, blocks + sweeps * (size + blocks))
+
+
+def test_a_tolerance_is_kept_in_fewer_sweeps():
+  table, _, alone, found = run(6, 1e-3)
+  assert np.all(found.evaluations < 6 * table.evaluations)
+  assert np.all(found.error <= 1e-3)
+  np.testing.assert_allclose(found.x, alone, atol=5e-3)
+
+
+def test_a_coarse_denoiser_that_knows_the_end_needs_one_sweep():
+  """One Gaussian: its trajectories are known, and d = f jumps almost to them."""
+  std, sigma_d = 0.5, 0.5
+
+  def denoiser(x, t, cond):
+    c, s = jnp.cos(t)[:, None], sigma_d * jnp.sin(t)[:, None]
+    return c * std**2 / ((c * std) ** 2 + s**2) * x
+
+  table = tables.build(sigma_d=sigma_d, name="ddim", steps=36)
+  x = sequential.initial(table, sequential.keys_of(np.arange(3)), (16,))
+  alone = sequential.sample(denoiser, table, x, sequential.keys_of(np.arange(3)), None)
+  options = {"blocks": 6, "tolerance": 1e-2}
+  exact = parareal.sample(
+    denoiser, table, x, None, coarse=lambda x, t, cond: x, **options
+  )
+  rough = parareal.sample(
+    denoiser, table, x, None, coarse=lambda x, t, cond: 0 * x, **options
+  )
+  for found in (exact, rough):
+    np.testing.assert_allclose(found.x, alone, atol=2e-2)
+  assert np.all(exact.passes <= rough.passes)
+
+
+def test_refusals():
+  table = tables.build(sigma_d=0.5, name="ddpm", steps=9)
+  with pytest.raises(ValueError, match="without noise: srdsddim"):
+    parareal.check(table, 0.1)
+  with pytest.raises(ValueError, match=r"sampler\.tolerance=nan"):
+    parareal.check(tables.build(sigma_d=0.5, name="ddim", steps=9), float("nan"))
+  with pytest.raises(ValueError, match=r"sampler\.window=8: 10 rows .* take 3"):
+    parareal.boundaries(10, 8)
