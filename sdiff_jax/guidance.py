@@ -24,13 +24,17 @@ def classifier_free(net: NetFn, scale: Array | float) -> NetFn:
 
   def guided(x: Array, t: Array, cond: Cond) -> Array:
     free = cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, free)
-    F = net(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    F_c, F_u = jnp.split(F, 2)
+    # Each sample beside its twin, so that a batch over devices stays where it is.
+    F = net(_pair(x, x), _pair(t, t), jax.tree.map(_pair, cond, free))
+    F_c, F_u = jnp.moveaxis(F.reshape(len(x), 2, *F.shape[1:]), 1, 0)
     s = jnp.broadcast_to(jnp.asarray(scale, F.dtype), t.shape)
     return F_u + expand(s, F_u) * (F_c - F_u)
 
   return guided
+
+
+def _pair(a: Array, b: Array) -> Array:
+  return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -325,3 +326,61 @@ def test_two_processes_share_the_work_and_go_on_with_that_of_one(
   for number in "01":
     made = np.load(spread / f"{number}.npy")
     np.testing.assert_array_equal(made, images(spread)[:12])
+
+
+@pytest.mark.parametrize("name", ["paraddpm", "specddpm", "srdsddim"])
+def test_parallel_samplers_by_name(copy, capsys, name):
+  workdir = copy("run")
+  config = experiments.read(str(workdir))
+  config.sampler.update(name=name, steps=16, window=4)
+  config.sample.update(num=16, compare=True)
+  line = sample.run(config, str(workdir))
+  assert "evaluations each in" in line
+  assert "16 one by one" in line
+  err = capsys.readouterr().err
+  assert "one row after the other" in err
+  if name != "specddpm":  # which draws others of the same law
+    assert float(re.search(r"differ by ([\d.e-]+)", err)[1]) < 3
+
+
+def test_a_window_is_chosen_once(copy, watch, capsys):
+  """A stopped job goes on with the window that its parts were made with."""
+  workdir = copy("run")
+  fields = {"sampler__name": "paraddpm", "sampler__steps": 16}
+  stopped(workdir, watch, **fields)
+  assert "window" in capsys.readouterr().err
+  path = workdir / "samples.parts" / "settings.json"
+  chosen = json.loads(path.read_text())["window"]
+  assert chosen > 0
+  watch.stop = None
+  run(workdir, **fields)
+  assert "passes," not in capsys.readouterr().err
+
+
+def test_a_coarse_network_is_for_parareal_alone(copy):
+  workdir = copy("run")
+  with pytest.raises(UserError, match="sampler.coarse=here: only for srdsddim"):
+    run(workdir, sampler__coarse="here")
+  coarse = str(copy("coarse"))
+  run(workdir, sampler__name="srdsddim", sampler__steps=16, sampler__coarse=coarse)
+
+
+def test_a_window_over_two_processes(copy, monkeypatch):
+  one, spread = copy("one"), copy("spread")
+  fields = {"name": "paraddpm", "steps": 16, "window": 8}
+  run(one, num=12, **{f"sampler__{k}": v for k, v in fields.items()})
+  change(spread, "sampler", **fields)
+  change(spread, "sample", num=12)
+  change(spread, "mesh", window=4)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+  command = [sys.executable, "-c", PROCESS]
+  both = [subprocess.Popen([*command, n, port, spread], cwd=ROOT) for n in "01"]
+  try:
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+  finally:
+    for process in both:
+      process.kill()
+  assert np.abs(images(one) - images(spread)).max() <= 1
