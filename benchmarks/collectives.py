@@ -70,7 +70,7 @@ def main() -> None:
     table = tables.build(sigma_d=0.5, name=name, steps=100)
     for way, (net, over) in ways.items():
       call = functools.partial(
-        paradigms.sample, net, table, window=args.window, tolerance=0.01, sharding=over
+        paradigms.sample, net, table, window=args.window, tolerance=0.1, sharding=over
       )
       x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
       keys = jax.eval_shape(lambda: sequential.keys_of(jnp.arange(1)))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
 from sdiff_jax.samplers import windows
 from sdiff_jax.samplers.ring import Ring
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.tables import UNIT, Table
 from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
 
 ULPS = 4  # changes of so many units in the last place count as none
@@ -51,8 +51,8 @@ def sample(
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
     window: rows evaluated at once, W.
-    tolerance: largest change of an accepted state, as a root mean square, in a unit
-      that makes it a share of the data's standard deviation at the end (see `_unit`).
+    tolerance: largest change of an accepted state, as a root mean square; 1 is about
+      UNIT of the data's standard deviation at the end (see `_unit`).
     rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
       letter, its unit the noise of the row; the others start new states from the
       last d, and keep a multistep solver's history.
@@ -89,14 +89,14 @@ def sample(
 def _unit(table: Table, published: bool) -> np.ndarray:
   """Returns the unit of errors of states 0 to R, float64 [R + 1].
 
-  The standard deviation of the data over |S|^(1/2), S being what the state's change
-  does to the last state where the data are Gaussian: half of that damping (in
-  logarithms), since other data have less. Published: the standard deviation of the
+  UNIT sigma_d / |S|^(1/2), S being what the state's change does to the last state where
+  the data are Gaussian: half of that damping (in logarithms), since other data have
+  less. Published: the standard deviation of the
   noise that leaves the state, and all but nothing where there is none.
   """
   if published:
     return np.append(np.maximum(table.scale, 1e-10), 0.0)
-  return table.sigma_d / np.maximum(np.abs(table.sensitivity()), LEAST) ** 0.5
+  return UNIT * table.sigma_d / np.maximum(np.abs(table.sensitivity()), LEAST) ** 0.5
 
 
 def _mean_square(x: Array) -> Array:

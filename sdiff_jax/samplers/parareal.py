@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from sdiff_jax.interfaces import Array, Cond, Denoiser
 from sdiff_jax.samplers import sequential
 from sdiff_jax.samplers.ring import Ring, flatten, unflatten, wide
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.tables import UNIT, Table
 from sdiff_jax.samplers.windows import Result
 
 
@@ -69,7 +69,7 @@ def sample(
       again, or a consistency model, whose d is where the trajectory ends.
     blocks: K.
     tolerance: largest change of the last state between two sweeps, as a root mean
-      square, as a share of the data's standard deviation.
+      square, in units of UNIT of the data's standard deviation.
     sharding: of the axes [B, K]; None on one device.
 
   Returns:
@@ -127,7 +127,7 @@ def sample(
     after = fine(states)
     new, end, jumped = sweep(states, after - jumped)
     change = jnp.sqrt(jnp.mean(jnp.square(end - last), tuple(range(1, x.ndim))))
-    change = change / table.sigma_d
+    change = change / (UNIT * table.sigma_d)
     # Samples that are done stay as they are, whatever their batch goes on with.
     keep = lambda old, new: jnp.where(wide(done, new.ndim), old, new)  # noqa: E731
     last = keep(last, end)

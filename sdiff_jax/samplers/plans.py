@@ -43,7 +43,7 @@ class Plan(NamedTuple):
   loop: str
   table: Table
   window: int = 0
-  tolerance: float = 0.01
+  tolerance: float = 0.1
   rule: str = "secant"
 
 
@@ -51,7 +51,7 @@ def build(
   *,
   name: str,
   window: int = 0,
-  tolerance: float = 0.01,
+  tolerance: float = 0.1,
   rule: str = "secant",
   **solver: object,
 ) -> Plan:

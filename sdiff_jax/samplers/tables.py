@@ -23,6 +23,11 @@ from sdiff_jax.samplers.paths import Path
 HEUN_MAX = 1000.0  # sigma / alpha; EDM starts at 80
 
 
+# Of the data's standard deviation: the unit of errors, about the noise of a step of
+# DDPM with 100 steps, so that 0.1 is a usual tolerance.
+UNIT = 0.1
+
+
 class Table(NamedTuple):
   """Coefficients of the recurrence above, and what else its rows know, float64 [R].
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import random_params
 from hypothesis import strategies as st
 
+from sdiff_jax import lookup, trigflow
 from sdiff_jax.samplers import paradigms, paths, sequential, tables
 
 FILE = pathlib.Path(__file__).parents[1] / "fixtures" / "picard.npz"
@@ -169,6 +171,50 @@ def test_small_tolerances_are_kept(name, rule):
   assert np.all(parallel.passes < 40)
   assert np.all(parallel.error <= 1e-3)
   np.testing.assert_allclose(parallel.x, alone, atol=2e-3)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(
+  name=st.sampled_from([*tables.SOLVERS]),
+  steps=st.integers(2, 7),
+  share=st.floats(0, 1),
+  batch=st.integers(2, 4),
+)
+def test_tolerance_zero_of_any_table_window_and_batch(name, steps, share, batch):
+  rows = tables.build(sigma_d=0.5, name=name, steps=steps).evaluations
+  window = 1 + int(share * (rows - 1))
+  _, alone, parallel = both(name, steps, window, 0.0, "secant", range(batch))
+  # Ulps of changes that count as none, here as in a network.
+  np.testing.assert_allclose(parallel.x, alone, rtol=1e-5, atol=2e-6)
+  assert np.all(parallel.passes <= rows)
+
+
+def test_networks_to_1e_5_and_in_fewer_passes():
+  """Matmuls round by their batch, so no change is 0: a few ulps count as none."""
+  model = lookup.build(
+    "models", {"name": "mlp", "width": 32, "depth": 2}, shape=(4, 4, 1), classes=3
+  )
+  params = random_params(model, dtype="float32")
+  net = lambda x, t, cond: model.apply(params, x, t, cond)  # noqa: E731
+  denoiser = trigflow.denoiser(net, 0.5)
+  table = tables.build(sigma_d=0.5, name="ddim", steps=40)
+  keys, cond = sequential.keys_of(np.arange(4)), {"label": jnp.arange(4) % 3}
+  x = sequential.initial(table, keys, (4, 4, 1))
+  alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, cond)
+  call = functools.partial(paradigms.sample, denoiser, table, window=40, tolerance=0.0)
+  parallel = jax.jit(call)(x, keys, cond)
+  np.testing.assert_allclose(parallel.x, alone, rtol=1e-5, atol=1e-5)
+  assert np.all(parallel.passes < 40)
+
+
+def test_histories_are_kept_where_the_published_rule_forgets_them():
+  """DPM-Solver++ 2M, whose published form restarts at first order in every window."""
+  errors = {}
+  for rule in ("secant", "published"):
+    _, alone, parallel = both("dpmpp2m", 50, 16, 1e-3, rule)
+    errors[rule] = np.sqrt(np.mean((parallel.x - alone) ** 2) / np.mean(alone**2))
+  assert errors["secant"] < 1e-4
+  assert errors["published"] > 1e-3
 
 
 def test_samples_of_a_batch_do_not_know_of_each_other():

@@ -32,9 +32,9 @@ def test_ends_where_the_sequential_loop_does(blocks):
 
 
 def test_a_tolerance_is_kept_in_fewer_sweeps():
-  table, _, alone, found = run(6, 1e-3)
+  table, _, alone, found = run(6, 1e-2)
   assert np.all(found.evaluations < 6 * table.evaluations)
-  assert np.all(found.error <= 1e-3)
+  assert np.all(found.error <= 1e-2)
   np.testing.assert_allclose(found.x, alone, atol=5e-3)
 
 
@@ -49,7 +49,7 @@ def test_a_coarse_denoiser_that_knows_the_end_needs_one_sweep():
   table = tables.build(sigma_d=sigma_d, name="ddim", steps=36)
   x = sequential.initial(table, sequential.keys_of(np.arange(3)), (16,))
   alone = sequential.sample(denoiser, table, x, sequential.keys_of(np.arange(3)), None)
-  options = {"blocks": 6, "tolerance": 1e-2}
+  options = {"blocks": 6, "tolerance": 0.1}
   exact = parareal.sample(
     denoiser, table, x, None, coarse=lambda x, t, cond: x, **options
   )

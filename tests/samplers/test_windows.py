@@ -88,7 +88,7 @@ def test_a_window_that_does_not_divide_over_the_devices_is_refused():
 
 
 def test_previews_are_the_rows_that_are_done():
-  table = tables.build(sigma_d=0.5, name="ddpm", steps=30)
+  table = tables.build(sigma_d=0.5, name="ddpm", steps=12)
   keys = sequential.keys_of(np.arange(2))
   x = sequential.initial(table, keys, (16,))
   seen = []
@@ -97,7 +97,7 @@ def test_previews_are_the_rows_that_are_done():
       paradigms.sample,
       KNOWN,
       table,
-      window=8,
+      window=4,
       tolerance=0.0,
       callback=lambda *args: seen.append([np.asarray(a) for a in args]),
     )
@@ -108,12 +108,12 @@ def test_previews_are_the_rows_that_are_done():
   assert np.all(np.diff(begins, axis=0) >= 0)
   # A prefix never changes: its last state is the sequential sampler's.
   states = [x]
-  for n in range(1, 30):
+  for n in range(1, 12):
     head = table._replace(**{k: getattr(table, k)[:n] for k in table._fields[:-2]})
     states.append(sequential.sample(KNOWN, head, x, keys, None))
   for begin, state, d in seen:
     for k in range(2):
-      if begin[k] < 30:
+      if begin[k] < 12:
         np.testing.assert_allclose(state[k], states[begin[k]][k], atol=1e-5)
         time = jnp.full(2, table.time[begin[k]], jnp.float32)
         expected = KNOWN(states[begin[k]], time, None)[k]
@@ -156,15 +156,15 @@ def test_mistakes_are_refused(changes, message):
 
 def test_the_window_grows_with_what_a_call_costs():
   """Where a call takes as long for any window, the widest; where time grows, few."""
-  plan = plans.build(sigma_d=0.5, name="paraddpm", steps=48)
+  plan = plans.build(sigma_d=0.5, name="paraddpm", steps=24)
   free = plans.choose(plan, lambda window: 1.0)[0]
   linear = plans.choose(plan, lambda window: float(window))[0]
-  assert free.window >= 24
+  assert free.window >= 12
   assert linear.window <= 6
-  assert free.seconds == free.passes < 20
-  spread = plans.choose(plan, lambda window: 1.0, multiple=16)[0]
-  assert spread.window % 16 == 0
-  with pytest.raises(ValueError, match="no window of 48 rows divides over 64 devices"):
+  assert free.seconds == free.passes < 15
+  spread = plans.choose(plan, lambda window: 1.0, multiple=8)[0]
+  assert spread.window % 8 == 0
+  with pytest.raises(ValueError, match="no window of 24 rows divides over 64 devices"):
     plans.choose(plan, lambda window: 1.0, multiple=64)
 
 
