@@ -123,6 +123,14 @@ def test_published_is_the_loop_of_diffusers(name, monkeypatch):
   np.testing.assert_allclose(result.x, PEER[f"{name}/final"], atol=1e-4)
 
 
+def exact(x, time, cond):
+  """Each of its operations rounds once, so rows come out alike in any program.
+
+  The mixture's do not: XLA's exp and what it fuses hang on the shape of the batch.
+  """
+  return x / (1 + jnp.abs(x) + time[:, None])
+
+
 def trigflow_mixture():
   rng = np.random.default_rng(0)
   means = 0.6 * rng.standard_normal((3, 4)).astype(np.float32)
@@ -133,11 +141,11 @@ def trigflow_mixture():
 SOLVERS = [*tables.SOLVERS]
 
 
-def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2)):
+def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2), denoiser=None):
   table = tables.build(sigma_d=0.5, name=name, steps=steps)
   keys = sequential.keys_of(np.array(seeds))
   x = sequential.initial(table, keys, (4,))
-  denoiser = trigflow_mixture()
+  denoiser = denoiser or trigflow_mixture()
   alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
   options = {"window": window, "tolerance": tolerance, "rule": rule}
   parallel = jax.jit(functools.partial(paradigms.sample, denoiser, table, **options))
@@ -146,14 +154,12 @@ def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2)):
 
 @pytest.mark.parametrize(
   ("name", "window", "rule"),
-  # Heun's large coefficients show the last bit of the mixture, which XLA rounds in
-  # another way where a window of one row leaves it other shapes.
-  [(k, w, "secant") for k in SOLVERS for w in ((2, 9) if k == "heun" else (1, 3, 9))]
+  [(name, window, "secant") for name in SOLVERS for window in (1, 3, 9)]
   + [("ddpm", 4, rule) for rule in paradigms.RULES],
 )
 def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch):
   monkeypatch.setattr(paradigms, "ULPS", 0)
-  table, alone, parallel = both(name, 9, window, 0.0, rule)
+  table, alone, parallel = both(name, 9, window, 0.0, rule, denoiser=exact)
   np.testing.assert_array_equal(parallel.x, alone)
   assert np.all(parallel.passes <= table.evaluations)
   if window == 1:
@@ -183,10 +189,14 @@ def test_small_tolerances_are_kept(name, rule):
 def test_tolerance_zero_of_any_table_window_and_batch(name, steps, share, batch):
   rows = tables.build(sigma_d=0.5, name=name, steps=steps).evaluations
   window = 1 + int(share * (rows - 1))
-  _, alone, parallel = both(name, steps, window, 0.0, "secant", range(batch))
-  # Ulps of changes that count as none, here as in a network.
-  np.testing.assert_allclose(parallel.x, alone, rtol=1e-5, atol=2e-6)
-  assert np.all(parallel.passes <= rows)
+  for denoiser, atol in ((exact, 0.0), (trigflow_mixture(), 2e-6)):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(paradigms, "ULPS", 0)
+      _, alone, parallel = both(
+        name, steps, window, 0.0, "secant", range(batch), denoiser
+      )
+    np.testing.assert_allclose(parallel.x, alone, rtol=5 * atol, atol=atol)
+    assert np.all(parallel.passes <= rows)
 
 
 def test_networks_to_1e_5_and_in_fewer_passes():
