@@ -7,9 +7,9 @@
 
 The network is a trained perceptron of the digits, as a v-prediction on the cosine
 schedule. diffusers runs its StableDiffusionParadigmsPipeline (its own loop, latents
-out); we run the rule of the paper, and our own with its default tolerance, whose unit is
-another. Errors are of each to its own sequential sampler, over a batch; the last column
-is diffusers' time over ours.
+out); we run the rule of the paper, and our own with its default tolerance, whose unit
+is another. Errors are of each to its own sequential sampler, over a batch; the last
+column is diffusers' time over ours.
 """
 
 import argparse
