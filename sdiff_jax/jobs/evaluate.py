@@ -78,14 +78,8 @@ def _trained(
       if jax.process_index() == 0:
         picture = writer.grid(images[:num], columns)
         writer.save_png(os.path.join(folder, grid), picture)
-      row = (
-        _row(model, name + guided, measure(images), len(images))
-        | took
-        | {
-          "compute": share,
-          "grid": grid,
-        }
-      )
+      row = _row(model, name + guided, measure(images), len(images))
+      row |= took | {"compute": share, "grid": grid}
       # A teacher's other solvers are what its students have to beat.
       if model == "teacher" and i > 0:
         row["kind"] = "baseline"

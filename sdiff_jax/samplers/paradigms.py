@@ -91,8 +91,8 @@ def _unit(table: Table, published: bool) -> np.ndarray:
 
   UNIT sigma_d / |S|^(1/2), S being what the state's change does to the last state where
   the data are Gaussian: half of that damping (in logarithms), since other data have
-  less. Published: the standard deviation of the
-  noise that leaves the state, and all but nothing where there is none.
+  less. Published: the standard deviation of the noise that leaves the state, and all
+  but nothing where there is none.
   """
   if published:
     return np.append(np.maximum(table.scale, 1e-10), 0.0)

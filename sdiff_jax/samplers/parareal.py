@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from sdiff_jax.interfaces import Array, Cond, Denoiser
 from sdiff_jax.samplers import sequential
-from sdiff_jax.samplers.ring import Ring, flatten, unflatten, wide
+from sdiff_jax.samplers.ring import Ring, over_rows, wide
 from sdiff_jax.samplers.tables import UNIT, Table
 from sdiff_jax.samplers.windows import Result
 
@@ -83,9 +83,7 @@ def sample(
   starts = boundaries(table.evaluations, blocks)
   a, b, times = (jnp.asarray(c, x.dtype) for c in (*_jumps(table, starts), table.time))
   ring, size = Ring(blocks, sharding), -(-table.evaluations // blocks)
-  cond_rows = jax.tree.map(
-    lambda c: flatten(ring, jnp.repeat(c[:, None], blocks, axis=1)), cond
-  )
+  evaluate = over_rows(ring, denoiser, cond)
 
   def fine(states: Array) -> Array:
     """Returns F_n of the state at the start of every block [B, K, ...]."""
@@ -98,9 +96,8 @@ def sample(
         k: wide(jnp.asarray(getattr(table, k), x.dtype)[i][None], now.ndim)
         for k in "ab"
       }
-      time = flatten(ring, jnp.broadcast_to(times[i][None], now.shape[:2]))
-      d = sequential.apart(denoiser, flatten(ring, now), time, cond_rows)
-      new = _advance(row, now, unflatten(ring, d))
+      d = evaluate(now, jnp.broadcast_to(times[i][None], now.shape[:2]))
+      new = sequential.advance(row, x=now, d=d)
       return jnp.where(wide(there[None], now.ndim), new, now)
 
     return jax.lax.fori_loop(0, size, row, states)
@@ -108,9 +105,9 @@ def sample(
   def coarse_step(n: Array, now: Array) -> Array:
     time = jnp.broadcast_to(times[jnp.asarray(starts)[n]], now.shape[:1])
     d = sequential.apart(coarse, now, time, cond)
-    return _advance({"a": a[n], "b": b[n]}, now, d)
+    return sequential.advance({"a": a[n], "b": b[n]}, x=now, d=d)
 
-  def sweep(states: Array, correction: Array) -> tuple[Array, Array]:
+  def sweep(correction: Array) -> tuple[Array, Array]:
     """Returns the states [B, K, ...], the last one, and G_n of each."""
 
     def block(now: Array, inputs: tuple) -> tuple:
@@ -125,7 +122,7 @@ def sample(
   def one_sweep(carry: tuple) -> tuple:
     k, states, last, jumped, done, _ = carry
     after = fine(states)
-    new, end, jumped = sweep(states, after - jumped)
+    new, end, jumped = sweep(after - jumped)
     change = jnp.sqrt(jnp.mean(jnp.square(end - last), tuple(range(1, x.ndim))))
     change = change / (UNIT * table.sigma_d)
     # Samples that are done stay as they are, whatever their batch goes on with.
@@ -135,7 +132,7 @@ def sample(
     done = done | (change <= tolerance) | (sweeps >= blocks)
     return sweeps, new, last, jumped, done, change
 
-  states, last, jumped = sweep(x, jnp.zeros((len(x), blocks, *x.shape[1:]), x.dtype))
+  states, last, jumped = sweep(jnp.zeros((len(x), blocks, *x.shape[1:]), x.dtype))
   zero = jnp.zeros(len(x), jnp.int32)
   carry = (zero, states, last, jumped, zero > 0, jnp.zeros(len(x), x.dtype))
   k, _, last, _, _, change = jax.lax.while_loop(
@@ -157,7 +154,3 @@ def _jumps(table: Table, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for i in range(start, end):
       a[n], b[n] = table.a[i] * a[n], table.a[i] * b[n] + table.b[i]
   return a, b
-
-
-def _advance(row: dict, x: Array, d: Array) -> Array:
-  return sequential.advance(row, x=x, d=d, x_1=None, d_1=None, d_2=None, z=None)

@@ -7,6 +7,7 @@ devices tell each other is the state at the edge between two of them, and one to
 a device for each recurrence.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.interfaces import Array
+from sdiff_jax.interfaces import Array, Cond, Denoiser
+from sdiff_jax.samplers import sequential
 
 
 class Ring(NamedTuple):
@@ -81,6 +83,21 @@ def unflatten(ring: Ring, x: Array) -> Array:
   x = x.reshape(b, w, -1, ring.window // w, *x.shape[1:])
   x = jnp.swapaxes(x, 1, 2)
   return ring.spread(x.reshape(-1, ring.window, *x.shape[4:]))
+
+
+def over_rows(
+  ring: Ring, denoiser: Denoiser, cond: Cond
+) -> Callable[[Array, Array], Array]:
+  """Returns (x [B, W, ...], time [B, W]) -> d [B, W, ...], one call of the denoiser."""
+  cond_rows = jax.tree.map(
+    lambda c: flatten(ring, jnp.repeat(c[:, None], ring.window, axis=1)), cond
+  )
+
+  def evaluate(x: Array, time: Array) -> Array:
+    flat = flatten(ring, x), flatten(ring, time)
+    return unflatten(ring, sequential.apart(denoiser, *flat, cond_rows))
+
+  return evaluate
 
 
 def solve(ring: Ring, coefficients: list[Array], r: Array) -> Array:

@@ -42,10 +42,10 @@ def advance(row: dict[str, Array], **state: Array | None) -> Array:
   Args:
     row: coefficients by name, each of a shape that broadcasts.
     **state: x, x_1, d, d_1, d_2 and z: states and denoised, now, one and two rows
-      ago, and noise; None where the table does not use it.
+      ago, and noise; none, or None, where the table does not use it.
   """
   names = zip("apbces", ("x", "x_1", "d", "d_1", "d_2", "z"), strict=True)
-  terms = [row[k] * state[v] for k, v in names if state[v] is not None]
+  terms = [row[k] * state[v] for k, v in names if state.get(v) is not None]
   # What stands between a product and its sum, so that nothing makes one of both.
   terms = [jnp.maximum(term, jnp.finfo(term.dtype).min) for term in terms]
   return functools.reduce(jnp.add, terms)

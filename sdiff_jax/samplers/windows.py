@@ -18,16 +18,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
 from sdiff_jax.samplers import sequential
-from sdiff_jax.samplers.ring import (
-  Ring,
-  flatten,
-  pick,
-  product,
-  rank,
-  solve,
-  unflatten,
-  wide,
-)
+from sdiff_jax.samplers.ring import Ring, over_rows, pick, product, rank, solve, wide
 from sdiff_jax.samplers.tables import Table
 
 TERMS = ("a", "p", "b", "c", "e", "s", "alpha", "gain")
@@ -111,7 +102,7 @@ class Method(NamedTuple):
   Attributes:
     A: (row, x, phi, (x, phi) of the pass before) -> A, [B, W, 1, ...].
     improve: Pass -> (new states at the slots of the rows that make them [B, W, ...],
-      rows done [B], largest accepted change [B], their variation [B]).
+      rows done, of those left [B], largest accepted change [B], their variation [B]).
     published: fill the window with copies of its last state, and forget the d before
       it, as arXiv:2305.16317 does; else new states are rolled out with their own
       noise and the last d, which changes by the table's gain.
@@ -158,15 +149,11 @@ def run(
       "of mesh.window"
     )
   rows = _Rows(ring, table, keys, method)
-  cond_rows = jax.tree.map(
-    lambda c: flatten(ring, jnp.repeat(c[:, None], ring.window, axis=1)), cond
-  )
+  evaluate = over_rows(ring, denoiser, cond)
 
   def one_pass(carry: tuple[Window, Result]) -> tuple[Window, Result]:
     now, result = carry
-    times = flatten(ring, rows.time(now))
-    d = sequential.apart(denoiser, flatten(ring, now.x), times, cond_rows)
-    d = unflatten(ring, d)
+    d = evaluate(now.x, rows.time(now))
     if callback is not None:
       here = rank(ring, now.begin) == 0
       jax.debug.callback(callback, now.begin, pick(now.x, here), pick(d, here))
@@ -249,7 +236,6 @@ class _Rows(NamedTuple):
     done = Pass(now.begin, k, row, now.x, old, phi, now.z, factors)
     new, stride, error, variation = self.method.improve(done)
     left = table.evaluations - now.begin
-    stride = jnp.minimum(stride, left)
     result = Result(
       result.x,
       result.passes + (left > 0).astype(jnp.int32),
