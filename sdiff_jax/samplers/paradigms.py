@@ -18,7 +18,6 @@ from sdiff_jax.samplers.tables import UNIT, Table
 from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
 
 ULPS = 4  # changes of so many units in the last place count as none
-LEAST = 1e-2  # sensitivity: states that matter less have to be right as well
 
 
 def check(tolerance: float | Array, rule: str) -> None:
@@ -51,8 +50,8 @@ def sample(
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
     window: rows evaluated at once, W.
-    tolerance: largest change of an accepted state, as a root mean square; 1 is about
-      UNIT of the data's standard deviation at the end (see `_unit`).
+    tolerance: largest change of an accepted state, as a root mean square; 1 is UNIT
+      of the data's standard deviation.
     rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
       letter, its unit the noise of the row; the others start new states from the
       last d, and keep a multistep solver's history.
@@ -89,14 +88,12 @@ def sample(
 def _unit(table: Table, published: bool) -> np.ndarray:
   """Returns the unit of errors of states 0 to R, float64 [R + 1].
 
-  UNIT sigma_d / |S|^(1/2), S being what the state's change does to the last state where
-  the data are Gaussian: half of that damping (in logarithms), since other data have
-  less. Published: the standard deviation of the noise that leaves the state, and all
-  but nothing where there is none.
+  UNIT sigma_d. Published: the standard deviation of the noise that leaves the state,
+  and all but nothing where there is none.
   """
   if published:
     return np.append(np.maximum(table.scale, 1e-10), 0.0)
-  return UNIT * table.sigma_d / np.maximum(np.abs(table.sensitivity()), LEAST) ** 0.5
+  return np.full(table.evaluations + 1, UNIT * table.sigma_d)
 
 
 def _mean_square(x: Array) -> Array:
@@ -104,30 +101,21 @@ def _mean_square(x: Array) -> Array:
   return jnp.mean(jnp.square(x), tuple(range(2, x.ndim)))
 
 
-def _picard(row: dict, x: Array, phi: Array, before: tuple) -> Array:
-  return 1 - row["p"]
+def _picard(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
+  return 1 - row["p"], row["p"], jnp.zeros_like(row["p"])
 
 
-def _linear(row: dict, x: Array, phi: Array, before: tuple) -> Array:
-  return row["a"]
+def _linear(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
+  return row["a"], row["p"], jnp.zeros_like(row["p"])
 
 
-def secant(row: dict, x: Array, phi: Array, before: tuple) -> Array:
-  """A = <dX, dPhi> / <dX, dX>, from 0 <= dD/dx <= 1 / alpha in [a, a + b / alpha].
-
-  At the first visit dD/dx is the table's guess.
-  """
-  dx, dphi = x - before[0], phi - before[1]
-  axes = tuple(range(2, x.ndim))
-  dot, square = (jnp.sum(dx * v, axes, keepdims=True) for v in (dphi, dx))
-  most = row["a"] + row["b"] / row["alpha"]
-  low, high = jnp.minimum(row["a"], most), jnp.maximum(row["a"], most)
-  first = row["a"] + row["b"] * row["gain"]
-  measured = jnp.where(square > 0, dot / jnp.where(square > 0, square, 1), first)
-  return jnp.clip(jnp.where(jnp.isnan(measured), first, measured), low, high)
+def secant(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
+  """A = a + b dd_i/dx_i, A' = p + c dd_{i-1}/dx_{i-1}, A'' = e dd_{i-2}/dx_{i-2}."""
+  now, one_ago, two_ago = slopes
+  return row["a"] + row["b"] * now, row["p"] + row["c"] * one_ago, row["e"] * two_ago
 
 
-# How a change of a state carries on to the next one: (row, x, phi, before) -> A.
+# How a change of a state carries on to those after it (see windows.Method.factors).
 RULES: dict[str, Callable[..., Array]] = {
   "published": _picard,
   "picard": _picard,

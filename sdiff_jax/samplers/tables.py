@@ -58,17 +58,6 @@ class Table(NamedTuple):
   def evaluations(self) -> int:
     return len(self.time)
 
-  def sensitivity(self) -> np.ndarray:
-    """Returns d(last state) / d(state i) where dd/dx is the gain, float64 [R + 1]."""
-    rows = self.evaluations
-    s, pad = np.append(np.zeros(rows), [1.0, 0.0, 0.0]), np.zeros(2)
-    p, c, e = (np.append(column, pad) for column in (self.p, self.c, self.e))
-    for i in reversed(range(rows)):
-      s[i] = (self.a[i] + self.b[i] * self.gain[i]) * s[i + 1]
-      s[i] += (p[i + 1] + c[i + 1] * self.gain[i]) * s[i + 2]
-      s[i] += e[i + 2] * self.gain[i] * s[i + 3] if i + 3 <= rows else 0.0
-    return s[: rows + 1]
-
   def uses(self, *columns: str) -> bool:
     """Returns whether one of the columns is not all zeros."""
     return any(getattr(self, name).any() for name in columns)

@@ -3,11 +3,11 @@
 A pass evaluates the denoiser at all states of the window at once. Phi_i being row i
 of the table, what a state's change says of the states after it is carried on by
 
-    new_{i+1} = Phi_i(old) + A_i (new_i - old_i) + p_i (new_{i-1} - old_{i-1}),
+    new_{i+1} = Phi_i(old) + A_i (new_i - old_i) + A'_i (new_{i-1} - old_{i-1}) + ...,
 
 and the window moves to the first state that is not done. `paradigms` and
-`speculative` say which are. The first state of a window is the sequential sampler's,
-so Phi of it is too: each pass does one row at least.
+`speculative` say what A is and which states are done. The first state of a window is
+the sequential sampler's, so Phi of it is too: each pass does one row at least.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
-from sdiff_jax.samplers import sequential
+from sdiff_jax.samplers import sequential, slopes
 from sdiff_jax.samplers.ring import Ring, over_rows, pick, product, rank, solve, wide
 from sdiff_jax.samplers.tables import Table
 
@@ -59,8 +59,10 @@ class Window(NamedTuple):
     x_1: the state before `begin`, [B, ...].
     d_1: the denoiser at that state, [B, ...].
     d_2: the denoiser at the state before that, [B, ...].
-    before: states and Phi of the pass before, each [B, W, ...]; NaN for states new to
-      the window.
+    before: states and d of the pass before, each [B, W, ...].
+    seen: states that were in the window of the pass before, int32 [B].
+    spread: variance of the data as it shows here, in that of all, [B, 1, ...]; it
+      makes the first guess of dd/dx (see `slopes`).
   """
 
   begin: Array
@@ -70,6 +72,8 @@ class Window(NamedTuple):
   d_1: Array
   d_2: Array
   before: tuple[Array, Array]
+  seen: Array
+  spread: Array
 
 
 class Pass(NamedTuple):
@@ -83,7 +87,7 @@ class Pass(NamedTuple):
     old: the states that rows make, as they were; meaningless at the last rank.
     phi: what rows make of x.
     z: their noise.
-    factors: A, and p if the table has it; 0 where the ring is cut.
+    factors: A, A', ..., as many as the table looks back; 0 where the ring is cut.
   """
 
   begin: Array
@@ -100,7 +104,8 @@ class Method(NamedTuple):
   """How a window is improved.
 
   Attributes:
-    A: (row, x, phi, (x, phi) of the pass before) -> A, [B, W, 1, ...].
+    factors: (row, (dd/dx of x_i, of x_{i-1}, of x_{i-2}), [B, W, ...] each) ->
+      (A, A', A''), which broadcast against them.
     improve: Pass -> (new states at the slots of the rows that make them [B, W, ...],
       rows done, of those left [B], largest accepted change [B], their variation [B]).
     published: fill the window with copies of its last state, and forget the d before
@@ -108,7 +113,7 @@ class Method(NamedTuple):
       noise and the last d, which changes by the table's gain.
   """
 
-  A: Callable[[dict, Array, Array, tuple], Array]
+  factors: Callable[[dict, tuple[Array, ...]], tuple[Array, ...]]
   improve: Callable[[Pass], tuple[Array, Array, Array, Array]]
   published: bool = False
 
@@ -204,9 +209,8 @@ class _Rows(NamedTuple):
     """Returns the first window, rolled out for Gaussian data."""
     zero, none = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
     states = self.ring.spread(jnp.repeat(x[:, None], self.ring.window, axis=1))
-    empty = jnp.full_like(states, jnp.nan)
-    z = self.noise(zero, x.shape[1:])
-    now = Window(zero, states, z, x, none, none, (empty, empty))
+    z, spread = self.noise(zero, x.shape[1:]), wide(jnp.ones(len(x), x.dtype), x.ndim)
+    now = Window(zero, states, z, x, none, none, (states, states), zero, spread)
     now = now._replace(x=self.enter(now, zero, none))
     return now, Result(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
 
@@ -214,7 +218,7 @@ class _Rows(NamedTuple):
     """Improves the states by their d, and moves the window on."""
     table, published = self.table, self.method.published
     k = rank(self.ring, now.begin)
-    first, second = wide(k == 0, d.ndim), wide(k == 1, d.ndim)
+    first = wide(k == 0, d.ndim)
 
     def one_ago(x: Array, before: Array) -> Array:
       return jnp.where(first, before[:, None], jnp.roll(x, 1, axis=1))
@@ -229,9 +233,10 @@ class _Rows(NamedTuple):
       d_2 = one_ago(d_1, now.d_2)
     row = {name: self.column(name, now.begin[:, None] + k, d) for name in TERMS}
     phi = sequential.advance(row, x=now.x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=now.z)
-    factors = [jnp.where(first, 0, self.method.A(row, now.x, phi, now.before))]
-    if table.uses("p"):
-      factors.append(jnp.where(first | second, 0, row["p"]))
+    slope, spread = slopes.measured(now, k, row, d)
+    ago = tuple(jnp.roll(slope, n, axis=1) for n in range(3))
+    factors = self.method.factors(row, ago)[: self.order]
+    factors = [jnp.where(wide(k <= n, d.ndim), 0, f) for n, f in enumerate(factors)]
     old = jnp.roll(now.x, -1, axis=1)
     done = Pass(now.begin, k, row, now.x, old, phi, now.z, factors)
     new, stride, error, variation = self.method.improve(done)
@@ -252,15 +257,19 @@ class _Rows(NamedTuple):
       pick(jnp.where(first, now.x, states), last) if table.uses("p") else now.x_1,
       pick(d, last) if table.uses("c", "e") else now.d_1,
       pick(d_1, last) if table.uses("e") else now.d_2,
-      (now.x, phi),
+      (now.x, d),
+      self.ring.window - stride,
+      spread,
     )
-    end = now.begin + self.ring.window
     offset = pick(d - row["gain"] * now.x, k == self.ring.window - 1)
-    moved = moved._replace(
-      x=self.enter(moved, end, offset), before=self.forget(moved, end)
-    )
+    moved = moved._replace(x=self.enter(moved, now.begin + self.ring.window, offset))
     keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
     return jax.tree.map(keep, moved, now), result
+
+  @property
+  def order(self) -> int:
+    """Returns how many states before it a row's new state depends on."""
+    return 3 if self.table.uses("e") else 2 if self.table.uses("p", "c") else 1
 
   def enter(self, now: Window, known: Array, offset: Array) -> Array:
     """Returns the states, those after `known` [B] made with d = gain x + offset."""
@@ -282,9 +291,3 @@ class _Rows(NamedTuple):
       made += jnp.where(second, row["p"] * now.x_1[:, None], 0)
       factors.append(jnp.where(fixed | second, 0, row["p"]))
     return solve(self.ring, factors, jnp.where(fixed, now.x, made))
-
-  def forget(self, now: Window, end: Array) -> tuple[Array, Array]:
-    """Returns what is known of the pass before, NaN at rows from `end` [B] on."""
-    i = now.begin[:, None] + rank(self.ring, now.begin)
-    seen = wide(i < end[:, None], now.x.ndim)
-    return tuple(jnp.where(seen, v, jnp.nan) for v in now.before)

@@ -299,28 +299,6 @@ def test_heun_refuses_to_start_at_almost_pure_noise(start):
   assert all(np.isfinite(column).all() for column in table[:-2])
 
 
-@pytest.mark.parametrize("name", [*tables.SOLVERS])
-def test_sensitivity_is_the_derivative_of_the_last_state(name):
-  table = tables.build(sigma_d=SIGMA_D, name=name, steps=6)
-
-  def last(start: int, change: float) -> float:
-    """Runs the rows on a line, its state `start` moved; d = gain x."""
-    x, x_1, d_1, d_2 = 0.7, 0.0, 0.0, 0.0
-    for i in range(table.evaluations):
-      x += change if i == start else 0.0
-      d = table.gain[i] * x
-      new = table.a[i] * x + table.p[i] * x_1 + table.b[i] * d
-      new += table.c[i] * d_1 + table.e[i] * d_2
-      x, x_1, d_1, d_2 = new, x, d, d_1
-    return x
-
-  found = table.sensitivity()
-  assert found[-1] == 1
-  for i in range(table.evaluations):
-    slope = (last(i, 1e-3) - last(i, -1e-3)) / 2e-3
-    np.testing.assert_allclose(found[i], slope, atol=1e-10)
-
-
 def test_the_gain_is_that_of_gaussian_data():
   for sigma_d in (0.5, 1.0):
     path = paths.trigflow(np.linspace(1.5, 0, 5), sigma_d)
