@@ -15,6 +15,9 @@ from sdiff_jax.samplers.ring import pick, wide
 
 LEAST = 1e-3  # distance of alpha dd/dx from 1, where its variance is infinite
 MOST = 100.0  # the largest spread
+ULPS = (
+  100  # a change below so many units in the last place is rounding, and tells nothing
+)
 
 
 def measured(now: Any, k: Array, row: dict, d: Array) -> tuple[Array, Array]:
@@ -40,7 +43,8 @@ def measured(now: Any, k: Array, row: dict, d: Array) -> tuple[Array, Array]:
   odds = share / jnp.maximum(1 - share, LEAST)
   guess = now.spread[:, None] * odds
   guess = guess / ((1 + guess) * alpha)
-  known = wide(k < seen, d.ndim) & (dx != 0)
+  rounding = ULPS * jnp.finfo(d.dtype).eps * (jnp.abs(now.x) + jnp.abs(d))
+  known = wide(k < seen, d.ndim) & (jnp.abs(dx) > rounding)
   slope = jnp.where(known, dd / jnp.where(known, dx, 1), guess)
   last, axes = k == seen - 1, tuple(range(1, dx.ndim - 1))
   dot, square = (jnp.sum(pick(dx * v, last), axes, keepdims=True) for v in (dd, dx))
