@@ -55,12 +55,12 @@ _job() {
 
 follow() {
   [[ -f $job/pid ]] || die "no job was started on this host"
-  tail --lines=+1 --follow --pid="$(cat "$job/pid")" "$job/log"
+  tail --lines=+1 --follow --sleep-interval=0.2 --pid="$(cat "$job/pid")" "$job/log"
 }
 
 code() {
   local end
-  while runs; do sleep 1; done
+  while runs; do sleep 0.2; done
   end=$(cat "$job/code" 2>/dev/null || echo 137) # no code: it was killed
   [[ $end != 75 || ! -f $job/stop ]] || end=0
   echo "ended $end"
@@ -70,7 +70,7 @@ stop() {
   runs || return 0
   touch "$job/stop"
   kill -TERM "$(cat "$job/pid")"
-  while runs; do sleep 1; done
+  while runs; do sleep 0.2; done
 }
 
 case ${1:-} in

@@ -14,8 +14,12 @@ POD = ("--zone=z", "--type=v5p-16", "--bucket=gs://b/")
 JOB = ("--", "--config=configs/x.py", "--config.sampler.angles=(1.5, 1.1)", "it's")
 # The tools of the hosts. What the job does is in $GOOGLE/job.
 TOOLS = {
-  "uv": "[[ $1 != venv ]] || { mkdir -p .venv/bin && cp $GOOGLE/bin/job .venv/bin/python; }",
-  "gcsfuse": 'rm -rf "${@: -1}" && ln -s $GOOGLE/bucket "${@: -1}"; echo "$@" >>$GOOGLE/mounts',
+  "uv": """[[ $1 == venv ]] || exit 0
+  mkdir -p .venv/bin
+  cp $GOOGLE/bin/job .venv/bin/python""",
+  "gcsfuse": """echo "$@" >>$GOOGLE/mounts
+  rm -rf "${@: -1}"
+  ln -s $GOOGLE/bucket "${@: -1}\"""",
   "job": """[[ $1 != -c ]] || exit 0
   echo "host $HOST: $JAX_PLATFORMS, $JAX_COMPILATION_CACHE_DIR"
   printf '<%s>' "$@" && echo
@@ -84,7 +88,12 @@ def test_a_dry_run_prints_every_command_and_runs_none(google):
 
 def test_a_dry_run_from_git_quotes_for_both_shells(google):
   said, _ = google.call(
-    "setup", "--zone=z", "--bucket=b", "--git=https://h/r.git", "--ref=it's", "--dry-run"
+    "setup",
+    "--zone=z",
+    "--bucket=b",
+    "--git=https://h/r.git",
+    "--ref=it's",
+    "--dry-run",
   )
   (line,) = said.splitlines()
   words = subprocess.check_output(["bash", "-c", f"printf '%s\\n' {line}"], text=True)
@@ -113,7 +122,9 @@ def test_from_nothing_to_a_finished_run(google):
 
 def test_a_preempted_pod_is_created_again_and_the_job_goes_on(google):
   preempted = "echo SUSPENDING > $GOOGLE/state; kill -TERM $PPID; sleep 60 & wait"
-  google.write("job", f"trap 'kill $!; exit 0' TERM; mkdir $GOOGLE/x || exit 0; {preempted}")
+  google.write(
+    "job", f"trap 'kill $!; exit 0' TERM; mkdir $GOOGLE/x || exit 0; {preempted}"
+  )
   _, progress = google.call("all", *POD, "--spot", *JOB)
   assert "lost, restart 1 of 100" in progress
   assert google.verbs().split().count("create") == 2
@@ -122,7 +133,9 @@ def test_a_preempted_pod_is_created_again_and_the_job_goes_on(google):
 
 
 def test_hosts_that_die_with_the_pod_are_no_failure_of_the_job(google):
-  google.write("job", "mkdir $GOOGLE/$HOST || exit 0; echo FAILED > $GOOGLE/state; exit 1")
+  google.write(
+    "job", "mkdir $GOOGLE/$HOST || exit 0; echo FAILED > $GOOGLE/state; exit 1"
+  )
   google.call("all", *POD, *JOB)
   assert google.verbs().split().count("create") == 2
   google.write("job", "echo SUSPENDED > $GOOGLE/state; exit 1")
@@ -141,7 +154,9 @@ def test_a_job_that_fails_gives_its_code_and_shows_the_logs_of_all(google):
 
 
 def test_a_broken_connection_does_not_end_the_job(google):
-  google.write("job", "touch $GOOGLE/broken; while [[ -f $GOOGLE/broken ]]; do sleep 0.1; done")
+  google.write(
+    "job", "touch $GOOGLE/broken; while [[ -f $GOOGLE/broken ]]; do sleep 0.1; done"
+  )
   for command in ("create", "setup"):
     google.call(command, *POD)
   _, progress = google.call("run", "--zone=z", *JOB)
@@ -150,7 +165,10 @@ def test_a_broken_connection_does_not_end_the_job(google):
 
 
 def test_stop_ends_the_job_and_all_counts_it_as_done(google):
-  google.write("job", "trap 'kill $!; echo saved; exit 0' TERM; touch $GOOGLE/ready; sleep 60 & wait")
+  google.write(
+    "job",
+    "trap 'kill $!; echo saved; exit 0' TERM; touch $GOOGLE/ready; sleep 60 & wait",
+  )
   running = google.start("all", *POD, *JOB)
   while len(google.lines("started")) < 2 or not (google.folder / "ready").exists():
     assert running.poll() is None, running.communicate()
@@ -190,7 +208,9 @@ def test_mistakes_are_one_line_and_code_2(google, args, message):
 
 def test_gcloud_is_asked_for(google):
   (google.folder / "bin" / "gcloud").unlink()
-  google.write("tree/launch/common.sh", "PATH=\n" + (ROOT / "launch/common.sh").read_text())
+  google.write(
+    "tree/launch/common.sh", "PATH=\n" + (ROOT / "launch/common.sh").read_text()
+  )
   _, said = google.call("delete", "--zone=z", code=2)
   assert said.startswith("error: gcloud is missing")
 
@@ -198,6 +218,6 @@ def test_gcloud_is_asked_for(google):
 def test_help_names_every_option(google):
   said, _ = google.call("--help")
   script = (ROOT / "launch" / "tpu_pod.sh").read_text()
-  options = set(re.findall(r"^    (--[a-z-]+)[=)]", script, re.MULTILINE))
+  options = set(re.findall(r"^    (--[a-z-]+)(?:=\*)?\)", script, re.MULTILINE))
   assert {"--zone", "--spot", "--worker"} < options
   assert all(option in said for option in options)
