@@ -1,4 +1,4 @@
-"""The manifests of launch/gke against the JobSet API, as kubeflow-trainer-api has it."""
+"""The manifests of launch/gke against the API, as kubeflow-trainer-api has it."""
 
 import copy
 import math
