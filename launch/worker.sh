@@ -61,7 +61,7 @@ follow() {
 code() {
   local end
   while runs; do sleep 0.2; done
-  end=$(cat "$job/code" 2>/dev/null || echo 137) # no code: it was killed
+  end=$(cat "$job/code" 2>/dev/null || echo 75) # no code: the host itself went down
   [[ $end != 75 || ! -f $job/stop ]] || end=0
   echo "ended $end"
 }
