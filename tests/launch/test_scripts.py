@@ -95,5 +95,5 @@ def test_mistakes_are_one_line_and_code_2(tmp_path, args, message):
 def test_the_readme_names_what_is_there():
   text = (ROOT / "launch" / "README.md").read_text()
   names = set(re.findall(r"(?:launch|configs)/[a-z_/]+\.[a-z]+", text))
-  assert len(names) > 9
+  assert len(names) >= 9
   assert all((ROOT / name).exists() for name in names), names
