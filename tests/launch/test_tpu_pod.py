@@ -121,7 +121,9 @@ def test_from_nothing_to_a_finished_run(google):
 
 
 def test_a_preempted_pod_is_created_again_and_the_job_goes_on(google):
-  preempted = "echo SUSPENDING > $GOOGLE/state; kill -TERM $PPID; sleep 60 & wait"
+  preempted = (
+    "sleep 0.5; echo SUSPENDING > $GOOGLE/state; kill -TERM $PPID; sleep 60 & wait"
+  )
   google.write(
     "job", f"trap 'kill $!; exit 0' TERM; mkdir $GOOGLE/x || exit 0; {preempted}"
   )
