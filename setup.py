@@ -35,7 +35,7 @@ setuptools.setup(
   extras_require={
     "test": [
       "hypothesis>=6.100",
-      "kubeflow-trainer-api>=2.3",  # the JobSet API, which launch/gke is checked against
+      "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
       "pytest>=8",
       "pytest-xdist>=3.6",
       "pyyaml>=6",
