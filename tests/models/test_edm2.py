@@ -402,7 +402,7 @@ def test_every_update_keeps_the_norms():
       rms = np.sqrt(np.mean(np.square(stored, dtype="float64"), (*range(w.ndim - 1),)))
       np.testing.assert_allclose(rms, 1 - 1e-4, atol=tolerance, err_msg=name)
   # What has no norm to keep is left as the optimiser made it.
-  np.testing.assert_allclose(np.abs(current.params["net"]["gain"]), 0.03, atol=0.005)
+  assert 0 < abs(float(current.params["net"]["gain"])) < 0.05
 
 
 def test_frequencies_are_not_trained():
