@@ -1,6 +1,6 @@
 """Cost of an sCD step against a teacher step of the same network and batch.
 
-  python benchmarks/step_cost.py [--model=mlp|dit] [--pairs=100]
+  python benchmarks/step_cost.py [--model=mlp|dit|edm2] [--pairs=100]
 
 Prints compiled floating-point operations (loops over blocks unrolled, so that every
 block counts) and the median ratio of paired times in one process. The floor of the
@@ -20,15 +20,16 @@ from sdiff_jax import config, ema, lookup, optim, state, step
 SIZES = {
   "mlp": {"width": 256, "depth": 4, "unroll": 4},
   "dit": {"width": 256, "depth": 4, "unroll": 4, "heads": 4, "patch": 2},
+  "edm2": {"channels": 64, "mults": (1, 2), "blocks": 1, "attention": (8,)},
 }
-SHAPES = {"mlp": (8, 8, 1), "dit": (16, 16, 1)}
+SHAPES = {"mlp": (8, 8, 1), "dit": (16, 16, 1), "edm2": (16, 16, 1)}
 
 
 def compiled(model: str, loss: str, batch_size: int) -> tuple:
   """Returns the compiled step and its arguments."""
   shape, classes = SHAPES[model], 10
   section = config.use("models", model, **SIZES[model]).to_dict()
-  network = lookup.build("models", section, shape=shape, classes=classes)
+  network = lookup.build("models", section, shape=shape, classes=classes, sigma_d=0.5)
   chosen = config.use("losses", loss).to_dict()
   objective = lookup.build(
     "losses", chosen, network=network, teacher=network.apply, sigma_d=0.5
@@ -46,7 +47,8 @@ def compiled(model: str, loss: str, batch_size: int) -> tuple:
     "x0": 0.5 * jax.random.normal(key, (batch_size, *shape)),
     "cond": {"label": jnp.arange(batch_size) % classes},
   }
-  function = jax.jit(step.build(objective, optimizer, betas, rate), donate_argnums=0)
+  train_step = step.build(objective, optimizer, betas, rate, network.normalize)
+  function = jax.jit(train_step, donate_argnums=0)
   return (
     function.lower(start, batch, key, frozen).compile(),
     (batch, key, frozen),

@@ -58,11 +58,14 @@ class Network(NamedTuple):
       float32 or wider; dropout is on if, and only if, a key is given.
     logvar: (params, t [B]) -> w_phi(t) [B]; apart from apply, so that no jvp of
       the network runs through it.
+    normalize: (params) -> params, with the norms that the network prescribes to its
+      weights; applied after every update.
   """
 
   init: Callable[[PRNGKey], Params]
   apply: Callable[..., Array]
   logvar: Callable[[Params, Array], Array]
+  normalize: Callable[[Params], Params] = lambda params: params
 
 
 class LossFn(Protocol):

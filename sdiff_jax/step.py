@@ -20,6 +20,7 @@ def build(
   optimizer: optax.GradientTransformation,
   betas: dict[str, Callable[[Array], Array]],
   rate: optax.Schedule,
+  normalize: Callable[[Params], Params] = lambda params: params,
 ) -> Step:
   """Returns (state, batch, key, frozen) -> (state, metrics).
 
@@ -28,6 +29,7 @@ def build(
     optimizer: turns gradients into updates.
     betas: profile -> decay of the average at update n (see `ema`).
     rate: step -> learning rate, to log it.
+    normalize: the network's, applied to the parameters after each update.
 
   Returns:
     A pure function. `key` is the run's own; the step's number is folded into it.
@@ -45,7 +47,7 @@ def build(
     # optax raises floats to integer powers, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = normalize(optax.apply_updates(state.params, updates))
     n = state.step + 1
     averages = ema.update(state.ema, params, n, betas)
     norm = optax.tree.norm(grads)

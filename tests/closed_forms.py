@@ -118,10 +118,11 @@ def central(f: Callable, primals: tuple, tangents: tuple, h: float = 1e-5) -> Ar
 
 
 def random_params(net: Network, seed: int = 0, dtype: str = "float64") -> dict:
-  """Returns random parameters of a network, none of its layers zero."""
+  """Returns random parameters of a network, none of its layers zero, its gains 1."""
   with jax.numpy_dtype_promotion("standard"):  # init under x64 mixes types
     shapes = jax.eval_shape(net.init, jax.random.key(0))
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), dtype), shapes
+    lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape) if p.shape else 1, dtype),
+    shapes,
   )

@@ -37,13 +37,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
   def init(key: Any, frozen: Params) -> state.TrainState:
     params = _start_from(frozen, experiment.network.init(key))
+    params = experiment.network.normalize(params)
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
   everywhere = sharding.replicated(experiment.mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = jax.eval_shape(init, key, frozen)
   placed = experiments.place(abstract, experiment.mesh)
-  train_step = step.build(loss, optimizer, betas, rate)
+  normalize = experiment.network.normalize
+  train_step = step.build(loss, optimizer, betas, rate, normalize)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:
@@ -241,14 +243,16 @@ def _flops(
 ) -> float:
   """Returns the floating-point operations of one step, over all devices.
 
-  Counted in the lowered program, which counts a loop's body once: the loop over
-  blocks is unrolled for it.
+  Counted in the lowered program, which counts a loop's body once: a loop over blocks
+  is unrolled for it.
   """
   config = config.copy_and_resolve_references()
-  config.model.unroll = config.model.depth
+  if "unroll" in config.model:
+    config.model.unroll = config.model.depth
   network = experiments.network(config, source)
   rate, optimizer, betas = _optimisation(config)
-  train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)
+  loss = _loss(config, network, teacher)
+  train_step = step.build(loss, optimizer, betas, rate, network.normalize)
   batch = _batch_shapes(config, source)
   lowered = jax.jit(train_step).lower(abstract, batch, key, frozen)
   return float(lowered.cost_analysis()["flops"])

@@ -9,7 +9,12 @@ from sdiff_jax.models import layers
 
 
 def from_module(
-  module: nn.Module, *, shape: tuple[int, ...], classes: int, guidance: bool
+  module: nn.Module,
+  *,
+  shape: tuple[int, ...],
+  classes: int,
+  guidance: bool,
+  head: nn.Module = layers.LogVar(),  # noqa: B008
 ) -> Network:
   """Returns the Network of a module (x, t, cond, deterministic=...) -> F.
 
@@ -18,8 +23,8 @@ def from_module(
     shape: shape of one sample.
     classes: number of labels; 0 for none.
     guidance: whether the module takes a guidance scale.
+    head: Linen module t [B] -> w_phi(t) [B].
   """
-  head = layers.LogVar()
 
   def init(key: PRNGKey) -> Params:
     key_net, key_head = jax.random.split(key)

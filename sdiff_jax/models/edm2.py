@@ -1,0 +1,254 @@
+"""EDM2's magnitude-preserving U-Net (arXiv:2312.02696, config G) for TrigFlow."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import trigflow
+from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
+from sdiff_jax.models import layers, network, published
+from sdiff_jax.models import magnitude as mp
+from sdiff_jax.models.edm2_blocks import Block, Embedding
+
+# Channels of the published sizes; nothing else differs between them.
+PRESETS = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
+
+
+class UNet(nn.Module):
+  """EDM2's raw network of (x, time, cond), [B, H, W, C] -> [B, H, W, C]."""
+
+  channels: int
+  mults: tuple[int, ...]
+  blocks: int
+  attention: tuple[int, ...]
+  head_channels: int
+  embedding: str
+  classes: int
+  guidance: bool
+  norm: str
+  dropout: float
+  dropout_resolution: int
+  clip: float
+  remat: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
+    sizes = [self.channels * m for m in self.mults]
+    height, colours = x.shape[1], x.shape[-1]
+    emb = Embedding(
+      sizes[0],
+      max(sizes),
+      self.embedding,
+      self.classes,
+      self.guidance,
+      name="embedding",
+    )(t, cond)
+    block = nn.remat(Block) if self.remat else Block
+
+    def make(level: int, part: str, name: str, features: int, **options) -> Block:
+      resolution = height >> level
+      attends = name == "in0" or ("block" in name and resolution in self.attention)
+      return block(
+        features,
+        encoder=part == "enc",
+        resample={"down": "halve", "up": "double"}.get(name, ""),
+        heads=features // self.head_channels if attends else 0,
+        norm=self.norm,
+        dropout=self.dropout if resolution <= self.dropout_resolution else 0.0,
+        deterministic=deterministic,
+        clip=self.clip,
+        dtype=self.dtype,
+        name=f"{part}_{level}_{name}",
+      )
+
+    # A channel of ones takes the place of biases.
+    h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1).astype(self.dtype)
+    h = mp.Conv(sizes[0], self.dtype, name="in")(h)
+    skips = [h]
+    for level, size in enumerate(sizes):
+      if level:
+        h = make(level, "enc", "down", h.shape[-1])(h, emb)
+        skips.append(h)
+      for i in range(self.blocks):
+        h = make(level, "enc", f"block{i}", size)(h, emb)
+        skips.append(h)
+    for level, size in reversed([*enumerate(sizes)]):
+      first = ("up",) if level < len(sizes) - 1 else ("in0", "in1")
+      for name in first:
+        h = make(level, "dec", name, h.shape[-1])(h, emb)
+      for i in range(self.blocks + 1):
+        h = make(level, "dec", f"block{i}", size)(h, emb, skips.pop())
+    gain = self.param("gain", nn.initializers.zeros, ())
+    return layers.wide(mp.Conv(colours, self.dtype, name="out")(h)) * gain
+
+
+class LogVar(nn.Module):
+  """w = -u of EDM2's log variance u(c_noise), features and one linear layer, [B]."""
+
+  features: int = 128
+
+  @nn.compact
+  def __call__(self, c_noise: Array) -> Array:
+    x = mp.Fourier(self.features, name="fourier")(c_noise)
+    return -mp.Linear(1, name="linear")(x)[:, 0]
+
+
+def build(
+  *,
+  shape: tuple[int, ...],
+  classes: int,
+  sigma_d: float,
+  preset: str = "S",
+  channels: int = 0,
+  mults: tuple[int, ...] = (1, 2, 3, 4),
+  blocks: int = 3,
+  attention: tuple[int, ...] = (16, 8),
+  head_channels: int = 64,
+  process: str = "trigflow",
+  embedding: str = "positional",
+  norm: str = "double",
+  dropout: float = 0.0,
+  dropout_resolution: int = 16,
+  clip: float = 256.0,
+  guidance: bool = False,
+  remat: bool = False,
+  dtype: str = "float32",
+) -> Network:
+  """Returns the U-Net as a Network: by default as sCM trains it (arXiv:2410.11081).
+
+  A published EDM2 network is process="edm", embedding="fourier", norm="scale", and
+  dropout_resolution at least its height.
+
+  Args:
+    shape: (H, W, C) of one sample, H and W divisible by 2^(levels - 1).
+    classes: number of labels; 0 for none.
+    sigma_d: standard deviation of the data.
+    preset: XS, S, M, L, XL or XXL: 128, 192, 256, 320, 384 or 448 channels.
+    channels: channels at the full resolution instead of the preset's; 0: the preset's.
+    mults: channels of each level as multiples of those of the first.
+    blocks: residual blocks of a level.
+    attention: heights at which blocks attend.
+    head_channels: channels of a head; a block with fewer does not attend.
+    process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
+    embedding: of time, "positional" (slow in t) or "fourier" (EDM2's).
+    norm: "double" (adaptive double norm) or "scale" (EDM2's modulation).
+    dropout: rate inside the blocks.
+    dropout_resolution: largest height with dropout.
+    clip: bound on the output of a block.
+    guidance: take a guidance scale as an input.
+    remat: recompute each block in the backward pass instead of keeping it.
+    dtype: type of the hidden layers; parameters, and all that embeds time, are float32.
+
+  Raises:
+    ValueError: an unknown name, or sizes that do not divide.
+  """
+  for field, value, known in (
+    ("preset", preset, PRESETS),
+    ("process", process, ("trigflow", "edm")),
+    ("embedding", embedding, ("positional", "fourier")),
+    ("norm", norm, ("double", "scale")),
+  ):
+    if value not in known:
+      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(known)}")
+  channels = channels or PRESETS[preset]
+  smallest = 2 ** (len(mults) - 1)
+  if len(shape) != 3 or shape[0] % smallest or shape[1] % smallest:
+    raise ValueError(
+      f"model.mults={mults}: {smallest} must divide height and width of {shape}"
+    )
+  for width in (channels * m for m in mults):
+    if width % 2 or width % max(width // head_channels, 1):
+      raise ValueError(
+        f"model.channels={channels}: {width} must be even and divide into heads of "
+        f"about model.head_channels={head_channels}"
+      )
+  module = UNet(
+    channels,
+    tuple(mults),
+    blocks,
+    tuple(attention),
+    head_channels,
+    embedding,
+    classes,
+    guidance,
+    norm,
+    dropout,
+    dropout_resolution,
+    clip,
+    remat,
+    jnp.dtype(dtype),
+  )
+  edm = process == "edm"
+  net = network.from_module(
+    module,
+    shape=shape,
+    classes=classes,
+    guidance=guidance,
+    head=LogVar() if edm else layers.LogVar(),
+  )._replace(normalize=mp.normalize_weights)
+  return _of_edm(net, sigma_d) if edm else net
+
+
+def _of_edm(raw: Network, sigma_d: float) -> Network:
+  """Returns the TrigFlow network of one that takes EDM's c_noise for its time."""
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    net = functools.partial(raw.apply, params, key=key)
+    return trigflow.from_edm(net, sigma_d)(x, t, cond)
+
+  def logvar(params: Params, t: Array) -> Array:
+    return raw.logvar(params, jnp.log(sigma_d * jnp.tan(t)) / 4)
+
+  return raw._replace(apply=apply, logvar=logvar)
+
+
+# Our names -> those of published files, to be replaced in this order.
+PUBLISHED = {
+  "/net/gain": "unet.out_gain",
+  "/net/out/": "unet.out_conv.",
+  "/net/embedding/": "unet.emb_",
+  "/net/": "unet.",
+  "/logvar/": "logvar_",
+  "/modulation/gain": ".emb_gain",
+  "/modulation/scale/": ".emb_linear.",
+  "/attention/": ".attn_",
+  "/in/": ".conv_res0.",
+  "/out/": ".conv_res1.",
+  "/skip/": ".conv_skip.",
+  "/": ".",
+}
+
+
+def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
+  """Returns the state dict of a published EDM2 network as our parameters.
+
+  Args:
+    tensors: name -> array, of the preconditioned network (`unet.*`, `logvar_*`).
+    like: abstract parameters of the network that they are for; see `build` for the
+      fields of a published one.
+
+  Raises:
+    UserError: missing, left over or wrongly shaped tensors; the message lists them.
+  """
+  first = re.compile(r"unet\.enc\.(\d+)x\d+_conv\.weight")
+  height = next((int(m[1]) for m in map(first.fullmatch, tensors) if m), 0)
+
+  def name_of(path: str) -> str:
+    if path == "/net/in/weight":
+      return f"unet.enc.{height}x{height}_conv.weight"
+    for ours, theirs in PUBLISHED.items():
+      path = path.replace(ours, theirs)
+
+    def side(match: re.Match) -> str:  # level 1 of height 64 is 32x32
+      size = height >> int(match[2])
+      return f"{match[1]}.{size}x{size}_"
+
+    return re.sub(r"(enc|dec)_(\d+)_", side, path)
+
+  return published.restore(tensors, like, name_of)
