@@ -46,7 +46,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Network:
   """Returns the network of a config for the images of a source."""
   return lookup.build(
-    "models", config.model.to_dict(), shape=source.shape, classes=source.classes
+    "models",
+    config.model.to_dict(),
+    shape=source.shape,
+    classes=source.classes,
+    sigma_d=config.sigma_d,
   )
 
 

@@ -245,7 +245,8 @@ def _flops(
   blocks is unrolled for it.
   """
   config = config.copy_and_resolve_references()
-  config.model.unroll = config.model.depth
+  if "unroll" in config.model:
+    config.model.unroll = config.model.depth
   network = experiments.network(config, source)
   rate, optimizer, betas = _optimisation(config)
   train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)
