@@ -194,7 +194,9 @@ def _legacy(file: IO[bytes]) -> Any:
   for key in _Unpickler(file).load():
     (numel,) = struct.unpack("<q", file.read(8))
     _check(numel == storages[key].size, "a storage of two sizes")
-    storages[key][:] = np.frombuffer(file.read(storages[key].nbytes), storages[key].dtype)
+    storages[key][:] = np.frombuffer(
+      file.read(storages[key].nbytes), storages[key].dtype
+    )
   return out
 
 
