@@ -43,6 +43,9 @@ def base() -> ml_collections.ConfigDict:
       "config": "",  # config file that trains it, for the message if it is missing
     }
   )
+  # The job `convert`: weights to make a work directory of, .pt, .safetensors, .npz, or
+  # a .pkl of EDM or EDM2. EDM's images are data with mean 0 and std 0.5.
+  c.convert = ml_collections.ConfigDict({"file": ""})
   c.train = ml_collections.ConfigDict(
     {
       "steps": 1000,

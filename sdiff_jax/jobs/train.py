@@ -30,7 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
   chosen = sampling.plan(config)
-  rate, optimizer, betas = _optimisation(config)
+  rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
   experiments.claim(config, workdir)
@@ -141,7 +141,7 @@ def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) ->
   }
 
 
-def _optimisation(config: ml_collections.ConfigDict) -> tuple:
+def optimisation(config: ml_collections.ConfigDict) -> tuple:
   """Returns learning rate, optimiser and the decays of the averages."""
   chosen, train = config.optim, config.train
   rate = optim.schedule(
@@ -248,7 +248,7 @@ def _flops(
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
   network = experiments.network(config, source)
-  rate, optimizer, betas = _optimisation(config)
+  rate, optimizer, betas = optimisation(config)
   train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)
   batch = _batch_shapes(config, source)
   lowered = jax.jit(train_step).lower(abstract, batch, key, frozen)
