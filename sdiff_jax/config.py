@@ -73,7 +73,9 @@ def base() -> ml_collections.ConfigDict:
   )
   c.ema = ml_collections.ConfigDict(
     # "power/sigma_rel" (EDM2) or "half_life/images"; the first one is sampled from.
-    {"profiles": ("power/0.05",)}
+    # The job `ema` makes another one, "power/sigma_rel", from power profiles of the
+    # checkpoints that checkpoint.keep_every kept; two profiles are enough.
+    {"profiles": ("power/0.05",), "posthoc": ""}
   )
   c.checkpoint = ml_collections.ConfigDict(
     {

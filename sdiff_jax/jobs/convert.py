@@ -15,17 +15,31 @@ from sdiff_jax.jobs import train
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes config.json and a checkpoint of step 0, whose averages are the weights.
 
-  What samples, measures, distils or goes on training takes it for a run's.
-
   Raises:
     UserError: the file does not fit the network, or the directory holds a run.
   """
   if not config.convert.file:
     raise UserError("config.convert.file is empty: name the file of the weights")
-  if disk.newest(workdir) is not None:
-    raise UserError(f"{workdir} has checkpoints already; take another --workdir")
+  check_empty(workdir)
   experiment = experiments.build(config)
   params = _params(config, jax.eval_shape(experiment.network.init, jax.random.key(0)))
+  write(experiment, workdir, params)
+  count = sum(x.size for x in jax.tree.leaves(params["net"]))
+  return f"converted {count} parameters of {config.convert.file}: {workdir}"
+
+
+def check_empty(workdir: str) -> None:
+  """Raises a UserError if a work directory has checkpoints."""
+  if disk.newest(workdir) is not None:
+    raise UserError(f"{workdir} has checkpoints already; take another --workdir")
+
+
+def write(experiment: experiments.Experiment, workdir: str, params: Params) -> None:
+  """Writes a work directory as a run of `experiment` that starts from `params`.
+
+  What samples, measures, distils or goes on training takes it for a run's.
+  """
+  config = experiment.config
   _, optimizer, _ = train.optimisation(config)
   experiments.claim(config, workdir)
 
@@ -38,8 +52,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with Checkpoints(workdir) as checkpoints:
     checkpoints.check_disk(abstract, [0])
     checkpoints.save(0, jax.jit(create, out_shardings=shardings)(params))
-  count = sum(x.size for x in jax.tree.leaves(params["net"]))
-  return f"converted {count} parameters of {config.convert.file}: {workdir}"
 
 
 def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
