@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sdiff_jax import weights
+from sdiff_jax import unpickle, weights
 from sdiff_jax.interfaces import UserError
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "weights"
@@ -31,7 +31,7 @@ def test_every_form_holds_the_same(name):
 
 def legacy(object_pickle: bytes, numel: int = 4) -> bytes:
   """Returns a file of PyTorch's older form, with one storage "0" of floats."""
-  parts = [weights.MAGIC, 1001, {"little_endian": True}]
+  parts = [unpickle.MAGIC, 1001, {"little_endian": True}]
   data = b"".join(pickle.dumps(part, 2) for part in parts) + object_pickle
   data += pickle.dumps(["0"], 2) + struct.pack("<q", numel)
   return data + np.arange(numel, dtype=np.float32).tobytes()
@@ -104,13 +104,13 @@ HARM = {
 @pytest.mark.parametrize("name", HARM)
 def test_harm_is_refused(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  before = dict(vars(weights._Dict)), weights._tensor.__defaults__
+  before = dict(vars(unpickle._Dict)), unpickle._tensor.__defaults__
   with pytest.raises(UserError) as error:
     read(HARM[name], tmp_path)
   assert "\n" not in str(error.value)
   assert "holds no tensors" not in str(error.value)  # it was not read to its end
   assert not (tmp_path / "was_run").exists()
-  assert before == (dict(vars(weights._Dict)), weights._tensor.__defaults__)
+  assert before == (dict(vars(unpickle._Dict)), unpickle._tensor.__defaults__)
 
 
 def test_a_pickle_by_torch_that_means_harm(tmp_path, monkeypatch):
