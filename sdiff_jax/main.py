@@ -4,7 +4,8 @@ Jobs (--job=NAME), each on the work directory DIR:
   inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
   convert   make DIR of the weights in config.convert.file, instead of training
-  ema       make DIR of averages that a run did not keep, from those it stored
+  ema       write DIR/posthoc/WIDTH: an average that the run did not keep, made of
+            those that it stored
   sample    write samples.npz and samples.png
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data

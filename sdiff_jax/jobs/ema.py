@@ -19,8 +19,8 @@ from sdiff_jax.jobs import experiment as experiments
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes WORKDIR/posthoc/WIDTH, a work directory of the average of that width.
 
-  It is that of the newest checkpoint, or of sample.checkpoint's step; its own
-  checkpoint is of step 0.
+  It is the average up to the newest checkpoint, or up to sample.checkpoint's step
+  (into WIDTH_STEP); its own checkpoint is of step 0.
 
   Raises:
     UserError: config.ema.posthoc is no power profile, or the run stored none.
@@ -48,7 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     raise UserError(f"config.ema.posthoc={config.ema.posthoc!r}: {error}") from error
   if jax.process_index() == 0:
     print(f"{len(w)} averages make it up to {left:.2%} of its profile", file=sys.stderr)
-  folder = os.path.join(workdir, "posthoc", config.ema.posthoc.partition("/")[2])
+  name = f"{sigma_rel:g}" + (f"_{step}" if config.sample.checkpoint else "")
+  folder = os.path.join(workdir, "posthoc", name)
   convert.check_empty(folder)
   w = np.float32(w).reshape(len(steps), len(powers))
   total = _combined(experiment, workdir, steps, powers, w)
