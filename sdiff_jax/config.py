@@ -43,6 +43,9 @@ def base() -> ml_collections.ConfigDict:
       "config": "",  # config file that trains it, for the message if it is missing
     }
   )
+  # The job `convert`: weights to make a work directory of, .pt, .safetensors, .npz, or
+  # a .pkl of EDM or EDM2. EDM's images are data with mean 0 and std 0.5.
+  c.convert = ml_collections.ConfigDict({"file": ""})
   c.train = ml_collections.ConfigDict(
     {
       "steps": 1000,
@@ -70,7 +73,9 @@ def base() -> ml_collections.ConfigDict:
   )
   c.ema = ml_collections.ConfigDict(
     # "power/sigma_rel" (EDM2) or "half_life/images"; the first one is sampled from.
-    {"profiles": ("power/0.05",)}
+    # The job `ema` makes another one, "power/sigma_rel", from power profiles of the
+    # checkpoints that checkpoint.keep_every kept; two profiles are enough.
+    {"profiles": ("power/0.05",), "posthoc": ""}
   )
   c.checkpoint = ml_collections.ConfigDict(
     {

@@ -14,13 +14,18 @@ NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_ACCESS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
-def newest(workdir: str) -> int | None:
-  """Returns the step of the newest complete checkpoint on disk, None without one."""
+def steps(workdir: str) -> list[int]:
+  """Returns the steps of the complete checkpoints on disk, rising."""
   try:  # a checkpoint gets its name, the step, when it is complete
     names = os.listdir(os.path.join(workdir, CHECKPOINTS))
   except OSError:
-    return None
-  return max((int(name) for name in names if name.isdecimal()), default=None)
+    return []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest(workdir: str) -> int | None:
+  """Returns the step of the newest complete checkpoint on disk, None without one."""
+  return max(steps(workdir), default=None)
 
 
 def check_writable(workdir: str) -> None:

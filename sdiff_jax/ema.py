@@ -1,4 +1,4 @@
-"""Exponential moving averages of the parameters, several at once."""
+"""Averages of the parameters: several at once, and others from those, afterwards."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.interfaces import Array, Params
+from sdiff_jax import config as configs
+from sdiff_jax.interfaces import Array, Params, UserError
 
 RAMPUP = 0.05  # a half-life is at most this share of the images seen (EDM)
 
@@ -51,27 +52,19 @@ def betas(profiles: tuple[str, ...], batch_size: int) -> dict[str, Callable]:
   """Returns profile -> (n -> beta_n) of "power/sigma_rel" and "half_life/images".
 
   Raises:
-    ValueError: another form, or a width out of range.
+    UserError: another form.
+    ValueError: a width out of range.
   """
   out = {}
   for profile in profiles:
-    name, _, number = profile.partition("/")
-    if name not in ("power", "half_life") or not _is_number(number):
-      raise ValueError(
+    name, value = configs.name_and_number(profile, "ema.profiles")
+    if name not in ("power", "half_life"):
+      raise UserError(
         f"config.ema.profiles: {profile!r} is neither power/sigma_rel nor "
         "half_life/images"
       )
-    value = float(number)
     out[profile] = power(value) if name == "power" else half_life(value, batch_size)
   return out
-
-
-def _is_number(text: str) -> bool:
-  try:
-    float(text)
-  except ValueError:
-    return False
-  return True
 
 
 def update(
@@ -91,3 +84,41 @@ def update(
     return lambda a, p: beta * a + (1 - beta) * p
 
   return {k: jax.tree.map(mix(betas[k](n)), averages[k], params) for k in averages}
+
+
+def posthoc(
+  steps: np.ndarray, sigma_rels: np.ndarray, step: float, sigma_rel: float
+) -> tuple[np.ndarray, float]:
+  """Returns weights w of stored power averages that make another one of them.
+
+  They minimise |sum_i w_i p_i - p|^2 over profiles p_i(u) = (gamma_i + 1) u^gamma_i /
+  t_i^(gamma_i + 1) on [0, t_i] (arXiv:2312.02696, algorithm 3), and are then divided
+  by their sum, as EDM2 does. The averages of `update` are these profiles, integrated
+  over each step.
+
+  Args:
+    steps: t_i, updates that each average has seen, above 0, [N].
+    sigma_rels: width of each profile, [N].
+    step: t, updates of the wanted average.
+    sigma_rel: its width.
+
+  Returns:
+    w, float64 [N], and the distance |sum_i w_i p_i - p| / |p| that is left.
+
+  Raises:
+    ValueError: a width out of range.
+  """
+  t = np.asarray([*steps, step], np.float64)
+  gamma = np.asarray([power_exponent(s) for s in (*sigma_rels, sigma_rel)])
+  late, exponent = t[:, None] >= t, gamma[:, None]
+  # int_0^min p_i p_j: the ratio of the steps to the power of the later one's gamma.
+  ratio = np.minimum(t[:, None], t) / np.maximum(t[:, None], t)
+  products = (exponent + 1) * (gamma + 1) / (exponent + gamma + 1)
+  products *= ratio ** np.where(late, exponent, gamma) / np.maximum(t[:, None], t)
+  inner, wanted = products[:-1, :-1], products[:-1, -1]
+  scale = 1 / np.sqrt(np.diag(inner))  # profiles of norm 1, which conditions better
+  solved = np.linalg.lstsq(inner * scale[:, None] * scale, wanted * scale, rcond=1e-15)
+  w = solved[0] * scale
+  w /= w.sum()
+  left = products[-1, -1] - 2 * w @ wanted + w @ inner @ w
+  return w, float(np.sqrt(max(left, 0) / products[-1, -1]))

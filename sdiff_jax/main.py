@@ -3,6 +3,9 @@
 Jobs (--job=NAME), each on the work directory DIR:
   inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
+  convert   make DIR of the weights in config.convert.file, instead of training
+  ema       write DIR/posthoc/WIDTH: an average that the run did not keep, made of
+            those that it stored
   sample    write samples.npz and samples.png
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
@@ -32,7 +35,16 @@ from sdiff_jax import config as configs
 from sdiff_jax import disk, processes
 from sdiff_jax.interfaces import UserError
 
-JOBS = ("inspect", "train", "sample", "features", "evaluate", "report")
+JOBS = (
+  "inspect",
+  "train",
+  "convert",
+  "ema",
+  "sample",
+  "features",
+  "evaluate",
+  "report",
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
@@ -48,7 +60,7 @@ def main(argv: list[str]) -> None:
     disk.check_writable(workdir)
     processes.start()
     job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
-    if config is None and _JOB.value == "train":
+    if config is None and _JOB.value in ("train", "convert"):
       raise UserError("--config is missing: name a file of configs/")
     if config is None and _JOB.value != "report":
       config = importlib.import_module("sdiff_jax.jobs.experiment").read(workdir)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sdiff_jax import ema
+from sdiff_jax.interfaces import UserError
 
 
 def width(gamma):
@@ -119,18 +120,95 @@ def test_impossible_widths_are_refused(sigma_rel):
     ema.betas((f"power/{sigma_rel}",), 8)
 
 
-@pytest.mark.parametrize("profile", ["uniform/3", "power", "half_life/1/2"])
-def test_unknown_profiles_are_refused(profile):
-  with pytest.raises(ValueError, match=r"config.ema.profiles: '.*' is neither"):
-    ema.betas((profile,), 8)
-
-
-@pytest.mark.parametrize("profile", ["power/x", "power", "mean/3"])
-def test_other_profiles_are_named(profile):
-  with pytest.raises(ValueError, match="config.ema.profiles: .* is neither"):
+@pytest.mark.parametrize(
+  ("profile", "message"),
+  [
+    ("uniform/3", "'uniform/3' is neither power/sigma_rel nor half_life/images"),
+    ("power", "'power' is not of the form name/number"),
+    ("power/x", "'power/x' is not of the form name/number"),
+    ("half_life/1/2", "'half_life/1/2' is not of the form name/number"),
+  ],
+)
+def test_unknown_profiles_are_refused(profile, message):
+  with pytest.raises(UserError, match=f"config.ema.profiles: {message}"):
     ema.betas((profile,), 8)
 
 
 def test_a_half_life_is_above_zero():
   with pytest.raises(ValueError, match="half_life/-1.0: must be above 0"):
     ema.betas(("half_life/-1",), 8)
+
+
+# Averages of another width, afterwards.
+
+
+def profile(steps: np.ndarray, gamma: float, t: float) -> np.ndarray:
+  """Weight of each of the updates `steps` in the average at t, a power profile."""
+  share = np.clip(np.stack([steps, steps - 1]) / t, 0, 1) ** (gamma + 1)
+  return share[0] - share[1]
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_posthoc_weights_of_edm2(fixture, column):
+  phema = fixture("phema")
+  step, sigma_rel = phema["out_ofs"][column], phema["out_std"][column]
+  w, _ = ema.posthoc(phema["in_ofs"], phema["in_std"], step, sigma_rel)
+  np.testing.assert_allclose(w, phema["coef"][:, column], rtol=1e-6, atol=1e-12)
+
+
+def test_posthoc_average_of_edm2(fixture):
+  phema = fixture("phema")
+  steps, widths = np.tile(np.arange(50, 401, 50), 2), np.repeat([0.05, 0.1], 8)
+  w, left = ema.posthoc(steps, widths, 400, 0.08)
+  np.testing.assert_allclose(w, phema["posthoc_coef_400_0.08"][:, 0], atol=1e-9)
+  value = w @ phema["ema_snapshots_every50"].T.ravel()
+  np.testing.assert_allclose(value, phema["posthoc_value"], rtol=1e-8)
+  assert left < 0.011
+  # The average itself, of all 400 values.
+  true = profile(np.arange(1, 401), ema.power_exponent(0.08), 400) @ phema["theta"]
+  assert value == pytest.approx(true, rel=1e-3)
+
+
+def test_a_stored_average_is_found_again():
+  steps, widths = np.tile([30, 60, 90], 2), np.repeat([0.05, 0.1], 3)
+  w, left = ema.posthoc(steps, widths, 60, 0.1)
+  np.testing.assert_allclose(w, [0, 0, 0, 0, 1, 0], atol=1e-9)
+  assert left < 1e-6
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.08, 0.12, 0.15])
+def test_posthoc_profiles_have_their_width(sigma_rel):
+  """Mean and width of the weights that all updates get are the closed forms'."""
+  n, count = 2000, 40
+  updates = np.arange(1, n + 1)
+  stored = np.repeat(np.arange(1, count + 1) * n // count, 2)
+  widths = np.tile([0.04, 0.16], count)
+  w, left = ema.posthoc(stored, widths, n, sigma_rel)
+  gammas = [ema.power_exponent(s) for s in widths]
+  total = sum(
+    k * profile(updates, g, t) for k, g, t in zip(w, gammas, stored, strict=True)
+  )
+  t = (updates - 0.5) / n
+  mean, gamma = (total * t).sum(), ema.power_exponent(sigma_rel)
+  assert total.sum() == pytest.approx(1, rel=1e-9)
+  assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
+  spread = np.sqrt((total * (t - mean) ** 2).sum())
+  assert spread == pytest.approx(sigma_rel, rel=1e-3)
+  assert left < 5e-3
+
+
+def test_more_snapshots_come_closer_to_the_true_average():
+  """Of a random walk, whose averages `update` made."""
+  rng = np.random.default_rng(0)
+  theta = np.cumsum(rng.normal(size=(400, 16)), 0).astype(np.float32)
+  wanted = averages("power/0.1", 1, jnp.asarray(theta))[-1]
+  kept = {s: averages(f"power/{s}", 1, jnp.asarray(theta)) for s in (0.05, 0.15)}
+  errors = []
+  for every in (200, 50, 10):
+    at = np.arange(every, 401, every)
+    steps, widths = np.tile(at, 2), np.repeat([*kept], len(at))
+    w, _ = ema.posthoc(steps, widths, 400, 0.1)
+    parts = np.concatenate([kept[s][at - 1] for s in kept]).astype(np.float64)
+    errors.append(np.abs(w @ parts - wanted).max() / np.abs(wanted).max())
+  assert errors[0] > errors[1] > errors[2]
+  assert errors[2] < 1e-3

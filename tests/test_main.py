@@ -80,7 +80,7 @@ def teacher(cache, tmp_path_factory) -> pathlib.Path:
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
   built = experiment.build(experiment.read(str(workdir)))
-  _, optimizer, _ = train._optimisation(built.config)
+  _, optimizer, _ = train.optimisation(built.config)
   profiles = tuple(built.config.ema.profiles)
 
   def create(key):

@@ -30,7 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
   chosen = sampling.plan(config)
-  rate, optimizer, betas = _optimisation(config)
+  rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
   experiments.claim(config, workdir)
@@ -143,7 +143,7 @@ def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) ->
   }
 
 
-def _optimisation(config: ml_collections.ConfigDict) -> tuple:
+def optimisation(config: ml_collections.ConfigDict) -> tuple:
   """Returns learning rate, optimiser and the decays of the averages."""
   chosen, train = config.optim, config.train
   rate = optim.schedule(
@@ -250,7 +250,7 @@ def _flops(
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
   network = experiments.network(config, source)
-  rate, optimizer, betas = _optimisation(config)
+  rate, optimizer, betas = optimisation(config)
   loss = _loss(config, network, teacher)
   train_step = step.build(loss, optimizer, betas, rate, network.normalize)
   batch = _batch_shapes(config, source)

@@ -1,15 +1,14 @@
 """EDM2's magnitude-preserving U-Net (arXiv:2312.02696, config G) for TrigFlow."""
 
-import functools
 import re
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
-from sdiff_jax.models import layers, network, published
+from sdiff_jax import weights
+from sdiff_jax.interfaces import Array, Cond, Network, Params
+from sdiff_jax.models import layers, network
 from sdiff_jax.models import magnitude as mp
 from sdiff_jax.models.edm2_blocks import Block, Embedding
 
@@ -190,22 +189,7 @@ def build(
     guidance=guidance,
     head=LogVar() if edm else layers.LogVar(),
   )._replace(normalize=mp.normalize_weights)
-  return _of_edm(net, sigma_d) if edm else net
-
-
-def _of_edm(raw: Network, sigma_d: float) -> Network:
-  """Returns the TrigFlow network of one that takes EDM's c_noise for its time."""
-
-  def apply(
-    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
-  ) -> Array:
-    net = functools.partial(raw.apply, params, key=key)
-    return trigflow.from_edm(net, sigma_d)(x, t, cond)
-
-  def logvar(params: Params, t: Array) -> Array:
-    return raw.logvar(params, jnp.log(sigma_d * jnp.tan(t)) / 4)
-
-  return raw._replace(apply=apply, logvar=logvar)
+  return network.of_edm(net, sigma_d) if edm else net
 
 
 # Our names -> those of published files, to be replaced in this order.
@@ -239,7 +223,8 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   first = re.compile(r"unet\.enc\.(\d+)x\d+_conv\.weight")
   height = next((int(m[1]) for m in map(first.fullmatch, tensors) if m), 0)
 
-  def name_of(path: str) -> str:
+  def name_of(keys: tuple[str, ...]) -> str:
+    path = "".join(f"/{key}" for key in keys)
     if path == "/net/in/weight":
       return f"unet.enc.{height}x{height}_conv.weight"
     for ours, theirs in PUBLISHED.items():
@@ -251,4 +236,4 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
 
     return re.sub(r"(enc|dec)_(\d+)_", side, path)
 
-  return published.restore(tensors, like, name_of)
+  return weights.fitted(tensors, like, name_of)

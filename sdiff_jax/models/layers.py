@@ -1,5 +1,7 @@
 """Layers that the networks share."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,11 +52,12 @@ def layer_norm(x: Array) -> Array:
 class AdaptiveDoubleNorm(nn.Module):
   """y = norm(x) * pnorm(s(emb)) + pnorm(b(emb)) (arXiv:2410.11081, section 4.1).
 
-  norm is a layer norm without parameters, pnorm the pixel norm, s and b are affine
-  in the embedding. x is [B, ..., C], emb [B, E].
+  norm is without parameters, pnorm the pixel norm, s and b are affine in the
+  embedding. x is [B, ..., C], emb [B, E].
   """
 
   dtype: jnp.dtype
+  norm: Callable[[Array], Array] = layer_norm
 
   @nn.compact
   def __call__(self, x: Array, emb: Array) -> Array:
@@ -63,7 +66,7 @@ class AdaptiveDoubleNorm(nn.Module):
     b = nn.Dense(x.shape[-1], dtype=self.dtype, name="shift")(emb)
     ones = (1,) * (x.ndim - 2)
     s, b = (rms_norm(a).reshape(a.shape[0], *ones, a.shape[-1]) for a in (s, b))
-    return layer_norm(x) * s + b
+    return self.norm(x) * s + b
 
 
 class Embedding(nn.Module):

@@ -1,9 +1,12 @@
 """The boundary between Linen modules and the rest: a module becomes a `Network`."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import trigflow
 from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
 from sdiff_jax.models import layers
 
@@ -48,3 +51,21 @@ def from_module(
     return head.apply({"params": params["logvar"]}, t)
 
   return Network(init, apply, logvar)
+
+
+def of_edm(network: Network, sigma_d: float) -> Network:
+  """Returns the TrigFlow form of EDM's inner network, whose time is ln(sigma) / 4.
+
+  See trigflow.from_edm; the parameters are the same.
+  """
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    raw = functools.partial(network.apply, params, key=key)
+    return trigflow.from_edm(raw, sigma_d)(x, t, cond)
+
+  def logvar(params: Params, t: Array) -> Array:
+    return network.logvar(params, jnp.log(sigma_d * jnp.tan(t)) / 4)
+
+  return network._replace(apply=apply, logvar=logvar)

@@ -13,6 +13,14 @@ from sdiff_jax.models import dit, layers
 
 # name -> arguments of build; a new model needs a line here and nothing else.
 CASES = {
+  "ddpmpp": {
+    "shape": (4, 6, 3),
+    "sigma_d": 0.5,
+    "channels": 8,
+    "channel_mult": (1,),
+    "blocks": 0,
+    "attention": (),
+  },
   "dit": {"shape": (4, 6, 2), "width": 16, "depth": 2, "heads": 2},
   "edm2": {
     "shape": (4, 6, 2),
@@ -26,10 +34,13 @@ CASES = {
 }
 COMMON = {"classes": 3, "guidance": True}
 B = 4
-LOOPS, REMAT = (
-  [name for name in CASES if field in lookup.fields("models", name)]
-  for field in ("unroll", "remat")
-)
+# Ways to compute the same: fields of some networks.
+WAYS = [
+  (name, {field: value})
+  for name in CASES
+  for field, value in (("unroll", 2), ("remat", True))
+  if field in lookup.fields("models", name)
+]
 models = pytest.mark.parametrize("name", CASES)
 x64 = pytest.mark.usefixtures("x64")
 
@@ -119,10 +130,7 @@ def gradient(name: str, **options) -> dict:
   return of_value(random_params(net, dtype="float32"))["net"]
 
 
-@pytest.mark.parametrize(
-  ("name", "options"),
-  [(n, {"unroll": 2}) for n in LOOPS] + [(n, {"remat": True}) for n in REMAT],
-)
+@pytest.mark.parametrize(("name", "options"), WAYS)
 def test_loops_and_remat_change_no_gradient(name, options):
   expected, found = gradient(name), gradient(name, **options)
   jax.tree.map(lambda a, b: close(a, b, 2e-4), found, expected)

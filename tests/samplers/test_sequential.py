@@ -141,6 +141,35 @@ def test_noise_of_rows_and_samples_is_independent():
   assert rows.std() == pytest.approx(1, abs=0.02)
 
 
+def test_heun_through_the_wrapper_is_edms():
+  """The inner network of a Gaussian's D, on both paths over one grid, in float32."""
+  mean, std = np.array([[0.3, -0.2]]), np.array([[0.7, 0.1]])
+
+  def D(x, sigma, cond=None):
+    var = sigma[:, None] ** 2
+    return (std**2 * x + var * mean) / (std**2 + var)
+
+  def raw(x_in, c_noise, cond):
+    """(D - c_skip x) / c_out, of EDM's table 1."""
+    sigma = jnp.exp(4 * c_noise)
+    total = jnp.sqrt(sigma**2 + SIGMA_D**2)[:, None]
+    x = x_in * total
+    skip, out = SIGMA_D**2 / total**2, sigma[:, None] * SIGMA_D / total
+    return (D(x, sigma) - skip * x) / out
+
+  sigmas = times.karras(18)
+  at_sigma = tables.heun(paths.edm(sigmas, SIGMA_D))
+  at_angle = tables.heun(paths.trigflow(np.arctan(sigmas / SIGMA_D), SIGMA_D))
+  z = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+  mean, std = jnp.float32(mean), jnp.float32(std)
+  expected = sample(D, at_sigma, jnp.float32(80 * z))
+  denoiser = trigflow.denoiser(trigflow.from_edm(raw, SIGMA_D), SIGMA_D)
+  start = jnp.float32(80 * z * np.cos(np.arctan(80 / SIGMA_D)))
+  found = sample(denoiser, at_angle, start)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert np.std(expected, 0)[0] > 0.3
+
+
 def test_a_sample_depends_on_its_own_key_alone():
   """Sample 3 of five is, bit for bit, the sample of its seed drawn alone."""
   table = tables.build(sigma_d=SIGMA_D, name="consistency", steps=4)

@@ -1,0 +1,65 @@
+"""Job `convert`: makes a work directory of the weights in someone else's file."""
+
+import inspect
+
+import jax
+import ml_collections
+
+from sdiff_jax import disk, lookup, state, weights
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.interfaces import Params, UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import train
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes config.json and a checkpoint of step 0, whose averages are the weights.
+
+  Raises:
+    UserError: the file does not fit the network, or the directory holds a run.
+  """
+  if not config.convert.file:
+    raise UserError("config.convert.file is empty: name the file of the weights")
+  check_empty(workdir)
+  experiment = experiments.build(config)
+  params = _params(config, jax.eval_shape(experiment.network.init, jax.random.key(0)))
+  write(experiment, workdir, params)
+  count = sum(x.size for x in jax.tree.leaves(params["net"]))
+  return f"converted {count} parameters of {config.convert.file}: {workdir}"
+
+
+def check_empty(workdir: str) -> None:
+  """Raises a UserError if a work directory has checkpoints."""
+  if disk.newest(workdir) is not None:
+    raise UserError(f"{workdir} has checkpoints already; take another --workdir")
+
+
+def write(experiment: experiments.Experiment, workdir: str, params: Params) -> None:
+  """Writes a work directory as a run of `experiment` that starts from `params`.
+
+  What samples, measures, distils or goes on training takes it for a run's.
+  """
+  config = experiment.config
+  _, optimizer, _ = train.optimisation(config)
+  experiments.claim(config, workdir)
+
+  def create(params: Params) -> state.TrainState:
+    return state.create(params, optimizer, tuple(config.ema.profiles))
+
+  abstract = jax.eval_shape(create, params)
+  placed = experiments.place(abstract, experiment.mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, placed)
+  with Checkpoints(workdir) as checkpoints:
+    checkpoints.check_disk(abstract, [0])
+    checkpoints.save(0, jax.jit(create, out_shardings=shardings)(params))
+
+
+def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
+  """Returns the parameters that the file holds for the network of a config."""
+  chosen = config.model.to_dict()
+  reader = getattr(lookup.lookup("models", chosen["name"]), "from_state_dict", None)
+  if reader is None:
+    raise UserError(f"config.model.name={chosen['name']!r}: no file is known for it")
+  wanted = inspect.signature(reader).parameters
+  fields = {k: v for k, v in chosen.items() if k in wanted}
+  return reader(weights.read(config.convert.file), like, **fields)

@@ -1,0 +1,381 @@
+"""The U-Nets DDPM++ and NCSN++ in EDM's form, with or without double normalisation."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import weights
+from sdiff_jax.interfaces import Array, Cond, Network, Params, UserError
+from sdiff_jax.models import dit, layers, network
+
+FOURIER_SCALE = 16
+HALF = 0.5**0.5  # keeps the variance of a sum of two
+
+xavier = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros
+Dense = functools.partial(nn.Dense, kernel_init=xavier)
+Conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=xavier)
+
+
+def resample(
+  x: Array, taps: tuple[float, ...], *, up: bool = False, pad: int | None = None
+) -> Array:
+  """Filters every channel and doubles or halves the sides, [B, H, W, C].
+
+  Args:
+    x: images.
+    taps: of the filter along one axis, an even number; normalised here.
+    up: double the sides; else halve them.
+    pad: zeros around an image that is halved; as many as halve it, unless given.
+  """
+  width, channels = len(taps), x.shape[-1]
+  row = np.asarray(taps, np.float64) / np.sum(taps)
+  kernel = np.outer(row, row) * (4 if up else 1)
+  kernel = jnp.asarray(kernel, x.dtype)[:, :, None, None].repeat(channels, -1)
+  around = width // 2 if up else (width - 1) // 2 if pad is None else pad
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=(1, 1) if up else (2, 2),
+    padding=[(around, around)] * 2,
+    lhs_dilation=(2, 2) if up else None,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=channels,
+  )
+
+
+def group_norm(x: Array) -> Array:
+  """Returns x of mean 0 and variance 1 in min(32, C / 4) groups of channels."""
+  w = layers.wide(x)
+  groups = min(32, x.shape[-1] // 4)
+  w = w.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+  w -= jnp.mean(w, (1, 3), keepdims=True)
+  w *= jax.lax.rsqrt(jnp.mean(jnp.square(w), (1, 3), keepdims=True) + layers.EPS)
+  return w.reshape(x.shape).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+  """group_norm(x) scale + bias."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape).astype(self.dtype)
+    bias = self.param("bias", zeros, shape).astype(self.dtype)
+    ones = (1,) * (x.ndim - 1)
+    return group_norm(x) * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+
+
+class Embedding(nn.Module):
+  """Embeds the time, and label, augmentation and guidance scale, as [B, width].
+
+  A label -1 adds nothing, nor do absent augmentation labels. The linear layer of the
+  guidance scale starts at 0, so a student with it starts as its teacher without it.
+  """
+
+  features: int
+  width: int
+  kind: str
+  classes: int
+  augment: int
+  guidance: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, t: Array, cond: Cond) -> Array:
+    cond, size = cond or {}, self.features
+    if self.kind == "positional":
+      waves = layers.positional(t, size)
+    else:
+      normal = nn.initializers.normal(FOURIER_SCALE)
+      # A constant among the parameters, since a published network brings its own.
+      rows = jax.lax.stop_gradient(self.param("frequencies", normal, (size // 2,)))
+      angles = 2 * np.pi * t[:, None] * rows[None]
+      waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    emb = jnp.roll(waves, size // 2, axis=-1)  # sines first
+    if self.classes:
+      labels = jax.nn.one_hot(cond["label"], self.classes, dtype=emb.dtype)
+      labels *= self.classes**0.5
+      emb += Dense(size, use_bias=False, name="label")(labels)
+      emb += self.param("label_bias", zeros, (size,))[None].astype(emb.dtype)
+    if self.augment:
+      given = cond.get("augment", jnp.zeros((t.shape[0], self.augment), emb.dtype))
+      emb += Dense(size, use_bias=False, name="augment")(given)
+    if self.guidance:
+      scale = layers.positional(cond["guidance"], size)
+      emb += nn.Dense(size, use_bias=False, kernel_init=zeros, name="guidance")(scale)
+    emb = nn.silu(Dense(self.width, name="layer0")(emb))
+    return nn.silu(Dense(self.width, name="layer1")(emb)).astype(self.dtype)
+
+
+class Block(nn.Module):
+  """Two convolutions, the second one modulated, then attention of one head.
+
+  [B, H, W, C] -> [B, H, W, features], or sides doubled or halved before the first.
+  """
+
+  features: int
+  resample: str  # "up", "down" or ""
+  attention: bool
+  taps: tuple[float, ...]
+  modulation: str
+  dropout: float
+  deterministic: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, emb: Array) -> Array:
+    def resampled(x: Array) -> Array:
+      up = self.resample == "up"
+      return resample(x, self.taps, up=up) if self.resample else x
+
+    h = resampled(nn.silu(GroupNorm(self.dtype, name="norm0")(x)))
+    h = Conv(self.features, dtype=self.dtype, name="conv0")(h)
+    if self.modulation == "shift":
+      shift = Dense(self.features, dtype=self.dtype, name="affine")(emb)
+      h = GroupNorm(self.dtype, name="norm1")(h + shift[:, None, None])
+    else:
+      h = layers.AdaptiveDoubleNorm(self.dtype, group_norm, name="norm1")(h, emb)
+    h = nn.Dropout(self.dropout, deterministic=self.deterministic)(nn.silu(h))
+    h = Conv(self.features, dtype=self.dtype, kernel_init=zeros, name="conv1")(h)
+    if self.resample or x.shape[-1] != self.features:
+      x = Dense(self.features, dtype=self.dtype, name="skip")(resampled(x))
+    x = (x + h) * HALF
+    return (x + self._attention(x)) * HALF if self.attention else x
+
+  def _attention(self, x: Array) -> Array:
+    B, H, W, C = x.shape
+    quiet = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
+    h = GroupNorm(self.dtype, name="norm2")(x)
+    h = nn.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
+    # Query, key and value of a channel lie beside one another.
+    q, k, v = jnp.moveaxis(h.reshape(B, H * W, 1, C, 3), -1, 0)
+    h = dit.attention(q, k, v).reshape(x.shape)
+    return nn.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
+
+
+class Unet(nn.Module):
+  """F(x, t, cond) of an image, [B, H, W, C] -> [B, H, W, C]."""
+
+  channels: int
+  channel_mult: tuple[int, ...]
+  blocks: int
+  attention: tuple[int, ...]
+  encoder: str
+  decoder: str
+  taps: tuple[float, ...]
+  modulation: str
+  dropout: float
+  remat: bool
+  embedding: Embedding
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
+    emb = self.embedding(t, cond)
+    make = nn.remat(Block, prevent_cse=False) if self.remat else Block
+
+    def block(name: str, h: Array, features: int, resample="", attention=False):
+      fields = (self.taps, self.modulation, self.dropout, deterministic, self.dtype)
+      return make(features, resample, attention, *fields, name=name)(h, emb)
+
+    _, H, W, C = x.shape
+    levels = [  # name of the resolution, features, whether it has attention
+      (f"{H >> i}x{W >> i}", self.channels * mult, H >> i in self.attention)
+      for i, mult in enumerate(self.channel_mult)
+    ]
+    h, skips = self._encode(x.astype(self.dtype), levels, block)
+    return self._decode(h, skips, levels, C, block)
+
+  def _encode(
+    self, x: Array, levels: list, block: Callable
+  ) -> tuple[Array, list[Array]]:
+    """Returns the last hidden state, and all of them."""
+    h = Conv(self.channels, dtype=self.dtype, name=f"enc_{levels[0][0]}_conv")(x)
+    aux, skips = x, []
+    for i, (at, width, attends) in enumerate(levels):
+      if i:
+        h = block(f"enc_{at}_down", h, h.shape[-1], "down")
+      if i and self.encoder == "skip":
+        aux = resample(aux, self.taps)
+        h += Dense(h.shape[-1], dtype=self.dtype, name=f"enc_{at}_aux_skip")(aux)
+      if i and self.encoder == "residual":
+        pad, name = 1 + (len(self.taps) - 1) // 2, f"enc_{at}_aux_residual"
+        conv = Conv(h.shape[-1], padding=pad, dtype=self.dtype, name=name)
+        h = aux = (h + resample(conv(aux), self.taps, pad=0)) * HALF
+      skips.append(h)
+      for j in range(self.blocks):
+        h = block(f"enc_{at}_block{j}", h, width, attention=attends)
+        skips.append(h)
+    return h, skips
+
+  def _decode(
+    self, h: Array, skips: list[Array], levels: list, colours: int, block: Callable
+  ) -> Array:
+    """Returns the image of the last level, with all levels' where they have some."""
+    aux = None
+    for i, (at, width, attends) in reversed([*enumerate(levels)]):
+      if i == len(levels) - 1:
+        h = block(f"dec_{at}_in0", h, h.shape[-1], attention=True)
+        h = block(f"dec_{at}_in1", h, h.shape[-1])
+      else:
+        h = block(f"dec_{at}_up", h, h.shape[-1], "up")
+      for j in range(self.blocks + 1):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        last = j == self.blocks
+        h = block(f"dec_{at}_block{j}", h, width, attention=attends and last)
+      if self.decoder == "skip" or i == 0:
+        image = nn.silu(GroupNorm(self.dtype, name=f"dec_{at}_aux_norm")(h))
+        conv = functools.partial(Conv, kernel_init=zeros, dtype=self.dtype)
+        image = conv(colours, name=f"dec_{at}_aux_conv")(image)
+        aux = image if aux is None else resample(aux, self.taps, up=True) + image
+    return aux
+
+
+def build(
+  *,
+  shape: tuple[int, ...],
+  classes: int,
+  sigma_d: float,
+  process: str = "trigflow",
+  modulation: str = "double_norm",
+  embedding: str = "positional",
+  encoder: str = "standard",
+  decoder: str = "standard",
+  resample_filter: tuple[float, ...] = (1, 1),
+  channels: int = 128,
+  channel_mult: tuple[int, ...] = (2, 2, 2),
+  emb_mult: int = 4,
+  noise_mult: int = 1,
+  blocks: int = 4,
+  attention: tuple[int, ...] = (16,),
+  augment: int = 0,
+  dropout: float = 0.0,
+  guidance: bool = False,
+  remat: bool = False,
+  dtype: str = "float32",
+) -> Network:
+  """Returns the U-Net as a Network; the defaults are DDPM++ for CIFAR-10.
+
+  DDPM++ and NCSN++ (arXiv:2011.13456, appendix C) as EDM has them (arXiv:2206.00364,
+  table 7). NCSN++ is embedding="fourier", noise_mult=2, encoder="residual",
+  resample_filter=(1, 3, 3, 1). A network that EDM published is process="edm",
+  modulation="shift", augment=9.
+
+  Args:
+    shape: (H, W, C) of one sample.
+    classes: number of labels; 0 for none.
+    sigma_d: standard deviation of the data.
+    process: "trigflow", or "edm": the network is EDM's inner one, told ln(sigma) / 4,
+      and F what trigflow.from_edm makes of it.
+    modulation: how the embedding enters a block: "double_norm", or "shift", added
+      before the norm (EDM).
+    embedding: of the time, "positional" or "fourier".
+    encoder: "standard", or with the image at lower resolutions, "skip" or "residual".
+    decoder: "standard", or "skip", which adds up an image of every resolution.
+    resample_filter: taps that halve and double the sides.
+    channels: features at multiplier 1.
+    channel_mult: multiplier of each resolution, from the highest.
+    emb_mult: features of the embedding, over channels.
+    noise_mult: features of the embedded time, over channels.
+    blocks: blocks of a resolution.
+    attention: heights of the resolutions with attention.
+    augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
+    dropout: rate inside the blocks.
+    guidance: take a guidance scale as an input.
+    remat: recompute each block in the backward pass instead of keeping it.
+    dtype: type of the hidden layers; parameters are float32.
+
+  Raises:
+    ValueError: an unknown word, or sizes that do not divide.
+  """
+  for field, value, words in (
+    ("process", process, ("trigflow", "edm")),
+    ("modulation", modulation, ("double_norm", "shift")),
+    ("embedding", embedding, ("positional", "fourier")),
+    ("encoder", encoder, ("standard", "skip", "residual")),
+    ("decoder", decoder, ("standard", "skip")),
+  ):
+    if value not in words:
+      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(words)}")
+  times = 2 ** (len(channel_mult) - 1)
+  if len(shape) != 3 or shape[0] % times or shape[1] % times:
+    raise ValueError(
+      f"model.channel_mult={channel_mult}: {times} must divide height and width of "
+      f"{shape}"
+    )
+  if channels % (32 if channels * max(channel_mult) > 64 else 4):
+    raise ValueError(
+      f"model.channels={channels}: take a multiple of 4, and of 32 where a resolution "
+      "has more than 64 features"
+    )
+  if len(resample_filter) % 2:
+    raise ValueError(f"model.resample_filter={resample_filter}: take an even number")
+  module = Unet(
+    channels=channels,
+    channel_mult=tuple(channel_mult),
+    blocks=blocks,
+    attention=tuple(attention),
+    encoder=encoder,
+    decoder=decoder,
+    taps=tuple(resample_filter),
+    modulation=modulation,
+    dropout=dropout,
+    remat=remat,
+    embedding=Embedding(
+      features=channels * noise_mult,
+      width=channels * emb_mult,
+      kind=embedding,
+      classes=classes,
+      augment=augment,
+      guidance=guidance,
+      dtype=jnp.dtype(dtype),
+    ),
+    dtype=jnp.dtype(dtype),
+  )
+  net = network.from_module(module, shape=shape, classes=classes, guidance=guidance)
+  return network.of_edm(net, sigma_d) if process == "edm" else net
+
+
+def from_state_dict(
+  tensors: dict[str, np.ndarray],
+  like: Params,
+  *,
+  resample_filter: tuple[float, ...] = (1, 1),
+) -> Params:
+  """Returns the parameters that a state dict of EDM's EDMPrecond holds.
+
+  Args:
+    tensors: by their names there, such as "model.enc.32x32_conv.weight".
+    like: abstract parameters of the network; w_phi, which EDM has not, starts at 0.
+    resample_filter: of the network; the filters of the file must be the same.
+
+  Raises:
+    UserError: tensors that are missing, left over or of another shape.
+  """
+  taps = np.outer(resample_filter, resample_filter) / np.sum(resample_filter) ** 2
+  filters = {k: v for k, v in tensors.items() if k.endswith(".resample_filter")}
+  for name, found in filters.items():
+    if found.shape[2:] != taps.shape or not np.allclose(found, taps, atol=1e-3):
+      raise UserError(
+        f"config.model.resample_filter={resample_filter}: {name} is another one, "
+        f"{found.squeeze().tolist()}"
+      )
+  rest = {k: v for k, v in tensors.items() if k not in filters}
+  fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
+  return {"net": weights.fitted(rest, like["net"], _name), "logvar": fixed}
+
+
+def _name(keys: tuple[str, ...]) -> str:
+  """Returns EDM's name of a parameter, "model.enc.16x16_block0.conv0.weight"."""
+  keys = tuple({"kernel": "weight", "scale": "weight"}.get(k, k) for k in keys)
+  if keys[0] != "embedding":
+    return ".".join(("model", keys[0].replace("_", ".", 1), *keys[1:]))
+  special = {"label_bias": "label.bias", "frequencies": "noise.freqs"}
+  return "model.map_" + ".".join(special.get(k, k) for k in keys[1:])

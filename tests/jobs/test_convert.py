@@ -1,0 +1,131 @@
+"""Work directories of other people's weights."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdiff_jax import config as configs
+from sdiff_jax import trigflow
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import convert, sampling, train
+from sdiff_jax.jobs import experiment as experiments
+
+ROOT = pathlib.Path(__file__).parents[2]
+LABELS = np.array([1, 3, -1])  # rows 0, 1 and 3 of the fixture
+CONFIG = """
+from sdiff_jax import config
+
+def get_config():
+  c = config.base()
+  c.data = config.use("data", "npz", path={data!r})
+  c.model = config.use(
+    "models", "ddpmpp", process="edm", modulation="shift", channels=16,
+    channel_mult=(1, 2), emb_mult=2, blocks=1, attention=(8,), augment=9,
+  )
+  return c
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> pathlib.Path:
+  """A folder with a config, its data, and the weights of a small network of EDM's."""
+  folder = tmp_path_factory.mktemp("files")
+  with np.load(ROOT / "tests/fixtures/edm_ddpmpp.npz") as arrays:
+    np.savez(folder / "edm.npz", **{k[2:]: arrays[k] for k in arrays if k[:2] == "w/"})
+  images = np.zeros((4, 16, 16, 3), np.uint8)
+  np.savez(folder / "data.npz", images=images, labels=np.arange(4))
+  text = CONFIG.format(data=str(folder / "data.npz"))
+  (folder / "config.py").write_text(text)
+  return folder
+
+
+def config_of(files: pathlib.Path, file: str = "edm.npz"):
+  names = {}
+  exec((files / "config.py").read_text(), names)
+  config = names["get_config"]()
+  config.convert.file = str(files / file)
+  return config
+
+
+@pytest.fixture(scope="module")
+def converted(files, tmp_path_factory) -> pathlib.Path:
+  workdir = tmp_path_factory.mktemp("converted") / "run"
+  line = convert.run(config_of(files), str(workdir))
+  assert line == f"converted 177731 parameters of {files / 'edm.npz'}: {workdir}"
+  return workdir
+
+
+def test_the_denoiser_is_edms(converted, fixture):
+  config = experiments.read(str(converted))
+  experiment, params = experiments.trained(config, str(converted))
+  arrays, rows = fixture("edm_ddpmpp"), np.array([0, 1, 3])
+  x = jnp.moveaxis(jnp.asarray(arrays["x"][rows]), 1, -1)
+  t = jnp.arctan(jnp.asarray(arrays["sigma"][rows]) / config.sigma_d)
+  given = jnp.asarray(arrays["augment_labels"][rows])
+  cond = {"label": jnp.asarray(LABELS), "augment": given}
+  quickly = {"xla_backend_optimization_level": 0}
+  denoiser = jax.jit(sampling.denoiser(experiment, params), compiler_options=quickly)
+  D = denoiser(jnp.cos(trigflow.expand(t, x)) * x, t, cond)
+  wanted = np.moveaxis(arrays["ref64/D"][rows], 1, -1)
+  np.testing.assert_allclose(D, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_it_is_a_teacher(converted, files):
+  config = config_of(files)
+  config.teacher.workdir = str(converted)
+  student = experiments.build(config)
+  network, frozen = train._teacher(student)
+  assert network is not None
+  shapes = jax.eval_shape(student.network.init, jax.random.key(0))
+  fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  params = train._start_from(frozen, fresh)
+  jax.tree.map(np.testing.assert_array_equal, params["net"], frozen["net"])
+  assert jnp.std(frozen["net"]["dec_16x16_aux_conv"]["kernel"]) > 0
+
+
+def test_by_the_command_line(files, tmp_path):
+  def call(*args):
+    return subprocess.run(
+      [sys.executable, "-m", "sdiff_jax.main", f"--workdir={tmp_path / 'run'}", *args],
+      cwd=ROOT,
+      env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  config = f"--config={files / 'config.py'}"
+  done = call(config, "--job=convert", f"--config.convert.file={files / 'edm.npz'}")
+  assert done.stdout.startswith("converted 177731 parameters"), done.stderr
+  small = ("--config.sample.num=2", "--config.sample.batch_size=2")
+  done = call(config, "--job=sample", "--config.sampler.steps=2", *small)
+  assert done.stdout.startswith("made 2 images"), done.stderr
+  with np.load(tmp_path / "run" / "samples.npz") as arrays:
+    assert arrays["arr_0"].shape == (2, 16, 16, 3)
+    assert arrays["arr_0"].std() > 0
+  done = call("--job=convert")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: --config is missing")
+
+
+def test_mistakes(converted, files, tmp_path):
+  def refused(message, config, workdir=tmp_path / "none"):
+    with pytest.raises(UserError, match=message):
+      convert.run(config, str(workdir))
+    assert not (tmp_path / "none").exists()
+
+  refused("has checkpoints already", config_of(files), converted)
+  refused("no such file", config_of(files, "gone.pt"))
+  refused("does not fit config.model: missing: model.*", config_of(files, "data.npz"))
+  config = config_of(files)
+  config.convert.file = ""
+  refused(r"config.convert.file is empty", config)
+  config.convert.file = "x"
+  config.model = configs.use("models", "mlp")
+  refused("config.model.name='mlp': no file is known for it", config)
