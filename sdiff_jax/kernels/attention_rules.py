@@ -1,0 +1,234 @@
+"""What JAX's transformations do with fused attention.
+
+A `custom_vjp` function refuses `jax.jvp`, and a `custom_jvp` function whose rule calls a
+kernel cannot be transposed. So attention is two primitives, which know all of it:
+
+  forward  q, k, v -> o, lse
+  both     q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over keys
+
+The jvp of `forward` is `both`. Reverse mode evaluates what it knows, o and lse, and
+transposes what is linear in tangents that it does not know; `both` then falls into
+`forward` and `attention_chunked.tangent`, whose transpose is the backward pass of
+FlashAttention. In the gradient of a loss that holds a jvp, the step of sCM, all six
+inputs of `both` are values, and it stays in one piece.
+
+Arrays are [B, heads, L, size], log-sums lse [B, heads, L, 1].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from sdiff_jax.interfaces import Array
+from sdiff_jax.kernels import attention_chunked, attention_pallas, softmax
+from sdiff_jax.kernels.attention_chunked import Shape
+
+
+def attend(shape: Shape, impl: str, qkv: tuple, mask: Array | None) -> Array:
+  """Returns softmax(scale q k^T) v, [B, heads, Lq, size].
+
+  Args:
+    shape: masks, scale and blocks.
+    impl: "fused", "chunked" or "interpret".
+    qkv: q [B, heads, Lq, size], k and v [B, heads, Lk, size].
+    mask: which keys count, bool [B, Lk], or None.
+  """
+  operands = _alike(*qkv) if mask is None else _alike(*qkv, mask)
+  return forward_p.bind(*operands, shape=shape, impl=impl)[0]
+
+
+def _alike(*arrays: Array) -> list[Array]:
+  """Returns arrays that vary over the same axes of a surrounding shard_map."""
+  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  every = frozenset().union(*varying)
+  return [
+    jax.lax.pcast(x, tuple(every - mine), to="varying") if every - mine else x
+    for x, mine in zip(arrays, varying, strict=True)
+  ]
+
+
+def _evaluate(*args: Array, shape: Shape, impl: str, tangent: bool) -> tuple:
+  qkv, mask, dqkv = _parts(args, tangent)
+  chunked = functools.partial(attention_chunked.one_pass, shape)
+  if impl == "chunked":
+    return chunked(qkv, mask, dqkv)
+  interpret = impl == "interpret"
+  kernel = functools.partial(attention_pallas.one_pass, shape, interpret=interpret)
+  kernel = _on_each_device(kernel)
+  if interpret:
+    return kernel(qkv, mask, dqkv)
+  # By the platform that the program is compiled for, which need not be this one.
+  return jax.lax.platform_dependent(qkv, mask, dqkv, tpu=kernel, default=chunked)
+
+
+def _on_each_device(kernel):
+  """Returns the kernel under shard_map, since XLA cannot partition it.
+
+  B and then heads are spread over the axes of the mesh in the context (jax.set_mesh)
+  that divide them, in the mesh's order.
+  """
+
+  def call(qkv: tuple, mask: Array | None, dqkv: tuple | None) -> tuple:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+      a
+      for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if t == AxisType.Auto
+    ]
+    batch, heads = [], []
+    for axis in axes:
+      for names, n in ((batch, qkv[0].shape[0]), (heads, qkv[0].shape[1])):
+        parts = mesh.shape[axis]
+        for name in names:
+          parts *= mesh.shape[name]
+        if n % parts == 0:
+          names.append(axis)
+          break
+    if not axes:
+      return kernel(qkv, mask, dqkv)
+    whole = P(tuple(batch), tuple(heads))
+    return jax.shard_map(
+      kernel,
+      axis_names=set(axes),
+      in_specs=(whole, P(tuple(batch)), whole),
+      out_specs=whole,
+      check_vma=False,
+    )(qkv, mask, dqkv)
+
+  return call
+
+
+def _parts(args: tuple, tangent: bool) -> tuple:
+  """Returns (q, k, v), mask or None, and (dq, dk, dv) or None of operands."""
+  qkv, rest = args[:3], args[3:]
+  dqkv, rest = (rest[-3:], rest[:-3]) if tangent else (None, rest)
+  return qkv, rest[0] if rest else None, dqkv
+
+
+def _primitive(name: str, tangent: bool) -> core.Primitive:
+  """Returns a primitive that is evaluated, typed and mapped, but has no derivative."""
+  primitive = core.Primitive(name)
+  primitive.multiple_results = True
+  evaluate = functools.partial(_evaluate, tangent=tangent)
+  primitive.def_impl(evaluate)
+  mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+
+  @primitive.def_abstract_eval
+  def _(q, *_, shape, impl):
+    o = q.update(weak_type=False)
+    lse = o.update(shape=(*q.shape[:-1], 1), dtype=softmax.wide(q.dtype))
+    return [o, lse] * (2 if tangent else 1)
+
+  def batched(args: tuple, dims: tuple, **params) -> tuple:
+    count = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+
+    def merged(x: Array, d: int | None) -> Array:
+      if d is None:
+        x = jnp.broadcast_to(x[None], (count, *x.shape))
+      else:
+        x = jnp.moveaxis(x, d, 0)
+      return x.reshape(-1, *x.shape[2:])
+
+    outs = primitive.bind(*map(merged, args, dims), **params)
+    return [x.reshape(count, -1, *x.shape[1:]) for x in outs], [0] * len(outs)
+
+  batching.primitive_batchers[primitive] = batched
+  return primitive
+
+
+forward_p = _primitive("attention", tangent=False)
+both_p = _primitive("attention_jvp", tangent=True)
+
+
+def _forward_jvp(primals: tuple, tangents: tuple, **params) -> tuple:
+  dqkv = map(ad.instantiate_zeros, tangents[:3])
+  outs = both_p.bind(*primals, *dqkv, **params)
+  return outs[:2], outs[2:]
+
+
+def _both_jvp(primals: tuple, tangents: tuple, *, shape: Shape, impl: str) -> tuple:
+  outs = both_p.bind(*primals, shape=shape, impl=impl)
+  qkv, mask, dqkv = _parts(primals, True)
+  dots = [ad.instantiate_zeros(x) for x in (*tangents[:3], *tangents[-3:])]
+  qkv_dot, dqkv_dot = tuple(dots[:3]), tuple(dots[3:])
+  o, lse = outs[:2]
+  o_dot, lse_dot = attention_chunked.tangent(shape, qkv, mask, o, lse, qkv_dot)
+
+  def tangent(qkv: tuple, o: Array, lse: Array, dqkv: tuple) -> tuple:
+    return attention_chunked.tangent(shape, qkv, mask, o, lse, dqkv)
+
+  # Nothing of it is computed where the tangent is under stop_gradient.
+  _, (do_dot, dlse_dot) = jax.jvp(
+    tangent, (qkv, o, lse, dqkv), (qkv_dot, o_dot, lse_dot, dqkv_dot)
+  )
+  return outs, [o_dot, lse_dot, do_dot, dlse_dot]
+
+
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[both_p] = _both_jvp
+
+
+def _split(*args: Array, shape: Shape, impl: str) -> tuple:
+  """Returns what `both` does in two steps, the second one linear in the tangents."""
+  qkv, mask, dqkv = _parts(args, True)
+  o, lse = forward_p.bind(*args[:-3], shape=shape, impl=impl)
+  return o, lse, *attention_chunked.tangent(shape, qkv, mask, o, lse, dqkv)
+
+
+def _partial_eval(trace, *tracers, **params) -> tuple:
+  """Splits `both` where q, k, v are known and their tangents are not (grad)."""
+  known = [x.is_known() for x in tracers]
+  if all(known) or not all(known[:-3]):
+    return trace.default_process_primitive(both_p, tracers, params)
+  # Zeros among the tangents count as unknown too: scan loses its way in a mixture.
+  dqkv = map(trace.instantiate_const, tracers[-3:])
+  with core.set_current_trace(trace):
+    return _split(*tracers[:-3], *dqkv, **params)
+
+
+def _equation(eqn: core.JaxprEqn) -> core.JaxprEqn:
+  """Returns the equation of `forward` that gives the first results of a `both`."""
+  return core.new_jaxpr_eqn(
+    eqn.invars[:-3],
+    eqn.outvars[:2],
+    forward_p,
+    eqn.params,
+    eqn.effects,
+    eqn.source_info,
+    eqn.ctx,
+  )
+
+
+def _partial_eval_equation(saveable, unknown: list, there: list, eqn) -> tuple:
+  """The same for an equation under remat, all of which is computed again."""
+  residuals = [
+    x
+    for x, inst in zip(eqn.invars, there, strict=True)
+    if not inst and not isinstance(x, core.Literal)
+  ]
+  if not any(unknown):
+    known, out = eqn, [False] * 4
+  elif not any(unknown[:-3]):
+    known, out = _equation(eqn), [False, False, True, True]
+  else:
+    known, out = None, [True] * 4
+  return known, eqn, out, [True] * 4, residuals
+
+
+def _dead_code(used: list, eqn: core.JaxprEqn) -> tuple:
+  """Leaves `forward` of a `both` whose tangent nobody reads."""
+  if any(used[2:]):
+    return [True] * len(eqn.invars), eqn
+  if any(used):
+    return [True] * (len(eqn.invars) - 3) + [False] * 3, _equation(eqn)
+  return [False] * len(eqn.invars), None
+
+
+partial_eval.custom_partial_eval_rules[both_p] = _partial_eval
+partial_eval.partial_eval_jaxpr_custom_rules[both_p] = _partial_eval_equation
+partial_eval.dce_rules[both_p] = _dead_code
