@@ -110,11 +110,9 @@ def one_pass(
       return softmax.update(sums, (q, k, v), directions, keep, shape.scale)
 
     sums = over_keys(step, softmax.start(q, v.shape[-1], tangent))
-    o, lse, *rest = softmax.finish(sums)
-    return (
-      o.astype(v.dtype),
-      lse,
-      *(x.astype(y) for x, y in zip(rest, (v.dtype, lse.dtype))),
+    # o and do in the type of the values, log-sums as they are
+    return tuple(
+      x.astype(v.dtype) if n % 2 == 0 else x for n, x in enumerate(softmax.finish(sums))
     )
 
   return _walk(shape, per_query, per_key, mask, body)

@@ -1,7 +1,7 @@
 """Attention in O(L) memory that has forward-mode, reverse-mode and mixed derivatives.
 
-Fused kernels elsewhere are `custom_vjp` functions, which refuse `jax.jvp`; continuous-time
-consistency models need the gradient of a loss that holds one.
+Fused kernels elsewhere are `custom_vjp` functions, which refuse `jax.jvp`;
+continuous-time consistency models need the gradient of a loss that holds one.
 """
 
 import jax
@@ -12,7 +12,7 @@ from sdiff_jax.kernels import attention_rules, softmax
 from sdiff_jax.kernels.attention_chunked import Shape
 from sdiff_jax.kernels.attention_pallas import LANES
 
-IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
+IMPLS = ("auto", "plain", "fused", "chunked", "triton", "interpret")
 SHORT = 512 * 512  # scores of a head that plain attention may hold
 
 
@@ -30,8 +30,8 @@ def attention(
 ) -> Array:
   """Returns softmax(scale q k^T) v, [B, Lq, heads, size].
 
-  Scores and sums are float32 or wider. Jit, grad, jvp, the gradient of a loss that holds
-  a jvp, vmap, remat and shard_map compose with it. Rows that meet no key are 0.
+  Scores and sums are float32 or wider. Jit, grad, jvp, the gradient of a loss that
+  holds a jvp, vmap, remat and shard_map compose with it. Rows that meet no key are 0.
 
   Args:
     q: queries, [B, Lq, heads, size], bfloat16, float32 (or, but in kernels, another).

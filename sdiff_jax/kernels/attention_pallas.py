@@ -43,7 +43,7 @@ def _kernel(
     store(softmax.start(split(q_ref)[0], size, tangent))
 
   def turn() -> None:
-    q, k, v = pairs = [split(ref) for ref in (q_ref, k_ref, v_ref)]
+    pairs = [split(ref) for ref in (q_ref, k_ref, v_ref)]
     qkv = tuple(x for x, _ in pairs)
     dqkv = tuple(dx for _, dx in pairs) if tangent else None
     keep = None
@@ -125,8 +125,8 @@ def one_pass(
   column = pltpu.VMEM((shape.block_q, 1), dtype)
   matrix = pltpu.VMEM((shape.block_q, wide_size), dtype)
   out_shape = (
-    _like(qkv, (B, heads, whole_q, width), qkv[2].dtype),
-    _like(qkv, (B, heads, sides, whole_q), dtype),
+    like(qkv[0], (B, heads, whole_q, width), qkv[2].dtype),
+    like(qkv[0], (B, heads, sides, whole_q), dtype),
   )
   out, stats = pl.pallas_call(
     functools.partial(
@@ -143,7 +143,7 @@ def one_pass(
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
     ),
-    cost_estimate=_cost(shape, (B, heads, Lq, Lk, size), tangent, operands, out_shape),
+    cost_estimate=cost(shape, (B, heads, Lq, Lk, size), tangent, operands, out_shape),
     interpret=interpret,
     name="attention_jvp" if tangent else "attention",
   )(*operands)
@@ -154,13 +154,13 @@ def one_pass(
   return tuple(x for part in parts for x in part)
 
 
-def _like(arrays: tuple, shape: tuple, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-  # Inside shard_map an output varies over the axes that the inputs do.
-  like = jax.typeof(arrays[0]).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=like)
+def like(x: Array, shape: tuple, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+  """Returns the type of an output that varies over a shard_map's axes as x does."""
+  axes = jax.typeof(x).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
-def _cost(
+def cost(
   shape: Shape, sizes: tuple, tangent: bool, operands: list, outs: tuple
 ) -> pl.CostEstimate:
   """Returns the work of 2 products of matrices, 6 with the tangent; half if causal."""
