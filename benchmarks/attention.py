@@ -157,7 +157,7 @@ def whole_step(pairs: int) -> None:
     for impl, (run, args) in programs.items():
       taken[impl].append(seconds(run, args))
   peak = {
-    impl: run.memory_analysis().peak_memory_in_bytes / 1e6
+    impl: run.memory_analysis().temp_size_in_bytes / 1e6
     for impl, (run, _) in programs.items()
   }
   print(
@@ -165,7 +165,7 @@ def whole_step(pairs: int) -> None:
   )
   for impl in programs:
     middle = statistics.median(taken[impl])
-    print(f"  {impl:8} peak {peak[impl]:7.1f} MB  median {middle:6.3f} s")
+    print(f"  {impl:8} temporaries {peak[impl]:7.1f} MB  median {middle:6.3f} s")
   ratios = [c / p for c, p in zip(taken["chunked"], taken["plain"], strict=True)]
   print(
     f"  chunked / plain: memory {peak['chunked'] / peak['plain']:.3f}, "

@@ -242,10 +242,12 @@ def _flops(
   """Returns the floating-point operations of one step, over all devices.
 
   Counted in the lowered program, which counts a loop's body once: the loop over
-  blocks is unrolled for it.
+  blocks is unrolled for it, and attention does without one.
   """
   config = config.copy_and_resolve_references()
   config.model.unroll = config.model.depth
+  if "attention" in config.model:
+    config.model.attention = "plain"
   network = experiments.network(config, source)
   rate, optimizer, betas = _optimisation(config)
   train_step = step.build(_loss(config, network, teacher), optimizer, betas, rate)

@@ -4,6 +4,8 @@ Fused kernels elsewhere are `custom_vjp` functions, which refuse `jax.jvp`;
 continuous-time consistency models need the gradient of a loss that holds one.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +56,8 @@ def attention(
   """
   _check(q, k, v, key_mask, impl, block_q, block_k)
   scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+  if not math.isfinite(scale):
+    raise ValueError(f"scale={scale}: must be finite")
   if impl == "auto":
     impl = "plain" if q.shape[1] * k.shape[1] <= SHORT else "fused"
   if impl == "plain":
