@@ -296,8 +296,9 @@ def _partial_eval_equation(saveable, unknown: list, there: list, eqn) -> tuple:
   return known, eqn, out, [True] * 4, residuals
 
 
-def _dead_code(used: list, eqn: core.JaxprEqn) -> tuple:
+def _dead_code(used: list, *rest) -> tuple:
   """Leaves `forward` of a `both` whose tangent nobody reads."""
+  eqn = rest[-1]  # from 0.12 on, JAX says before it which inputs live
   if any(used[2:]):
     return [True] * len(eqn.invars), eqn
   if any(used):
