@@ -22,14 +22,19 @@ class Shape(NamedTuple):
   Attributes:
     causal: whether query i meets the keys 0 to i alone.
     scale: factor of the scores.
-    block_q: queries of a block.
-    block_k: keys of a block.
+    block_q: queries of a block, at most.
+    block_k: keys of a block, at most.
   """
 
   causal: bool
   scale: float
   block_q: int
   block_k: int
+
+
+def _even(L: int, block: int) -> int:
+  """Returns the smallest block that makes no more of them."""
+  return -(-L // -(-L // block))
 
 
 def _blocks(x: Array, block: int) -> Array:
@@ -71,6 +76,9 @@ def _walk(
   The loop is (step, sums) -> sums, with step(sums, key arrays, keep) -> sums.
   """
   Lq, Lk = per_query[0].shape[2], per_key[0].shape[2]
+  shape = shape._replace(
+    block_q=_even(Lq, shape.block_q), block_k=_even(Lk, shape.block_k)
+  )
   rows = [_blocks(x, shape.block_q) for x in per_query]
   columns = [_blocks(x, shape.block_k) for x in per_key]
   if mask is not None:

@@ -45,9 +45,9 @@ def attention(
     impl: "plain" holds all scores, [B, heads, Lq, Lk]; "chunked" one block of them at a
       time; "fused" is a Pallas kernel on TPU, and "chunked" elsewhere; "auto" takes
       "plain" where it holds little, else "fused". "interpret" runs the kernel on any
-      machine, slowly, for tests.
-    block_q: queries of a block.
-    block_k: keys of a block.
+      machine, slowly, for tests; "triton" is a kernel for NVIDIA GPUs.
+    block_q: queries of a block, at most; a multiple of 128. "triton" has its own.
+    block_k: keys of a block, likewise.
 
   Raises:
     ValueError: a shape, type or name that does not fit; it names the argument.
