@@ -17,7 +17,7 @@ from sdiff_jax.models import edm2
 from sdiff_jax.trigflow import expand
 
 SIGMA_D, BATCH, SHAPE, CLASSES = 0.5, 16, (16, 16, 4), 10
-SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attention": (8,)}
+SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attention_at": (8,)}
 TYPES = ("float64", "float32", "bfloat16", "float16")
 
 

@@ -4,6 +4,8 @@ Axes: `data` holds replicas of the state, `fsdp` shards it, `window` is the para
 sampler's. The batch of a training step is spread over all three.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +38,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, window: int = 1) -> Mesh:
     wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def over(mesh: Mesh, function: Callable) -> Callable:
+  """Returns the function, traced with the mesh in the context.
+
+  Kernels read it there: XLA cannot partition them, they have to spread themselves.
+  """
+
+  @functools.wraps(function)
+  def call(*args: Any, **options: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **options)
+
+  return call
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -79,7 +79,7 @@ def jitted(step: Step, mesh: Mesh, state: Any, frozen: Any) -> Any:
   of_state = sharding.state(state, mesh)
   everywhere = sharding.replicated(mesh)
   return jax.jit(
-    step,
+    sharding.over(mesh, step),
     in_shardings=(
       of_state,
       sharding.batch(mesh),

@@ -102,7 +102,7 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
 
   over_samples = sharding.samples(experiment.mesh)
   jitted = jax.jit(
-    generate,
+    sharding.over(experiment.mesh, generate),
     in_shardings=(None, None, over_samples, over_samples),
     out_shardings=over_samples,
   )
@@ -158,6 +158,7 @@ def _seconds(
   spread = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
 
   @functools.partial(jax.jit, out_shardings=spread)
+  @functools.partial(sharding.over, mesh)
   def call(params: Params) -> Array:
     x = jnp.zeros((count, *experiment.source.shape), jnp.float32)
     x = jax.lax.with_sharding_constraint(x, spread)

@@ -244,11 +244,13 @@ def _flops(
   """Returns the floating-point operations of one step, over all devices.
 
   Counted in the lowered program, which counts a loop's body once: a loop over blocks
-  is unrolled for it.
+  is unrolled for it, and attention does without one.
   """
   config = config.copy_and_resolve_references()
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
+  if "attention" in config.model:
+    config.model.attention = "plain"
   network = experiments.network(config, source)
   rate, optimizer, betas = optimisation(config)
   loss = _loss(config, network, teacher)

@@ -10,7 +10,8 @@ import numpy as np
 
 from sdiff_jax import weights
 from sdiff_jax.interfaces import Array, Cond, Network, Params, UserError
-from sdiff_jax.models import dit, layers, network
+from sdiff_jax.kernels.attention_jvp import attention
+from sdiff_jax.models import layers, network
 
 FOURIER_SCALE = 16
 HALF = 0.5**0.5  # keeps the variance of a sum of two
@@ -156,7 +157,7 @@ class Block(nn.Module):
     h = nn.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
     # Query, key and value of a channel lie beside one another.
     q, k, v = jnp.moveaxis(h.reshape(B, H * W, 1, C, 3), -1, 0)
-    h = dit.attention(q, k, v).reshape(x.shape)
+    h = attention(q, k, v).reshape(x.shape)
     return nn.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
 
 
@@ -166,7 +167,7 @@ class Unet(nn.Module):
   channels: int
   channel_mult: tuple[int, ...]
   blocks: int
-  attention: tuple[int, ...]
+  attention_at: tuple[int, ...]
   encoder: str
   decoder: str
   taps: tuple[float, ...]
@@ -187,7 +188,7 @@ class Unet(nn.Module):
 
     _, H, W, C = x.shape
     levels = [  # name of the resolution, features, whether it has attention
-      (f"{H >> i}x{W >> i}", self.channels * mult, H >> i in self.attention)
+      (f"{H >> i}x{W >> i}", self.channels * mult, H >> i in self.attention_at)
       for i, mult in enumerate(self.channel_mult)
     ]
     h, skips = self._encode(x.astype(self.dtype), levels, block)
@@ -254,7 +255,7 @@ def build(
   emb_mult: int = 4,
   noise_mult: int = 1,
   blocks: int = 4,
-  attention: tuple[int, ...] = (16,),
+  attention_at: tuple[int, ...] = (16,),
   augment: int = 0,
   dropout: float = 0.0,
   guidance: bool = False,
@@ -285,7 +286,7 @@ def build(
     emb_mult: features of the embedding, over channels.
     noise_mult: features of the embedded time, over channels.
     blocks: blocks of a resolution.
-    attention: heights of the resolutions with attention.
+    attention_at: heights of the resolutions with attention.
     augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
     dropout: rate inside the blocks.
     guidance: take a guidance scale as an input.
@@ -321,7 +322,7 @@ def build(
     channels=channels,
     channel_mult=tuple(channel_mult),
     blocks=blocks,
-    attention=tuple(attention),
+    attention_at=tuple(attention_at),
     encoder=encoder,
     decoder=decoder,
     taps=tuple(resample_filter),

@@ -1,11 +1,11 @@
 """Diffusion transformer with adaptive double normalisation."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.interfaces import Array, Cond, Network
+from sdiff_jax.kernels.attention_jvp import IMPLS, attention
 from sdiff_jax.models import layers, network
 
 
@@ -18,23 +18,12 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
   return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
-  """Returns softmax(q k^T / sqrt(size)) v, [B, L, heads, size].
-
-  In plain operations, since fused kernels have no forward-mode derivative; scores
-  and softmax are float32 or wider.
-  """
-  dtype = layers.wide_type(q.dtype)
-  scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=dtype)
-  weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
-  return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v.dtype), v)
-
-
 class Attention(nn.Module):
   """Self-attention with normalised queries and keys, [B, L, C] -> [B, L, C]."""
 
   heads: int
   dtype: jnp.dtype
+  impl: str
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -44,7 +33,7 @@ class Attention(nn.Module):
       for name in ("query", "key", "value")
     )
     q, k = layers.rms_norm(q), layers.rms_norm(k)
-    y = attention(q, k, v)
+    y = attention(q, k, v, impl=self.impl)
     return _residual_out(x.shape[-1], self.dtype)(y.reshape(x.shape))
 
 
@@ -74,11 +63,12 @@ class Block(nn.Module):
   dropout: float
   deterministic: bool
   dtype: jnp.dtype
+  impl: str
 
   @nn.compact
   def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
     y = layers.AdaptiveDoubleNorm(self.dtype, name="attention_norm")(h, emb)
-    h += Attention(self.heads, self.dtype, name="attention")(y)
+    h += Attention(self.heads, self.dtype, self.impl, name="attention")(y)
     y = layers.AdaptiveDoubleNorm(self.dtype, name="mlp_norm")(h, emb)
     h += Perceptron(self.dropout, self.deterministic, self.dtype, name="mlp")(y)
     return h, None
@@ -97,6 +87,7 @@ class Dit(nn.Module):
   remat: bool
   unroll: int
   dtype: jnp.dtype
+  attention: str
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
@@ -115,7 +106,14 @@ class Dit(nn.Module):
       in_axes=nn.broadcast,
       length=self.depth,
       unroll=self.unroll,
-    )(self.heads, self.dropout, deterministic, self.dtype, name="blocks")
+    )(
+      self.heads,
+      self.dropout,
+      deterministic,
+      self.dtype,
+      self.attention,
+      name="blocks",
+    )
     h, _ = blocks(h, emb)
     h = layers.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
     h = _residual_out(p * p * C, self.dtype)(h)
@@ -136,6 +134,7 @@ def build(
   remat: bool = False,
   unroll: int = 1,
   dtype: str = "float32",
+  attention: str = "auto",
 ) -> Network:
   """Returns the transformer as a Network (arXiv:2212.09748, other normalisation).
 
@@ -151,14 +150,18 @@ def build(
     remat: recompute each block in the backward pass instead of keeping it.
     unroll: blocks per turn of the loop over them; compile time against speed.
     dtype: type of the hidden layers; parameters are float32.
+    attention: "plain" holds all scores, "fused" a block of them at a time; "auto"
+      takes "plain" where images have few patches.
 
   Raises:
-    ValueError: sizes that do not divide.
+    ValueError: sizes that do not divide, an unknown attention.
   """
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
     raise ValueError(f"model.patch={patch}: must divide height and width of {shape}")
   if width % heads or width % 4:
     raise ValueError(f"model.width={width}: a multiple of 4 and model.heads={heads}")
+  if attention not in IMPLS:
+    raise ValueError(f"model.attention={attention!r}: take one of {', '.join(IMPLS)}")
   module = Dit(
     patch,
     width,
@@ -170,5 +173,6 @@ def build(
     remat,
     unroll,
     jnp.dtype(dtype),
+    attention,
   )
   return network.from_module(module, shape=shape, classes=classes, guidance=guidance)

@@ -22,7 +22,7 @@ class UNet(nn.Module):
   channels: int
   mults: tuple[int, ...]
   blocks: int
-  attention: tuple[int, ...]
+  attention_at: tuple[int, ...]
   head_channels: int
   embedding: str
   classes: int
@@ -50,7 +50,7 @@ class UNet(nn.Module):
 
     def make(level: int, part: str, name: str, features: int, **options) -> Block:
       resolution = height >> level
-      attends = name == "in0" or ("block" in name and resolution in self.attention)
+      attends = name == "in0" or ("block" in name and resolution in self.attention_at)
       return block(
         features,
         encoder=part == "enc",
@@ -105,7 +105,7 @@ def build(
   channels: int = 0,
   mults: tuple[int, ...] = (1, 2, 3, 4),
   blocks: int = 3,
-  attention: tuple[int, ...] = (16, 8),
+  attention_at: tuple[int, ...] = (16, 8),
   head_channels: int = 64,
   process: str = "trigflow",
   embedding: str = "positional",
@@ -130,7 +130,7 @@ def build(
     channels: channels at the full resolution instead of the preset's; 0: the preset's.
     mults: channels of each level as multiples of those of the first.
     blocks: residual blocks of a level.
-    attention: heights at which blocks attend.
+    attention_at: heights at which blocks attend.
     head_channels: channels of a head; a block with fewer does not attend.
     process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
     embedding: of time, "positional" (slow in t) or "fourier" (EDM2's).
@@ -169,7 +169,7 @@ def build(
     channels,
     tuple(mults),
     blocks,
-    tuple(attention),
+    tuple(attention_at),
     head_channels,
     embedding,
     classes,

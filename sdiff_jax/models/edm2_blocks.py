@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.interfaces import Array, Cond
-from sdiff_jax.models import dit, layers
+from sdiff_jax.kernels.attention_jvp import attention
+from sdiff_jax.models import layers
 from sdiff_jax.models import magnitude as mp
 
 BALANCE = 0.3  # share of a residual branch in its sum
@@ -99,7 +100,7 @@ class Attention(nn.Module):
     # Query, key and value are neighbours: the order of published weights.
     y = y.reshape(B, H * W, self.heads, C // self.heads, 3)
     q, k, v = jnp.moveaxis(mp.normalize(y, (-2,)), -1, 0)
-    y = dit.attention(q, k, v).reshape(x.shape)
+    y = attention(q, k, v).reshape(x.shape)
     return mp.Linear(C, self.dtype, name="proj")(y)
 
 

@@ -26,10 +26,10 @@ SMALL = {
   "channels": 16,
   "mults": (1, 2),
   "blocks": 1,
-  "attention": (4,),
+  "attention_at": (4,),
   "head_channels": 16,
 }
-ONE_LEVEL = {"mults": (1,), "attention": ()}
+ONE_LEVEL = {"mults": (1,), "attention_at": ()}
 peers = pytest.mark.parametrize(
   "name", ["edm2_cond", "edm2_heads64", "edm2_no_attention"]
 )
@@ -60,7 +60,7 @@ def peer(arrays: dict, dtype: str) -> tuple:
     "channels": cfg["model_channels"],
     "mults": cfg["channel_mult"],
     "blocks": cfg["num_blocks"],
-    "attention": cfg["attn_resolutions"],
+    "attention_at": cfg["attn_resolutions"],
     "head_channels": cfg.get("channels_per_head", 64),
     "clip": cfg.get("clip_act", 256.0),
   }
@@ -231,9 +231,9 @@ def test_parameters_of_another_network_are_listed(fixture):
   with pytest.raises(UserError) as error:
     edm2.from_state_dict(tensors | added, like(net))
   for part in (
-    "unet.out_gain is missing",
-    "unet.other.weight is left over",
-    "unet.emb_label.weight is (7, 32), the network's (5, 32)",
+    "missing: unet.out_gain",
+    "left over: unet.other.weight",
+    "of another shape: unet.emb_label.weight (7, 32) for (5, 32)",
   ):
     assert part in str(error.value)
   assert str(error.value).count(";") == 2

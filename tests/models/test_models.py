@@ -19,7 +19,7 @@ CASES = {
     "channels": 8,
     "channel_mult": (1,),
     "blocks": 0,
-    "attention": (),
+    "attention_at": (),
   },
   "dit": {"shape": (4, 6, 2), "width": 16, "depth": 2, "heads": 2},
   "edm2": {
@@ -307,10 +307,18 @@ def test_patches_return_to_their_places():
   np.testing.assert_array_equal(reach, same)
 
 
-def test_attention_is_the_standard_one():
-  rng = np.random.default_rng(0)
-  q, k, v = jnp.asarray(rng.normal(size=(3, 2, 5, 3, 4)), jnp.float32)
-  close(dit.attention(q, k, v), jax.nn.dot_product_attention(q, k, v))
+def test_fused_attention_changes_nothing():
+  """Neither F and its tangent, nor the gradient of a loss of both, under remat."""
+  x, t, cond, along = inputs("dit")
+  params = random_params(build("dit"), dtype="float32")
+  plain, fused = (build("dit", attention=name) for name in ("plain", "fused"))
+  both = [
+    jax.jit(functools.partial(jax.jvp, functools.partial(net.apply, params, cond=cond)))
+    for net in (plain, fused)
+  ]
+  jax.tree.map(close, both[1]((x, t), along), both[0]((x, t), along))
+  found = gradient("dit", attention="fused", remat=True)
+  jax.tree.map(lambda a, b: close(a, b, 2e-4), found, gradient("dit"))
 
 
 def test_positions_differ():
@@ -332,6 +340,7 @@ def test_positions_differ():
     ({"shape": (4, 4)}, r"model\.patch=2: must divide height and width"),
     ({"width": 18, "heads": 3}, r"model\.width=18: a multiple of 4"),
     ({"width": 16, "heads": 3}, r"model\.width=16: .* model\.heads=3"),
+    ({"attention": "flash"}, r"model\.attention='flash': take one of auto, plain"),
   ],
 )
 def test_sizes_that_do_not_divide(options, message):

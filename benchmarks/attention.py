@@ -1,0 +1,218 @@
+"""Attention with a tangent: is it right, how fast is it, how much memory does it take?
+
+  python benchmarks/attention.py [--lengths=1024,4096,16384] [--repeats=20]
+  python benchmarks/attention.py --step        # an sCD step of a transformer on CPU
+  python benchmarks/attention.py --topologies  # compiled for TPUs that are not here
+
+The first checks every implementation that runs here against plain attention in float64,
+then times, at 8 heads of 64 in bfloat16, the output with its tangent (jax.jvp) and the
+gradient of a loss whose tangent is under stop_gradient (sCM). Memory is that of the
+compiled program's temporaries. `--step` compares a whole step, paired and interleaved.
+`--topologies` needs libtpu, and no TPU.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.kernels.attention_jvp import attention
+
+HEADS, SIZE = 8, 64
+IMPLS = ("plain", "chunked", "triton", "fused")
+
+
+def jvp(impl: str, **options) -> Callable:
+  """Returns (q, k, v, dq, dk, dv) -> output and tangent."""
+
+  def call(*args: jax.Array) -> tuple:
+    return jax.jvp(
+      lambda *qkv: attention(*qkv, impl=impl, **options), args[:3], args[3:]
+    )
+
+  return call
+
+
+def scm(impl: str, **options) -> Callable:
+  """Returns the same -> gradient of a loss that holds a tangent as a constant."""
+
+  def call(*args: jax.Array) -> tuple:
+    def loss(*qkv: jax.Array) -> jax.Array:
+      o, do = jvp(impl, **options)(*qkv, *args[3:])
+      error = o - jax.lax.stop_gradient(o - do)
+      return jnp.mean(jnp.square(error.astype(jnp.float32)))
+
+    return jax.grad(loss, (0, 1, 2))(*args[:3])
+
+  return call
+
+
+WORK = {"output and tangent": jvp, "sCM gradient": scm}
+
+
+def arrays(L: int, dtype: str, heads: int = HEADS) -> list:
+  rng = np.random.default_rng(0)
+  return [rng.standard_normal((1, L, heads, SIZE)).astype(dtype) for _ in range(6)]
+
+
+def first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def check() -> None:
+  """Prints the largest errors, relative to the largest value."""
+  print("largest error against plain attention in float64, L = 300 and 1024")
+  for name, work in WORK.items():
+    for L, options in ((300, {"causal": True}), (1024, {})):
+      wide = arrays(L, "float64", 2)
+      with jax.enable_x64(True):
+        truth = jax.tree.leaves(jax.jit(work("plain", **options))(*wide))
+        truth = [np.asarray(x) for x in truth]
+      for impl in IMPLS:
+        for dtype in ("float32", "bfloat16"):
+          try:
+            given = [jnp.asarray(x, dtype) for x in wide]
+            found = jax.tree.leaves(jax.jit(work(impl, **options))(*given))
+            errors = [
+              np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()
+              for x, y in zip(found, truth, strict=True)
+            ]
+            text = " ".join(f"{e:.1e}" for e in errors)
+          except Exception as error:
+            text = first_line(error)
+          print(f"  {name:20} L={L:<5} {impl:8} {dtype:9} {text}", flush=True)
+
+
+def compiled(work: Callable, args: list) -> tuple[Callable, float]:
+  """Returns the compiled function and its temporaries in MB."""
+  program = jax.jit(work).lower(*args).compile()
+  return program, program.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def seconds(program: Callable, args: list) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(program(*args))
+  return time.perf_counter() - start
+
+
+def table(lengths: list[int], repeats: int) -> None:
+  """Prints medians of interleaved runs."""
+  print(f"\n{HEADS} heads of {SIZE}, bfloat16, batch 1, {jax.devices()[0].device_kind}")
+  print("| work | L | implementation | median ms | least ms | temporaries MB |")
+  print("|---|---|---|---|---|---|")
+  for name, work in WORK.items():
+    for L in lengths:
+      given = [jnp.asarray(x, jnp.bfloat16) for x in arrays(L, "float32")]
+      programs, taken, failed = {}, {}, {}
+      for impl in IMPLS:
+        try:
+          programs[impl] = compiled(work(impl), given)
+          seconds(programs[impl][0], given)
+          taken[impl] = []
+        except Exception as error:
+          programs.pop(impl, None)
+          failed[impl] = first_line(error)
+      for _ in range(repeats):
+        for impl, (program, _) in programs.items():
+          taken[impl].append(seconds(program, given) * 1e3)
+      for impl, (_, memory) in programs.items():
+        middle, least = statistics.median(taken[impl]), min(taken[impl])
+        line = f"| {name} | {L} | {impl} | {middle:.3f} | {least:.3f} | {memory:.1f} |"
+        print(line, flush=True)
+      for impl, text in failed.items():
+        print(f"| {name} | {L} | {impl} | {text} | | |", flush=True)
+
+
+def whole_step(pairs: int) -> None:
+  """Prints memory and paired times of an sCD step with plain and chunked attention."""
+  from sdiff_jax import lookup
+  from sdiff_jax.models import dit
+
+  def program(impl: str) -> tuple:
+    network = dit.build(
+      shape=(64, 64, 4), classes=0, patch=1, width=128, depth=2, heads=2, attention=impl
+    )
+    given = {"network": network, "teacher": network.apply, "sigma_d": 0.5}
+    loss = lookup.build("losses", {"name": "scm"}, **given)
+    params = jax.jit(network.init)(jax.random.key(0))
+    x0 = jax.random.normal(jax.random.key(1), (1, 64, 64, 4))
+
+    def value(params, frozen, key):
+      batch = {"x0": x0, "cond": None}
+      return loss(params, batch, key, jnp.int32(0), frozen)[0]
+
+    args = (params, params, jax.random.key(2))
+    run = jax.jit(jax.value_and_grad(value)).lower(*args).compile()
+    return run, args
+
+  programs = {impl: program(impl) for impl in ("plain", "chunked")}
+  for run, args in programs.values():
+    seconds(run, args)
+  taken = {impl: [] for impl in programs}
+  for _ in range(pairs):
+    for impl, (run, args) in programs.items():
+      taken[impl].append(seconds(run, args))
+  peak = {
+    impl: run.memory_analysis().temp_size_in_bytes / 1e6
+    for impl, (run, _) in programs.items()
+  }
+  print(
+    "sCD step, 4,096 tokens, width 128, 2 blocks of 2 heads of 64, float32, batch 1"
+  )
+  for impl in programs:
+    middle = statistics.median(taken[impl])
+    print(f"  {impl:8} temporaries {peak[impl]:7.1f} MB  median {middle:6.3f} s")
+  ratios = [c / p for c, p in zip(taken["chunked"], taken["plain"], strict=True)]
+  print(
+    f"  chunked / plain: memory {peak['chunked'] / peak['plain']:.3f}, "
+    f"time {statistics.median(ratios):.3f} (median of {pairs} pairs)"
+  )
+
+
+def topologies() -> None:
+  """Prints memory and FLOPs of programs compiled for one chip of each kind."""
+  from jax.experimental import topologies as known
+
+  print("| chip | work | L | implementation | temporaries MB | GFLOP |")
+  print("|---|---|---|---|---|---|")
+  for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
+    for L in (4096, 16384):
+      for name, work in WORK.items():
+        for impl in ("plain", "fused") if chip == "v5e:2x2" else ("fused",):
+          try:
+            devices = known.get_topology_desc(
+              platform="tpu", topology_name=chip
+            ).devices
+            where = jax.sharding.SingleDeviceSharding(devices[0])
+            x = jax.ShapeDtypeStruct((1, L, HEADS, SIZE), jnp.bfloat16, sharding=where)
+            program, memory = compiled(work(impl), [x] * 6)
+            flops = program.cost_analysis()["flops"] / 1e9
+            text = f"{memory:.1f} | {flops:.0f} |"
+          except Exception as error:
+            text = f"{first_line(error)} | |"
+          print(f"| {chip} | {name} | {L} | {impl} | {text}", flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--lengths", default="1024,4096,16384")
+  parser.add_argument("--repeats", type=int, default=20)
+  parser.add_argument("--step", action="store_true")
+  parser.add_argument("--topologies", action="store_true")
+  chosen = parser.parse_args()
+  if chosen.step:
+    whole_step(chosen.repeats)
+  elif chosen.topologies:
+    topologies()
+  else:
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    check()
+    table([int(L) for L in chosen.lengths.split(",")], chosen.repeats)
+
+
+if __name__ == "__main__":
+  main()

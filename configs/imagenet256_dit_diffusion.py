@@ -1,0 +1,33 @@
+"""TrigFlow teacher on ImageNet 256 x 256 with classes: a transformer of 1,024 tokens.
+
+Pixels in patches of 8, from TensorFlow Datasets (`tfds build imagenet2012
+--file_format=array_record`); of latents, 32 x 32 x 4, model.patch=1 makes as many
+tokens. `configs/imagenet256_dit_diffusion.py:tiny` runs on a laptop, on digits. Not run
+in full; sizes and rate are those of DiT-B (arXiv:2212.09748).
+"""
+
+from sdiff_jax import config
+from sdiff_jax.interfaces import UserError
+
+
+def get_config(words: str = ""):
+  if words not in ("", "tiny"):
+    raise UserError(
+      f"configs/imagenet256_dit_diffusion.py:{words}: the only word is 'tiny'"
+    )
+  c = config.base()
+  c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
+  c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
+  c.model.update(remat=True, dtype="bfloat16", attention="fused")
+  c.loss = config.use("losses", "diffusion")
+  c.train.update(steps=400_000, batch_size=256, flip=True, log_every=100)
+  c.checkpoint.every = 5000
+  c.optim.update(name="adamw", learning_rate=1e-4, rampup_images=1_000_000, clip=1.0)
+  c.sampler.update(name="heun", steps=32)
+  c.evaluate.samplers = ("heun/32",)
+  if words == "tiny":
+    c.data = config.use("data", "digits")
+    c.model.update(patch=1, width=32, depth=2, heads=2)
+    c.train.update(steps=4, batch_size=16, log_every=2)
+    c.checkpoint.every = 4
+  return c
