@@ -43,9 +43,11 @@ def measured(now: Any, k: Array, row: dict, d: Array) -> tuple[Array, Array]:
   odds = share / jnp.maximum(1 - share, LEAST)
   guess = now.spread[:, None] * odds
   guess = guess / ((1 + guess) * alpha)
+  # Where a change is little more than rounding, the guess weighs as much.
   rounding = ULPS * jnp.finfo(d.dtype).eps * (jnp.abs(now.x) + jnp.abs(d))
-  known = wide(k < seen, d.ndim) & (jnp.abs(dx) > rounding)
-  slope = jnp.where(known, dd / jnp.where(known, dx, 1), guess)
+  known = wide(k < seen, d.ndim) & (dx != 0)
+  total = jnp.where(known, dx**2 + rounding**2, 1)
+  slope = jnp.where(known, (dx * dd + rounding**2 * guess) / total, guess)
   last, axes = k == seen - 1, tuple(range(1, dx.ndim - 1))
   dot, square = (jnp.sum(pick(dx * v, last), axes, keepdims=True) for v in (dd, dx))
   share = pick(alpha, last) * dot / jnp.where(square > 0, square, 1)

@@ -65,8 +65,9 @@ def run(name, steps, over=None, denoiser=KNOWN, **options):
   ],
 )
 def test_the_same_on_any_mesh(name, denoiser, sizes):
+  """At a usual tolerance, slopes of small changes carry rounding on, to some 1e-5."""
   steps = 9 if name == "paraheun" else 16
-  options = {"window": 8, "denoiser": denoiser}
+  options = {"window": 8, "tolerance": 1e-3, "denoiser": denoiser}
   one, many = run(name, steps, **options), run(name, steps, mesh(*sizes), **options)
   np.testing.assert_array_equal(one.passes, many.passes)
   np.testing.assert_array_equal(one.evaluations, many.evaluations)
