@@ -10,6 +10,7 @@ from sdiff_jax.interfaces import UserError
 
 # Fields of a small network of each kind for the 8 x 8 digits; the rest stays.
 TINY = {
+  "dit": {"patch": 1, "width": 32, "depth": 2, "heads": 2},
   "ddpmpp": {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_at": (4,)},
   "edm2": {
     "channels": 8,
@@ -36,8 +37,8 @@ def parse(given: str, file: str, sizes: Iterable[str] = ()) -> tuple[str, bool]:
   sizes, words = (*sizes,), [word for word in given.split(",") if word]
   chosen = [word for word in words if word != "tiny"]
   if len(chosen) > 1 or not {*chosen} <= {*sizes}:
-    one_of = f"one of {', '.join(sizes)}, and " if sizes else ""
-    raise UserError(f"{file}:{given}: the words are {one_of}tiny, to try it out")
+    known = f"words are one of {', '.join(sizes)}, and" if sizes else "the only word is"
+    raise UserError(f"{file}:{given}: {known} 'tiny'")
   return (*chosen, *sizes, "")[0], "tiny" in words
 
 

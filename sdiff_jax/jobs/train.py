@@ -29,6 +29,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   sharding.check_batch(
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
+  if config.train.sample_every:
+    pipeline.check_pixels(experiment.source)
   chosen = sampling.plan(config)
   rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)

@@ -6,7 +6,7 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax.data import latents, pipeline
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import features, inspect
+from sdiff_jax.jobs import features, inspect, train
 
 RNG = np.random.default_rng(0)
 MOMENTS = RNG.standard_normal((7, 4, 6, 8)).astype(np.float16)
@@ -81,7 +81,8 @@ def test_rows_of_a_process_are_those_of_the_whole_batch(folder):
 def test_what_needs_pixels_is_refused(folder, tmp_path):
   c = configs.base()
   c.data = configs.use("data", "latents", dir=str(folder))
-  for job in (inspect, features):
+  c.train.sample_every = 10
+  for job in (inspect, features, train):
     with pytest.raises(UserError, match="config.data are latents"):
       job.run(c, str(tmp_path / "run"))
   source = latents.build(dir=str(folder))
