@@ -239,6 +239,39 @@ def test_two_steps(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unoptimised")
+def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
+  """Measured: relative errors .56 without the loss scale, .0026 with it."""
+  c = get("imagenet64_scd", "S")
+  small = {"channels": 16, "mults": (1, 2), "blocks": 1, "head_channels": 16}
+  given = {"shape": (64, 64, 3), "classes": 10, "sigma_d": 0.5}
+  share = 8 / c.train.batch_size  # a batch of 8 weighs what it weighs in 2048
+
+  def gradient(dtype: str, scale: float) -> np.ndarray:
+    model = c.model.to_dict() | small | {"dtype": dtype, "remat": False}
+    net = lookup.build("models", model, **given)
+    params, frozen = (
+      net.normalize(random_params(net, seed, "float32")) for seed in (0, 1)
+    )
+    params["logvar"] = jax.tree.map(jnp.zeros_like, params["logvar"])
+    loss = train._loss(c, net, net)
+    x0 = 0.5 * jax.random.normal(jax.random.key(1), (8, 64, 64, 3))
+    batch = {"x0": x0, "cond": {"label": jnp.arange(8)}}
+    rest = (batch, jax.random.key(0), jnp.int32(10_000), frozen)
+    of_net = jax.jit(jax.grad(lambda p: scale * share * loss(p, *rest)[0]))(params)
+    leaves = jax.tree.leaves(of_net["net"])
+    return np.concatenate([np.ravel(leaf) / scale for leaf in leaves])
+
+  true = gradient("float32", 1.0)
+  without, scaled = (
+    np.linalg.norm(gradient("float16", scale) - true) / np.linalg.norm(true)
+    for scale in (1.0, c.train.loss_scale)
+  )
+  assert without > 0.1
+  assert scaled < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", FILES)
 def test_the_tiny_runs(name, tmp_path: pathlib.Path):
   """The job `train` as a user starts it, from a teacher of random weights."""
