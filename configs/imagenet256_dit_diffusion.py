@@ -6,15 +6,11 @@ tokens. `configs/imagenet256_dit_diffusion.py:tiny` runs on a laptop, on digits.
 in full; sizes and rate are those of DiT-B (arXiv:2212.09748).
 """
 
-from sdiff_jax import config
-from sdiff_jax.interfaces import UserError
+from sdiff_jax import config, words
 
 
-def get_config(words: str = ""):
-  if words not in ("", "tiny"):
-    raise UserError(
-      f"configs/imagenet256_dit_diffusion.py:{words}: the only word is 'tiny'"
-    )
+def get_config(given: str = ""):
+  _, tiny = words.parse(given, "configs/imagenet256_dit_diffusion.py")
   c = config.base()
   c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
@@ -25,9 +21,6 @@ def get_config(words: str = ""):
   c.optim.update(name="adamw", learning_rate=1e-4, rampup_images=1_000_000, clip=1.0)
   c.sampler.update(name="heun", steps=32)
   c.evaluate.samplers = ("heun/32",)
-  if words == "tiny":
-    c.data = config.use("data", "digits")
-    c.model.update(patch=1, width=32, depth=2, heads=2)
-    c.train.update(steps=4, batch_size=16, log_every=2)
-    c.checkpoint.every = 4
+  if tiny:
+    words.shrink(c)
   return c

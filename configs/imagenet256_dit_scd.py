@@ -5,16 +5,13 @@ The tangent goes through fused attention, in memory proportional to the 1,024 to
 rates are those of the smallest model on ImageNet 512 (arXiv:2410.11081, table 5).
 """
 
-from sdiff_jax import config
-from sdiff_jax.interfaces import UserError
+from sdiff_jax import config, words
 
 
-def get_config(words: str = ""):
-  if words not in ("", "tiny"):
-    raise UserError(f"configs/imagenet256_dit_scd.py:{words}: the only word is 'tiny'")
+def get_config(given: str = ""):
+  _, tiny = words.parse(given, "configs/imagenet256_dit_scd.py")
   c = config.base()
-  c.teacher.config = "configs/imagenet256_dit_diffusion.py"
-  c.teacher.workdir = "runs/imagenet256_dit_diffusion"
+  c.teacher.update(words.teacher("configs/imagenet256_dit_diffusion.py", given))
   c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
   c.model.update(remat=True, dtype="bfloat16", attention="fused")
@@ -24,11 +21,6 @@ def get_config(words: str = ""):
   c.optim.update(learning_rate=1e-4, b2=0.99)
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.samplers = ("consistency/1", "consistency/2")
-  if words == "tiny":
-    c.teacher.config += ":tiny"
-    c.teacher.workdir += "_tiny"
-    c.data = config.use("data", "digits")
-    c.model.update(patch=1, width=32, depth=2, heads=2)
-    c.train.update(steps=4, batch_size=16, log_every=2)
-    c.checkpoint.every = 4
+  if tiny:
+    words.shrink(c)
   return c

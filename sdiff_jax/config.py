@@ -35,6 +35,7 @@ def base() -> ml_collections.ConfigDict:
   c.data = use("data", "digits")
   # What `evaluate` compares with, a section like data; without a name, data itself.
   c.reference = ml_collections.ConfigDict({"name": ""})
+  c.conditional = True  # the network is told the classes, if the data have some
   c.model = use("models", "mlp")
   c.loss = use("losses", "diffusion")
   c.teacher = ml_collections.ConfigDict(
@@ -50,6 +51,9 @@ def base() -> ml_collections.ConfigDict:
     {
       "steps": 1000,
       "batch_size": 128,  # over all devices
+      # Gradients are those of loss_scale times the loss, and divided by it: the mean
+      # over a batch and all pixels is too small for float16.
+      "loss_scale": 1.0,
       "flip": False,  # mirror images, left to right, with probability 1/2
       "log_every": 50,  # steps
       "sample_every": 0,  # steps between sample grids; 0 for none
@@ -136,6 +140,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       lookup.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
+  positive += ["train.loss_scale"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:

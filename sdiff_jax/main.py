@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, processes
+from sdiff_jax import disk, processes, words
 from sdiff_jax.interfaces import UserError
 
 JOBS = (
@@ -108,10 +108,7 @@ def _workdir() -> str:
     return _WORKDIR.value
   if _CONFIG.value is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
-  given = config_flags.get_config_filename(flags.FLAGS["config"])
-  name, _, words = os.path.basename(given).partition(".py")
-  words = words.removeprefix(":").split(",")
-  return os.path.join("runs", "_".join([name, *filter(None, words)]))
+  return words.workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
 
 
 def _cache_compilations() -> None:

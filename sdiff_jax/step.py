@@ -21,6 +21,7 @@ def build(
   betas: dict[str, Callable[[Array], Array]],
   rate: optax.Schedule,
   normalize: Callable[[Params], Params] = lambda params: params,
+  loss_scale: float = 1.0,
 ) -> Step:
   """Returns (state, batch, key, frozen) -> (state, metrics).
 
@@ -30,6 +31,8 @@ def build(
     betas: profile -> decay of the average at update n (see `ema`).
     rate: step -> learning rate, to log it.
     normalize: the network's, applied to the parameters after each update.
+    loss_scale: the loss is multiplied by it, and its gradient divided, so that it does
+      not vanish in float16 on the way.
 
   Returns:
     A pure function. `key` is the run's own; the step's number is folded into it.
@@ -38,12 +41,17 @@ def build(
     count alone, and says so in the metric `skipped`.
   """
 
+  def scaled(params: Params, *args: Any) -> tuple[Array, dict[str, Array]]:
+    value, aux = loss(params, *args)
+    return loss_scale * value, aux
+
   def step(
     state: TrainState, batch: dict, key: PRNGKey, frozen: Params
   ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(key, state.step)
-    gradient_of = jax.value_and_grad(loss, has_aux=True)
+    gradient_of = jax.value_and_grad(scaled, has_aux=True)
     (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
+    value, grads = jax.tree.map(lambda x: x / loss_scale, (value, grads))
     # optax raises floats to integer powers, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

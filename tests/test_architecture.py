@@ -9,7 +9,8 @@ import sdiff_jax
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"interfaces", "lookup", "config", "disk", "processes", "weights", "unpickle"},
+  {"interfaces", "lookup", "config", "words", "disk", "processes"}
+  | {"weights", "unpickle"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
   {"optim", "ema", "state", "checkpoint", "writer"},

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from sdiff_jax import config, lookup
+from sdiff_jax.data import digits
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment, sampling, train
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
 # Those whose data are not everywhere, with the word that makes them small.
-WORDS = {"imagenet256_dit_diffusion": ("tiny",), "imagenet256_dit_scd": ("tiny",)}
+WORDS = {p.stem: ("tiny",) for p in FILES if p.stem.startswith(("imagenet", "cifar10"))}
 
 
 def load(path: pathlib.Path, *words: str):
@@ -31,15 +32,20 @@ def test_every_config_validates_and_its_step_traces(path):
   config.validate(c)
   built = experiment.build(c)
   network = built.network
-  loss = train._loss(c, network, network)
-  params = jax.eval_shape(network.init, jax.random.key(0))
+  of_teacher = c.copy_and_resolve_references()
+  of_teacher.model.update({k: False for k in c.model if k == "guidance"})
+  teacher = experiment.network(of_teacher, built.source)
+  loss = train._loss(c, network, teacher)
+  params, frozen = (
+    jax.eval_shape(net.init, jax.random.key(0)) for net in (network, teacher)
+  )
   size = 4
   batch = {
     "x0": jax.ShapeDtypeStruct((size, *built.source.shape), jnp.float32),
     "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  frozen = params if c.loss.name == "scm" else None
+  frozen = frozen if c.loss.name == "scm" else None
   value, aux = jax.eval_shape(loss, params, batch, jax.random.key(0), step, frozen)
   assert value.shape == ()
   assert "mse" in aux
@@ -53,6 +59,15 @@ def test_guided_word():
   assert c.loss.guidance == (1.0, 2.0)
   with pytest.raises(UserError, match="the only word is 'guided'"):
     load(CONFIGS / "digits_scd.py", "guide")
+
+
+def test_an_unconditional_network_is_not_told_the_classes():
+  c = config.base()
+  source = digits.build()
+  for c.conditional in (True, False):
+    shapes = jax.eval_shape(experiment.network(c, source).init, jax.random.key(0))
+    paths = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(shapes)]
+    assert any("label" in path for path in paths) == c.conditional
 
 
 def test_fields_are_the_defaults_of_build():

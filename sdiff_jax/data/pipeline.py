@@ -15,12 +15,14 @@ class Source(NamedTuple):
   """A data set with random access.
 
   Attributes:
-    take: indices int [n] -> images uint8 [n, H, W, C] and labels int32 [n].
+    take: indices int [n] -> images uint8 [n, H, W, C] and labels int32 [n]. Of latents,
+      means and standard deviations, float32 [n, H, W, 2C].
     size: number of images.
     shape: (H, W, C).
     classes: number of labels.
-    mean: mean of the pixels in [-1, 1], one for all or one a channel.
+    mean: mean of the pixels in [-1, 1], or latents, one for all or one a channel.
     std: their standard deviation; the network sees (x - mean) sigma_d / std.
+    latent: whether they are latents.
   """
 
   take: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -29,6 +31,16 @@ class Source(NamedTuple):
   classes: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  latent: bool = False
+
+
+def check_pixels(source: Source) -> None:
+  """Raises a UserError if a source has latents."""
+  if source.latent:
+    raise UserError(
+      "config.data are latents: networks train on them; there is nothing yet that "
+      "makes images of them"
+    )
 
 
 def checked(source: Source) -> Source:
@@ -50,14 +62,19 @@ def checked(source: Source) -> Source:
 
 
 def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
-  """Returns x0 = (pixel - mean) sigma_d / std, float32, of uint8 images."""
-  pixels = images.astype(np.float32) / 127.5 - 1
+  """Returns x0 = (pixel - mean) sigma_d / std, float32, of uint8 images or latents."""
+  values = images if source.latent else images.astype(np.float32) / 127.5 - 1
   mean, scale = _affine(source, sigma_d)
-  return (pixels - mean) * scale
+  return (values - mean) * scale
 
 
 def decode(source: Source, x0: Array, sigma_d: float) -> Array:
-  """Returns uint8 images of x0, the inverse of `encode`, clipped."""
+  """Returns uint8 images of x0, the inverse of `encode`, clipped.
+
+  Raises:
+    UserError: x0 are latents.
+  """
+  check_pixels(source)
   mean, scale = _affine(source, sigma_d)
   pixels = (x0 / scale + mean + 1) * 127.5
   return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
@@ -96,6 +113,23 @@ def flips(seed: int, k: int, batch_size: int) -> np.ndarray:
   return coins.random(batch_size) < 0.5
 
 
+def drawn(moments: np.ndarray, seed: int, k: int, rows: np.ndarray) -> np.ndarray:
+  """Returns latents mean + std eps, float32 [n, H, W, C], for the rows of batch k.
+
+  Args:
+    moments: means and standard deviations, float32 [n, H, W, 2C].
+    seed: of eps, which depends on it, k and the row alone.
+    k: number of the batch.
+    rows: of the batch, int [n].
+  """
+  mean, std = np.split(moments, 2, axis=-1)
+  eps = [
+    np.random.default_rng((seed, k, 2, row)).standard_normal(mean.shape[1:], np.float32)
+    for row in rows.tolist()
+  ]
+  return mean + std * np.stack(eps)
+
+
 def batches(
   source: Source,
   *,
@@ -128,6 +162,8 @@ def batches(
     if flip:
       mirrored = flips(seed, start + k, batch_size)[mine][:, None, None, None]
       images = np.where(mirrored, images[:, :, ::-1], images)
+    if source.latent:
+      images = drawn(images, seed, start + k, mine)
     return {"x0": encode(source, images, sigma_d), "cond": {"label": labels}}
 
   # An element is a whole batch, so threads work on batches and no state is needed.

@@ -95,7 +95,9 @@ def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Any]:
 
 def _reference(config: ml_collections.ConfigDict) -> pipeline.Source:
   section = config.reference if config.reference.name else config.data
-  return lookup.build("data", section.to_dict())
+  source = lookup.build("data", section.to_dict())
+  pipeline.check_pixels(source)
+  return source
 
 
 def _measure(config: ml_collections.ConfigDict, real: pipeline.Source) -> Measure:

@@ -50,7 +50,7 @@ def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Netwo
     "models",
     config.model.to_dict(),
     shape=source.shape,
-    classes=source.classes,
+    classes=source.classes if config.conditional else 0,
     sigma_d=config.sigma_d,
   )
 

@@ -16,7 +16,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes features.npz for --config.evaluate.features, from the labels of the data.
 
   Raises:
-    UserError: the data have fewer than two classes.
+    UserError: the data have fewer than two classes, or are latents.
   """
   source = lookup.build("data", config.data.to_dict())
   if source.classes < 2:
@@ -38,4 +38,5 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def _all(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
+  pipeline.check_pixels(source)
   return source.take(np.arange(source.size))

@@ -19,9 +19,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Every image is read once, so a file that cannot be read is found here.
 
   Raises:
-    UserError: the data set refuses its fields or a file.
+    UserError: the data set refuses its fields or a file, or has latents.
   """
   source = lookup.build("data", config.data.to_dict())
+  pipeline.check_pixels(source)
   labels, counts = _walk(source)
   print("\n".join(_describe(source, config, labels, counts)))
   path = os.path.join(workdir, "inspect.png")

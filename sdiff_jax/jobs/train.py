@@ -29,6 +29,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   sharding.check_batch(
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
+  if config.train.sample_every:
+    pipeline.check_pixels(experiment.source)
   chosen = sampling.plan(config)
   rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
@@ -45,7 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   abstract = jax.eval_shape(init, key, frozen)
   placed = experiments.place(abstract, experiment.mesh)
   normalize = experiment.network.normalize
-  train_step = step.build(loss, optimizer, betas, rate, normalize)
+  scale = config.train.loss_scale
+  train_step = step.build(loss, optimizer, betas, rate, normalize, scale)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:

@@ -1,0 +1,43 @@
+"""sCD on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
+
+It distils configs/imagenet512_diffusion.py. Words: S, M, L, XL or XXL, and tiny,
+`configs/imagenet512_scd.py:S,tiny`, which runs on a laptop, on digits. Not run in full.
+"""
+
+from sdiff_jax import config, words
+
+# Learning rate, dropout.
+SIZES = {
+  "S": (1e-4, 0.0),
+  "M": (9e-5, 0.1),
+  "L": (8e-5, 0.1),
+  "XL": (7e-5, 0.1),
+  "XXL": (6.5e-5, 0.1),
+}
+
+
+def get_config(given: str = ""):
+  size, tiny = words.parse(given, "configs/imagenet512_scd.py", SIZES)
+  rate, dropout = SIZES[size]
+  c = config.base()
+  c.teacher.update(words.teacher("configs/imagenet512_diffusion.py", given))
+  c.data = config.use("data", "latents", dir="data/imagenet512_latents", scale="scm")
+  c.model = config.use("models", "edm2", preset=size, dropout=dropout)
+  c.model.update(guidance=True, dropout_resolution=16, dtype="float16", remat=True)
+  c.loss = config.use("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)
+  # |g| as it is printed; the paper does not say whether it is a sum or a mean.
+  c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000, guidance=(1.0, 2.0))
+  # Ours: a loss scale of the number of elements, as if their sum was the loss.
+  c.train.update(steps=200_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
+  c.checkpoint.update(every=2000, keep_every=10_000)
+  c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)
+  c.optim.update(schedule="inverse_sqrt", reference_steps=70_000)
+  c.optim.rampup_images = 10_000_000  # EDM2's
+  c.ema.profiles = ("power/0.05",)
+  c.sampler.update(name="consistency", steps=2)
+  # The best in 2 steps; in 1 step they are 1.5 and 1.3.
+  c.sample.guidance = 1.4 if size == "S" else 1.2
+  c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
+  if tiny:
+    words.shrink(c)
+  return c

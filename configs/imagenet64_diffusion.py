@@ -1,0 +1,40 @@
+"""TrigFlow teacher on ImageNet 64 x 64: EDM2's networks (arXiv:2410.11081, appendix G).
+
+Words: S, M, L or XL, and tiny, `configs/imagenet64_diffusion.py:S,tiny`, which runs on
+a laptop, on digits. Not run in full.
+"""
+
+from sdiff_jax import config, words
+
+# Steps, learning rate, dropout, relative width of the average that is used.
+SIZES = {
+  "S": (1_048_000, 1e-2, 0.0, 0.075),
+  "M": (1_486_000, 9e-3, 0.1, 0.06),
+  "L": (761_000, 8e-3, 0.1, 0.04),
+  "XL": (540_000, 7e-3, 0.1, 0.04),
+}
+
+
+def get_config(given: str = ""):
+  size, tiny = words.parse(given, "configs/imagenet64_diffusion.py", SIZES)
+  steps, rate, dropout, width = SIZES[size]
+  c = config.base()
+  # ImageNet's folder of a folder for each class; larger images are cropped as EDM2's.
+  c.data = config.use("data", "folder", dir="data/imagenet64", image_size=64)
+  # Dropout at every resolution, as in EDM2; remat changes no number.
+  c.model = config.use("models", "edm2", preset=size, dropout=dropout)
+  c.model.update(dropout_resolution=64, dtype="float16", remat=True)
+  # There is no guidance on this data, so labels are kept.
+  c.loss = config.use("losses", "diffusion", p_mean=-0.8, p_std=1.6, label_dropout=0.0)
+  # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
+  c.train.update(steps=steps, batch_size=2048, log_every=100, loss_scale=2.0**14)
+  c.checkpoint.update(every=2000, keep_every=50_000)
+  c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)
+  c.optim.update(schedule="inverse_sqrt", reference_steps=35_000)
+  c.optim.rampup_images = 10_000_000  # EDM2's
+  c.ema.profiles = (f"power/{width}",)
+  c.sampler.update(name="heun", steps=32)  # 63 evaluations
+  c.evaluate.update(num=50_000, samplers=("heun/32",))
+  if tiny:
+    words.shrink(c)
+  return c

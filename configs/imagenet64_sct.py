@@ -1,0 +1,33 @@
+"""sCT on ImageNet 64 x 64, from configs/imagenet64_diffusion.py (arXiv:2410.11081).
+
+Words: S, M, L or XL, and tiny, `configs/imagenet64_sct.py:S,tiny`, which runs on a
+laptop, on digits. Settings of appendix G; not run in full.
+"""
+
+from sdiff_jax import config, words
+
+RATES = {"S": 1e-4, "M": 9e-5, "L": 8e-5, "XL": 7e-5}
+
+
+def get_config(given: str = ""):
+  size, tiny = words.parse(given, "configs/imagenet64_sct.py", RATES)
+  c = config.base()
+  c.teacher.update(words.teacher("configs/imagenet64_diffusion.py", given))
+  c.data = config.use("data", "folder", dir="data/imagenet64", image_size=64)
+  c.model = config.use("models", "edm2", preset=size, dropout=0.45)
+  c.model.update(dropout_resolution=16, dtype="float16", remat=True)
+  c.loss = config.use("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.6)
+  # |g| as it is printed; the paper does not say whether it is a sum or a mean.
+  c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
+  # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
+  c.train.update(steps=400_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
+  c.checkpoint.update(every=2000, keep_every=20_000)
+  c.optim.update(name="adam", learning_rate=RATES[size], b1=0.9, b2=0.99, eps=1e-11)
+  c.optim.update(schedule="inverse_sqrt", reference_steps=35_000)
+  c.optim.rampup_images = 10_000_000  # EDM2's
+  c.ema.profiles = ("power/0.05",)
+  c.sampler.update(name="consistency", steps=2)
+  c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
+  if tiny:
+    words.shrink(c)
+  return c
