@@ -9,10 +9,11 @@ import sdiff_jax
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"interfaces", "lookup", "config", "disk", "processes", "weights", "unpickle"},
+  {"interfaces", "lookup", "config", "disk", "processes", "weights", "unpickle"}
+  | {"fields"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
-  {"optim", "ema", "state", "checkpoint", "writer"},
+  {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
   {"step", "loop", "report"},
   {"jobs"},
   {"main"},
