@@ -64,13 +64,13 @@ CLASSES = {
   "DPMSolverMultistep": (DPM_DEFAULTS, DPM_ONLY),
   "EulerDiscrete": ({"timestep_spacing": "linspace"}, EULER_ONLY),
 }
-UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps")
-UNUSED += ("time_shift_type",)
+UNUSED = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
+UNUSED |= {"time_shift_type"}
 VARIANCES = {
   **{"fixed_small": "ddpm", "fixed_small_log": "ddpm"},
   **{"fixed_large": "ddpm_large", "fixed_large_log": "ddpm_large"},
 }
-ORDERS = {1: "ddim", 2: "dpmpp2m", 3: "dpmpp3m"}
+ORDERS = {2: "dpmpp2m", 3: "dpmpp3m"}
 
 
 class Schedule(NamedTuple):
@@ -110,8 +110,10 @@ def of_config(config: dict[str, Any]) -> Schedule:
     known = ", ".join(f"{k}Scheduler" for k in CLASSES)
     raise ValueError(f"_class_name={name!r}: take one of {known}")
   defaults, only = CLASSES[short]
-  only = {k: v for k, v in (ONLY | only).items() if k not in defaults}
-  c = fields.chosen(config, DEFAULTS | defaults, only, UNUSED)
+  # A file that was written for one class is given to another, whose fields stay.
+  others = {k for pair in CLASSES.values() for part in pair for k in part}
+  unused = UNUSED | others - defaults.keys() - only.keys() - DEFAULTS.keys()
+  c = fields.chosen(config, DEFAULTS | defaults, ONLY | only, unused)
   for field, words in (("prediction_type", KINDS), ("beta_schedule", BETAS)):
     if c[field] not in words:
       raise ValueError(f"{field}={c[field]!r}: take one of {', '.join(words)}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from sdiff_jax import diffusers_folder
+from sdiff_jax import diffusers_folder, sharding
 from sdiff_jax.models import clip_text, unet2d, unet2d_condition, vae
 
 SD2, CHURCH = FIXTURES / "tiny-sd2", FIXTURES / "tiny-ddpm-church"
@@ -196,6 +196,37 @@ def test_parameters_of_published_networks(module, config, millions):
   shapes = jax.eval_shape(module.of_config(config).init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(shapes))
   assert count / 1e6 == pytest.approx(millions, abs=5e-4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_are_recomputed_if_asked(remat):
+  """Resnets, transformers and self-attention; the encoder and the decoder; texts."""
+  counts = []
+  for folder, function, *shapes in (
+    (SD2 / "unet", "apply", (1, 8, 8, 4), (1,), (1, 3, 24)),
+    (SD2 / "vae", "encode", (1, 8, 8, 3)),
+    (SD2 / "vae", "decode", (1, 4, 4, 4)),
+    (SD2 / "text_encoder", "apply", (1, 12)),
+  ):
+    net = diffusers_folder.network(str(folder), remat=remat)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    dtype = jnp.int32 if folder.name == "text_encoder" else jnp.float32
+    x, *rest = (jax.ShapeDtypeStruct(s, dtype) for s in shapes)
+    rest = [rest[0], {"text": rest[1]}] if rest else []
+    jaxpr = jax.make_jaxpr(getattr(net, function))(params, x, *rest)
+    counts.append(sum("remat" in str(e.primitive) for e in jaxpr.eqns))
+  assert counts == ([12, 4, 6, 3] if remat else [0, 0, 0, 0])
+
+
+def test_weights_are_sharded():
+  """By the rule of a training state; small arrays stay whole."""
+  config = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
+  net = unet2d_condition.of_config(config)
+  shapes = jax.eval_shape(net.init, jax.random.key(0))
+  placed = sharding.state(shapes, sharding.make_mesh(data=1, fsdp=8))
+  pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
+  held = sum(np.prod(where.shard_shape(x.shape)) for x, where in pairs)
+  assert 1 / 8 <= held / 865.911e6 < 0.2
 
 
 def test_stable_diffusion_2_at_its_size():
