@@ -66,15 +66,15 @@ def test_unet(peer, folder, name):
   """DDPM's file has the names of attention of 2022."""
   arrays = peer(name)
   assert error(predict(folder, arrays), arrays["output"]) < 1e-5
-  assert error(predict(folder, arrays, remat=True), arrays["output"]) < 1e-5
 
 
 @UNETS
 def test_unet_in_half_precision(peer, folder, name):
+  """Its blocks recomputed, too, which changes no names."""
   arrays = peer(name)
   _, params = load(folder, "bfloat16")
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-  found = error(predict(folder, arrays, "bfloat16"), arrays["output"])
+  found = error(predict(folder, arrays, "bfloat16", remat=True), arrays["output"])
   assert 1e-4 < found < 0.05
 
 
@@ -131,7 +131,7 @@ def test_end_of_a_text():
   small |= {"num_hidden_layers": 1, "num_attention_heads": 1}
   for end, at in ((9, [2, 4]), (2, [2, 4])):
     net = clip_text.of_config(small | {"eos_token_id": end})
-    text = net.apply(net.init(jax.random.key(0)), ids)
+    text = quickly(net.apply)(quickly(net.init)(jax.random.key(0)), ids)
     np.testing.assert_array_equal(
       text.pooled, text.hidden[jnp.arange(2), jnp.array(at)]
     )
