@@ -74,9 +74,8 @@ def test_in_parallel(solver):
   """ParaDiGMS at tolerance 0 ends where the rows one after the other do."""
   model, rng = sd2(), np.random.default_rng(0)
   apply = functools.partial(model.unet.apply, model.params["unet"])
-  level = predictions.vp(model.schedule.abar)
-  denoiser = predictions.denoiser(apply, model.schedule.kind, level)
   table = schedules.table(model.schedule, 6, solver)
+  denoiser = schedules.denoiser(apply, model.schedule, table, solver)
   keys = sequential.keys_of(np.arange(2))
   x = sequential.initial(table, keys, (4, 4, 4))
   cond = {"text": jnp.asarray(rng.normal(size=(2, 3, 24)), jnp.float32)}
@@ -118,6 +117,26 @@ def test_church():
   assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
   assert model.unet.shape == (16, 16, 3)
   assert model.schedule[1:] == ("eps", "ddpm", "leading", 0, 1.0, 1.0)
+
+
+def test_ddim_of_church(fixture):
+  """20 steps that clip x0 and keep the noise; without keeping it they end 2 away.
+
+  The peer's steps are of float32, whose rounding these weights make 1e3 times larger:
+  float64 ends 1.8e-3 away.
+  """
+  arrays = fixture("diffusers_networks")
+  first, last = (
+    jnp.asarray(np.moveaxis(arrays[f"unet2d_ddpm_church_like/{k}"], 1, -1))
+    for k in ("sample", "ddim_final")
+  )
+  model = diffusers_folder.load(str(CHURCH))
+  table = schedules.table(model.schedule, 20, "ddim")
+  apply = functools.partial(model.unet.apply, model.params["unet"])
+  denoiser = schedules.denoiser(apply, model.schedule, table, "ddim")
+  keys = sequential.keys_of(np.arange(2))
+  found = quickly(lambda x: sequential.sample(denoiser, table, x, keys, None))(first)
+  np.testing.assert_allclose(found, last, atol=5e-3)
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Noise schedules of published models, as their scheduler_config.json has them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import fields
-from sdiff_jax.samplers import paths, tables
+from sdiff_jax.interfaces import Array, Denoiser
+from sdiff_jax.samplers import paths, predictions, tables
 from sdiff_jax.samplers.tables import Table
 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -187,3 +190,34 @@ def table(schedule: Schedule, steps: int, solver: str = "") -> Table:
   if solver.startswith("ddpm"):
     last = 1.0
   return tables.SOLVERS[solver][0](paths.vp(abar, at, ends=ends, last=last))
+
+
+def denoiser(
+  predict: Callable[..., Array], schedule: Schedule, table: Table, solver: str = ""
+) -> Denoiser:
+  """Returns the denoiser of a network for a table of its schedule.
+
+  Where DDIM clips x0, diffusers keeps the noise of before the clip:
+
+      x' = alpha' clip(d) + sigma' (x - alpha d) / sigma,
+
+  which is a row a x + b D of the table with D = clip(d) + (alpha a / b) (clip(d) - d).
+
+  Args:
+    predict: (x [N, ...], time [N], cond) -> prediction [N, ...].
+    schedule: the process.
+    table: what `table` returned.
+    solver: as there.
+  """
+  excess = None
+  if schedule.clip and (solver or schedule.solver) == "ddim":
+    weight = table.alpha * table.a / table.b
+
+    def excess(time: Array) -> Array:
+      at, values = (jnp.asarray(v[::-1], time.dtype) for v in (table.time, weight))
+      return jnp.interp(time, at, values)
+
+  level = predictions.vp(schedule.abar)
+  return predictions.denoiser(
+    predict, schedule.kind, level, clip=schedule.clip, excess=excess
+  )

@@ -2,9 +2,11 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES
+from test_paths import posterior_mean
 
 from sdiff_jax.samplers import paths, schedules, tables
 
@@ -61,6 +63,29 @@ def test_tables(name):
     np.testing.assert_allclose(getattr(found, column), values, err_msg=column)
   assert schedule.clip == bool(config.get("clip_sample", False))
   assert schedule.kind == "eps"
+
+
+CLIPPED = [k for k, run in RUNS.items() if k.startswith("ddim") and run["clip"]]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipped_ddim(name):
+  """The noise is that of before the clip."""
+  # What predicts x0 there, for any network.
+  schedule = schedules.of_config(config_of(name) | {"prediction_type": "sample"})
+  table = schedules.table(schedule, RUNS[name]["N"])
+
+  def predict(x, time, cond):
+    level = schedule.abar[round(float(time[0]))]
+    mean = posterior_mean("ddim", np.asarray(x), level**0.5, (1 - level) ** 0.5)
+    return jnp.asarray(mean)
+
+  denoiser = schedules.denoiser(predict, schedule, table)
+  x = jnp.asarray(PEER["ddim/x_init"])
+  for a, b, t in zip(table.a, table.b, table.time, strict=True):
+    x = a * x + b * denoiser(x, jnp.full(len(x), t), None)
+  np.testing.assert_allclose(x, PEER[f"{name}/final"], atol=1e-8)
 
 
 def of(name: str, **fields) -> schedules.Schedule:
