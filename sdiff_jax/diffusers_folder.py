@@ -90,6 +90,7 @@ def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
       params[name] = parameters(_part(folder, name), networks[name], dtype=dtype)
     except UserError as error:
       problems.append(str(error))
+  problems += _misfits(folder, networks)
   if problems:
     raise UserError("; ".join(problems))
   tokenizer = None
@@ -132,6 +133,17 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
       found = weights.read(path)
       return published.fitted(found, network.init, dtype=dtype, what=path)
   raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
+
+
+def _misfits(folder: str, networks: dict[str, Any]) -> list[str]:
+  """Returns what is wrong between the parts."""
+  unet, encoder = networks.get("unet"), networks.get("text_encoder")
+  if unet is None or encoder is None or unet.text in (None, encoder.width):
+    return []
+  return [
+    f"{folder}: the unet takes a text of width {unet.text}, the text_encoder makes one "
+    f"of {encoder.width}"
+  ]
 
 
 def _schedule(folder: str) -> schedules.Schedule:

@@ -184,6 +184,9 @@ def test_weights_that_do_not_fit_are_listed(copy):
   with pytest.raises(UserError) as error:
     diffusers_folder.load(str(folder))
   message = str(error.value)
+  assert (
+    "the unet takes a text of width 20, the text_encoder makes one of 24" in message
+  )
   assert "attn2.to_k.weight (24, 16) for (20, 16)" in message
   assert "vae/diffusion_pytorch_model.safetensors: missing: decoder.up_" in message
 

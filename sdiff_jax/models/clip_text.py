@@ -58,12 +58,14 @@ class TextEncoder(NamedTuple):
     apply: (params, ids int32 [B, L]) -> Text, in float32 or wider.
     vocabulary: ids are below it.
     length: L at most.
+    width: of the hidden states.
   """
 
   init: Callable[[PRNGKey], Params]
   apply: Callable[[Params, Array], Text]
   vocabulary: int
   length: int
+  width: int
 
 
 class Block(nn.Module):
@@ -152,4 +154,4 @@ def of_config(
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return Text(hidden, pooled)
 
-  return TextEncoder(init, apply, c["vocab_size"], length)
+  return TextEncoder(init, apply, c["vocab_size"], length, width)

@@ -28,11 +28,13 @@ class Predictor(NamedTuple):
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
       float32 or wider; cond is {"text": [B, L, E]}, or None without text.
     shape: (H, W, C) of the samples that it was trained on.
+    text: E, or None.
   """
 
   init: Callable[[PRNGKey], Params]
   apply: Callable[..., Array]
   shape: tuple[int, int, int]
+  text: int | None
 
 
 def fitted(

@@ -235,4 +235,4 @@ def _of_module(
     rows = None if text is None else cond["text"]
     return layers.wide(module.apply({"params": params}, x, time, rows))
 
-  return Predictor(init, apply, shape)
+  return Predictor(init, apply, shape, text)
