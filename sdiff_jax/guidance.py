@@ -1,5 +1,7 @@
 """Classifier-free guidance as a map from network to network."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -9,13 +11,33 @@ from sdiff_jax.trigflow import expand
 NO_LABEL = -1
 
 
-def classifier_free(net: NetFn, scale: Array | float) -> NetFn:
+def unlabelled(cond: Cond) -> Cond:
+  """Returns the conditions without their label."""
+  return cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
+
+
+def without_text(empty: Array) -> Callable[[Cond], Cond]:
+  """Returns a map of conditions that puts one text [L, E] in place of each sample's.
+
+  The text is an empty one, or a negative prompt.
+  """
+
+  def free(cond: Cond) -> Cond:
+    return cond | {"text": jnp.broadcast_to(empty[None], cond["text"].shape)}
+
+  return free
+
+
+def classifier_free(
+  net: NetFn, scale: Array | float, free: Callable[[Cond], Cond] = unlabelled
+) -> NetFn:
   """Returns F_u + scale (F_c - F_u), both halves in one call of the network.
 
   Args:
-    net: class-conditional network that knows the label -1 (trained with
-      `drop_labels`).
+    net: conditional network that knows what `free` returns, such as the label -1
+      (trained with `drop_labels`); what it predicts may be F, eps, v or x0.
     scale: a scalar or one scale a sample [B]; 1 is no guidance.
+    free: conditions -> those of F_u.
 
   Returns:
     A NetFn with the same signature (Ho & Salimans, arXiv:2207.12598, in the
@@ -23,9 +45,8 @@ def classifier_free(net: NetFn, scale: Array | float) -> NetFn:
   """
 
   def guided(x: Array, t: Array, cond: Cond) -> Array:
-    free = cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
     # Each sample beside its twin, so that a batch over devices stays where it is.
-    F = net(_pair(x, x), _pair(t, t), jax.tree.map(_pair, cond, free))
+    F = net(_pair(x, x), _pair(t, t), jax.tree.map(_pair, cond, free(cond)))
     F_c, F_u = jnp.moveaxis(F.reshape(len(x), 2, *F.shape[1:]), 1, 0)
     s = jnp.broadcast_to(jnp.asarray(scale, F.dtype), t.shape)
     return F_u + expand(s, F_u) * (F_c - F_u)

@@ -57,7 +57,10 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def fitted(
-  tensors: dict[str, np.ndarray], like: Params, name: Callable[[tuple[str, ...]], str]
+  tensors: dict[str, np.ndarray],
+  like: Params,
+  name: Callable[[tuple[str, ...]], str],
+  what: str = "config.model",
 ) -> Params:
   """Returns the tensors as a tree like another, in the layout of JAX.
 
@@ -68,6 +71,7 @@ def fitted(
     tensors: by name, in PyTorch's layout.
     like: a nested dict of arrays or ShapeDtypeStructs.
     name: keys of a leaf of `like` -> name of its tensor.
+    what: describes the network, named in the error.
 
   Raises:
     UserError: lists tensors that are missing, left over or of another shape.
@@ -93,7 +97,7 @@ def fitted(
   problems = {"missing": missing, "left over": left, "of another shape": wrong}
   if any(problems.values()):
     listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
-    raise UserError(f"the file does not fit config.model: {listed}")
+    raise UserError(f"the file does not fit {what}: {listed}")
   return fits
 
 

@@ -10,10 +10,10 @@ import sdiff_jax
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
-  | {"weights", "unpickle"},
+  | {"weights", "unpickle", "fields"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
-  {"optim", "ema", "state", "checkpoint", "writer"},
+  {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
   {"step", "loop", "report"},
   {"jobs"},
   {"main"},

@@ -50,6 +50,7 @@ def denoiser(
   *,
   clip: float = 0.0,
   quantile: float = 0.0,
+  excess: Callable[[Array], Array] | None = None,
 ) -> Denoiser:
   """Returns the denoiser of a network.
 
@@ -61,6 +62,8 @@ def denoiser(
     quantile: with clip, d is clipped to the sample's quantile of |d|, if that is
       larger, and scaled back to clip (dynamic thresholding, arXiv:2205.11487, section
       2.3); 0 for a fixed range.
+    excess: time [N] -> w [N]: what the clip took off is taken off w times more; None
+      for not (see `schedules.denoiser`).
 
   Raises:
     ValueError: another kind, or a quantile without a clip.
@@ -77,6 +80,11 @@ def denoiser(
       most = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
       most = wide(jnp.maximum(most, clip), d.ndim)
       return jnp.clip(d, -most, most) * (clip / most)
-    return jnp.clip(d, -clip, clip) if clip else d
+    if not clip:
+      return d
+    clipped = jnp.clip(d, -clip, clip)
+    if excess is None:
+      return clipped
+    return clipped + wide(excess(time), d.ndim) * (clipped - d)
 
   return denoise

@@ -1,0 +1,207 @@
+"""Models in a folder of the diffusers format: networks, tokenizer and schedule.
+
+A folder has model_index.json, which names the parts, and a folder for each part with
+its config and weights; a model with one network may have all in one folder.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from sdiff_jax import weights
+from sdiff_jax.data import tokens
+from sdiff_jax.interfaces import Params, UserError
+from sdiff_jax.models import clip_text, published, unet2d, unet2d_condition, vae
+from sdiff_jax.models.published import Predictor
+from sdiff_jax.samplers import schedules
+
+HUB = "hf://"
+NETWORKS = {  # class -> module
+  "UNet2DConditionModel": unet2d_condition,
+  "UNet2DModel": unet2d,
+  "AutoencoderKL": vae,
+  "CLIPTextModel": clip_text,
+}
+# Files of weights; the first that exists is read.
+FILES = [
+  f"{stem}{precision}.{end}"
+  for end, stems in (
+    ("safetensors", ("diffusion_pytorch_model", "model")),
+    ("bin", ("diffusion_pytorch_model", "pytorch_model")),
+  )
+  for precision in ("", ".fp16")
+  for stem in stems
+]
+
+
+class Model(NamedTuple):
+  """The parts of a folder; None for a part that it does not have.
+
+  Attributes:
+    unet: the network that is sampled from.
+    vae: latents to images.
+    text_encoder: tokens to the condition "text" of the U-Net.
+    params: of the networks, by the names of these fields.
+    tokenizer: texts to tokens.
+    schedule: the process of the U-Net, and its solver.
+  """
+
+  unet: Predictor
+  vae: vae.Autoencoder | None
+  text_encoder: clip_text.TextEncoder | None
+  params: dict[str, Params]
+  tokenizer: tokens.Tokenizer | None
+  schedule: schedules.Schedule
+
+
+def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
+  """Returns the model of a folder, its weights on the host.
+
+  Args:
+    path: of the folder; hf://organisation/name is fetched from the Hugging Face hub.
+    dtype: of the hidden layers and of the weights.
+    remat: recompute each block in the backward pass instead of keeping it.
+
+  Raises:
+    UserError: files that are missing or damaged, or a list of all that does not fit:
+      unknown fields, values that are not supported, weights missing or left over.
+  """
+  folder = _local(path)
+  index = _json(os.path.join(folder, "model_index.json"))
+  classes = {k: v[1] for k, v in index.items() if isinstance(v, list)}
+  if "unet" not in classes or "scheduler" not in classes:
+    raise UserError(f"{folder}/model_index.json: names no unet, or no scheduler")
+  parts = [name for name in Model._fields if classes.get(name) in NETWORKS]
+  problems, networks, params = [], {}, {}
+  for name in ("unet", "vae", "text_encoder"):
+    if classes.get(name) and name not in parts:
+      problems.append(f"{name}: {classes[name]} is none of {', '.join(NETWORKS)}")
+  for name in parts:
+    try:
+      networks[name] = network(_part(folder, name), dtype=dtype, remat=remat)
+    except UserError as error:
+      problems.append(str(error))
+  try:
+    schedule = _schedule(_part(folder, "scheduler"))
+  except UserError as error:
+    problems.append(str(error))
+  for name in [] if problems else parts:
+    try:
+      params[name] = parameters(_part(folder, name), networks[name], dtype=dtype)
+    except UserError as error:
+      problems.append(str(error))
+  problems += _misfits(folder, networks)
+  if problems:
+    raise UserError("; ".join(problems))
+  tokenizer = None
+  if classes.get("tokenizer"):
+    tokenizer = _tokenizer(_part(folder, "tokenizer"), networks.get("text_encoder"))
+  networks = {name: networks.get(name) for name in ("unet", "vae", "text_encoder")}
+  return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
+
+
+def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
+  """Returns the network of the config.json of a folder, without its weights.
+
+  Returns:
+    What `of_config` returns in the module for its class (see NETWORKS).
+
+  Raises:
+    UserError: the file is missing or damaged, or does not fit.
+  """
+  path = os.path.join(folder, "config.json")
+  config = _json(path)
+  names = [config.get("_class_name"), *config.get("architectures", ())]
+  known = [NETWORKS[name] for name in names if name in NETWORKS]
+  if not known:
+    raise UserError(f"{path}: {names} is none of {', '.join(NETWORKS)}")
+  try:
+    return known[0].of_config(config, dtype=dtype, remat=remat)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+
+
+def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
+  """Returns the parameters of a network from the weights of a folder.
+
+  Raises:
+    UserError: the file is missing or damaged, or weights that do not fit.
+  """
+  for name in FILES:
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+      found = weights.read(path)
+      return published.fitted(found, network.init, dtype=dtype, what=path)
+  raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
+
+
+def _misfits(folder: str, networks: dict[str, Any]) -> list[str]:
+  """Returns what is wrong between the parts."""
+  unet, encoder = networks.get("unet"), networks.get("text_encoder")
+  if unet is None or encoder is None or unet.text in (None, encoder.width):
+    return []
+  return [
+    f"{folder}: the unet takes a text of width {unet.text}, the text_encoder makes one "
+    f"of {encoder.width}"
+  ]
+
+
+def _schedule(folder: str) -> schedules.Schedule:
+  path = os.path.join(folder, "scheduler_config.json")
+  try:
+    return schedules.of_config(_json(path))
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+
+
+def _tokenizer(folder: str, encoder: clip_text.TextEncoder | None) -> tokens.Tokenizer:
+  """Returns the tokenizer, checked against the encoder of its tokens."""
+  if encoder is None:
+    return tokens.load(folder)
+  found = tokens.load(folder, encoder.length)
+  if found.size > encoder.vocabulary:
+    raise UserError(
+      f"{folder} has {found.size} tokens, the text encoder {encoder.vocabulary}: they "
+      "do not belong together"
+    )
+  return found
+
+
+def _part(folder: str, name: str) -> str:
+  """Returns the folder of a part, which may be the whole one."""
+  part = os.path.join(folder, name)
+  return part if os.path.isdir(part) else folder
+
+
+def _local(path: str) -> str:
+  """Returns a folder on this machine, fetched if the path asks for it."""
+  if path.startswith(HUB):
+    try:
+      import huggingface_hub
+    except ImportError:
+      raise UserError(
+        f"{path} needs the package huggingface_hub: pip install 'sdiff_jax[diffusers]'"
+      ) from None
+    patterns = ["*.json", "*.txt", *(f"*{name}" for name in FILES)]
+    try:
+      return huggingface_hub.snapshot_download(
+        path.removeprefix(HUB), allow_patterns=patterns
+      )
+    except Exception as error:  # of the net, of the hub, or of the name
+      raise UserError(f"{path} was not fetched: {error}") from error
+  if not os.path.isdir(path):
+    raise UserError(f"{path}: no such folder")
+  return path
+
+
+def _json(path: str) -> dict[str, Any]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      found = json.load(file)
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from None
+  except ValueError as error:
+    raise UserError(f"{path} is damaged: {error}") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{path} is damaged: not a dict")
+  return found

@@ -1,0 +1,52 @@
+"""DDPM's U-Net, UNet2DModel of the diffusers format."""
+
+from typing import Any
+
+from sdiff_jax import fields
+from sdiff_jax.models import unet
+from sdiff_jax.models.published import Predictor
+
+DEFAULTS = unet.DEFAULTS | {
+  "in_channels": 3,
+  "out_channels": 3,
+  "block_out_channels": (224, 448, 672, 896),
+  "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
+  "up_block_types": ("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
+  "add_attention": True,
+}
+ONLY = unet.ONLY | {
+  "attn_norm_num_groups": unet.ABSENT,
+  "downsample_type": ("conv",),
+  "mid_block_type": ("UNetMidBlock2D",),
+  "upsample_type": ("conv",),
+}
+UNUSED = ("dropout", "num_train_timesteps")
+
+
+def of_config(
+  config: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2006.11239, appendix B).
+
+  Args:
+    config: fields by name; those not given have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: recompute each block in the backward pass instead of keeping it.
+
+  Raises:
+    ValueError: unknown fields, values that are not supported (all are listed), or
+      sizes that do not fit.
+  """
+  c = fields.chosen(config, DEFAULTS, ONLY, UNUSED)
+  # The size of a head; one head without it.
+  size = c["attention_head_dim"]
+  heads = (max(1, width // (size or width)) for width in c["block_out_channels"])
+  return unet.predictor(
+    c,
+    kinds={"": "none", "Attn": "self"},
+    mid="self" if c["add_attention"] else "none",
+    heads=tuple(heads),
+    text=None,
+    dtype=dtype,
+    remat=remat,
+  )

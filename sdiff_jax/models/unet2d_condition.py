@@ -1,0 +1,76 @@
+"""Stable Diffusion's U-Net, UNet2DConditionModel of the diffusers format."""
+
+from typing import Any
+
+from sdiff_jax import fields
+from sdiff_jax.models import unet
+from sdiff_jax.models.published import Predictor
+
+DEFAULTS = unet.DEFAULTS | {
+  "in_channels": 4,
+  "out_channels": 4,
+  "block_out_channels": (320, 640, 1280, 1280),
+  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+  "cross_attention_dim": 1280,
+  "transformer_layers_per_block": 1,
+}
+ONLY = unet.ONLY | {
+  "addition_embed_type": unet.ABSENT,
+  "addition_time_embed_dim": unet.ABSENT,
+  "attention_type": ("default",),
+  "class_embeddings_concat": unet.ABSENT,
+  "conv_in_kernel": (3,),
+  "conv_out_kernel": (3,),
+  "cross_attention_norm": unet.ABSENT,
+  "dual_cross_attention": unet.ABSENT,
+  "encoder_hid_dim": unet.ABSENT,
+  "encoder_hid_dim_type": unet.ABSENT,
+  "mid_block_only_cross_attention": unet.ABSENT,
+  "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+  "num_attention_heads": unet.ABSENT,
+  "only_cross_attention": unet.ABSENT,
+  "projection_class_embeddings_input_dim": unet.ABSENT,
+  "resnet_out_scale_factor": (1,),
+  "resnet_skip_time_act": unet.ABSENT,
+  "reverse_transformer_layers_per_block": unet.ABSENT,
+  "time_cond_proj_dim": unet.ABSENT,
+  "time_embedding_act_fn": unet.ABSENT,
+  "timestep_post_act": unet.ABSENT,
+}
+# Nothing is dropped in sampling, scores are float32 always, and a matrix serves as a
+# convolution of side 1.
+UNUSED = ("dropout", "upcast_attention", "use_linear_projection")
+UNUSED += ("addition_embed_type_num_heads",)
+
+
+def of_config(
+  config: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2112.10752, appendix E.2.1).
+
+  Args:
+    config: fields by name; those not given have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: recompute each block in the backward pass instead of keeping it.
+
+  Raises:
+    ValueError: unknown fields, values that are not supported (all are listed), or
+      sizes that do not fit.
+  """
+  c = fields.chosen(config, DEFAULTS, ONLY, UNUSED)
+  levels = len(c["block_out_channels"])
+  # The field holds the number of heads, against its name.
+  heads = fields.each(c["attention_head_dim"], levels, "attention_head_dim")
+  width = c["cross_attention_dim"]
+  if not isinstance(width, int):
+    raise ValueError(f"cross_attention_dim={width}: take one number for all levels")
+  return unet.predictor(
+    c,
+    kinds={"": "none", "CrossAttn": "text"},
+    mid="text",
+    heads=heads,
+    text=width,
+    dtype=dtype,
+    remat=remat,
+  )
