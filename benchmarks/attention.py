@@ -3,15 +3,19 @@
   python benchmarks/attention.py [--lengths=1024,4096,16384] [--repeats=20]
   python benchmarks/attention.py --step        # an sCD step of a transformer on CPU
   python benchmarks/attention.py --topologies  # compiled for TPUs that are not here
+  python benchmarks/attention.py --topologies=h100
 
 The first checks every implementation that runs here against plain attention in float64,
 then times, at 8 heads of 64 in bfloat16, the output with its tangent (jax.jvp) and the
 gradient of a loss whose tangent is under stop_gradient (sCM). Memory is that of the
 compiled program's temporaries. `--step` compares a whole step, paired and interleaved.
-`--topologies` needs libtpu, and no TPU.
+`--topologies` needs libtpu, and no TPU; for the H100 jax[cuda12], no GPU, and
+CUDA_VISIBLE_DEVICES=-1 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment.
 """
 
 import argparse
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -173,28 +177,53 @@ def whole_step(pairs: int) -> None:
   )
 
 
-def topologies() -> None:
-  """Prints memory and FLOPs of programs compiled for one chip of each kind."""
-  from jax.experimental import topologies as known
+TPUS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+# What XLA asks about a GPU that it compiles for.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+"""
 
+
+def topologies(kind: str) -> None:
+  """Prints memory and FLOPs of programs compiled for one chip of each kind."""
+  chips = {chip: ("plain",) * (chip == "v5e:2x2") + ("fused",) for chip in TPUS}
+  if kind == "h100":
+    chips = {kind: ("plain", "chunked", "triton")}
   print("| chip | work | L | implementation | temporaries MB | GFLOP |")
   print("|---|---|---|---|---|---|")
-  for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
-    for L in (4096, 16384):
-      for name, work in WORK.items():
-        for impl in ("plain", "fused") if chip == "v5e:2x2" else ("fused",):
-          try:
-            devices = known.get_topology_desc(
-              platform="tpu", topology_name=chip
-            ).devices
-            where = jax.sharding.SingleDeviceSharding(devices[0])
-            x = jax.ShapeDtypeStruct((1, L, HEADS, SIZE), jnp.bfloat16, sharding=where)
-            program, memory = compiled(work(impl), [x] * 6)
-            flops = program.cost_analysis()["flops"] / 1e9
-            text = f"{memory:.1f} | {flops:.0f} |"
-          except Exception as error:
-            text = f"{first_line(error)} | |"
-          print(f"| {chip} | {name} | {L} | {impl} | {text}", flush=True)
+  for chip, impls in chips.items():
+    for L, (name, work), impl in itertools.product((4096, 16384), WORK.items(), impls):
+      try:
+        x = jax.ShapeDtypeStruct(
+          (1, L, HEADS, SIZE), jnp.bfloat16, sharding=one_device(chip)
+        )
+        program, memory = compiled(work(impl), [x] * 6)
+        flops = (program.cost_analysis() or {}).get("flops", math.nan) / 1e9
+        text = f"{memory:.1f} | {flops:.0f} |"
+      except Exception as error:
+        text = f"{first_line(error)} | |"
+      print(f"| {chip} | {name} | {L} | {impl} | {text}", flush=True)
+
+
+def one_device(chip: str) -> jax.sharding.Sharding:
+  from jax.experimental import topologies as known
+
+  if chip == "h100":
+    options = {"platform": "cuda", "topology_name": "", "topology": "1x1x1"}
+    found = known.get_topology_desc(target_config=H100, **options)
+  else:
+    found = known.get_topology_desc(platform="tpu", topology_name=chip)
+  return jax.sharding.SingleDeviceSharding(found.devices[0])
 
 
 def main() -> None:
@@ -202,12 +231,12 @@ def main() -> None:
   parser.add_argument("--lengths", default="1024,4096,16384")
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--step", action="store_true")
-  parser.add_argument("--topologies", action="store_true")
+  parser.add_argument("--topologies", nargs="?", const="tpu", choices=["tpu", "h100"])
   chosen = parser.parse_args()
   if chosen.step:
     whole_step(chosen.repeats)
   elif chosen.topologies:
-    topologies()
+    topologies(chosen.topologies)
   else:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     check()
