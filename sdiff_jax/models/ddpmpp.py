@@ -101,8 +101,7 @@ class Embedding(nn.Module):
       waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     emb = jnp.roll(waves, size // 2, axis=-1)  # sines first
     if self.classes:
-      labels = jax.nn.one_hot(cond["label"], self.classes, dtype=emb.dtype)
-      labels *= self.classes**0.5
+      labels = layers.class_weights(cond["label"], self.classes, emb.dtype)
       emb += Dense(size, use_bias=False, name="label")(labels)
       emb += self.param("label_bias", zeros, (size,))[None].astype(emb.dtype)
     if self.augment:
@@ -110,7 +109,7 @@ class Embedding(nn.Module):
       emb += Dense(size, use_bias=False, name="augment")(given)
     if self.guidance:
       scale = layers.positional(cond["guidance"], size)
-      emb += nn.Dense(size, use_bias=False, kernel_init=zeros, name="guidance")(scale)
+      emb += layers.from_zero(size, "guidance")(scale)
     emb = nn.silu(Dense(self.width, name="layer0")(emb))
     return nn.silu(Dense(self.width, name="layer1")(emb)).astype(self.dtype)
 

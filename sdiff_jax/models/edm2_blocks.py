@@ -3,7 +3,6 @@
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from sdiff_jax.interfaces import Array, Cond
@@ -49,17 +48,12 @@ class Embedding(nn.Module):
       features = layers.positional(t, self.features) * 2**0.5
     emb = mp.Linear(self.width, name="noise")(features)
     if self.classes:
-      label = cond["label"]
-      if jnp.issubdtype(label.dtype, jnp.integer):
-        label = jax.nn.one_hot(label, self.classes, dtype=emb.dtype)
-      label = mp.Linear(self.width, name="label")(label * self.classes**0.5)
-      emb = mp.add(emb, label, 0.5)
+      label = layers.class_weights(cond["label"], self.classes, emb.dtype)
+      emb = mp.add(emb, mp.Linear(self.width, name="label")(label), 0.5)
     if self.guidance:
       scale = layers.positional(cond["guidance"], self.features)
       scale *= (2 / self.features) ** 0.5
-      zeros = nn.initializers.zeros
-      dense = nn.Dense(self.width, use_bias=False, kernel_init=zeros, name="guidance")
-      emb += dense(scale)
+      emb += layers.from_zero(self.width, "guidance")(scale)
     return mp.silu(emb)
 
 

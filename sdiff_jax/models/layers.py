@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.interfaces import Array, Cond
+from sdiff_jax.kernels import softmax
 
 EPS = 1e-6
 
 
-def wide_type(dtype: jnp.dtype) -> jnp.dtype:
-  """Returns float32 for a type of 16 bits, else the type itself."""
-  return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
-
-
 def wide(x: Array) -> Array:
   """Returns x in the type that sums and statistics of it need."""
-  return x.astype(wide_type(x.dtype))
+  return x.astype(softmax.wide(x.dtype))
 
 
 def positional(t: Array, width: int) -> Array:
@@ -69,6 +65,25 @@ class AdaptiveDoubleNorm(nn.Module):
     return self.norm(x) * s + b
 
 
+def class_weights(label: Array, classes: int, dtype: jnp.dtype) -> Array:
+  """Returns classes^0.5 times the weights of the classes, [B, classes].
+
+  Args:
+    label: a class, -1 for none, [B], or weights of the classes, [B, classes].
+    classes: their number.
+    dtype: of the result, for classes.
+  """
+  if jnp.issubdtype(label.dtype, jnp.integer):
+    label = jax.nn.one_hot(label, classes, dtype=dtype)
+  return label * classes**0.5
+
+
+def from_zero(width: int, name: str) -> nn.Dense:
+  """Returns a linear layer that starts at 0: what it is added to starts without it."""
+  zeros = nn.initializers.zeros
+  return nn.Dense(width, use_bias=False, kernel_init=zeros, name=name)
+
+
 class Embedding(nn.Module):
   """Embeds t, and label and guidance scale where there are any, as [B, width].
 
@@ -86,15 +101,11 @@ class Embedding(nn.Module):
   def __call__(self, t: Array, cond: Cond) -> Array:
     emb = nn.Dense(self.width, name="time")(positional(t, self.width))
     if self.classes:
-      labels = jax.nn.one_hot(cond["label"], self.classes, dtype=emb.dtype)
-      labels *= self.classes**0.5
+      labels = class_weights(cond["label"], self.classes, emb.dtype)
       emb += nn.Dense(self.width, use_bias=False, name="label")(labels)
     if self.guidance:
       scale = positional(cond["guidance"], self.width)
-      zeros = nn.initializers.zeros
-      emb += nn.Dense(self.width, use_bias=False, kernel_init=zeros, name="guidance")(
-        scale
-      )
+      emb += from_zero(self.width, "guidance")(scale)
     emb = nn.Dense(self.width, name="out")(nn.silu(emb))
     return nn.silu(emb).astype(self.dtype)
 
