@@ -10,6 +10,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdiff_jax import times, trigflow
 from sdiff_jax.interfaces import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
@@ -25,14 +26,16 @@ def tangent(
   *,
   sigma_d: float,
   r: Array | float = 1.0,
+  s: Array | float = 0.0,
 ) -> tuple[Array, Array]:
-  """Returns F and the tangent g = cos(t) df/dt of the consistency function.
+  """Returns F and the tangent g = cos(t - s) df/dt of the consistency function to s.
 
-  g = -cos^2(t) (sigma_d F - v) - r (cos(t) sin(t) x_t + sigma_d J), where
-  J = cos(t) sin(t) dF/dt comes from one jvp with the tangents
-  (cos(t) sin(t) v / sigma_d, cos(t) sin(t)): multiplied before, not after, since
+  f(x_t, t) = cos(t - s) x_t - sin(t - s) sigma_d F is the state at angle s. With
+  u = t - s, g = -cos^2(u) (sigma_d F - v) - r (cos(u) sin(u) x_t + sigma_d J), where
+  J = cos(u) sin(u) dF/dt comes from one jvp with the tangents
+  (cos(u) sin(u) v / sigma_d, cos(u) sin(u)): multiplied before, not after, since
   dF/dt alone overflows half precision near t = 0 and pi/2. F is the primal of that
-  jvp. (Section 5.1; the line printed there lacks a factor sigma_d.)
+  jvp. (Section 5.1, where s = 0; the line printed there lacks a factor sigma_d.)
 
   Args:
     net: network with its parameters bound.
@@ -42,19 +45,21 @@ def tangent(
     cond: conditions of the network.
     sigma_d: standard deviation of the data.
     r: warm-up in [0, 1]; at 1 g is the true tangent (appendix D).
+    s: angle that f leads to, a scalar or [B], s <= t; 0 is the data. At s = t,
+      g = v - sigma_d F: flow matching.
 
   Returns:
     F [B, ...], through which gradients flow, and g [B, ...], through which not.
   """
   chex.assert_equal_shape((xt, v))
-  c, s = jnp.cos(t), jnp.sin(t)
-  c_x, s_x = trigflow.expand(c, xt), trigflow.expand(s, xt)
+  c, cs = jnp.cos(t - s), jnp.cos(t - s) * jnp.sin(t - s)
+  c_x, cs_x = trigflow.expand(c, xt), trigflow.expand(cs, xt)
   F, J = jax.jvp(
     lambda x, t: net(x, t, cond),
     (xt / sigma_d, t),
-    (c_x * s_x * v / sigma_d, c * s),
+    (cs_x * v / sigma_d, cs),
   )
-  g = -(c_x**2) * (sigma_d * F - v) - r * (c_x * s_x * xt + sigma_d * J)
+  g = -(c_x**2) * (sigma_d * F - v) - r * (cs_x * xt + sigma_d * J)
   return F, jax.lax.stop_gradient(g)
 
 
@@ -65,31 +70,84 @@ def norm(g: Array, *, rms: bool) -> Array:
   return jnp.sqrt(reduce(jnp.square(g), axes, keepdims=True))
 
 
-def _rms(g: Array, t: Array, c: float) -> Array:
+def _rms(g: Array, u: Array, c: float) -> Array:
   return g / (norm(g, rms=True) + c)
 
 
-def _l2(g: Array, t: Array, c: float) -> Array:
+def _l2(g: Array, u: Array, c: float) -> Array:
   return g / (norm(g, rms=False) + c)
 
 
-def _clip(g: Array, t: Array, c: float) -> Array:
-  # clip(df/dt, -1, 1) cos(t), with g = cos(t) df/dt
-  bound = trigflow.expand(jnp.cos(t), g)
+def _clip(g: Array, u: Array, c: float) -> Array:
+  # clip(df/dt, -1, 1) cos(u), with g = cos(u) df/dt
+  bound = trigflow.expand(jnp.cos(u), g)
   return jnp.clip(g, -bound, bound)
 
 
-def _none(g: Array, t: Array, c: float) -> Array:
+def _none(g: Array, u: Array, c: float) -> Array:
   return g
 
 
-# How g [B, ...] at angles t [B] is tamed, given c (section 4.2).
+# How g = cos(u) df/dt [B, ...] is tamed, given u [B] and c (section 4.2).
 STABILISERS: dict[str, Callable[[Array, Array, float], Array]] = {
   "rms": _rms,
   "l2": _l2,
   "clip": _clip,
   "none": _none,
 }
+
+
+def objective(
+  draw: Callable[[PRNGKey, int], tuple[Array, Array, Array]],
+  tangent_of: Callable[..., tuple[Array, Array]],
+  *,
+  network: Network,
+  teacher: Callable[..., Array] | None,
+  sigma_d: float,
+  velocity: str,
+  stabiliser: str,
+  c: float,
+  warmup_steps: int,
+  adaptive_weight: bool,
+  guidance: tuple[float, ...],
+) -> LossFn:
+  """Returns E[e^w |F - F^- - g|^2 / D - w] for any tangent (eq. 8).
+
+  Args:
+    draw: (key, B) -> angles t, angles s that go with them, and u, [B] each.
+    tangent_of: (net, xt, t, v, cond, *, sigma_d, r, s) -> (F, g = cos(u) df/dt), as
+      `tangent`.
+    network: see `build`; so are the others.
+
+  Raises:
+    ValueError: an unknown velocity or stabiliser, or guidance without a teacher.
+  """
+  if stabiliser not in STABILISERS:
+    raise ValueError(f"loss.stabiliser={stabiliser!r}: take one of {[*STABILISERS]}")
+  guidance = tuple(guidance)
+  velocity_of = velocities.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
+  tame = STABILISERS[stabiliser]
+
+  def loss(
+    params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
+  ) -> tuple[Array, dict[str, Array]]:
+    x0 = batch["x0"]
+    key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)
+    t, s, u = draw(key_t, x0.shape[0])
+    z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
+    xt = trigflow.perturb(x0, z, t)
+    cond = velocities.with_scales(key_v, t, batch["cond"], guidance)
+    v = velocity_of(frozen, x0, z, xt, t, cond)
+    net = functools.partial(network.apply, params, key=key_dropout)
+    r = times.warmup(step, warmup_steps)
+    F, g = tangent_of(net, xt, t, v, cond, sigma_d=sigma_d, r=r, s=s)
+    error = F - jax.lax.stop_gradient(F) - tame(g, u, c)
+    w = network.logvar(params, t) if adaptive_weight else None
+    weighted, mse = weighting.adaptive(error, w)
+    tangent_norm = jnp.mean(norm(g, rms=True))
+    return jnp.mean(weighted), {"mse": jnp.mean(mse), "tangent_norm": tangent_norm}
+
+  return loss
 
 
 def build(
@@ -100,6 +158,7 @@ def build(
   velocity: str = "teacher",
   p_mean: float = -1.0,
   p_std: float = 1.4,
+  segments: tuple[float, ...] = (),
   stabiliser: str = "rms",
   c: float = 0.1,
   warmup_steps: int = 10_000,
@@ -115,6 +174,8 @@ def build(
     velocity: "teacher" distils (sCD), "data" trains from data (sCT).
     p_mean: mean of ln(sigma_d tan t) over training.
     p_std: its standard deviation.
+    segments: angles that cut [0, pi/2]; f leads to the lower end of its segment, and
+      DDIM's steps from end to end sample it. () is the consistency model to 0.
     stabiliser: "rms" or "l2": g / (|g| + c); "clip": df/dt to [-1, 1]; "none".
     c: constant of the normalisation.
     warmup_steps: steps over which r rises from 0 to 1.
@@ -122,40 +183,28 @@ def build(
     guidance: (low, high) scales of classifier-free guidance to distil, () for none.
 
   Raises:
-    ValueError: an unknown velocity or stabiliser, or guidance without a teacher.
+    ValueError: an unknown velocity or stabiliser, guidance without a teacher, or
+      segments that leave (0, pi/2).
   """
-  if velocity not in ("data", "teacher"):
-    raise ValueError(f"loss.velocity={velocity!r}: take 'teacher' or 'data'")
-  if stabiliser not in STABILISERS:
-    raise ValueError(f"loss.stabiliser={stabiliser!r}: take one of {[*STABILISERS]}")
-  if guidance and velocity == "data":
-    raise ValueError(f"loss.guidance={guidance}: only loss.velocity='teacher' can")
-  if velocity == "data":
-    velocity_of = velocities.data()
-  else:
-    velocity_of = velocities.teacher(
-      teacher, sigma_d=sigma_d, guidance=tuple(guidance) or None
-    )
-  tame = STABILISERS[stabiliser]
+  if any(not 0 < end < np.pi / 2 for end in segments):
+    raise ValueError(f"loss.segments={tuple(segments)}: give angles in (0, pi/2)")
+  ends = np.float32([0.0, *sorted(segments)])
 
-  def loss(
-    params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]:
-    x0 = batch["x0"]
-    key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)
-    t = times.log_normal(
-      key_t, x0.shape[0], p_mean=p_mean, p_std=p_std, sigma_d=sigma_d
-    )
-    z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
-    xt = trigflow.perturb(x0, z, t)
-    v, cond = velocity_of(frozen, x0, z, xt, t, batch["cond"], key_v)
-    net = functools.partial(network.apply, params, key=key_dropout)
-    r = times.warmup(step, warmup_steps)
-    F, g = tangent(net, xt, t, v, cond, sigma_d=sigma_d, r=r)
-    error = F - jax.lax.stop_gradient(F) - tame(g, t, c)
-    w = network.logvar(params, t) if adaptive_weight else None
-    weighted, mse = weighting.adaptive(error, w)
-    tangent_norm = jnp.mean(norm(g, rms=True))
-    return jnp.mean(weighted), {"mse": jnp.mean(mse), "tangent_norm": tangent_norm}
+  def draw(key: PRNGKey, batch: int) -> tuple[Array, Array, Array]:
+    t = times.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
+    s = jnp.asarray(ends)[jnp.searchsorted(ends, t, side="right") - 1]
+    return t, s, t - s
 
-  return loss
+  return objective(
+    draw,
+    tangent,
+    network=network,
+    teacher=teacher,
+    sigma_d=sigma_d,
+    velocity=velocity,
+    stabiliser=stabiliser,
+    c=c,
+    warmup_steps=warmup_steps,
+    adaptive_weight=adaptive_weight,
+    guidance=guidance,
+  )

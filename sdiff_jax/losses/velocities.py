@@ -1,8 +1,4 @@
-"""The velocity dx_t/dt that a consistency model follows: of the data or a teacher's.
-
-A velocity is a function (frozen, x0, z, xt, t, cond, key) -> (v [B, ...], cond); the
-returned cond is what the student sees, with the guidance scale drawn for it, if any.
-"""
+"""The velocity dx_t/dt that a consistency model follows: of the data or a teacher's."""
 
 from collections.abc import Callable
 
@@ -12,47 +8,69 @@ from sdiff_jax import guidance as cfg
 from sdiff_jax import trigflow
 from sdiff_jax.interfaces import Array, Cond, Params, PRNGKey
 
-Velocity = Callable[..., tuple[Array, Cond]]
+# (frozen, x0, z, xt, t, cond) -> v [B, ...]
+Velocity = Callable[..., Array]
 
 
-def data() -> Velocity:
-  """Returns the unbiased estimate cos(t) z - sin(t) x0: consistency training."""
-
-  def velocity(
-    frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond, key: PRNGKey
-  ) -> tuple[Array, Cond]:
-    del frozen, xt, key
-    return trigflow.velocity(x0, z, t), cond
-
-  return velocity
-
-
-def teacher(
-  apply: Callable[..., Array], *, sigma_d: float, guidance: tuple[float, float] | None
+def build(
+  name: str,
+  teacher: Callable[..., Array] | None,
+  *,
+  sigma_d: float,
+  guidance: tuple[float, ...] = (),
 ) -> Velocity:
-  """Returns sigma_d F_pretrain(x_t / sigma_d, t): consistency distillation.
+  """Returns the velocity of the field loss.velocity.
 
   Args:
-    apply: the teacher, (frozen, x, t, cond) -> F.
+    name: "data" is cos(t) z - sin(t) x0, its unbiased estimate: consistency training;
+      "teacher" is sigma_d F_pretrain(x_t / sigma_d, t): distillation. Where cond has a
+      guidance scale s, F_pretrain is F_u + s (F_c - F_u) (arXiv:2410.11081, sec. 5.2).
+    teacher: (frozen, x, t, cond) -> F.
     sigma_d: standard deviation of the data.
-    guidance: None, or the range (low, high) from which each sample's scale s is
-      drawn; the velocity is then that of F_u + s (F_c - F_u), and the student gets
-      cond["guidance"] = s (arXiv:2410.11081, section 5.2).
-  """
+    guidance: of the loss, only to refuse it.
 
-  def velocity(
-    frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond, key: PRNGKey
-  ) -> tuple[Array, Cond]:
+  Raises:
+    ValueError: another name, or guidance without a teacher.
+  """
+  if name not in ("data", "teacher"):
+    raise ValueError(f"loss.velocity={name!r}: take 'teacher' or 'data'")
+  if guidance and name == "data":
+    raise ValueError(f"loss.guidance={guidance}: only loss.velocity='teacher' can")
+
+  def of_data(
+    frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
+  ) -> Array:
+    del frozen, xt, cond
+    return trigflow.velocity(x0, z, t)
+
+  def of_teacher(
+    frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
+  ) -> Array:
     del x0, z
 
     def net(x: Array, t: Array, cond: Cond) -> Array:
-      return apply(frozen, x, t, cond)
+      return teacher(frozen, x, t, cond)
 
-    if guidance is None:
-      return sigma_d * net(xt / sigma_d, t, cond), cond
-    low, high = guidance
-    scale = jax.random.uniform(key, t.shape, t.dtype, low, high)
-    v = sigma_d * cfg.classifier_free(net, scale)(xt / sigma_d, t, cond)
-    return v, cond | {"guidance": scale}
+    if cond is not None and "guidance" in cond:
+      cond = dict(cond)
+      net = cfg.classifier_free(net, cond.pop("guidance"))
+    return sigma_d * net(xt / sigma_d, t, cond)
 
-  return velocity
+  return of_data if name == "data" else of_teacher
+
+
+def with_scales(
+  key: PRNGKey, t: Array, cond: Cond, guidance: tuple[float, ...]
+) -> Cond:
+  """Returns cond with a guidance scale for each sample, uniform in (low, high).
+
+  Args:
+    key: random key.
+    t: angles, [B].
+    cond: conditions of the data.
+    guidance: (low, high), or () for none: cond as it is.
+  """
+  if not guidance:
+    return cond
+  low, high = guidance
+  return cond | {"guidance": jax.random.uniform(key, t.shape, t.dtype, low, high)}
