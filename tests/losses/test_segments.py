@@ -92,7 +92,7 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
 
   monkeypatch.setattr(scm, "tangent", spy)
   loss = scm.build(
-    network=Network(init=None, apply=None, logvar=None),
+    network=Network(init=len, apply=len, logvar=len),
     teacher=None,
     sigma_d=SIGMA_D,
     velocity="data",
