@@ -89,6 +89,8 @@ def build(
     speculative.check(table)
   if loop == "srds":
     parareal.check(table, tolerance)
+    if table.uses("p", "c", "e"):
+      raise ValueError(f"sampler.name={name!r}: by name, parareal takes srdsddim")
     blocks = window or round(table.evaluations**0.5)
     parareal.boundaries(table.evaluations, blocks)
     plan = plan._replace(window=blocks)
