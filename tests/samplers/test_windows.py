@@ -146,7 +146,7 @@ def test_plain_names_run_one_row_after_the_other():
     ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
     ({"rule": "newton"}, r"sampler\.rule='newton': take one of"),
     ({"name": "specddim"}, "speculation needs noise in every row but the last"),
-    ({"name": "srdsddpm"}, "parareal takes solvers of one row a step without noise"),
+    ({"name": "srdsddpm"}, "parareal takes solvers without noise"),
     ({"name": "srdsddim", "window": 15}, r"sampler\.window=15: 16 rows"),
   ],
 )
