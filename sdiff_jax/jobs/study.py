@@ -1,0 +1,191 @@
+"""Job `study`: trains and measures all runs of a study, and draws what came of it.
+
+A study is a config with runs (see `runs` below): each is an experiment's config file
+with some fields changed. What is there already is not made again, so a study that was
+stopped goes on with the same command.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import sys
+from html import escape
+from typing import Any
+
+import jax
+import ml_collections
+
+from sdiff_jax import config as configs
+from sdiff_jax import report, studies, writer
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import evaluate, train
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes NAME.html, NAME.png, NAME.svg and NAME.json; runs lie in seedK/RUN.
+
+  Studies may share a work directory, and with it the runs that they have in common.
+
+  Raises:
+    UserError: the config is no study's, or a run of it refuses its fields.
+  """
+  study = config.study.to_dict()
+  if not study["runs"]:
+    raise UserError("config.study.runs is empty: name a file of configs/studies/")
+  pairs = [(seed, name) for seed in study["seeds"] for name in study["runs"]]
+  prepared = {p: _config(study, workdir, *p) for p in pairs}  # mistakes before work
+  rows = []
+  for k, (seed, name) in enumerate(pairs):
+    _say(f"{k + 1} of {len(pairs)}: {name}, seed {seed}")
+    rows += _points(study, workdir, seed, name, prepared[seed, name], rows)
+  if jax.process_index() == 0:
+    _write(study, workdir, rows)
+  return f"study of {len(pairs)} runs: {os.path.join(workdir, study['name'] + '.html')}"
+
+
+def _say(message: str) -> None:
+  if jax.process_index() == 0:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _folder(workdir: str, seed: int, name: str) -> str:
+  return os.path.join(workdir, f"seed{seed}", name)
+
+
+def _config(
+  study: dict[str, Any], workdir: str, seed: int, name: str
+) -> ml_collections.ConfigDict:
+  """Returns the config of a run."""
+  entry = study["runs"][name]
+  loaded = load(entry["config"])
+  loaded.seed = seed
+  if entry["teacher"]:
+    loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
+  for change in (*study["set"], *entry["set"]):
+    assign(loaded, change)
+  configs.validate(loaded)
+  return loaded
+
+
+def load(file: str) -> ml_collections.ConfigDict:
+  """Returns the config of a file, "configs/X.py" or "configs/X.py:words".
+
+  Raises:
+    UserError: there is no such file.
+  """
+  path, _, given = file.partition(":")
+  if not os.path.exists(path):
+    raise UserError(f"config.study.runs: no file {path} in {os.getcwd()}")
+  spec = importlib.util.spec_from_file_location("study_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(given) if given else module.get_config()
+
+
+def assign(config: ml_collections.ConfigDict, change: str) -> None:
+  """Changes a field of a config by "section.field=value".
+
+  "section=name" takes another piece, which keeps the fields that both have.
+
+  Raises:
+    UserError: there is no such field, or it has another type.
+  """
+  field, _, text = change.partition("=")
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if field in configs.PIECES:
+    piece = configs.use(configs.PIECES[field], value)
+    old = config[field].to_dict()
+    piece.update({k: old[k] for k in piece if k in old and k != "name"})
+    config[field] = piece
+    return
+  try:
+    config.update_from_flattened_dict({field: value})
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"config.study: {change}: {error}") from error
+
+
+def _points(
+  study: dict[str, Any],
+  workdir: str,
+  seed: int,
+  name: str,
+  config: ml_collections.ConfigDict,
+  earlier: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Returns the points of a run, which is trained and measured where it is not."""
+  entry = study["runs"][name]
+  weights = _folder(workdir, seed, entry["weights"] or name)
+  if not entry["weights"] and not os.path.exists(f"{weights}/training.json"):
+    _say(train.run(config, weights))
+    jax.clear_caches()
+    if not os.path.exists(f"{weights}/training.json"):
+      raise UserError("stopped; the same command goes on")
+  known = {"seed": seed, "run": name, "value": entry["value"]}
+  if study["source"] == "log":
+    return [
+      known | row | {"series": entry["series"] or name}
+      for row in writer.read_metrics(weights)
+    ]
+  rows = []
+  for step in _steps(weights) if entry["checkpoints"] else [0]:
+    for row in _measured(config, weights, name, step):
+      series = entry["series"] or f"{name}, {row['sampler']}"
+      more = {"series": series, "step": step or config.train.steps}
+      if row["images_per_second"]:
+        more["seconds"] = 1 / row["images_per_second"]
+      theirs = _first(earlier, seed, entry["teacher"] or name) or row
+      rows.append(known | row | more | {"ratio": row["frechet"] / theirs["frechet"]})
+  return rows
+
+
+def _first(
+  rows: list[dict[str, Any]], seed: int, name: str
+) -> dict[str, Any] | None:
+  """Returns the first row of a run."""
+  return next((r for r in rows if r["seed"] == seed and r["run"] == name), None)
+
+
+def _steps(workdir: str) -> list[int]:
+  """Returns the steps of the checkpoints before the last, and 0 for that one."""
+  found = os.listdir(os.path.join(workdir, "checkpoints"))
+  return [*sorted(int(f) for f in found if f.isdigit())[:-1], 0]
+
+
+def _measured(
+  config: ml_collections.ConfigDict, workdir: str, name: str, step: int
+) -> list[dict[str, Any]]:
+  """Returns the rows of the job evaluate, from its file if they are there."""
+  config = config.copy_and_resolve_references()
+  config.sample.checkpoint = step
+  config.evaluate.folder = f"evaluate-{name}"
+  path = os.path.join(workdir, evaluate.folder(config), "results.json")
+  if not os.path.exists(path):
+    _say(evaluate.run(config, workdir))
+    jax.clear_caches()
+  with open(path, encoding="utf-8") as file:
+    return [row for row in json.load(file) if row["evaluations"]]
+
+
+def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> None:
+  """Writes what a study found."""
+  x, panels = study["x"], tuple(study["panels"])
+  path = os.path.join(workdir, study["name"])
+  figure = studies.draw(rows, x, panels, study["log"])
+  for kind in ("png", "svg"):
+    with open(f"{path}.{kind}", "wb") as file:
+      file.write(studies.picture(figure, kind))
+  writer.save_text(f"{path}.json", json.dumps(rows, indent=1))
+  head, *lines = studies.table(rows, x, panels)
+  print("\n".join("| " + " | ".join(line) + " |" for line in (head, *lines)))
+  body = report.uri_image(studies.picture(figure, "svg"), "svg+xml", study["title"])
+  body += report.grid(head, lines)
+  runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)
+  body += f"<h2>Runs</h2>\n<pre>{escape(runs)}</pre>"
+  page = report.PAGE.substitute(
+    title=escape(study["title"]), lead=escape(study["lead"]), body=body
+  )
+  writer.save_text(f"{path}.html", page)

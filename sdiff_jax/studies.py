@@ -1,0 +1,113 @@
+"""What a study measures, as points, a figure and a table."""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+NAMES = {  # of axes
+  "compute": "training FLOPs / the teacher's",
+  "evaluations": "evaluations an image",
+  "frechet": "Frechet distance",
+  "passes": "passes",
+  "ratio": "Frechet distance / the teacher's",
+  "seconds": "seconds an image",
+}
+
+
+class Curve(NamedTuple):
+  """One series in one panel, over seeds; arrays [points]."""
+
+  x: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  std: np.ndarray
+  seeds: int
+
+
+def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
+  """Returns series -> curve.
+
+  Args:
+    rows: points {"series": ..., "seed": ..., x: number, y: number}; those without one
+      of the numbers are left out. Points of one series at one x are its seeds.
+    x: key of the horizontal axis.
+    y: key of the vertical one.
+  """
+  found: dict[str, dict[float, list[float]]] = {}
+  for row in rows:
+    if row.get(x) is not None and row.get(y) is not None:
+      # Shares of FLOPs of the same step may differ in their last digits.
+      at = float(f"{row[x]:.4g}")
+      found.setdefault(row["series"], {}).setdefault(at, []).append(row[y])
+  out = {}
+  for series, points in found.items():
+    values = [np.array(points[at]) for at in sorted(points)]
+    numbers = [[f(v) for v in values] for f in (np.mean, np.min, np.max, np.std)]
+    mean, low, high, std = map(np.array, numbers)
+    seeds = min(len(v) for v in values)
+    out[series] = Curve(np.array(sorted(points)), mean, low, high, std, seeds)
+  return out
+
+
+def draw(
+  rows: list[dict[str, Any]], x: str, panels: tuple[str, ...], log: str
+) -> Figure:
+  """Returns one panel for each key, with the mean and the range of every series.
+
+  Args:
+    rows: see `curves`.
+    x: key of the horizontal axis.
+    panels: keys of the vertical axes.
+    log: the logarithmic axes, some of "xy".
+  """
+  size = (4.2 * len(panels) + 1.6, 3.4)
+  figure = Figure(figsize=size, layout="constrained", facecolor="white")
+  labels = {}
+  for axes, y in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for k, (series, c) in enumerate(curves(rows, x, y).items()):
+      colour = f"C{list(labels).index(series) if series in labels else k}"
+      marker = "o" if len(c.x) < 30 else None
+      (line,) = axes.plot(c.x, c.mean, color=colour, marker=marker, markersize=4)
+      axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
+      labels.setdefault(series, line)
+    axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
+    for axis in set(log) & {"x", "y"}:
+      getattr(axes, f"set_{axis}scale")("log")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+  figure.legend(
+    labels.values(), labels, loc="outside right center", frameon=False, fontsize=8
+  )
+  return figure
+
+
+def table(
+  rows: list[dict[str, Any]], x: str, panels: tuple[str, ...]
+) -> list[list[str]]:
+  """Returns lines of cells, the header first: series, x, and mean +- std over seeds."""
+  lines = [["", NAMES.get(x, x), *(NAMES.get(y, y) for y in panels), "seeds"]]
+  by_panel = [curves(rows, x, y) for y in panels]
+  points = dict.fromkeys(
+    (series, at) for found in by_panel for series, c in found.items() for at in c.x
+  )
+  for series, at in points:
+    cells, seeds = [], 0
+    for found in by_panel:
+      c = found.get(series)
+      if c is None or at not in c.x:
+        cells.append("-")
+        continue
+      i, seeds = int(np.flatnonzero(c.x == at)[0]), c.seeds
+      spread = f" ± {c.std[i]:.2g}" if seeds > 1 else ""
+      cells.append(f"{c.mean[i]:.4g}{spread}")
+    lines.append([series, f"{at:g}", *cells, str(seeds)])
+  return lines
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+  """Returns a figure as "png" or "svg"."""
+  figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140)
+  return buffer.getvalue()
