@@ -12,7 +12,7 @@ from closed_forms import random_params
 from sdiff_jax import trigflow, weights
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.models import published, unet1d
-from sdiff_jax.samplers import paths, predictions, schedules, sequential, tables
+from sdiff_jax.samplers import paths, predictions, schedules, sequential
 
 NAMES = ("dp_unet1d", "dp_unet1d_nofilmscale_nocond")
 SCHEDULE = {
@@ -141,13 +141,27 @@ def test_change_of_variables_is_exact(peer, sigma_d):
   np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_parameters_of_published_policies():
-  """Of PushT, Square and Kitchen, with two observations each; 65 million and more."""
-  for do, da, millions in ((20, 2, 65.789), (23, 7, None), (60, 9, None)):
-    net = unet1d.predictor(shape=(16, da), observation=2 * do)
-    shapes = jax.eval_shape(net.init, jax.random.key(0))
-    count = sum(p.size for p in jax.tree.leaves(shapes))
-    print(do, da, count)
+@pytest.mark.parametrize(
+  ("do", "da", "millions"), [(20, 2, 65.783), (23, 7, 65.878), (60, 9, 66.943)]
+)
+def test_parameters_of_published_policies(do, da, millions):
+  """Of PushT, Square and Kitchen, with two observations each; counted by hand, too."""
+
+  def block(inner, outer):
+    convs = 5 * inner * outer + 5 * outer * outer + 6 * outer  # with norms
+    film = (256 + 2 * do + 1) * 2 * outer
+    return convs + film + (inner * outer + outer if inner != outer else 0)
+
+  levels = [(da, 256), (256, 512), (512, 1024)]
+  count = 2 * 256 * 1024 + 1024 + 256
+  count += sum(block(i, o) + block(o, o) for i, o in levels) + 2 * block(1024, 1024)
+  count += sum(3 * c * c + c for c in (256, 512))
+  count += sum(block(2 * o, i) + block(i, i) + 4 * i * i + i for i, o in levels[1:])
+  count += 5 * 256**2 + 3 * 256 + 256 * da + da
+  net = unet1d.predictor(shape=(16, da), observation=2 * do)
+  shapes = jax.eval_shape(net.init, jax.random.key(0))
+  assert sum(p.size for p in jax.tree.leaves(shapes)) == count
+  assert count / 1e6 == pytest.approx(millions, abs=1e-3)
 
 
 @pytest.mark.parametrize(
