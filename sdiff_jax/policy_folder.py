@@ -64,6 +64,7 @@ class Policy(NamedTuple):
   """A policy and what it takes to run it.
 
   Attributes:
+    fields: of `unet1d.build`.
     network: predicts the noise, (params, x [B, H, Da], timestep [B], cond).
     params: its parameters.
     normaliser: of observations and actions.
@@ -72,6 +73,7 @@ class Policy(NamedTuple):
     executed: Ta, actions that are executed of a chunk, from the last observation on.
   """
 
+  fields: dict[str, Any]
   network: Predictor
   params: Params
   normaliser: Normaliser
@@ -80,17 +82,29 @@ class Policy(NamedTuple):
   executed: int
 
 
-def load(path: str, *, dtype: str = "float32") -> Policy:
-  """Returns the policy of a folder of LeRobot, of low-dimensional observations.
+def load(
+  path: str, *, horizon: int = 16, n_action_steps: int = 8, dtype: str = "float32"
+) -> Policy:
+  """Returns a policy of low-dimensional observations.
 
   Args:
-    path: with config.json, model.safetensors, whose buffers normalise, or policies'
-      later form, with the same in *_normalizer_processor.safetensors.
+    path: a folder of LeRobot, with config.json and model.safetensors, whose buffers
+      normalise, or *_normalizer_processor.safetensors, which do so later. Or a file of
+      Diffusion Policy, .safetensors, .npz or .pt, with the tensors `model.*` and
+      `normalizer.params_dict.*`; `ema_model.*`, averaged, are taken before them.
+    horizon: H, steps of a chunk; a folder tells its own.
+    n_action_steps: Ta, actions that are executed; a folder tells its own.
     dtype: of the hidden layers and of the weights.
 
   Raises:
     UserError: files are missing or damaged, or a list of what does not fit.
   """
+  if os.path.isdir(path):
+    return _lerobot(path, dtype)
+  return _file(path, horizon, n_action_steps, dtype)
+
+
+def _lerobot(path: str, dtype: str) -> Policy:
   file = os.path.join(path, "config.json")
   try:
     with open(file, encoding="utf-8") as opened:
@@ -104,16 +118,15 @@ def load(path: str, *, dtype: str = "float32") -> Policy:
       c["n_obs_steps"],
       c["output_features"]["action"]["shape"],
     )
-    net = unet1d.predictor(
-      shape=(H, Da),
-      observation=To * sum(widths.values()),
-      channels=tuple(c["down_dims"]),
-      embed=c["diffusion_step_embed_dim"],
-      kernel=c["kernel_size"],
-      groups=c["n_groups"],
-      scale=c["use_film_scale_modulation"],
-      dtype=dtype,
-    )
+    sizes = {
+      "channels": tuple(c["down_dims"]),
+      "embed": c["diffusion_step_embed_dim"],
+      "kernel": c["kernel_size"],
+      "groups": c["n_groups"],
+      "scale": c["use_film_scale_modulation"],
+    }
+    seen = To * sum(widths.values())
+    net = unet1d.predictor(shape=(H, Da), observation=seen, **sizes, dtype=dtype)
   except OSError as error:
     raise UserError(f"{file}: {error.strerror}") from None
   except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -136,7 +149,7 @@ def load(path: str, *, dtype: str = "float32") -> Policy:
     what=os.path.join(path, "config.json"),
   )
   steps = c["num_inference_steps"] or c["num_train_timesteps"]
-  return Policy(net, params, fitted, schedule, steps, c["n_action_steps"])
+  return Policy(sizes, net, params, fitted, schedule, steps, c["n_action_steps"])
 
 
 def _widths(c: dict[str, Any]) -> dict[str, int]:
@@ -197,29 +210,8 @@ def _map(
   return Affine(low + half, half)
 
 
-def read(
-  file: str,
-  *,
-  horizon: int = 16,
-  n_action_steps: int = 8,
-  groups: int = 8,
-  dtype: str = "float32",
-) -> Policy:
-  """Returns the policy of a state dict of Diffusion Policy's low-dimensional policies.
-
-  Sizes are those of the tensors; what no tensor tells are arguments.
-
-  Args:
-    file: .safetensors, .npz or .pt of `model.*` and `normalizer.params_dict.*`; of
-      averaged weights as well, `ema_model.*`, those are taken.
-    horizon: H, steps of a chunk.
-    n_action_steps: Ta, actions that are executed.
-    groups: of the norms.
-    dtype: of the hidden layers and of the weights.
-
-  Raises:
-    UserError: the file is damaged, or tensors are missing, left over or do not fit.
-  """
+def _file(file: str, horizon: int, n_action_steps: int, dtype: str) -> Policy:
+  """Returns the policy of a state dict, whose tensors tell most sizes."""
   tensors = weights.read(file)
   maps = [_linear(file, tensors, name) for name in ("obs", "action")]
   found = unet1d.of_policy(tensors)
@@ -237,22 +229,15 @@ def read(
         f"a condition of {seen} numbers is no multiple of observations of "
         f"{len(maps[0].centre)}"
       )
-    net = unet1d.predictor(
-      shape=(horizon, Da),
-      observation=seen,
-      channels=tuple(channels),
-      embed=embed,
-      kernel=kernel,
-      groups=groups,
-      scale=len(film) == 2 * channels[0],
-      dtype=dtype,
-    )
+    sizes = {"channels": tuple(channels), "embed": embed, "kernel": kernel}
+    sizes |= {"groups": unet1d.GROUPS, "scale": len(film) == 2 * channels[0]}
+    net = unet1d.predictor(shape=(horizon, Da), observation=seen, **sizes, dtype=dtype)
   except (KeyError, ValueError) as error:
     raise UserError(f"{file} is no U-Net of Diffusion Policy ({error})") from error
   params = published.fitted(found, net.init, dtype=dtype, what=file)
   c = {k: DEFAULTS[k] for k in SCHEDULER} | {"_class_name": "DDPMScheduler"}
   fitted = Normaliser(*maps, To, (horizon, Da), std=1.0)
-  return Policy(net, params, fitted, schedules.of_config(c), 100, n_action_steps)
+  return Policy(sizes, net, params, fitted, schedules.of_config(c), 100, n_action_steps)
 
 
 def _linear(file: str, tensors: dict[str, np.ndarray], name: str) -> Affine:

@@ -122,7 +122,7 @@ def test_diffusion_policy(tmp_path, peer):
     head = f"ema_model.normalizer.params_dict.{name}"
     file |= {f"{head}.scale": scale[:n], f"{head}.offset": offset[:n]}
   save(tmp_path / "policy.safetensors", file)
-  policy = policy_folder.read(str(tmp_path / "policy.safetensors"))
+  policy = policy_folder.load(str(tmp_path / "policy.safetensors"))
   assert policy.normaliser.steps == 2
   x = RNG.normal(size=(5, 20)).astype(np.float32)
   y = normaliser.normalise(policy.normaliser.observation, x)
@@ -137,7 +137,7 @@ def test_diffusion_policy(tmp_path, peer):
   ):
     save(tmp_path / "a.safetensors", {k: v for k, v in file.items() if k != gone})
     with pytest.raises(UserError, match=message):
-      policy_folder.read(str(tmp_path / "a.safetensors"))
+      policy_folder.load(str(tmp_path / "a.safetensors"))
 
 
 RNG = np.random.default_rng(0)
