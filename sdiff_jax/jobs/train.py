@@ -12,7 +12,7 @@ from clu import parameter_overview
 
 from sdiff_jax import ema, lookup, loop, optim, processes, sharding, state, step, writer
 from sdiff_jax.checkpoint import Checkpoints
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import normaliser, pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import sampling
@@ -31,11 +31,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   )
   if config.train.sample_every:
     pipeline.check_pixels(experiment.source)
+  _check_conditions(config, experiment.source)
   chosen = sampling.plan(config)
   rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
-  experiments.claim(config, workdir)
+  experiments.claim(config, workdir, experiment.source)
 
   def init(key: Any, frozen: Params) -> state.TrainState:
     params = _start_from(frozen, experiment.network.init(key))
@@ -137,12 +138,26 @@ def _fit(
   return int(state_after.step)
 
 
+def _check_conditions(
+  config: ml_collections.ConfigDict, source: pipeline.Source
+) -> None:
+  """Raises a UserError if a field needs images or labels, and the data have none."""
+  if not source.observation:
+    return
+  guided = config.loss.get("guidance") or config.model.get("guidance")
+  for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):
+    if value:
+      raise UserError(
+        f"config.{field}={value}: for images; config.data are trajectories"
+      )
+
+
 def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
   """Returns the shapes of a batch, over all processes."""
   size = config.train.batch_size
   return {
     "x0": jax.ShapeDtypeStruct((size, *source.shape), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+    "cond": pipeline.conditions(source, size),
   }
 
 
@@ -171,7 +186,7 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
-    if config.loss.name == "diffusion":
+    if "velocity" not in config.loss:
       return None, None
     raise UserError(
       "config.teacher.workdir is empty: name the run that this one starts from, "
@@ -184,6 +199,12 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   same_data = theirs.data.to_dict() == config.data.to_dict()
   if not same_data or theirs.sigma_d != config.sigma_d:
     raise UserError(f"config.teacher.workdir={workdir}: trained on other data")
+  scales = experiments.stored_normaliser(workdir), experiment.source.normaliser
+  if scales[0] and not normaliser.alike(*scales):
+    raise UserError(
+      f"config.teacher.workdir={workdir}: its normaliser.npz is not that of the "
+      f"episodes in {config.data.path}"
+    )
   network = experiments.network(theirs, experiment.source)
   profile = theirs.ema.profiles[0]
   teacher = experiment._replace(config=theirs, network=network)
