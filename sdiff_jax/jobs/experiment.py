@@ -39,9 +39,16 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     UserError: a piece or the mesh refuses its fields.
   """
   source = lookup.build("data", config.data.to_dict())
-  return Experiment(
-    config, source, network(config, source), sharding.make_mesh(**config.mesh)
-  )
+  return Experiment(config, source, network(config, source), mesh(config))
+
+
+def mesh(config: ml_collections.ConfigDict) -> Mesh:
+  """Returns the mesh of a config.
+
+  Raises:
+    UserError: it does not make the devices that there are.
+  """
+  return sharding.make_mesh(**config.mesh)
 
 
 def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Network:

@@ -133,7 +133,10 @@ class Split(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     def both(h: Array, name: str) -> list[Array]:
-      wide, tall = Conv(384, (1, 3), name=f"{name}a"), Conv(384, (3, 1), name=f"{name}b")
+      wide, tall = (
+        Conv(384, (1, 3), name=f"{name}a"),
+        Conv(384, (3, 1), name=f"{name}b"),
+      )
       return [wide(h), tall(h)]
 
     three = Conv(384, (1, 1), name="branch3x3_1")(x)

@@ -67,9 +67,10 @@ def bicubic(x: Array, height: int, width: int) -> Array:
 def pillow_bicubic(x: Array, height: int, width: int) -> Array:
   """Returns what Pillow makes of uint8 images, [B, height, width, C], in float32.
 
-  Columns first, then rows, each rounded to whole numbers from 0 to 255.
+  Rows are resized first, then columns, each rounded to whole numbers from 0 to 255.
+  Pillow's own sums are of whole numbers, so a pixel may differ by one.
   """
   x = x.astype(jnp.float32)
   for h, w in ((x.shape[1], width), (height, width)):
-    x = jnp.clip(jnp.round(bicubic(x, h, w)), 0, 255)
+    x = jnp.clip(jnp.floor(bicubic(x, h, w) + 0.5), 0, 255)
   return x
