@@ -27,14 +27,7 @@ STORAGES = {  # of PyTorch
   "Byte": "uint8",
   "Bool": "bool",
 }
-
-NUMPY = {
-  "f8": "float64",
-  "f4": "float32",
-  "f2": "float16",
-  "i8": "int64",
-  "i4": "int32",
-}
+NUMPY = {"f8": "float64", "f4": "float32", "f2": "float16"}  # and its names of types
 
 
 class Refused(Exception):

@@ -133,11 +133,8 @@ class Split(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     def both(h: Array, name: str) -> list[Array]:
-      wide, tall = (
-        Conv(384, (1, 3), name=f"{name}a"),
-        Conv(384, (3, 1), name=f"{name}b"),
-      )
-      return [wide(h), tall(h)]
+      sides = {"a": (1, 3), "b": (3, 1)}
+      return [Conv(384, side, name=name + end)(h) for end, side in sides.items()]
 
     three = Conv(384, (1, 1), name="branch3x3_1")(x)
     double = Conv(448, (1, 1), name="branch3x3dbl_1")(x)
