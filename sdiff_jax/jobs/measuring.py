@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sdiff_jax import lookup, sharding
 from sdiff_jax.data import npz, pipeline
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.metrics import reference, summary
+from sdiff_jax.metrics import frechet, reference, summary
 from sdiff_jax.metrics.features import named
 from sdiff_jax.metrics.features.network import Extract, FeatureNetwork, spread
 from sdiff_jax.metrics.reference import Reference
@@ -81,7 +81,15 @@ def meter(
     UserError: files that do not fit, from here, or too few images, from the measure.
   """
   found, keep = networks(config, mesh, shape), config.evaluate.neighbours
-  known = [_known(config, mesh, one, against) for one in found]
+  widths = [_width(network, shape) for network, _ in found]
+  statistics = [_statistics(config, *x) for x in zip(found, widths, strict=True)]
+  known = []
+  for one, width, given in zip(found, widths, statistics, strict=True):
+    if against is None or (given and not keep):
+      made = Reference(*given, np.zeros((0, width), np.float32))
+    else:
+      made = _known(mesh, one, against, keep)
+    known.append(made._replace(**given._asdict()) if given else made)
   known[1:] = [k._replace(features=k.features[:0]) for k in known[1:]]
 
   def measure(batches: Iterable[summary.Images], size: int) -> dict[str, float]:
@@ -94,38 +102,35 @@ def meter(
   return measure
 
 
-def _known(
-  config: ml_collections.ConfigDict,
-  mesh: Mesh,
-  one: Network,
-  source: pipeline.Source | None,
-) -> Reference:
-  """Returns what a network's features of real images are."""
-  network, path = one[0], config.evaluate.reference
-  keep = config.evaluate.neighbours
-  statistics = reference.read(path, network.metric) if path else None
-  if source is None or (path and not keep):
-    width = _width(network, (8, 8, 3))
-    known = Reference(*statistics, np.zeros((0, width), np.float32))
-  else:
-    width = _width(network, source.shape)
-    # Data and features are told apart by a few images and what is made of them.
-    probe = source.take(np.linspace(0, source.size - 1, PROBE).astype(int))[0]
-    (features,) = summary.of([one], [of_array(probe)], PROBE, PROBE)
-    key = [str((source.size, source.shape, keep)).encode(), probe.tobytes()]
-    key += [features.kept[0].tobytes()]
-    known = reference.cached(
-      key,
-      lambda: reference.of(summary_of(one, source, keep)),
-      # The network runs on all processes, or on none.
-      lambda mine: bool(sharding.agreed(np.array([mine]), mesh)[0]),
-    )
-  if statistics is not None and len(statistics.mean) != width:
+def _statistics(
+  config: ml_collections.ConfigDict, one: Network, width: int
+) -> frechet.Statistics | None:
+  """Returns what evaluate.reference says of a network's features, if it is given."""
+  path, metric = config.evaluate.reference, one[0].metric
+  if not path:
+    return None
+  given = reference.read(path, metric)
+  if len(given.mean) != width:
     raise UserError(
-      f"{path} has statistics of {len(statistics.mean)} features, {network.metric} has "
-      f"{width}: they are of another network"
+      f"{path} has statistics of {len(given.mean)} features, {metric} has {width}: they"
+      " are of another network"
     )
-  return known._replace(**statistics._asdict()) if statistics else known
+  return given
+
+
+def _known(mesh: Mesh, one: Network, source: pipeline.Source, keep: int) -> Reference:
+  """Returns what a network's features of all real images are, kept between runs."""
+  _width(one[0], source.shape)
+  # Data and features are told apart by a few images and what is made of them.
+  probe = source.take(np.linspace(0, source.size - 1, PROBE).astype(int))[0]
+  (features,) = summary.of([one], [of_array(probe)], PROBE, PROBE)
+  key = [str((source.size, source.shape, keep)).encode(), probe.tobytes()]
+  return reference.cached(
+    [*key, np.concatenate(features.kept).tobytes()],
+    lambda: reference.of(summary_of(one, source, keep)),
+    # The network runs on all processes, or on none.
+    lambda mine: bool(sharding.agreed(np.array([mine]), mesh)[0]),
+  )
 
 
 def summary_of(one: Network, source: pipeline.Source, keep: int) -> summary.Summary:

@@ -174,9 +174,7 @@ def test_statistics_of_another_network(tmp_path, images):
   config = config_for(tmp_path, images)
   config.evaluate.reference = str(tmp_path / "x.npz")
   np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-  with pytest.raises(
-    UserError, match="of 2048 features, frechet has 64: they are of"
-  ):
+  with pytest.raises(UserError, match="of 2048 features, frechet has 64: they are of"):
     evaluate.run(config, str(tmp_path / "run"))
 
 
