@@ -121,7 +121,14 @@ def base() -> ml_collections.ConfigDict:
       "num": 5000,  # samples for each
       "batch_size": 512,  # over all devices
       "images": "",  # measure this .npz or folder of images instead of samples
-      "features": "digits",  # network of metrics/features, or a path to an .npz
+      # The classifier of a data set (digits, fashion, or a path to an .npz), or
+      # published networks: inception:PATH for FID (pytorch-fid:PATH as that package
+      # resizes), dinov2:PATH for FD-DINOv2; several with commas between them.
+      "features": "digits",
+      # Statistics to compare with instead of images: .npz of ADM, EDM or the job
+      # `statistics`, .pkl of EDM2.
+      "reference": "",
+      "neighbours": 10_000,  # images of a set for precision and recall; 0 for neither
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
   )
@@ -147,7 +154,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not _get(config, name) > 0:
       raise UserError(f"config.{name}={_get(config, name)}: must be above 0")
   not_negative = ["train.steps", "train.sample_every", "optim.clip"]
-  not_negative += ["checkpoint.keep_every"]
+  not_negative += ["checkpoint.keep_every", "evaluate.neighbours"]
   for name in not_negative:
     if _get(config, name) < 0:
       raise UserError(f"config.{name}={_get(config, name)}: must not be negative")

@@ -17,7 +17,8 @@ from matplotlib.ticker import EngFormatter
 from sdiff_jax import writer
 from sdiff_jax.interfaces import UserError
 
-# Header, key of the row, format, and what the column means.
+# Header, key of the row, format, and what the column means; those that no row has are
+# not shown.
 COLUMNS = (
   ("Model", "model", str, "the run that made the images"),
   ("Sampler", "sampler", str, "how they were drawn: method/steps"),
@@ -25,13 +26,17 @@ COLUMNS = (
   ("Frechet", "frechet", "{:.2f}".format, "distance to real images, lower is better; "
    "in the features of the small classifier that ships with sdiff_jax, scaled to "
    "trace 64: not comparable with FID"),
+  ("FID", "fid", "{:.2f}".format, "Frechet distance to real images in features of "
+   "Inception-v3, lower is better"),
+  ("FD-DINOv2", "fd_dinov2", "{:.1f}".format, "the same in features of DINOv2"),
+  ("IS", "inception_score", "{:.2f}".format, "Inception score, higher is better"),
   ("Precision", "precision", "{:.1%}".format, "share that lies among real images"),
   ("Recall", "recall", "{:.1%}".format, "share of real images that they cover"),
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
   ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
 )  # fmt: skip
 WORDS = 2  # the first columns hold words, the others numbers
-BASELINES = f'<tr><th colspan="{len(COLUMNS)}">Baselines</th></tr>\n'
+BASELINES = '<tr><th colspan="{}">Baselines</th></tr>\n'
 KINDS = {"model": "", "baseline": BASELINES}  # and what stands above their rows
 
 OBJECTIVES = {
@@ -140,9 +145,10 @@ def _rows(runs: list[Run]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
   """Returns the rows as text aligned for a terminal: models, a rule, baselines."""
-  lines: list = [[header for header, *_ in COLUMNS]]
+  columns = _columns(rows)
+  lines: list = [[header for header, *_ in columns]]
   for kind in KINDS:
-    group = [_cells(row, "-") for row in rows if row["kind"] == kind]
+    group = [_cells(row, "-", columns) for row in rows if row["kind"] == kind]
     lines += [None, *group] if group else []
   widths = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
   return "\n".join(
@@ -178,8 +184,12 @@ def _load(directory: str) -> Run:
   )
 
 
-def _cells(row: dict, missing: str) -> list[str]:
-  values = [(row.get(key), form) for _, key, form, _ in COLUMNS]
+def _columns(rows: list[dict]) -> list[tuple]:
+  return [c for c in COLUMNS if any(c[1] in row for row in rows)]
+
+
+def _cells(row: dict, missing: str, columns: list[tuple]) -> list[str]:
+  values = [(row.get(key), form) for _, key, form, _ in columns]
   # NaN, which differs from itself, is as good as null.
   return [missing if v is None or v != v else form(v) for v, form in values]
 
@@ -193,12 +203,13 @@ def _results(runs: list[Run]) -> str:
   rows = _rows(runs)
   if not rows:
     return ""
-  bodies = ""
+  bodies, columns = "", _columns(rows)
   for kind, above in KINDS.items():
-    lines = "".join(_row("td", _cells(row, "–")) for row in rows if row["kind"] == kind)
+    cells = [_cells(row, "–", columns) for row in rows if row["kind"] == kind]
+    lines, above = "".join(_row("td", c) for c in cells), above.format(len(columns))
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
-  head = _row("th", [header for header, *_ in COLUMNS])
-  meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in COLUMNS)
+  head = _row("th", [header for header, *_ in columns])
+  meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in columns)
   counts = _list(f"{row['images']:,}" for row in rows)
   return (
     f'<h2>Results</h2>\n<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
@@ -212,7 +223,7 @@ def _samples(runs: list[Run]) -> str:
   figures = ""
   found = [(run.path / "evaluate", row) for run in runs for row in run.rows]
   for folder, row in sorted(found, key=lambda pair: [*KINDS].index(pair[1]["kind"])):
-    model, sampler, evaluations = map(escape, _cells(row, "–")[:3])
+    model, sampler, evaluations = map(escape, _cells(row, "–", COLUMNS[:3]))
     caption = f"<b>{model}</b> {sampler}, NFE {evaluations}"
     figures += _figure(folder / row["grid"], caption) if row.get("grid") else ""
   note = "<p>Same seeds: cell k starts from the same noise in every grid.</p>"

@@ -27,6 +27,7 @@ STORAGES = {  # of PyTorch
   "Byte": "uint8",
   "Bool": "bool",
 }
+NUMPY = {"f8": "float64", "f4": "float32", "f2": "float16"}  # and its names of types
 
 
 class Refused(Exception):
@@ -147,6 +148,48 @@ class _Dropped:
     pass
 
 
+class Array:
+  """An array of numpy's, of which the state is kept."""
+
+  def __new__(cls, *args: Any) -> "Array":
+    array = super().__new__(cls)
+    array.state = ()
+    return array
+
+  def __setstate__(self, state: Any) -> None:
+    self.state = state
+
+  def read(self) -> np.ndarray:
+    """Returns the array.
+
+    Raises:
+      Refused: it is of no numbers, or its bytes do not fit its shape.
+    """
+    check(isinstance(self.state, tuple) and len(self.state) == 5, "an array of nothing")
+    _, shape, kind, by_columns, data = self.state
+    check(isinstance(kind, _Dtype) and isinstance(data, bytes), "an array of objects")
+    flat = np.frombuffer(data, dtype(NUMPY.get(kind.name, "")).newbyteorder(kind.order))
+    return flat.reshape(shape, order="F" if by_columns else "C")
+
+
+class _Dtype:
+  """A type of numpy's, by its name and the order of its bytes."""
+
+  def __new__(cls, name: str = "", *args: Any) -> "_Dtype":
+    kind = super().__new__(cls)
+    kind.name, kind.order = name, "="
+    return kind
+
+  def __setstate__(self, state: Any) -> None:
+    self.order = state[1]
+
+
+def _from_buffer(data: bytes, kind: Any, shape: tuple, order: str) -> Array:
+  array = Array()
+  array.state = (1, shape, kind, order == "F", bytes(data))
+  return array
+
+
 def _persistent(meta: dict[str, Any]) -> Module:
   """Returns an object of EDM's, whose source code stands in meta beside its state."""
   module = Module()
@@ -196,11 +239,13 @@ STAND_INS: dict[tuple[str, str], Any] = {
   ("torch.storage", "_load_from_bytes"): _Function(_load_from_bytes),
   ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Function(_persistent),
   ("numpy", "ndarray"): _Dropped,
-  ("numpy", "dtype"): _Dropped,
+  ("numpy", "dtype"): _Dtype,
 }
 STAND_INS |= {("torch", f"{k}Storage"): v for k, v in STORAGES.items()}
 STAND_INS |= {("torch", name): name for name in STORAGES.values()}
 for _kind in ("ModuleDict", "ModuleList", "Sequential"):
   STAND_INS["torch.nn.modules.container", _kind] = Module
-for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-  STAND_INS[_core, "_reconstruct"] = STAND_INS[_core, "scalar"] = _Dropped
+for _core in ("numpy.core", "numpy._core"):
+  STAND_INS[f"{_core}.multiarray", "_reconstruct"] = Array
+  STAND_INS[f"{_core}.multiarray", "scalar"] = _Dropped
+  STAND_INS[f"{_core}.numeric", "_frombuffer"] = _Function(_from_buffer)

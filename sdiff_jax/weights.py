@@ -45,7 +45,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
       tensors = _state_dict(_read(path, file))
   except FileNotFoundError:
-    raise UserError(f"config.convert.file={path!r}: no such file") from None
+    raise UserError(f"{path}: no such file") from None
   except unpickle.Refused as error:
     raise UserError(f"{path}: {error}; nothing of it was run") from None
   except Exception as error:  # whatever a file of another kind leads to

@@ -140,7 +140,7 @@ def test_short_files_are_refused(name, share, tmp_path):
 
 
 def test_a_missing_file():
-  with pytest.raises(UserError, match="config.convert.file='gone.pt': no such file"):
+  with pytest.raises(UserError, match="gone.pt: no such file"):
     weights.read("gone.pt")
 
 

@@ -60,6 +60,19 @@ def build(
   return checked(Source(take, len(paths), shape, len(classes), mean, std))
 
 
+def side(folder: str) -> int:
+  """Returns the smaller side of the first image of a folder, pixels.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  first = _classes(folder)[0][0]
+  try:
+    return min(decode(first).shape[:2])
+  except UNREADABLE as error:
+    raise UserError(f"{first} cannot be read ({error})") from error
+
+
 def crop(image: Image.Image, side: int) -> Image.Image:
   """Returns the central square of an image, `side` pixels wide, as ADM makes it.
 

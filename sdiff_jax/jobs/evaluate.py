@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,18 +11,13 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import lookup, report, writer
-from sdiff_jax.data import folder, npz, pipeline
-from sdiff_jax.interfaces import Params, UserError
+from sdiff_jax import report, writer
+from sdiff_jax.data import folder, npz
+from sdiff_jax.interfaces import Params
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling
-from sdiff_jax.metrics import baselines, reference
-from sdiff_jax.metrics.features import classifier
+from sdiff_jax.jobs import measuring, sampling
+from sdiff_jax.metrics import baselines, summary
 from sdiff_jax.samplers.plans import Plan
-
-CHUNK = 1000  # images decoded at a time
-# Images -> distance, precision and recall.
-Measure = Callable[[np.ndarray], dict[str, float]]
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -48,13 +43,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _given(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the row of the images in evaluate.images."""
-  path = config.evaluate.images
-  real = _reference(config)
+  path, real = config.evaluate.images, measuring.real(config)
   if path.endswith(".npz"):
     source = npz.build(path=path)
+  elif real is None:
+    source = folder.build(dir=path, image_size=folder.side(path))
   else:
     source = folder.build(dir=path, image_size=real.shape[0], channels=real.shape[2])
-  measured = _measure(config, real)(_all(source))
+  meter = measuring.meter(config, experiments.mesh(config), real, source.shape)
+  measured = meter([measuring.of_source(source)], source.size)
   return _row(os.path.basename(path), "given images", measured, source.size)
 
 
@@ -64,22 +61,23 @@ def _trained(
   """Returns the rows of a trained work directory, and writes their grids."""
   experiment, params = experiments.trained(config, workdir)
   samplers = [(s, sampling.plan(config, s)) for s in config.evaluate.samplers]
-  real = _reference(experiment.config)
-  measure = _measure(experiment.config, real)
-  rows = _baselines(experiment, real, measure) if config.evaluate.baselines else []
-  model, share = experiments.title(experiment.config), _compute(workdir, config)
+  config = experiment.config
+  real, shape = measuring.real(config), experiment.source.shape
+  meter = measuring.meter(config, experiment.mesh, real, shape)
+  rows = _baselines(experiment, meter) if config.evaluate.baselines else []
+  model, share = experiments.title(config), _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
     for i, (name, chosen) in enumerate(bar):
-      images, took = _sample(experiment, chosen, params)
+      measured, images = _sample(experiment, chosen, params, meter)
       grid = name.replace("/", "-") + ".png"
-      num, columns = sampling.grid_size(experiment)
+      _, columns = sampling.grid_size(experiment)
       if jax.process_index() == 0:
-        picture = writer.grid(images[:num], columns)
+        picture = writer.grid(images, columns)
         writer.save_png(os.path.join(folder, grid), picture)
-      row = _row(model, name + guided, measure(images), len(images))
-      row |= took | {"compute": share, "grid": grid}
+      row = _row(model, name + guided, measured, config.evaluate.num)
+      row |= {"compute": share, "grid": grid}
       # A teacher's other solvers are what its students have to beat.
       if model == "teacher" and i > 0:
         row["kind"] = "baseline"
@@ -90,94 +88,78 @@ def _trained(
 def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Any]:
   empty = dict.fromkeys(("evaluations", "images_per_second", "compute", "grid"))
   row = {"model": model, "sampler": sampler, "kind": "model", "images": num}
-  return row | measured | empty
-
-
-def _reference(config: ml_collections.ConfigDict) -> pipeline.Source:
-  section = config.reference if config.reference.name else config.data
-  source = lookup.build("data", section.to_dict())
-  pipeline.check_pixels(source)
-  return source
-
-
-def _measure(config: ml_collections.ConfigDict, real: pipeline.Source) -> Measure:
-  """Returns the measure against a source; its statistics are kept between runs."""
-  extract = classifier.load(config.evaluate.features)
-
-  def features(images: np.ndarray) -> np.ndarray:
-    try:
-      return extract(images)
-    except ValueError as error:
-      raise UserError(f"config.evaluate.features: {error}") from error
-
-  # Data and features are told apart by a few images and what is made of them.
-  probe = real.take(np.linspace(0, real.size - 1, 64).astype(int))[0]
-  key = (str((real.size, real.shape)).encode(), probe.tobytes())
-  known = reference.cached(
-    (*key, features(probe).tobytes()), lambda: reference.of(features(_all(real)))
-  )
-  return lambda images: reference.measure(features(images), known)
-
-
-def _all(source: pipeline.Source) -> np.ndarray:
-  """Returns all images of a source."""
-  starts = range(0, source.size, CHUNK)
-  bar = tqdm.tqdm(starts, desc="read images", disable=None, leave=False)
-  chunks = (np.arange(i, min(i + CHUNK, source.size)) for i in bar)
-  return np.concatenate([source.take(chosen)[0] for chosen in chunks])
+  return row | empty | measured
 
 
 def _baselines(
-  experiment: experiments.Experiment, real: pipeline.Source, measure: Measure
+  experiment: experiments.Experiment, meter: measuring.Meter
 ) -> list[dict]:
   """Returns the rows of training images and of a Gaussian for each class.
 
   Where the reference is the training images, one half of them is compared with the
   other instead.
   """
-  num, config = experiment.config.evaluate.num, experiment.config
-  images, cond = experiment.source.take(np.arange(experiment.source.size))
+  config, source = experiment.config, experiment.source
+  num = config.evaluate.num
+  images, cond = source.take(np.arange(source.size))
   order = np.random.default_rng(0).permutation(len(images))
-  if config.reference.name:
-    name, some, against = "training images", order[:num], measure
+  if config.reference.name or config.evaluate.reference:
+    name, some, against = "training images", order[:num], meter
   else:
     some, other = np.array_split(order, 2)
-    name, against = "one half to the other", _measure_halves(config, images[other])
-  gaussian = measure(baselines.class_gaussian(images, cond["label"], num))
+    rest = source._replace(take=lambda k: source.take(other[k]), size=len(other))
+    against = measuring.meter(config, experiment.mesh, rest, source.shape)
+    name = "one half to the other"
+  drawn = baselines.class_gaussian(images, cond["label"], num)
+  real, gaussian = (
+    measure([measuring.of_array(x)], len(x))
+    for measure, x in ((against, images[some]), (meter, drawn))
+  )
   rows = [
-    _row("real data", name, against(images[some]), len(some)),
+    _row("real data", name, real, len(some)),
     _row("Gaussian per class", "full covariance", gaussian, num),
   ]
   return [row | {"kind": "baseline"} for row in rows]
 
 
-def _measure_halves(config: ml_collections.ConfigDict, other: np.ndarray) -> Measure:
-  extract = classifier.load(config.evaluate.features)
-  known = reference.of(extract(other))
-  return lambda images: reference.measure(extract(images), known)
-
-
 def _sample(
-  experiment: experiments.Experiment, chosen: Plan, params: Params
-) -> tuple[np.ndarray, dict[str, float]]:
-  """Returns evaluate.num images, and what they took, without compilation."""
-  settings = {
-    "num": experiment.config.evaluate.num,
-    "batch_size": experiment.config.evaluate.batch_size,
-    "field": "evaluate.batch_size",
-  }
-  chosen = sampling.with_window(experiment, chosen, params, settings["batch_size"])
+  experiment: experiments.Experiment,
+  chosen: Plan,
+  params: Params,
+  meter: measuring.Meter,
+) -> tuple[dict[str, float], np.ndarray]:
+  """Returns measures of evaluate.num images and what they took, and the first of them.
+
+  The time is that of the sampler alone, without compilation. Images are measured batch
+  by batch and dropped.
+  """
+  num, batch_size = (experiment.config.evaluate[k] for k in ("num", "batch_size"))
+  settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
+  chosen = sampling.with_window(experiment, chosen, params, batch_size)
   call = sampling.sampler(experiment, chosen)
   next(sampling.generate(experiment, call, params, **settings))
-  begin = time.perf_counter()
-  made = list(sampling.generate(experiment, call, params, **settings))
-  rate = settings["num"] / (time.perf_counter() - begin)
-  passes, evaluations = (
-    float(np.concatenate([getattr(result, name) for _, _, result in made]).mean())
-    for name in ("passes", "evaluations")
-  )
-  took = {"passes": passes, "evaluations": evaluations, "images_per_second": rate}
-  return np.concatenate([images for images, _, _ in made]), took
+  first, results, seconds = [], [], []
+  shown, _ = sampling.grid_size(experiment)
+
+  def batches() -> Iterator[summary.Images]:
+    made = sampling.generate(experiment, call, params, **settings)
+    while True:
+      begin = time.perf_counter()
+      batch = next(made, None)
+      seconds.append(time.perf_counter() - begin)
+      if batch is None:
+        return
+      images, _, result = batch
+      results.append(result)
+      first.extend(images[: max(shown - len(first), 0)])
+      yield measuring.of_array(images)
+
+  measured = meter(batches(), num)
+  measured["images_per_second"] = num / sum(seconds)
+  for name in ("passes", "evaluations"):
+    values = np.concatenate([getattr(result, name) for result in results])
+    measured[name] = float(values.mean())
+  return measured, np.stack(first)
 
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:

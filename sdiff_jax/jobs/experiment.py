@@ -46,9 +46,16 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 def of_source(config: ml_collections.ConfigDict, source: pipeline.Source) -> Experiment:
   """Returns the pieces that a config names, with a source that is there already."""
-  return Experiment(
-    config, source, network(config, source), sharding.make_mesh(**config.mesh)
-  )
+  return Experiment(config, source, network(config, source), mesh(config))
+
+
+def mesh(config: ml_collections.ConfigDict) -> Mesh:
+  """Returns the mesh of a config.
+
+  Raises:
+    UserError: it does not make the devices that there are.
+  """
+  return sharding.make_mesh(**config.mesh)
 
 
 def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Network:

@@ -17,6 +17,59 @@ class Statistics(NamedTuple):
   cov: np.ndarray
 
 
+class Moments(NamedTuple):
+  """What part of a set of features adds to its statistics.
+
+  Attributes:
+    count: number of rows.
+    mean: float64 [D].
+    scatter: float64 [D, D], the sum of (x - mean) (x - mean)^T.
+  """
+
+  count: int
+  mean: np.ndarray
+  scatter: np.ndarray
+
+
+def moments(features: np.ndarray) -> Moments:
+  """Returns the moments of features [N, D], in float64.
+
+  Raises:
+    ValueError: features are not a matrix of at least one row.
+  """
+  if features.ndim != 2 or not len(features):
+    raise ValueError(f"features must be [N >= 1, D], got {list(features.shape)}")
+  mean = features.mean(axis=0, dtype=np.float64)
+  centred = features - mean
+  return Moments(len(features), mean, centred.T @ centred)
+
+
+def merged(a: Moments, b: Moments) -> Moments:
+  """Returns the moments of two parts together, none of whose rows are needed.
+
+    S = S_a + S_b + (n_a n_b / n) d d^T,   d = mu_b - mu_a
+
+  No difference of large numbers is taken, so parts add up as well as the whole does.
+
+  Reference: Chan, Golub & LeVeque 1979, eq. 2.1.
+  """
+  count, gap = a.count + b.count, b.mean - a.mean
+  scatter = a.scatter + b.scatter
+  scatter += np.outer(gap, gap) * (a.count * b.count / count)
+  return Moments(count, a.mean + gap * (b.count / count), scatter)
+
+
+def estimated(whole: Moments) -> Statistics:
+  """Returns the statistics of a set of at least two rows.
+
+  Raises:
+    ValueError: there are fewer.
+  """
+  if whole.count < 2:
+    raise ValueError(f"a covariance needs two rows at least, got {whole.count}")
+  return Statistics(whole.mean, whole.scatter / (whole.count - 1))
+
+
 def statistics(features: np.ndarray) -> Statistics:
   """Estimates mean and covariance in float64.
 
@@ -31,9 +84,7 @@ def statistics(features: np.ndarray) -> Statistics:
   """
   if features.ndim != 2 or len(features) < 2:
     raise ValueError(f"features must be [N >= 2, D], got {list(features.shape)}")
-  mean = features.mean(axis=0, dtype=np.float64)
-  centred = features - mean
-  return Statistics(mean, centred.T @ centred / (len(features) - 1))
+  return estimated(moments(features))
 
 
 def distance(a: Statistics, b: Statistics) -> float:

@@ -69,13 +69,14 @@ class TextEncoder(NamedTuple):
 
 
 class Block(nn.Module):
-  """Causal attention and an MLP, each after a norm; [B, L, C] -> [B, L, C]."""
+  """Attention and an MLP, each after a norm; [B, L, C] -> [B, L, C]."""
 
   heads: int
   hidden: int
   act: str
   eps: float
   dtype: jnp.dtype
+  causal: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -87,7 +88,7 @@ class Block(nn.Module):
       dense(C, name=f"self_attn.{n}_proj")(h).reshape(B, L, self.heads, -1)
       for n in "qkv"
     )
-    h = attention(q, k, v, causal=True).reshape(x.shape)
+    h = attention(q, k, v, causal=self.causal).reshape(x.shape)
     x += dense(C, name="self_attn.out_proj")(h)
     h = dense(self.hidden, name="mlp.fc1")(norm(name="layer_norm2")(x))
     return x + dense(C, name="mlp.fc2")(ACTIVATIONS[self.act](h))

@@ -16,9 +16,21 @@ def digits():
   return images, bunch.target
 
 
+def shipped():
+  with np.load(classifier.FOLDER / "digits.npz") as arrays:
+    return dict(arrays)
+
+
 @pytest.fixture(scope="module")
 def features(digits):
-  return classifier.load("digits")(digits[0])
+  return classifier.predict(shipped(), digits[0])[0]
+
+
+def test_the_network_of_metrics_is_the_same(digits, features):
+  network = classifier.load("digits")
+  made = jax.jit(network.apply)(network.params, digits[0][:40])
+  np.testing.assert_allclose(made, features[:40], atol=1e-5)
+  assert (network.metric, network.head) == ("frechet", None)
 
 
 def test_digits_features_have_unit_mean_variance(features):
@@ -29,21 +41,20 @@ def test_digits_features_have_unit_mean_variance(features):
 
 def test_digits_logits_are_accurate(digits):
   images, labels = digits
-  with np.load(classifier.FOLDER / "digits.npz") as arrays:
-    _, logits = classifier.predict(dict(arrays), images)
+  _, logits = classifier.predict(shipped(), images)
   assert np.mean(logits.argmax(axis=1) == labels) > 0.97
 
 
 @pytest.mark.parametrize("size", [1, 512, 513])
 def test_features_do_not_depend_on_the_batch(digits, features, size):
   some = slice(-size, None)
-  alone = classifier.load("digits")(digits[0][some])
+  alone = classifier.predict(shipped(), digits[0][some])[0]
   np.testing.assert_allclose(alone, features[some], atol=1e-5)
 
 
 def test_features_move_nothing_implicitly(digits, features):
   with jax.transfer_guard("disallow"):
-    alone = classifier.load("digits")(digits[0][:3])
+    alone = classifier.predict(shipped(), digits[0][:3])[0]
   np.testing.assert_allclose(alone, features[:3], atol=1e-5)
 
 
@@ -69,7 +80,8 @@ def test_fit_learns_and_repeats(tmp_path):
   assert features.var(axis=0, ddof=1).sum() == pytest.approx(64, abs=1e-2)
   classifier.save(tmp_path / "x.npz", weights)
   stored = classifier.load(tmp_path / "x.npz")
-  np.testing.assert_array_equal(stored(images), features)
+  made = jax.jit(stored.apply)(stored.params, images)
+  np.testing.assert_allclose(made, features, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +99,11 @@ def test_fit_refuses_bad_data(images, labels, message):
 
 
 def test_features_refuse_other_images(digits):
-  function = classifier.load("digits")
+  network = classifier.load("digits")
   with pytest.raises(ValueError, match=r"\[N, 8, 8, 1\], got uint8 \[2, 9, 8, 1\]"):
-    function(np.zeros((2, 9, 8, 1), np.uint8))
+    network.apply(network.params, np.zeros((2, 9, 8, 1), np.uint8))
   with pytest.raises(ValueError, match="got float32"):
-    function(digits[0].astype(np.float32))
+    network.apply(network.params, digits[0].astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["digit", "/nowhere/x.npz"])

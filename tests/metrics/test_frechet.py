@@ -1,10 +1,12 @@
 """The Frechet distance against closed forms and against its peers."""
 
+import functools
 import pathlib
 
 import hypothesis
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import strategies as st
 
 from sdiff_jax.metrics import frechet
@@ -91,3 +93,53 @@ def test_bad_shapes_are_refused():
     frechet.distance(
       frechet.statistics(np.zeros((4, 3))), frechet.statistics(np.zeros((4, 1)))
     )
+
+
+@settings
+@given
+def test_moments_of_parts_are_those_of_the_whole(seed, dim):
+  """Far from 0, where sums of squares would have lost the covariance."""
+  rng = np.random.default_rng(seed)
+  features = (rng.normal(size=(40, dim)) + 1e6).astype(np.float64)
+  ends = np.sort(rng.integers(1, 40, 3))
+  parts = [frechet.moments(p) for p in np.split(features, np.unique(ends))]
+  left = functools.reduce(frechet.merged, parts)
+  right = functools.reduce(lambda a, b: frechet.merged(b, a), parts)
+  whole = frechet.statistics(features)
+  for merged in (left, right):
+    assert merged.count == 40
+    mean, cov = frechet.estimated(merged)
+    np.testing.assert_allclose(mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(cov, whole.cov, atol=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "other"), [(400, 300), (400, 20), (12, 20), (12, 12)])
+def test_agrees_with_the_root_of_the_product(rows, other):
+  """scipy's sqrtm of A B; singular products are brought to the range of one of them."""
+  rng = np.random.default_rng(rows + other)
+  a, b = (
+    frechet.statistics(rng.normal(size=(n, 32)) @ rng.normal(size=(32, 32)) + shift)
+    for n, shift in ((rows, 0), (other, 0.3))
+  )
+  # The eigenvalues of A B other than 0 are those of V^T A V S, B = V S V^T.
+  values, vectors = np.linalg.eigh(b.cov)
+  inside = values > 1e-9 * values.max()
+  root, vectors = np.diag(np.sqrt(values[inside])), vectors[:, inside]
+  product = root @ vectors.T @ a.cov @ vectors @ root
+  values, turn = np.linalg.eigh(product)
+  turn = turn[:, values > 1e-9 * values.max()]
+  overlap = np.trace(scipy.linalg.sqrtm(turn.T @ product @ turn)).real
+  gap = a.mean - b.mean
+  expected = gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
+  assert frechet.distance(a, b) == pytest.approx(expected, rel=1e-6)
+  if min(rows, other) > 32:
+    overlap = np.trace(scipy.linalg.sqrtm(a.cov @ b.cov)).real
+    expected = gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
+    assert frechet.distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_need_rows():
+  with pytest.raises(ValueError, match=r"\[N >= 1, D\], got \[0, 3\]"):
+    frechet.moments(np.zeros((0, 3)))
+  with pytest.raises(ValueError, match="two rows at least, got 1"):
+    frechet.estimated(frechet.moments(np.zeros((1, 3))))

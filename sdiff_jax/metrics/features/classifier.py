@@ -4,7 +4,6 @@ The shipped ones, and others, are made by the job `features`.
 """
 
 import pathlib
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,6 +14,7 @@ import tqdm
 from flax import traverse_util
 
 from sdiff_jax.interfaces import Array, Params, PRNGKey, UserError
+from sdiff_jax.metrics.features.network import FeatureNetwork
 
 Weights = dict[str, np.ndarray]
 FOLDER = pathlib.Path(__file__).parent
@@ -131,12 +131,7 @@ def predict(weights: Weights, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
   Raises:
     ValueError: images are not uint8 of the shape that the weights were trained on.
   """
-  shape = weights["image_shape"].tolist()
-  if images.dtype != np.uint8 or list(images.shape[1:]) != shape:
-    raise ValueError(
-      f"these features are for images uint8 [N, {', '.join(map(str, shape))}], got "
-      f"{images.dtype} {list(images.shape)}"
-    )
+  _check(weights, images)
   params = {k: v for k, v in weights.items() if k not in ("scale", "image_shape")}
   params = jax.device_put(params)
   outputs = []
@@ -155,15 +150,11 @@ def save(path: str | pathlib.Path, weights: Weights) -> None:
   np.savez(path, **weights)
 
 
-def load(path: str | pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Reads a feature function.
+def load(path: str | pathlib.Path) -> FeatureNetwork:
+  """Returns the network of a file.
 
   Args:
     path: an .npz file that save wrote, or the name of a shipped one, as "digits".
-
-  Returns:
-    images uint8 [N, H, W, C] -> features float32 [N, WIDTH]; it raises ValueError
-    for images of another shape than those it was trained on.
 
   Raises:
     UserError: there is no such file.
@@ -179,7 +170,25 @@ def load(path: str | pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     )
   with np.load(file) as arrays:
     weights = dict(arrays)
-  return lambda images: predict(weights, images)[0]
+
+  def apply(params: Params, images: Array) -> Array:
+    _check(weights, images)
+    params = dict(params)
+    scale = params.pop("scale")
+    return _forward(params, images)[0] * scale
+
+  params = {k: v for k, v in weights.items() if k != "image_shape"}
+  return FeatureNetwork("frechet", apply, params)
+
+
+def _check(weights: Weights, images: Array) -> None:
+  """Raises ValueError for images of another shape than those that made the weights."""
+  shape = weights["image_shape"].tolist()
+  if images.dtype != np.uint8 or list(images.shape[1:]) != shape:
+    raise ValueError(
+      f"these features are for images uint8 [N, {', '.join(map(str, shape))}], got "
+      f"{images.dtype} {list(images.shape)}"
+    )
 
 
 @jax.jit

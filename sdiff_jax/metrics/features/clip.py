@@ -1,0 +1,230 @@
+"""CLIP score: how well images fit their texts, by networks of both."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import fields, weights
+from sdiff_jax.data import tokens
+from sdiff_jax.interfaces import Array, Params, PRNGKey, UserError
+from sdiff_jax.metrics.features import clip_names, resize
+from sdiff_jax.metrics.features.network import FeatureNetwork
+from sdiff_jax.models import clip_text, published
+from sdiff_jax.models.unet_blocks import LayerNorm
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+TEXTS = 64  # at a time
+FILES = ("model.safetensors", "pytorch_model.bin")  # of transformers
+OPEN_FILES = tuple(f"open_clip_{name}" for name in FILES)
+VISION = {  # fields of transformers and their defaults, those of ViT-B/32
+  "hidden_size": 768,
+  "intermediate_size": 3072,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+  "image_size": 224,
+  "patch_size": 32,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
+}
+
+
+class Towers(NamedTuple):
+  """The two networks, whose results have length 1.
+
+  Attributes:
+    init: (key) -> params, {"text": ..., "vision": ...}.
+    image: (params of vision, images uint8 [B, H, W, C]) -> [B, E].
+    text: (params of text, ids int32 [B, L]) -> [B, E].
+    length: L at most.
+  """
+
+  init: Callable[[PRNGKey], Params]
+  image: Callable[[Params, Array], Array]
+  text: Callable[[Params, Array], Array]
+  length: int
+
+
+class Clip(NamedTuple):
+  """The networks with their weights.
+
+  Attributes:
+    image: from images to [B, E].
+    text: texts -> float32 [N, E].
+  """
+
+  image: FeatureNetwork
+  text: Callable[[Sequence[str]], np.ndarray]
+
+
+class Vision(nn.Module):
+  """Normalised pixels [B, H, W, 3] to [B, E]: a transformer of patches."""
+
+  width: int
+  depth: int
+  patch: int
+  out: int
+  block: dict[str, Any]
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    side, zeros = (self.patch, self.patch), nn.initializers.zeros
+    norm_of = {"epsilon": self.block["eps"], "dtype": jnp.float32}
+    patches = nn.Conv(
+      self.width, side, side, "VALID", use_bias=False, name="embeddings.patch"
+    )(x)
+    h = patches.reshape(len(x), -1, self.width)
+    first = self.param("embeddings.class_embedding", zeros, (self.width,))
+    first = jnp.broadcast_to(first, (len(x), 1, self.width))
+    h = jnp.concatenate([first, h], axis=1)
+    places = nn.Embed(h.shape[1], self.width, name="embeddings.position_embedding")
+    h += places(jnp.arange(h.shape[1]))[None]
+    h = LayerNorm(**norm_of, name="pre_layrnorm")(h)
+    for i in range(self.depth):
+      name = f"encoder.layers.{i}"
+      h = clip_text.Block(**self.block, causal=False, name=name)(h)
+    h = LayerNorm(**norm_of, name="post_layernorm")(h[:, 0])
+    return nn.Dense(self.out, use_bias=False, name="visual_projection")(h)
+
+
+def score(images: np.ndarray, texts: np.ndarray) -> float:
+  """Returns the mean of 100 max(cos, 0) over pairs of an image and its text.
+
+  Args:
+    images: of length 1, [N, E].
+    texts: of length 1, [N, E].
+
+  Raises:
+    ValueError: their shapes differ.
+
+  Reference: Hessel et al., arXiv:2104.08718, with 100 for their 2.5.
+  """
+  if images.shape != texts.shape:
+    raise ValueError(f"images {images.shape} and texts {texts.shape} are no pairs")
+  return float(100 * np.maximum((images * texts).sum(1, dtype=np.float64), 0).mean())
+
+
+def load(folder: str) -> Clip:
+  """Returns the networks of a folder with a config, weights and a tokenizer.
+
+  Args:
+    folder: of transformers' CLIPModel, or of open_clip (open_clip_config.json,
+      open_clip_model.safetensors or open_clip_pytorch_model.bin).
+
+  Raises:
+    UserError: files are missing or damaged, or do not fit each other.
+
+  Reference: Radford et al., arXiv:2103.00020.
+  """
+  opened = os.path.exists(os.path.join(folder, "open_clip_config.json"))
+  config = _json(os.path.join(folder, f"{'open_clip_' if opened else ''}config.json"))
+  try:
+    towers = of_config(clip_names.config(config["model_cfg"]) if opened else config)
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{folder}: config of no CLIP that is known: {error}") from error
+  params = _fitted(folder, towers, OPEN_FILES if opened else FILES)
+  tokenizer = tokens.load(folder, towers.length)
+  text = jax.jit(towers.text)
+  params_text = jax.device_put(params["text"])
+
+  def encode(texts: Sequence[str]) -> np.ndarray:
+    out = []
+    for first in range(0, len(texts), TEXTS):
+      some = [*texts[first : first + TEXTS]]
+      ids = tokenizer.encode(some + [""] * (TEXTS - len(some)))
+      out.append(np.asarray(text(params_text, jax.device_put(ids)))[: len(some)])
+    return np.concatenate(out)
+
+  return Clip(FeatureNetwork("clip", towers.image, params["vision"]), encode)
+
+
+def of_config(config: dict[str, Any]) -> Towers:
+  """Returns the networks of a config.json of transformers' CLIPModel.
+
+  Raises:
+    ValueError: sizes that do not fit, or values that are not supported.
+  """
+  known = {k: v for k, v in config["text_config"].items() if k in clip_text.DEFAULTS}
+  encoder, out = clip_text.of_config(known), config.get("projection_dim", 512)
+  given = {k: v for k, v in config["vision_config"].items() if k in VISION}
+  c = fields.chosen(given, VISION, {})
+  width, side = c["hidden_size"], c["image_size"]
+  if c["hidden_act"] not in clip_text.ACTIVATIONS or width % c["num_attention_heads"]:
+    raise ValueError(f"vision_config={given}: unknown activation, or heads do not fit")
+  block = {"heads": c["num_attention_heads"], "hidden": c["intermediate_size"]}
+  block |= {"act": c["hidden_act"], "eps": c["layer_norm_eps"], "dtype": jnp.float32}
+  vision = Vision(width, c["num_hidden_layers"], c["patch_size"], out, block)
+
+  def init(key: PRNGKey) -> Params:
+    kernel = jnp.zeros((encoder.width, out))
+    text = encoder.init(key) | {"text_projection": {"kernel": kernel}}
+    pixels = jnp.zeros((1, side, side, 3))
+    return {"text": text, "vision": vision.init(key, pixels)["params"]}
+
+  def image(params: Params, images: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+      return _unit(vision.apply({"params": params}, pixels(images, side)))
+
+  def text(params: Params, ids: Array) -> Array:
+    inner = {k: v for k, v in params.items() if k != "text_projection"}
+    with jax.default_matmul_precision("highest"):
+      pooled = encoder.apply(inner, ids).pooled
+      return _unit(pooled @ params["text_projection"]["kernel"])
+
+  return Towers(init, image, text, encoder.length)
+
+
+def pixels(images: Array, side: int) -> Array:
+  """Returns the pixels as CLIP was trained on, float32 [B, side, side, 3].
+
+  The smaller side is resized by Pillow's bicubic, the middle is cropped, and CLIP's
+  mean and deviation are taken out.
+  """
+  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+    raise ValueError(
+      f"CLIP takes images uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}"
+    )
+  x = jnp.broadcast_to(images, (*images.shape[:3], 3))
+  small = min(x.shape[1:3])
+  x = resize.pillow_bicubic(x, *(n * side // small for n in x.shape[1:3]))
+  top, left = (round((n - side) / 2) for n in x.shape[1:3])
+  x = x[:, top : top + side, left : left + side] / 255
+  mean, std = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (MEAN, STD))
+  return (x - mean) / std
+
+
+def _unit(x: Array) -> Array:
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
+def _fitted(folder: str, towers: Towers, files: Sequence[str]) -> Params:
+  """Returns the parameters of both networks from the first of the files."""
+  found = [p for p in (os.path.join(folder, f) for f in files) if os.path.exists(p)]
+  if not found:
+    raise UserError(f"{folder} has no weights: there is none of {', '.join(files)}")
+  tensors = clip_names.parts(weights.read(found[0]))
+  return {
+    part: published.fitted(
+      tensors[part],
+      lambda key, part=part: towers.init(key)[part],
+      dtype="float32",
+      what=f"CLIP's {part} network ({found[0]})",
+    )
+    for part in ("text", "vision")
+  }
+
+
+def _json(path: str) -> dict[str, Any]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from None
+  except ValueError as error:
+    raise UserError(f"{path} is damaged: {error}") from None
