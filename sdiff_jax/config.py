@@ -30,6 +30,7 @@ def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
 def base() -> ml_collections.ConfigDict:
   """Returns the defaults of every field; an experiment file changes some of them."""
   c = ml_collections.ConfigDict()
+  c.job = "train"  # what is done without --job
   c.seed = 0
   c.sigma_d = 0.5  # standard deviation that the data are scaled to
   c.data = use("data", "digits")
@@ -112,6 +113,18 @@ def base() -> ml_collections.ConfigDict:
       "label": -1,  # a class for every image; -1 takes them in turn
       "compare": False,  # time a batch of the sequential sampler, and the difference
       "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
+    }
+  )
+  # The job `generate`: images by a published model. How many, seeds and guidance are
+  # fields of `sample`, the solver is `sampler`.
+  c.generate = ml_collections.ConfigDict(
+    {
+      "folder": "",  # of the diffusers format, or hf://organisation/name
+      # "a cat;a dog", or a .json of COCO's captions; image k takes text k, in turns.
+      "prompts": "",
+      "negative": "",  # text that guidance leads away from
+      "spacing": "",  # of timesteps: trailing, leading, linspace; "" for its own
+      "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
     }
   )
   c.evaluate = ml_collections.ConfigDict(

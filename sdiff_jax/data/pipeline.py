@@ -76,8 +76,13 @@ def decode(source: Source, x0: Array, sigma_d: float) -> Array:
   """
   check_pixels(source)
   mean, scale = _affine(source, sigma_d)
-  pixels = (x0 / scale + mean + 1) * 127.5
-  return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+  return pixels(x0 / scale + mean)
+
+
+def pixels(values: Array, low: float = -1.0) -> Array:
+  """Returns uint8 images of values in [low, 1], clipped."""
+  levels = (values - low) * (255 / (1 - low))
+  return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)
 
 
 def _affine(source: Source, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ Every process writes its rows of a batch to WORKDIR/samples.parts as they are ma
 batch that is there whole is not made again.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -23,7 +24,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import disk, sharding, writer
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling
+from sdiff_jax.jobs import sampling, timing
 from sdiff_jax.samplers.plans import Plan
 from sdiff_jax.samplers.windows import Result
 
@@ -246,18 +247,11 @@ def _compare(
   size = experiment.config.sample.batch_size
   alone = sampling.sampler(experiment, chosen._replace(loop=""))
   alone = sampling.compiled(experiment, alone, params, size)
-  images, seconds = [], []
-  for each in (call, alone):
-    begin = time.perf_counter()
-    made, _ = sampling.start_batch(experiment, each, params, 0, size)
-    everywhere = sharding.replicated(experiment.mesh)
-    images.append(np.asarray(jax.device_put(made, everywhere)).astype(np.float64))
-    seconds.append(time.perf_counter() - begin)
-  off = np.sqrt(np.mean((images[0] - images[1]) ** 2))
+
+  def start(each: sampling.Call) -> jax.Array:
+    return sampling.start_batch(experiment, each, params, 0, size)[0]
+
+  thunks = (functools.partial(start, each) for each in (call, alone))
+  line = timing.beside(experiment.mesh, size, *thunks)
   if jax.process_index() == 0:
-    print(
-      f"a batch of {size}: {seconds[0]:.3g} s; one row after the other "
-      f"{seconds[1]:.3g} s ({seconds[1] / seconds[0]:.2f}x); images "
-      f"differ by {off:.3g} of 255 levels",
-      file=sys.stderr,
-    )
+    print(line, file=sys.stderr)

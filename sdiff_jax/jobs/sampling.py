@@ -1,8 +1,6 @@
 """Samples of a trained network: which, by what sampler, over which devices."""
 
 import functools
-import sys
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,13 +13,13 @@ from sdiff_jax import guidance, sharding, trigflow
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Array, Cond, Denoiser, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import timing
 from sdiff_jax.jobs.experiment import Experiment
 from sdiff_jax.samplers import plans, sequential
 from sdiff_jax.samplers.plans import Plan
 from sdiff_jax.samplers.windows import Result
 
 ROWS = 10  # of a grid of samples; its columns are the classes
-TIMED = 3  # calls of the network, of which the fastest counts
 # (params, seeds [B], labels [B]) -> images uint8 [B, H, W, C] and a Result whose x is
 # None.
 Call = Callable[[Params, Array, Array], tuple[Array, Result]]
@@ -132,47 +130,13 @@ def with_window(
 
   The same on every process.
   """
-  if not chosen.loop or chosen.window:
-    return chosen
-  cost = functools.partial(_seconds, experiment, params, batch_size)
-  try:
-    tried = plans.choose(chosen, cost, experiment.mesh.shape["window"])
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
-  best, rows = tried[0], chosen.table.evaluations
-  alone = rows * cost(1)
-  if jax.process_index() == 0:
-    print(
-      f"window {best.window}: about {best.passes:.1f} passes, {best.seconds:.2g} s a "
-      f"batch; one row after the other {rows} and {alone:.2g} s",
-      file=sys.stderr,
-    )
-  return chosen._replace(window=best.window)
 
+  def denoise(params: Params, x: Array) -> Array:
+    cond = {"label": jnp.zeros(len(x), jnp.int32)}
+    return denoiser(experiment, params)(x, jnp.ones(len(x)), cond)
 
-def _seconds(
-  experiment: Experiment, params: Params, batch_size: int, window: int
-) -> float:
-  """Returns the time of a call of the network for a batch of windows."""
-  mesh, count = experiment.mesh, batch_size * window
-  spread = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
-
-  @functools.partial(jax.jit, out_shardings=spread)
-  @functools.partial(sharding.over, mesh)
-  def call(params: Params) -> Array:
-    x = jnp.zeros((count, *experiment.source.shape), jnp.float32)
-    x = jax.lax.with_sharding_constraint(x, spread)
-    cond = {"label": jnp.zeros(count, jnp.int32)}
-    return denoiser(experiment, params)(x, jnp.ones(count), cond)
-
-  call(params).block_until_ready()
-  seconds = []
-  for _ in range(TIMED):
-    begin = time.perf_counter()
-    call(params).block_until_ready()
-    seconds.append(time.perf_counter() - begin)
-  # The slowest process's, so that all choose alike.
-  return float(sharding.largest(np.float32([min(seconds)]), mesh)[0])
+  shape = (batch_size, *experiment.source.shape)
+  return timing.window(chosen, experiment.mesh, denoise, params, shape)
 
 
 def seeds_and_labels(
@@ -200,11 +164,8 @@ def _inputs(
 ) -> tuple[jax.Array, ...]:
   """Returns seeds and labels [batch_size] over the devices."""
   over_samples = sharding.samples(experiment.mesh)
-  # Not device_put, which compares the processes' values and so waits for the devices.
-  return tuple(
-    jax.make_array_from_callback(x.shape, over_samples, x.__getitem__)
-    for x in seeds_and_labels(experiment, first, batch_size)
-  )
+  both = seeds_and_labels(experiment, first, batch_size)
+  return sharding.spread(both, (over_samples, over_samples))
 
 
 def start_batch(
