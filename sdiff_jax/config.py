@@ -115,6 +115,16 @@ def base() -> ml_collections.ConfigDict:
       "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
     }
   )
+  # An autoencoder in the diffusers format, a folder or hf://organisation/name: `encode`
+  # makes latents by it, and samples of networks trained on latents become images.
+  c.vae = ""
+  c.encode = ml_collections.ConfigDict(
+    {
+      "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
+      "batch_size": 16,  # over the devices of a process
+      "shard_size": 4096,  # images a file
+    }
+  )
   # The job `generate`: images by a published model. How many, seeds and guidance are
   # fields of `sample`, the solver is `sampler`.
   c.generate = ml_collections.ConfigDict(
@@ -153,7 +163,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       lookup.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
-  positive += ["train.loss_scale"]
+  positive += ["train.loss_scale", "encode.batch_size", "encode.shard_size"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:

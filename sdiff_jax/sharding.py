@@ -129,9 +129,18 @@ def state(abstract: Any, mesh: Mesh) -> Any:
   return jax.tree.map(rule, abstract)
 
 
+def local() -> NamedSharding:
+  """Returns the sharding of rows over the devices of this process alone."""
+  devices = np.asarray(jax.local_devices())
+  return NamedSharding(
+    Mesh(devices, AXES[:1], axis_types=(AxisType.Auto,)), P(AXES[:1])
+  )
+
+
 def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
   """Raises a UserError if a leading axis of `count` does not divide as wanted."""
   (axes,) = sharding.spec
+  axes = (axes,) if isinstance(axes, str) else axes
   parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
   if count % parts:
     near = max(parts, count // parts * parts)

@@ -23,6 +23,7 @@ class Source(NamedTuple):
     mean: mean of the pixels in [-1, 1], or latents, one for all or one a channel.
     std: their standard deviation; the network sees (x - mean) sigma_d / std.
     latent: whether they are latents.
+    low: of latents: the lowest pixel that their autoencoder knows; the highest is 1.
   """
 
   take: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -32,14 +33,14 @@ class Source(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   latent: bool = False
+  low: float = -1.0
 
 
 def check_pixels(source: Source) -> None:
   """Raises a UserError if a source has latents."""
   if source.latent:
     raise UserError(
-      "config.data are latents: networks train on them; there is nothing yet that "
-      "makes images of them"
+      "config.data are latents: this needs images; name a data set of images"
     )
 
 
@@ -75,8 +76,13 @@ def decode(source: Source, x0: Array, sigma_d: float) -> Array:
     UserError: x0 are latents.
   """
   check_pixels(source)
+  return pixels(unscaled(source, x0, sigma_d))
+
+
+def unscaled(source: Source, x0: Array, sigma_d: float) -> Array:
+  """Returns the pixels in [-1, 1], or latents, of x0."""
   mean, scale = _affine(source, sigma_d)
-  return pixels(x0 / scale + mean)
+  return x0 / scale + mean
 
 
 def pixels(values: Array, low: float = -1.0) -> Array:

@@ -135,6 +135,7 @@ def _baselines(
   Where the reference is the training images, one half of them is compared with the
   other instead.
   """
+  pipeline.check_pixels(experiment.source)
   num, config = experiment.config.evaluate.num, experiment.config
   images, labels = experiment.source.take(np.arange(experiment.source.size))
   order = np.random.default_rng(0).permutation(len(images))

@@ -66,7 +66,8 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   the parts are refused later rather than mixed.
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
-  settings = configs.flat(sections) | {"checkpoint": disk.newest(workdir)}
+  settings = configs.flat(sections) | {"vae": config.vae}
+  settings["checkpoint"] = disk.newest(workdir)
   for name in ("sample.num", "sample.compare"):
     del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read
@@ -132,7 +133,7 @@ def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
   firsts = range(0, num, size)
   there = np.ones(len(firsts), bool)
   if jax.process_index() == 0:
-    found = _collect(folder, len(firsts) * size, experiment.source.shape)
+    found = _collect(folder, len(firsts) * size, sampling.image_shape(experiment))
     there = found.there.reshape(-1, size).all(axis=1)
   there = sharding.agreed(there, experiment.mesh)
   return list(itertools.compress(firsts, ~there))
@@ -208,8 +209,8 @@ def _finish(
   Returns:
     What the images took, for the last line.
   """
-  sample, source = experiment.config.sample, experiment.source
-  found = _collect(folder, sample.num, source.shape)
+  sample = experiment.config.sample
+  found = _collect(folder, sample.num, sampling.image_shape(experiment))
   if not found.there.all():
     raise UserError(f"{folder} has lost parts: the same command makes them again")
   _, labels = sampling.seeds_and_labels(experiment, 0, sample.num)

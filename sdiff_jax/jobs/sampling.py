@@ -74,7 +74,8 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     UserError: sampler.coarse is no work directory of the same images, or the window
       does not divide over the mesh.
   """
-  config, source = experiment.config, experiment.source
+  source = experiment.source
+  check_images(experiment)
   coarse, coarse_params = _coarse(experiment, chosen)
   parts = experiment.mesh.shape["window"]
   if chosen.loop and chosen.window % parts:
@@ -83,7 +84,7 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     )
 
   def generate(
-    coarse_params: Params, params: Params, seeds: Array, labels: Array
+    others: dict[str, Params], params: Params, seeds: Array, labels: Array
   ) -> tuple[Array, Result]:
     keys = sequential.keys_of(seeds)
     result = plans.run(
@@ -93,10 +94,9 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
       keys,
       {"label": labels},
       sharding=sharding.window(experiment.mesh),
-      coarse=denoiser(coarse, coarse_params) if coarse else None,
+      coarse=denoiser(coarse, others["coarse"]) if coarse else None,
     )
-    images = pipeline.decode(source, result.x, config.sigma_d)
-    return images, result._replace(x=None)
+    return _decoded(experiment, others["vae"], result.x), result._replace(x=None)
 
   over_samples = sharding.samples(experiment.mesh)
   jitted = jax.jit(
@@ -104,7 +104,39 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     in_shardings=(None, None, over_samples, over_samples),
     out_shardings=over_samples,
   )
-  return functools.partial(jitted, coarse_params)
+  others = {"coarse": coarse_params, "vae": None}
+  if experiment.vae is not None:
+    params = experiment.vae[1]
+    others["vae"] = sharding.spread(params, sharding.state(params, experiment.mesh))
+  return functools.partial(jitted, others)
+
+
+def check_images(experiment: Experiment) -> None:
+  """Raises a UserError if nothing makes images of what the network makes."""
+  if experiment.source.latent and experiment.vae is None:
+    raise UserError(
+      "config.data are latents: name the folder of their autoencoder, config.vae, "
+      "which makes images of them"
+    )
+
+
+def image_shape(experiment: Experiment) -> tuple[int, int, int]:
+  """Returns (H, W, C) of the images that are sampled."""
+  if experiment.vae is None:
+    return experiment.source.shape
+  (height, width, _), factor = experiment.source.shape, experiment.vae[0].factor
+  return height * factor, width * factor, 3
+
+
+def _decoded(experiment: Experiment, vae_params: Params, x: Array) -> Array:
+  """Returns uint8 images of x0."""
+  source, sigma_d = experiment.source, experiment.config.sigma_d
+  if experiment.vae is None:
+    return pipeline.decode(source, x, sigma_d)
+  decode = functools.partial(experiment.vae[0].decode, vae_params)
+  values = pipeline.unscaled(source, x, sigma_d)
+  images = sharding.one_each(experiment.mesh, decode)(values)
+  return pipeline.pixels(images, source.low)
 
 
 def _coarse(experiment: Experiment, chosen: Plan) -> tuple[Experiment | None, Params]:
@@ -113,7 +145,7 @@ def _coarse(experiment: Experiment, chosen: Plan) -> tuple[Experiment | None, Pa
   if not workdir or chosen.loop != "srds":
     return None, None
   config = experiments.read(workdir)
-  config.mesh = experiment.config.mesh
+  config.mesh, config.vae = experiment.config.mesh, ""
   coarse, params = experiments.trained(config, workdir)
   if coarse.source.shape != experiment.source.shape:
     raise UserError(
