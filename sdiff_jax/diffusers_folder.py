@@ -101,6 +101,22 @@ def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
   return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
 
 
+def configs(path: str) -> dict[str, dict[str, Any]]:
+  """Returns what the config files of a folder say, as `abstract` takes it.
+
+  Raises:
+    UserError: a file is missing or damaged.
+  """
+  folder = _local(path)
+  index = _json(os.path.join(folder, "model_index.json"))
+  files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
+  return {
+    name: _json(os.path.join(_part(folder, name), file))
+    for name, file in files.items()
+    if isinstance(index.get(name), list)
+  }
+
+
 def abstract(
   configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: bool = False
 ) -> Model:

@@ -91,10 +91,12 @@ def _claim(workdir: str, about: dict[str, Any]) -> None:
   """Writes latents.json, or checks that the one there says the same."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      differ = experiments.differences(
-        configs.flat(json.load(file)), configs.flat(about)
-      )
+    try:
+      with open(path, encoding="utf-8") as file:
+        there = configs.flat(json.load(file))
+    except (ValueError, AttributeError) as error:
+      raise UserError(f"{path} is damaged ({error}); take another --workdir") from None
+    differ = experiments.differences(there, configs.flat(about))
     if differ:
       raise UserError(
         f"{workdir} holds other latents: {', '.join(differ)}; take another --workdir, "

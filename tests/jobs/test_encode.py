@@ -127,6 +127,11 @@ def test_images_that_do_not_fit_and_other_latents_are_refused(tmp_path):
   other = settings(tmp_path, IMAGES[:8], encode__scale="edm2")
   with pytest.raises(UserError, match=r"other latents: scale \(scm there, edm2 now"):
     encode.run(other, str(tmp_path / "run"))
+  (tmp_path / "latents.json").write_text("{")
+  with pytest.raises(
+    UserError, match="latents.json is damaged .*; take another --work"
+  ):
+    encode.run(settings(tmp_path), str(tmp_path))
   of_latents = configs.base()
   of_latents.data = configs.use("data", "latents", dir=str(tmp_path / "run"))
   with pytest.raises(UserError, match="config.data are latents: this needs images"):

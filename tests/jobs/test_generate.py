@@ -205,9 +205,8 @@ def test_a_model_without_text(tmp_path, capsys):
 
 def test_the_program_of_a_real_model_without_its_weights():
   """From config files alone, for devices that need not be here."""
-  parts = {"unet": "config", "vae": "config", "text_encoder": "config"}
-  parts |= {"scheduler": "scheduler_config"}
-  found = {k: json.loads((SD2 / k / f"{v}.json").read_text()) for k, v in parts.items()}
+  found = diffusers_folder.configs(str(SD2))
+  assert [*found] == ["unet", "vae", "text_encoder", "scheduler"]
   model = diffusers_folder.abstract(found, dtype="bfloat16")
   schedule, chosen = published.plan(model.schedule, name="paraddpm", steps=9, window=4)
   model, mesh = model._replace(schedule=schedule), sharding.make_mesh(window=4)
