@@ -16,6 +16,7 @@ setuptools.setup(
   package_data={"sdiff_jax": ["metrics/features/*.npz"]},
   install_requires=[
     "absl-py>=2.1",
+    "array-record>=0.8",
     "chex>=0.1.90",
     "clu>=0.0.12",
     "flax>=0.12",

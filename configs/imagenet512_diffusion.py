@@ -20,7 +20,7 @@ def get_config(given: str = ""):
   size, tiny = words.parse(given, "configs/imagenet512_diffusion.py", SIZES)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
-  c.data = config.use("data", "latents", dir="data/imagenet512_latents", scale="scm")
+  c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
   # Dropout at every resolution, as in EDM2; remat changes no number.
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16", remat=True)

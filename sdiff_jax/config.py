@@ -30,6 +30,7 @@ def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
 def base() -> ml_collections.ConfigDict:
   """Returns the defaults of every field; an experiment file changes some of them."""
   c = ml_collections.ConfigDict()
+  c.job = "train"  # what is done without --job
   c.seed = 0
   c.sigma_d = 0.5  # standard deviation that the data are scaled to
   c.data = use("data", "digits")
@@ -115,6 +116,28 @@ def base() -> ml_collections.ConfigDict:
       "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
     }
   )
+  # An autoencoder in the diffusers format, a folder or hf://organisation/name: `encode`
+  # makes latents by it, and samples of networks trained on latents become images.
+  c.vae = ""
+  c.encode = ml_collections.ConfigDict(
+    {
+      "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
+      "batch_size": 16,  # over the devices of a process
+      "shard_size": 4096,  # images a file
+    }
+  )
+  # The job `generate`: images by a published model. How many, seeds and guidance are
+  # fields of `sample`, the solver is `sampler`.
+  c.generate = ml_collections.ConfigDict(
+    {
+      "folder": "",  # of the diffusers format, or hf://organisation/name
+      # "a cat;a dog", or a .json of COCO's captions; image k takes text k, in turns.
+      "prompts": "",
+      "negative": "",  # text that guidance leads away from
+      "spacing": "",  # of timesteps: trailing, leading, linspace; "" for its own
+      "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
+    }
+  )
   c.evaluate = ml_collections.ConfigDict(
     {
       "samplers": ("heun/16",),  # name/steps
@@ -148,7 +171,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       lookup.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
-  positive += ["train.loss_scale"]
+  positive += ["train.loss_scale", "encode.batch_size", "encode.shard_size"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:

@@ -16,6 +16,7 @@ from sdiff_jax.models.published import Predictor
 from sdiff_jax.samplers import schedules
 
 HUB = "hf://"
+PARTS = ("unet", "vae", "text_encoder")  # with a network
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
   "UNet2DModel": unet2d,
@@ -73,7 +74,7 @@ def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
     raise UserError(f"{folder}/model_index.json: names no unet, or no scheduler")
   parts = [name for name in Model._fields if classes.get(name) in NETWORKS]
   problems, networks, params = [], {}, {}
-  for name in ("unet", "vae", "text_encoder"):
+  for name in PARTS:
     if classes.get(name) and name not in parts:
       problems.append(f"{name}: {classes[name]} is none of {', '.join(NETWORKS)}")
   for name in parts:
@@ -96,8 +97,69 @@ def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
   tokenizer = None
   if classes.get("tokenizer"):
     tokenizer = _tokenizer(_part(folder, "tokenizer"), networks.get("text_encoder"))
-  networks = {name: networks.get(name) for name in ("unet", "vae", "text_encoder")}
+  networks = {name: networks.get(name) for name in PARTS}
   return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
+
+
+def configs(path: str) -> dict[str, dict[str, Any]]:
+  """Returns what the config files of a folder say, as `abstract` takes it.
+
+  Raises:
+    UserError: a file is missing or damaged.
+  """
+  folder = _local(path)
+  index = _json(os.path.join(folder, "model_index.json"))
+  files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
+  return {
+    name: _json(os.path.join(_part(folder, name), file))
+    for name, file in files.items()
+    if isinstance(index.get(name), list)
+  }
+
+
+def abstract(
+  configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: bool = False
+) -> Model:
+  """Returns the model of what its config files say, its weights as shapes alone.
+
+  Args:
+    configs: contents of config.json for "unet" and, where there are, "vae" and
+      "text_encoder"; of scheduler_config.json for "scheduler".
+    dtype: of the hidden layers and of the weights.
+    remat: as in `load`.
+
+  Raises:
+    UserError: a config that does not fit.
+  """
+  networks = {
+    name: _of_config(configs[name], name, dtype=dtype, remat=remat)
+    for name in PARTS
+    if name in configs
+  }
+  params = {k: published.shapes(n.init, dtype=dtype) for k, n in networks.items()}
+  try:
+    schedule = schedules.of_config(configs["scheduler"])
+  except ValueError as error:
+    raise UserError(f"scheduler: {error}") from error
+  networks = {name: networks.get(name) for name in PARTS}
+  return Model(**networks, params=params, tokenizer=None, schedule=schedule)
+
+
+def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, Params]:
+  """Returns the autoencoder of a folder, or of its folder vae, and its weights.
+
+  Args:
+    path: of the folder, or hf://organisation/name.
+    dtype: of the hidden layers and of the weights.
+
+  Raises:
+    UserError: files that are missing or damaged, or another network.
+  """
+  folder = _part(_local(path), "vae")
+  found = network(folder, dtype=dtype)
+  if not isinstance(found, vae.Autoencoder):
+    raise UserError(f"{folder} holds no AutoencoderKL: name the folder of one")
+  return found, parameters(folder, found, dtype=dtype)
 
 
 def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
@@ -110,7 +172,11 @@ def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
     UserError: the file is missing or damaged, or does not fit.
   """
   path = os.path.join(folder, "config.json")
-  config = _json(path)
+  return _of_config(_json(path), path, dtype=dtype, remat=remat)
+
+
+def _of_config(config: dict[str, Any], path: str, *, dtype: str, remat: bool) -> Any:
+  """Returns the network of a config; `path` is named in errors."""
   names = [config.get("_class_name"), *config.get("architectures", ())]
   known = [NETWORKS[name] for name in names if name in NETWORKS]
   if not known:

@@ -7,6 +7,9 @@ Jobs (--job=NAME), each on the work directory DIR:
   ema       write DIR/posthoc/WIDTH: an average that the run did not keep, made of
             those that it stored
   sample    write samples.npz and samples.png
+  generate  make images, of texts too, by a published model in a folder of the
+            diffusers format: images/, images.json and images.png
+  encode    write the latents of the images of config.data, to train on
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
   report    write report.html on DIR, or on all runs inside it
@@ -28,6 +31,7 @@ import re
 import sys
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -41,6 +45,8 @@ JOBS = (
   "convert",
   "ema",
   "sample",
+  "generate",
+  "encode",
   "features",
   "evaluate",
   "report",
@@ -48,7 +54,9 @@ JOBS = (
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
-_JOB = flags.DEFINE_enum("job", "train", JOBS, "What to do.")
+_JOB = flags.DEFINE_enum("job", None, JOBS, "What to do; or train, or as config.job.")
+# Jobs that make their work directory of a config.
+FIRST = ("train", "convert", "generate", "encode")
 
 
 def main(argv: list[str]) -> None:
@@ -59,10 +67,11 @@ def main(argv: list[str]) -> None:
     config, workdir = _CONFIG.value, os.path.abspath(_workdir())
     disk.check_writable(workdir)
     processes.start()
-    job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
-    if config is None and _JOB.value in ("train", "convert"):
+    name = _job(config)
+    job = importlib.import_module(f"sdiff_jax.jobs.{name}")
+    if config is None and name in FIRST:
       raise UserError("--config is missing: name a file of configs/")
-    if config is None and _JOB.value != "report":
+    if config is None and name != "report":
       config = importlib.import_module("sdiff_jax.jobs.experiment").read(workdir)
     if config is not None:
       configs.validate(config)
@@ -109,6 +118,21 @@ def _workdir() -> str:
   if _CONFIG.value is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
   return words.workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
+def _job(config: ml_collections.ConfigDict | None) -> str:
+  """Returns the job that was asked for, or the config's own.
+
+  Raises:
+    UserError: there is none of that name, or the config is not one to train.
+  """
+  own = "train" if config is None else config.job
+  name = _JOB.value or own
+  if own not in JOBS:
+    raise UserError(f"config.job={own!r}: take one of {', '.join(JOBS)}")
+  if own != "train" and name not in (own, "inspect"):
+    raise UserError(f"--job={name}: this config is for --job={own} alone")
+  return name
 
 
 def _cache_compilations() -> None:

@@ -74,6 +74,38 @@ def window(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(AXES[:2], AXES[2]))
 
 
+def one_each(mesh: Mesh, function: Callable) -> Callable:
+  """Returns a function of a batch of samples, called for one on each device at a time.
+
+  What takes much memory for an image, such as a decoder, takes it for one.
+
+  Args:
+    mesh: over whose axes `data` and `fsdp` the batch is spread.
+    function: [N, ...] -> [N, ...], row by row; its N is the number of their devices.
+  """
+  count = mesh.shape["data"] * mesh.shape["fsdp"]
+  turns = NamedSharding(mesh, P(None, AXES[:2]))
+
+  def call(x: jax.Array) -> jax.Array:
+    x = x.reshape(count, -1, *x.shape[1:]).swapaxes(0, 1)
+    y = jax.lax.map(function, jax.lax.with_sharding_constraint(x, turns))
+    return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])
+
+  return call
+
+
+def spread(tree: Any, shardings: Any) -> Any:
+  """Moves arrays of numpy, the same on every process, to where they shall live.
+
+  Unlike device_put it does not compare the processes' values, nor wait for devices.
+  """
+  return jax.tree.map(
+    lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
+    tree,
+    shardings,
+  )
+
+
 def state(abstract: Any, mesh: Mesh) -> Any:
   """Returns the sharding of every array of a state.
 
@@ -97,9 +129,18 @@ def state(abstract: Any, mesh: Mesh) -> Any:
   return jax.tree.map(rule, abstract)
 
 
+def local() -> NamedSharding:
+  """Returns the sharding of rows over the devices of this process alone."""
+  devices = np.asarray(jax.local_devices())
+  return NamedSharding(
+    Mesh(devices, AXES[:1], axis_types=(AxisType.Auto,)), P(AXES[:1])
+  )
+
+
 def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
   """Raises a UserError if a leading axis of `count` does not divide as wanted."""
   (axes,) = sharding.spec
+  axes = (axes,) if isinstance(axes, str) else axes
   parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
   if count % parts:
     near = max(parts, count // parts * parts)

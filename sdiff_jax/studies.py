@@ -66,7 +66,8 @@ def draw(
   size = (4.2 * len(panels) + 1.6, 3.4)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
   labels = {}
-  for axes, y in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axes, y in zip(all_axes, panels, strict=True):
     for k, (series, c) in enumerate(curves(rows, x, y).items()):
       colour = f"C{list(labels).index(series) if series in labels else k}"
       marker = "o" if len(c.x) < 30 else None

@@ -10,11 +10,12 @@ import time
 import numpy as np
 import tensorboardX
 import tqdm
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 METRICS = "metrics.jsonl"
 GAP = 2  # pixels between the cells of a grid
 GAP_COLOUR = 128  # mid-grey: visible on light and on dark pages
+ABOUT = "Description"  # a keyword of the PNG standard
 CELL = 32  # pixels; smaller images are enlarged to at least this side
 PLAIN_SECONDS = 10.0  # between two progress lines when there is no terminal
 
@@ -163,13 +164,34 @@ def grid(
   return canvas[:-GAP, :-GAP]
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-  """Writes uint8 [H, W, C], C = 1 or 3, as a PNG; makes the directory if needed."""
+def save_png(path: str | os.PathLike, image: np.ndarray, about: str = "") -> None:
+  """Writes uint8 [H, W, C], C = 1 or 3, as a PNG, whole or not at all.
+
+  Args:
+    path: its directory is made if needed.
+    image: the pixels.
+    about: a text that is kept inside the file (see `about`); "" for none.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if image.shape[-1] == 1:
     image = image[..., 0]
-  Image.fromarray(image).save(path, format="PNG")
+  texts = PngImagePlugin.PngInfo()
+  if about:
+    texts.add_text(ABOUT, about)
+  temporary = path.with_name(path.name + ".tmp")
+  Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
+  os.replace(temporary, path)
+
+
+def about(path: str | os.PathLike) -> str:
+  """Returns the text inside a PNG, "" where there is none.
+
+  Raises:
+    OSError: the file cannot be read, or is no image.
+  """
+  with Image.open(path) as opened:
+    return opened.info.get(ABOUT, "")
 
 
 def save_text(path: str | os.PathLike, text: str) -> None:

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import config, lookup
+from sdiff_jax import config, lookup, main
 from sdiff_jax.data import digits, pipeline
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment, sampling, train
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.glob("*.py"))
-# Those whose data are not everywhere, with the word that makes them small.
-WORDS = {p.stem: ("tiny",) for p in FILES if p.stem.startswith(("imagenet", "cifar10"))}
 
 
 def load(path: pathlib.Path, *words: str):
@@ -24,6 +21,19 @@ def load(path: pathlib.Path, *words: str):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(*words)
+
+
+ALL = sorted(CONFIGS.glob("*.py"))
+FILES = [path for path in ALL if load(path).job == "train"]
+# Those whose data are not everywhere, with the word that makes them small.
+WORDS = {p.stem: ("tiny",) for p in FILES if p.stem.startswith(("imagenet", "cifar10"))}
+
+
+def test_configs_of_other_jobs_validate():
+  for path in {*ALL} - {*FILES}:
+    c = load(path)
+    config.validate(c)
+    assert c.job in main.JOBS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

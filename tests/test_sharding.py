@@ -103,3 +103,36 @@ def test_the_state_is_donated_and_the_teacher_is_no_constant():
   jax.block_until_ready(after)
   assert all(x.is_deleted() for x in jax.tree.leaves(current.params))
   assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "window": 2}])
+def test_one_on_each_device_at_a_time(axes):
+  """Rows come out as by one call, and the function sees one row a device."""
+  mesh, seen = sharding.make_mesh(**axes), []
+
+  def function(x):
+    seen.append(len(x))
+    return 2 * x.sum(axis=-1) + 1
+
+  x = jnp.arange(24 * 3.0).reshape(24, 3)
+  x = jax.device_put(x, sharding.samples(mesh))
+  found = jax.jit(sharding.one_each(mesh, function))(x)
+  np.testing.assert_array_equal(found, 2 * x.sum(axis=-1) + 1)
+  assert set(seen) == {mesh.shape["data"] * mesh.shape["fsdp"]}
+
+
+def test_arrays_are_spread_as_they_shall_live():
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  where = {"a": sharding.samples(mesh), "b": sharding.replicated(mesh)}
+  tree = {"a": np.arange(16), "b": np.float32(3)}
+  found = sharding.spread(tree, where)
+  jax.tree.map(np.testing.assert_array_equal, found, tree)
+  assert {k: x.sharding for k, x in found.items()} == where
+
+
+def test_rows_over_the_devices_of_a_process():
+  local = sharding.local()
+  assert local.mesh.size == jax.local_device_count()
+  sharding.check_batch(16, local, "encode.batch_size")
+  with pytest.raises(UserError, match="config.encode.batch_size=9: does not divide"):
+    sharding.check_batch(9, local, "encode.batch_size")

@@ -206,3 +206,15 @@ def test_grid_enlarges_small_images_without_blending():
 @pytest.mark.parametrize(("side", "cell"), [(28, 56), (32, 32), (33, 33), (64, 64)])
 def test_grid_cells_have_sides_of_32_or_more(side, cell):
   assert writer.grid(np.zeros((1, side, side, 3), np.uint8)).shape == (cell, cell, 3)
+
+
+def test_a_text_inside_a_picture(tmp_path):
+  path = tmp_path / "new" / "a.png"
+  image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+  writer.save_png(path, image, "seed 3, Bär \N{CAT}")
+  assert writer.about(path) == "seed 3, Bär \N{CAT}"
+  with Image.open(path) as opened:
+    np.testing.assert_array_equal(np.asarray(opened), image)
+  writer.save_png(path, image)
+  assert writer.about(path) == ""
+  assert [p.name for p in path.parent.iterdir()] == ["a.png"]

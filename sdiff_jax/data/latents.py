@@ -1,14 +1,21 @@
-"""Latents of images: what an autoencoder's encoder made of them, in .npy files."""
+"""Latents of images: what an autoencoder's encoder made of them, in ArrayRecord files.
 
-import bisect
-import glob
+A folder has latents.json, which says what they are, and files of records, each the
+label of an image, int32, and the means and standard deviations, float16 [H, W, 2C].
+"""
+
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from sdiff_jax.data.pipeline import Source, checked
 from sdiff_jax.interfaces import UserError
 
+ABOUT = "latents.json"
+LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
 # Mean and standard deviation of every channel of latents of ImageNet 512 x 512 by
 # Stable Diffusion's autoencoder (sd-vae-ft-mse), without its factor 0.18215. They
 # belong to encoders that were given other pixels, so latents of one are none of the
@@ -19,73 +26,124 @@ SCALES = {
   # Pixels in [0, 1], as EDM2 encodes.
   "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
 }
+LOW = {"scm": -1.0, "edm2": 0.0}  # the lowest pixel
 
 
 def build(*, dir: str = "", scale: str = "scm") -> Source:
   """Returns latents; a batch draws each anew, mean + std eps of its image's posterior.
 
   Args:
-    dir: folder with moments*.npy, float16 or float32 [n, H, W, 2C], means before
-      standard deviations, and labels.npy, integers, one for each row of the sorted
-      files. They are read where they lie, row by row.
+    dir: folder that the job `encode` wrote. It is read record by record.
     scale: what latents are scaled by to standard deviation sigma_d: "scm", for an
       encoder of pixels in [-1, 1], or "edm2", of pixels in [0, 1].
 
   Raises:
-    UserError: files are missing, damaged or of another form, or the scale is unknown.
+    UserError: files are missing, damaged or of another form, or the scale is unknown
+      or not that of the files; later, from `take`, a record cannot be read.
   """
-  if scale not in SCALES:
-    raise UserError(f"config.data.scale={scale!r}: take one of {', '.join(SCALES)}")
-  paths = sorted(glob.glob(os.path.join(glob.escape(dir), "moments*.npy")))
-  if not dir or not paths:
+  check_scale("data.scale", scale)
+  about = _about(dir)
+  if about["scale"] != scale:
     raise UserError(
-      f"config.data.dir={dir!r} has no moments*.npy: name a folder of latents, means "
-      "and standard deviations [n, H, W, 2C], with labels.npy"
+      f"config.data.scale={scale!r}: the latents in {dir} are {about['scale']!r}, made "
+      "of other pixels"
     )
-  shards = [_load(path) for path in paths]
-  shape = shards[0].shape[1:]
-  for path, shard in zip(paths, shards, strict=True):
-    if shard.shape[1:] != shape or shard.ndim != 4 or shard.dtype.kind != "f":
-      raise UserError(
-        f"{path}: {shard.dtype} {shard.shape}; save floats [n, H, W, 2C], as in the "
-        f"other files {shape}"
-      )
+  shape, size = tuple(about["shape"]), about["size"]
   if shape[-1] != 2 * len(SCALES[scale][0]):
     raise UserError(
-      f"{paths[0]}: {shape[-1]} channels; save the means and the standard deviations "
-      f"of {len(SCALES[scale][0])}"
+      f"{dir}: latents of {shape[-1] // 2} channels; those of {scale!r} have "
+      f"{len(SCALES[scale][0])}"
     )
-  ends = np.cumsum([len(shard) for shard in shards]).tolist()
-  labels = _labels(os.path.join(dir, "labels.npy"), ends[-1])
-
-  def row(k: int) -> np.ndarray:
-    i = bisect.bisect_right(ends, k)
-    return shards[i][k - ends[i]]  # from its end
+  records = _records(dir, about)
 
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    moments = np.stack([row(k) for k in chosen.tolist()])
-    return moments.astype(np.float32), {"label": labels[chosen]}
+    try:
+      found = [np.frombuffer(r, np.uint8) for r in records(chosen.tolist())]
+      rows = np.stack(found)
+      moments = rows[:, LABEL.itemsize :].view(MOMENTS).reshape(len(rows), *shape)
+    except (RuntimeError, ValueError) as error:  # the first is array_record's
+      raise UserError(f"{dir} cannot be read: {error}; encode it again") from error
+    labels = rows[:, : LABEL.itemsize].copy().view(LABEL)[:, 0]
+    return moments.astype(np.float32), {"label": labels.astype(np.int32)}
 
-  shape = (*shape[:2], shape[2] // 2)
-  classes = int(labels.max()) + 1
-  return checked(Source(take, ends[-1], shape, classes, *SCALES[scale], latent=True))
+  take(np.array([0, size - 1]))  # files of another form show now
+  of_latents = (*shape[:2], shape[2] // 2)
+  source = Source(take, size, of_latents, about["classes"], *SCALES[scale])
+  return checked(source._replace(latent=True, low=LOW[scale]))
 
 
-def _load(path: str) -> np.ndarray:
+def check_scale(field: str, scale: str) -> None:
+  """Raises a UserError for a scale that does not exist."""
+  if scale not in SCALES:
+    raise UserError(f"config.{field}={scale!r}: take one of {', '.join(SCALES)}")
+
+
+def paths(folder: str, about: dict[str, Any]) -> list[str]:
+  """Returns the files of a folder, by the `size` and `shard_size` of its latents."""
+  count = -(-about["size"] // about["shard_size"])
+  names = (f"latents-{k:05d}-of-{count:05d}.array_record" for k in range(count))
+  return [os.path.join(folder, name) for name in names]
+
+
+def write(path: str, moments: np.ndarray, labels: np.ndarray) -> None:
+  """Writes a file of records, whole or not at all.
+
+  Args:
+    path: of the file.
+    moments: means before standard deviations, [n, H, W, 2C].
+    labels: int [n]; -1 for images without classes.
+
+  Raises:
+    UserError: the file could not be written.
+  """
+  from array_record.python import array_record_module
+
+  temporary = path + ".tmp"
+  writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
   try:
-    return np.load(path, mmap_mode="r")
-  except FileNotFoundError:
-    raise UserError(f"{path} does not exist: save a label for each latent") from None
-  except (ValueError, OSError, EOFError) as error:
-    raise UserError(f"{path} is no .npy, or damaged ({error})") from error
+    for row, label in zip(moments.astype(MOMENTS), labels, strict=True):
+      writer.write(np.asarray(label, LABEL).tobytes() + row.tobytes())
+    writer.close()
+    os.replace(temporary, path)
+  except (RuntimeError, OSError) as error:
+    raise UserError(f"{path} was not written: {error}") from error
 
 
-def _labels(path: str, size: int) -> np.ndarray:
-  labels = np.array(_load(path))
-  fits = labels.shape == (size,) and size and labels.dtype.kind in "iu"
-  if not fits or labels.min() < 0:
+def _about(folder: str) -> dict[str, Any]:
+  """Returns what latents.json says, checked."""
+  path = os.path.join(folder, ABOUT)
+  try:
+    with open(path, encoding="utf-8") as file:
+      about = json.load(file)
+    numbers = [about[k] for k in ("size", "shard_size", "classes")] + about["shape"]
+    fits = len(about["shape"]) == 3 and all(isinstance(n, int) for n in numbers)
+  except OSError:
     raise UserError(
-      f"{path}: {labels.dtype} {labels.shape}; save integers from 0, one for each of "
-      f"the {size} latents"
+      f"config.data.dir={folder!r} has no {ABOUT}: name a folder of latents, which "
+      "--job=encode makes"
+    ) from None
+  except (ValueError, KeyError, TypeError):
+    fits = False
+  if not fits or min(numbers) < 0 or "scale" not in about:
+    raise UserError(f"{path} is damaged; encode the images again")
+  return about
+
+
+def _records(folder: str, about: dict[str, Any]) -> Callable[[list[int]], list[bytes]]:
+  """Returns (indices) -> records of all files."""
+  from array_record.python import array_record_data_source  # slow
+
+  files = paths(folder, about)
+  missing = [path for path in files if not os.path.exists(path)]
+  if missing:
+    raise UserError(
+      f"{missing[0]} is missing, and {len(missing) - 1} more: --job=encode has not "
+      "ended; the same command goes on"
     )
-  return labels.astype(np.int32)
+  try:
+    source = array_record_data_source.ArrayRecordDataSource(files)
+  except RuntimeError as error:
+    raise UserError(f"{folder} cannot be read: {error}; encode it again") from error
+  if len(source) != about["size"]:
+    raise UserError(f"{folder} has {len(source)} latents, not {about['size']}")
+  return source.__getitems__

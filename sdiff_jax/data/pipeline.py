@@ -27,6 +27,7 @@ class Source(NamedTuple):
     mean: mean of the pixels in [-1, 1], or latents, one for all or one a channel.
     std: their standard deviation; the network sees (x - mean) sigma_d / std.
     latent: whether they are latents.
+    low: of latents: the lowest pixel that their autoencoder knows; the highest is 1.
     observation: Do, numbers of an observation; 0 for none.
     normaliser: of trajectories, or None.
   """
@@ -38,6 +39,7 @@ class Source(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   latent: bool = False
+  low: float = -1.0
   observation: int = 0
   normaliser: Normaliser | None = None
 
@@ -59,8 +61,7 @@ def check_pixels(source: Source) -> None:
     )
   if source.latent:
     raise UserError(
-      "config.data are latents: networks train on them; there is nothing yet that "
-      "makes images of them"
+      "config.data are latents: this needs images; name a data set of images"
     )
 
 
@@ -97,9 +98,19 @@ def decode(source: Source, x0: Array, sigma_d: float) -> Array:
     UserError: x0 are latents.
   """
   check_pixels(source)
+  return pixels(unscaled(source, x0, sigma_d))
+
+
+def unscaled(source: Source, x0: Array, sigma_d: float) -> Array:
+  """Returns the pixels in [-1, 1], or latents, of x0."""
   mean, scale = _affine(source, sigma_d)
-  pixels = (x0 / scale + mean + 1) * 127.5
-  return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+  return x0 / scale + mean
+
+
+def pixels(values: Array, low: float = -1.0) -> Array:
+  """Returns uint8 images of values in [low, 1], clipped."""
+  levels = (values - low) * (255 / (1 - low))
+  return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)
 
 
 def _affine(source: Source, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from sdiff_jax import report, writer
-from sdiff_jax.data import folder, npz
+from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.interfaces import Params
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import measuring, sampling
@@ -100,6 +100,7 @@ def _baselines(
   other instead.
   """
   config, source = experiment.config, experiment.source
+  pipeline.check_pixels(source)
   num = config.evaluate.num
   images, cond = source.take(np.arange(source.size))
   order = np.random.default_rng(0).permutation(len(images))

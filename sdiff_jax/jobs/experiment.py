@@ -11,15 +11,16 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import ema, lookup, sharding, state, writer
+from sdiff_jax import diffusers_folder, ema, lookup, sharding, state, writer
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import normaliser, pipeline, trajectories
 from sdiff_jax.interfaces import Network, Params, UserError
+from sdiff_jax.models.vae import Autoencoder
 
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
-FREE += ("ema.posthoc",)
+FREE += ("ema.posthoc", "encode.", "generate.", "job", "vae")
 FREE += ("evaluate.", "reference.")
 
 
@@ -33,6 +34,7 @@ class Experiment(NamedTuple):
   source: pipeline.Source
   network: Network
   mesh: Mesh
+  vae: tuple[Autoencoder, Params] | None = None  # of a source of latents
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
@@ -46,7 +48,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 def of_source(config: ml_collections.ConfigDict, source: pipeline.Source) -> Experiment:
   """Returns the pieces that a config names, with a source that is there already."""
-  return Experiment(config, source, network(config, source), mesh(config))
+  vae = _autoencoder(config.vae, source) if source.latent and config.vae else None
+  return Experiment(config, source, network(config, source), mesh(config), vae)
 
 
 def mesh(config: ml_collections.ConfigDict) -> Mesh:
@@ -56,6 +59,17 @@ def mesh(config: ml_collections.ConfigDict) -> Mesh:
     UserError: it does not make the devices that there are.
   """
   return sharding.make_mesh(**config.mesh)
+
+
+def _autoencoder(folder: str, source: pipeline.Source) -> tuple[Autoencoder, Params]:
+  """Returns the autoencoder of a source's latents, its weights on the host."""
+  vae, params = diffusers_folder.autoencoder(folder)
+  if vae.channels != source.shape[-1]:
+    raise UserError(
+      f"config.vae={folder}: its latents have {vae.channels} channels, those of "
+      f"config.data {source.shape[-1]}"
+    )
+  return vae, params
 
 
 def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Network:
@@ -211,7 +225,15 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
     UserError: the work directory has no config or no checkpoint.
   """
   chosen = read(workdir)
-  for section in ("sampler", "sample", "evaluate", "reference", "mesh", "teacher"):
+  for section in (
+    "sampler",
+    "sample",
+    "evaluate",
+    "reference",
+    "mesh",
+    "teacher",
+    "vae",
+  ):
     chosen[section] = config[section]
   found = stored_normaliser(workdir)
   if found is None:

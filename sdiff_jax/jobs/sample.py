@@ -4,6 +4,7 @@ Every process writes its rows of a batch to WORKDIR/samples.parts as they are ma
 batch that is there whole is not made again.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -23,7 +24,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import disk, sharding, writer
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling
+from sdiff_jax.jobs import sampling, timing
 from sdiff_jax.samplers.plans import Plan
 from sdiff_jax.samplers.windows import Result
 
@@ -65,7 +66,8 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   the parts are refused later rather than mixed.
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
-  settings = configs.flat(sections) | {"checkpoint": disk.newest(workdir)}
+  settings = configs.flat(sections) | {"vae": config.vae}
+  settings["checkpoint"] = disk.newest(workdir)
   for name in ("sample.num", "sample.compare"):
     del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read
@@ -131,7 +133,7 @@ def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
   firsts = range(0, num, size)
   there = np.ones(len(firsts), bool)
   if jax.process_index() == 0:
-    found = _collect(folder, len(firsts) * size, experiment.source.shape)
+    found = _collect(folder, len(firsts) * size, sampling.image_shape(experiment))
     there = found.there.reshape(-1, size).all(axis=1)
   there = sharding.agreed(there, experiment.mesh)
   return list(itertools.compress(firsts, ~there))
@@ -207,8 +209,8 @@ def _finish(
   Returns:
     What the images took, for the last line.
   """
-  sample, source = experiment.config.sample, experiment.source
-  found = _collect(folder, sample.num, source.shape)
+  sample = experiment.config.sample
+  found = _collect(folder, sample.num, sampling.image_shape(experiment))
   if not found.there.all():
     raise UserError(f"{folder} has lost parts: the same command makes them again")
   _, labels = sampling.seeds_and_labels(experiment, 0, sample.num)
@@ -246,18 +248,11 @@ def _compare(
   size = experiment.config.sample.batch_size
   alone = sampling.sampler(experiment, chosen._replace(loop=""))
   alone = sampling.compiled(experiment, alone, params, size)
-  images, seconds = [], []
-  for each in (call, alone):
-    begin = time.perf_counter()
-    made, _ = sampling.start_batch(experiment, each, params, 0, size)
-    everywhere = sharding.replicated(experiment.mesh)
-    images.append(np.asarray(jax.device_put(made, everywhere)).astype(np.float64))
-    seconds.append(time.perf_counter() - begin)
-  off = np.sqrt(np.mean((images[0] - images[1]) ** 2))
+
+  def start(each: sampling.Call) -> jax.Array:
+    return sampling.start_batch(experiment, each, params, 0, size)[0]
+
+  thunks = (functools.partial(start, each) for each in (call, alone))
+  line = timing.beside(experiment.mesh, size, *thunks)
   if jax.process_index() == 0:
-    print(
-      f"a batch of {size}: {seconds[0]:.3g} s; one row after the other "
-      f"{seconds[1]:.3g} s ({seconds[1] / seconds[0]:.2f}x); images "
-      f"differ by {off:.3g} of 255 levels",
-      file=sys.stderr,
-    )
+    print(line, file=sys.stderr)

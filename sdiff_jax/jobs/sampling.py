@@ -1,8 +1,6 @@
 """Samples of a trained network: which, by what sampler, over which devices."""
 
 import functools
-import sys
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,13 +13,13 @@ from sdiff_jax import guidance, sharding, trigflow
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Array, Cond, Denoiser, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import timing
 from sdiff_jax.jobs.experiment import Experiment
 from sdiff_jax.samplers import plans, sequential
 from sdiff_jax.samplers.plans import Plan
 from sdiff_jax.samplers.windows import Result
 
 ROWS = 10  # of a grid of samples; its columns are the classes
-TIMED = 3  # calls of the network, of which the fastest counts
 # (params, seeds [B], labels [B]) -> images uint8 [B, H, W, C] and a Result whose x is
 # None.
 Call = Callable[[Params, Array, Array], tuple[Array, Result]]
@@ -76,7 +74,8 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     UserError: sampler.coarse is no work directory of the same images, or the window
       does not divide over the mesh.
   """
-  config, source = experiment.config, experiment.source
+  source = experiment.source
+  check_images(experiment)
   coarse, coarse_params = _coarse(experiment, chosen)
   parts = experiment.mesh.shape["window"]
   if chosen.loop and chosen.window % parts:
@@ -85,7 +84,7 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     )
 
   def generate(
-    coarse_params: Params, params: Params, seeds: Array, labels: Array
+    others: dict[str, Params], params: Params, seeds: Array, labels: Array
   ) -> tuple[Array, Result]:
     keys = sequential.keys_of(seeds)
     result = plans.run(
@@ -95,10 +94,9 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
       keys,
       {"label": labels},
       sharding=sharding.window(experiment.mesh),
-      coarse=denoiser(coarse, coarse_params) if coarse else None,
+      coarse=denoiser(coarse, others["coarse"]) if coarse else None,
     )
-    images = pipeline.decode(source, result.x, config.sigma_d)
-    return images, result._replace(x=None)
+    return _decoded(experiment, others["vae"], result.x), result._replace(x=None)
 
   over_samples = sharding.samples(experiment.mesh)
   jitted = jax.jit(
@@ -106,7 +104,41 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
     in_shardings=(None, None, over_samples, over_samples),
     out_shardings=over_samples,
   )
-  return functools.partial(jitted, coarse_params)
+  others = {"coarse": coarse_params, "vae": None}
+  if experiment.vae is not None:
+    params = experiment.vae[1]
+    others["vae"] = sharding.spread(params, sharding.state(params, experiment.mesh))
+  return functools.partial(jitted, others)
+
+
+def check_images(experiment: Experiment) -> None:
+  """Raises a UserError if nothing makes images of what the network makes."""
+  if experiment.source.normaliser:
+    pipeline.check_pixels(experiment.source)
+  if experiment.source.latent and experiment.vae is None:
+    raise UserError(
+      "config.data are latents: name the folder of their autoencoder, config.vae, "
+      "which makes images of them"
+    )
+
+
+def image_shape(experiment: Experiment) -> tuple[int, int, int]:
+  """Returns (H, W, C) of the images that are sampled."""
+  if experiment.vae is None:
+    return experiment.source.shape
+  (height, width, _), factor = experiment.source.shape, experiment.vae[0].factor
+  return height * factor, width * factor, 3
+
+
+def _decoded(experiment: Experiment, vae_params: Params, x: Array) -> Array:
+  """Returns uint8 images of x0."""
+  source, sigma_d = experiment.source, experiment.config.sigma_d
+  if experiment.vae is None:
+    return pipeline.decode(source, x, sigma_d)
+  decode = functools.partial(experiment.vae[0].decode, vae_params)
+  values = pipeline.unscaled(source, x, sigma_d)
+  images = sharding.one_each(experiment.mesh, decode)(values)
+  return pipeline.pixels(images, source.low)
 
 
 def _coarse(experiment: Experiment, chosen: Plan) -> tuple[Experiment | None, Params]:
@@ -115,7 +147,7 @@ def _coarse(experiment: Experiment, chosen: Plan) -> tuple[Experiment | None, Pa
   if not workdir or chosen.loop != "srds":
     return None, None
   config = experiments.read(workdir)
-  config.mesh = experiment.config.mesh
+  config.mesh, config.vae = experiment.config.mesh, ""
   coarse, params = experiments.trained(config, workdir)
   if coarse.source.shape != experiment.source.shape:
     raise UserError(
@@ -132,48 +164,14 @@ def with_window(
 
   The same on every process.
   """
-  if not chosen.loop or chosen.window:
-    return chosen
-  cost = functools.partial(_seconds, experiment, params, batch_size)
-  try:
-    tried = plans.choose(chosen, cost, experiment.mesh.shape["window"])
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
-  best, rows = tried[0], chosen.table.evaluations
-  alone = rows * cost(1)
-  if jax.process_index() == 0:
-    print(
-      f"window {best.window}: about {best.passes:.1f} passes, {best.seconds:.2g} s a "
-      f"batch; one row after the other {rows} and {alone:.2g} s",
-      file=sys.stderr,
-    )
-  return chosen._replace(window=best.window)
 
+  def denoise(params: Params, x: Array) -> Array:
+    shapes = pipeline.conditions(experiment.source, len(x))
+    cond = {name: jnp.zeros(c.shape, c.dtype) for name, c in shapes.items()}
+    return denoiser(experiment, params)(x, jnp.ones(len(x)), cond)
 
-def _seconds(
-  experiment: Experiment, params: Params, batch_size: int, window: int
-) -> float:
-  """Returns the time of a call of the network for a batch of windows."""
-  mesh, count = experiment.mesh, batch_size * window
-  spread = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
-
-  @functools.partial(jax.jit, out_shardings=spread)
-  @functools.partial(sharding.over, mesh)
-  def call(params: Params) -> Array:
-    x = jnp.zeros((count, *experiment.source.shape), jnp.float32)
-    x = jax.lax.with_sharding_constraint(x, spread)
-    shapes = pipeline.conditions(experiment.source, count)
-    cond = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-    return denoiser(experiment, params)(x, jnp.ones(count), cond)
-
-  call(params).block_until_ready()
-  seconds = []
-  for _ in range(TIMED):
-    begin = time.perf_counter()
-    call(params).block_until_ready()
-    seconds.append(time.perf_counter() - begin)
-  # The slowest process's, so that all choose alike.
-  return float(sharding.largest(np.float32([min(seconds)]), mesh)[0])
+  shape = (batch_size, *experiment.source.shape)
+  return timing.window(chosen, experiment.mesh, denoise, params, shape)
 
 
 def seeds_and_labels(
@@ -201,11 +199,8 @@ def _inputs(
 ) -> tuple[jax.Array, ...]:
   """Returns seeds and labels [batch_size] over the devices."""
   over_samples = sharding.samples(experiment.mesh)
-  # Not device_put, which compares the processes' values and so waits for the devices.
-  return tuple(
-    jax.make_array_from_callback(x.shape, over_samples, x.__getitem__)
-    for x in seeds_and_labels(experiment, first, batch_size)
-  )
+  both = seeds_and_labels(experiment, first, batch_size)
+  return sharding.spread(both, (over_samples, over_samples))
 
 
 def start_batch(

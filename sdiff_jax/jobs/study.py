@@ -142,9 +142,7 @@ def _points(
   return rows
 
 
-def _first(
-  rows: list[dict[str, Any]], seed: int, name: str
-) -> dict[str, Any] | None:
+def _first(rows: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] | None:
   """Returns the first row of a run."""
   return next((r for r in rows if r["seed"] == seed and r["run"] == name), None)
 

@@ -30,7 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
   )
   if config.train.sample_every:
-    pipeline.check_pixels(experiment.source)
+    sampling.check_images(experiment)
   _check_conditions(config, experiment.source)
   chosen = sampling.plan(config)
   rate, optimizer, betas = optimisation(config)
@@ -100,7 +100,9 @@ def _fit(
   on_device = (sharding.put(batch, over_batch, size) for batch in batches)
   shapes = _batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
-  call = sampling.sampler(experiment, chosen._replace(loop=""))
+  call = None
+  if config.train.sample_every:
+    call = sampling.sampler(experiment, chosen._replace(loop=""))
   profile = config.ema.profiles[0]
 
   def sample(current: state.TrainState) -> np.ndarray:

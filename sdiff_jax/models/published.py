@@ -37,6 +37,14 @@ class Predictor(NamedTuple):
   text: int | None
 
 
+def shapes(init: Callable, *, dtype: str) -> Params:
+  """Returns parameters as ShapeDtypeStructs of a type; nothing is computed."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
+
+
 def fitted(
   tensors: dict[str, np.ndarray], init: Callable, *, dtype: str, what: str
 ) -> Params:
@@ -51,10 +59,7 @@ def fitted(
   Raises:
     UserError: lists tensors that are missing, left over or of another shape.
   """
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
-    jax.eval_shape(init, jax.random.key(0)),
-  )
+  like = shapes(init, dtype=dtype)
   renamed = {}
   for name, x in tensors.items():
     name = ".".join(LEGACY.get(part, part) for part in name.split("."))

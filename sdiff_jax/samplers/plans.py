@@ -67,6 +67,17 @@ def build(
   Raises:
     ValueError: an unknown name, or values that do not fit.
   """
+  loop, kind = parse(name)
+  table = tables.build(name=kind, **solver)
+  return of_table(loop, table, window=window, tolerance=tolerance, rule=rule)
+
+
+def parse(name: str) -> tuple[str, str]:
+  """Returns the loop and the solver of a name, ("para", "ddpm") of "paraddpm".
+
+  Raises:
+    ValueError: an unknown name.
+  """
   full = ALIASES.get(name, name)
   loop = next((loop for loop in LOOPS if full.startswith(loop)), "")
   if full.removeprefix(loop) not in tables.SOLVERS:
@@ -74,7 +85,22 @@ def build(
       f"sampler.name={name!r}: take one of {[*tables.SOLVERS]}, maybe with 'para', "
       "'spec' or 'srds' in front"
     )
-  table = tables.build(name=full.removeprefix(loop), **solver)
+  return loop, full.removeprefix(loop)
+
+
+def of_table(
+  loop: str,
+  table: Table,
+  *,
+  window: int = 0,
+  tolerance: float = 0.1,
+  rule: str = "secant",
+) -> Plan:
+  """Returns the plan of a table; the arguments are those of Plan.
+
+  Raises:
+    ValueError: values that do not fit.
+  """
   plan = Plan(loop, table, window, tolerance, rule)
   if not loop:
     return plan
@@ -90,7 +116,7 @@ def build(
   if loop == "srds":
     parareal.check(table, tolerance)
     if table.uses("p", "c", "e"):
-      raise ValueError(f"sampler.name={name!r}: by name, parareal takes srdsddim")
+      raise ValueError("sampler.name: of the names, parareal takes srdsddim alone")
     blocks = window or round(table.evaluations**0.5)
     parareal.boundaries(table.evaluations, blocks)
     plan = plan._replace(window=blocks)

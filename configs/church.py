@@ -1,0 +1,25 @@
+"""Pixels of LSUN Church by DDPM, many steps at a time (arXiv:2305.16317, 4.2).
+
+  python -m sdiff_jax.main --config=configs/church.py --config.generate.folder=DIR
+
+Words: ddpm (the default) or ddim, with 1000 and 500 steps. DIR is a folder of the
+diffusers format with a U-Net without text, such as google/ddpm-church-256.
+"""
+
+from sdiff_jax import config, words
+
+# Sampler, steps, window, tolerance (the paper's, whose unit is the noise of a step).
+SAMPLERS = {
+  "ddpm": ("paraddpm", 1000, 64, 0.5),
+  "ddim": ("paraddim", 500, 40, 1e-3),
+}
+
+
+def get_config(given: str = ""):
+  chosen, _ = words.parse(given, "configs/church.py", SAMPLERS)
+  name, steps, window, tolerance = SAMPLERS[chosen]
+  c = config.base()
+  c.job = "generate"
+  c.sampler.update(name=name, steps=steps, window=window, tolerance=tolerance)
+  c.sample.update(num=16, batch_size=1)
+  return c

@@ -1,0 +1,15 @@
+"""Latents of ImageNet 512 x 512, which configs/imagenet512_*.py train on.
+
+  python -m sdiff_jax.main --config=configs/imagenet512_latents.py --config.vae=DIR
+
+DIR is sd-vae-ft-mse in the diffusers format. Images are cropped as ADM's are. Not run.
+"""
+
+from sdiff_jax import config
+
+
+def get_config():
+  c = config.base()
+  c.job = "encode"
+  c.data = config.use("data", "folder", dir="data/imagenet", image_size=512)
+  return c

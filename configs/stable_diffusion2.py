@@ -1,0 +1,29 @@
+"""Text to image by Stable Diffusion 2, many steps at a time (arXiv:2305.16317, 4.2).
+
+  python -m sdiff_jax.main --config=configs/stable_diffusion2.py \\
+    --config.generate.folder=DIR --config.generate.prompts="a cat;a dog"
+
+Words: ddpm (the default), ddim or dpmsolver, with 1000, 200 and 200 steps. One step
+after the other, --config.sampler.name=ddim. Any folder of the diffusers format with a
+U-Net, an autoencoder and CLIP's text encoder will do.
+"""
+
+from sdiff_jax import config, words
+
+# Sampler, steps, window.
+SAMPLERS = {
+  "ddpm": ("paraddpm", 1000, 48),
+  "ddim": ("paraddim", 200, 32),
+  "dpmsolver": ("paradpmsolver", 200, 32),
+}
+
+
+def get_config(given: str = ""):
+  chosen, _ = words.parse(given, "configs/stable_diffusion2.py", SAMPLERS)
+  name, steps, window = SAMPLERS[chosen]
+  c = config.base()
+  c.job = "generate"
+  c.generate.update(spacing="trailing", dtype="bfloat16")
+  c.sampler.update(name=name, steps=steps, window=window, tolerance=0.1)
+  c.sample.update(num=4, batch_size=1, guidance=7.5)
+  return c

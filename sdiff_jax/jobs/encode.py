@@ -1,0 +1,142 @@
+"""Job `encode`: makes latents of the images of config.data, by an autoencoder.
+
+A process makes the files that are its own, with its own devices; a file is there whole
+or not at all, and is not made again.
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+
+from sdiff_jax import config as configs
+from sdiff_jax import diffusers_folder, lookup, sharding, writer
+from sdiff_jax.data import latents, pipeline
+from sdiff_jax.interfaces import Array, Params, UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.models.vae import Autoencoder
+
+# (uint8 images [n, H, W, C]) -> means and standard deviations, float32 [n, h, w, 2C]
+Encode = Callable[[np.ndarray], np.ndarray]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes latents.json and files of records, which the data set `latents` reads.
+
+  Raises:
+    UserError: a field does not fit, or the files there are of something else.
+  """
+  chosen = config.encode
+  latents.check_scale("encode.scale", chosen.scale)
+  source = lookup.build("data", config.data.to_dict())
+  pipeline.check_pixels(source)
+  if not config.vae:
+    raise UserError("config.vae is empty: name the folder of an autoencoder")
+  mesh, local = sharding.make_mesh(**config.mesh), sharding.local()
+  sharding.check_batch(chosen.batch_size, local, "encode.batch_size")
+  vae, params = diffusers_folder.autoencoder(config.vae)
+  about = _about(config, source, vae)
+  files = latents.paths(workdir, about)
+  _claim(workdir, about)
+  mine = range(jax.process_index(), len(files), jax.process_count())
+  missing = [k for k in mine if not os.path.exists(files[k])]
+  encode = _encoder(vae, params, latents.LOW[chosen.scale], local)
+  begin, done = time.perf_counter(), 0
+  for k in tqdm.tqdm(missing, unit="file", desc="encode", disable=None):
+    first = k * chosen.shard_size
+    rows = np.arange(first, min(first + chosen.shard_size, source.size))
+    latents.write(files[k], *_shard(source, encode, rows, chosen.batch_size))
+    done += len(rows)
+  sharding.agreed(np.ones(1, bool), mesh)
+  rate = done / (time.perf_counter() - begin)
+  took = f" ({rate:.4g} images/s a process)" if done else ""
+  return f"encoded {source.size} images in {len(files)} files{took}: {workdir}"
+
+
+def _about(
+  config: ml_collections.ConfigDict, source: pipeline.Source, vae: Autoencoder
+) -> dict[str, Any]:
+  """Returns what latents.json is to say.
+
+  Raises:
+    UserError: the autoencoder is for images of other sizes.
+  """
+  height, width, _ = source.shape
+  if height % vae.factor or width % vae.factor:
+    raise UserError(
+      f"config.data: images of {height} x {width}; {vae.factor}, the autoencoder's "
+      "factor, must divide their sides"
+    )
+  about = {
+    "size": source.size,
+    "shape": [height // vae.factor, width // vae.factor, 2 * vae.channels],
+    "classes": source.classes,
+    "scale": config.encode.scale,
+    "shard_size": config.encode.shard_size,
+    "vae": config.vae,
+    "data": config.data.to_dict(),
+  }
+  return json.loads(json.dumps(about))  # tuples as they will be read
+
+
+def _claim(workdir: str, about: dict[str, Any]) -> None:
+  """Writes latents.json, or checks that the one there says the same."""
+  path = os.path.join(workdir, latents.ABOUT)
+  if os.path.exists(path):
+    try:
+      with open(path, encoding="utf-8") as file:
+        there = configs.flat(json.load(file))
+    except (ValueError, AttributeError) as error:
+      raise UserError(f"{path} is damaged ({error}); take another --workdir") from None
+    differ = experiments.differences(there, configs.flat(about))
+    if differ:
+      raise UserError(
+        f"{workdir} holds other latents: {', '.join(differ)}; take another --workdir, "
+        "or the same values"
+      )
+    return
+  os.makedirs(workdir, exist_ok=True)
+  if jax.process_index() == 0:
+    writer.save_text(path, json.dumps(about, indent=2))
+
+
+def _encoder(
+  vae: Autoencoder, params: Params, low: float, local: jax.sharding.NamedSharding
+) -> Encode:
+  """Returns the encoder of pixels in [low, 1], on this process's devices."""
+  everywhere = sharding.replicated(local.mesh)
+  params = jax.device_put(params, everywhere)
+
+  @functools.partial(jax.jit, in_shardings=(everywhere, local), out_shardings=local)
+  @functools.partial(sharding.over, local.mesh)
+  def encode(params: Params, images: Array) -> Array:
+    images = jnp.broadcast_to(images, (*images.shape[:3], 3))  # grey, too
+    x = images.astype(jnp.float32) * ((1 - low) / 255) + low
+    return jnp.concatenate(vae.encode(params, x), axis=-1)
+
+  return lambda images: np.asarray(encode(params, jax.device_put(images, local)))
+
+
+def _shard(
+  source: pipeline.Source, encode: Encode, rows: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns moments and labels of images, encoded a full batch at a time."""
+  moments, labels = [], []
+  for first in range(0, len(rows), batch_size):
+    chosen = rows[first : first + batch_size]
+    filled = np.resize(chosen, batch_size)
+    images, cond = source.take(filled)
+    moments.append(encode(images)[: len(chosen)].astype(latents.MOMENTS))
+    labels.append(cond["label"][: len(chosen)])
+  moments = np.concatenate(moments)
+  if not np.isfinite(moments).all():
+    raise UserError("the autoencoder made latents that are no numbers, or too large")
+  return moments, np.concatenate(labels)

@@ -1,0 +1,162 @@
+"""Samples of a model of the diffusers format, over the devices of a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sdiff_jax import guidance, sharding
+from sdiff_jax.data import pipeline
+from sdiff_jax.diffusers_folder import Model
+from sdiff_jax.interfaces import Array, Denoiser, Params, PRNGKey
+from sdiff_jax.samplers import plans, schedules, sequential
+from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.samplers.schedules import Schedule
+from sdiff_jax.samplers.windows import Result
+
+# (params, seeds int32 [B], tokens int32 [B, L], negative int32 [1, L]) -> images uint8
+# [B, H, W, C] and a Result whose x is None. Without text both tokens are None.
+Call = Callable[..., tuple[Array, Result]]
+
+
+def plan(
+  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **loop: Any
+) -> tuple[Schedule, Plan]:
+  """Returns the schedule as it is to be solved, and the plan.
+
+  Args:
+    schedule: the model's.
+    name: a solver, maybe with a loop in front (see `plans`).
+    steps: number of steps.
+    spacing: of the timesteps (see `paths.timesteps`); "" for the schedule's own.
+    **loop: window, tolerance and rule of the plan.
+
+  Raises:
+    ValueError: an unknown name, or values that do not fit.
+  """
+  front, solver = plans.parse(name)
+  schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
+  return schedule, plans.of_table(front, schedules.table(schedule, steps), **loop)
+
+
+def texts(model: Model, params: dict[str, Params], tokens: Array) -> Array:
+  """Returns the condition "text" [B, L, E] of tokens int32 [B, L]."""
+  return model.text_encoder.apply(params["text_encoder"], tokens).hidden
+
+
+def denoiser(
+  model: Model,
+  chosen: Plan,
+  params: dict[str, Params],
+  empty: Array | None,
+  scale: float,
+) -> Denoiser:
+  """Returns the guided denoiser of a model, for the table of a plan.
+
+  Args:
+    model: its schedule is what `plan` returned.
+    chosen: the plan.
+    params: of the model.
+    empty: the text [L, E] of classifier-free guidance, empty or negative; None for a
+      model without text.
+    scale: of the guidance; 1 is none.
+  """
+  net = functools.partial(model.unet.apply, params["unet"])
+  if scale != 1:
+    net = guidance.classifier_free(net, scale, guidance.without_text(empty))
+  return schedules.denoiser(net, model.schedule, chosen.table)
+
+
+def latents(
+  model: Model,
+  chosen: Plan,
+  params: dict[str, Params],
+  x: Array,
+  keys: PRNGKey,
+  tokens: Array | None,
+  negative: Array | None,
+  *,
+  scale: float,
+  mesh: Mesh,
+) -> Result:
+  """Returns what the plan makes of the first states x [B, ...], before any decoder.
+
+  Args:
+    model: its schedule is what `plan` returned.
+    chosen: the plan, with its window.
+    params: of the model.
+    x: first states, [B, ...].
+    keys: one key a sample, [B].
+    tokens: of the prompts, int32 [B, L], or None.
+    negative: of the negative prompt, int32 [1, L], or None.
+    scale: of the guidance; 1 is none.
+    mesh: the devices.
+  """
+  cond, empty = None, None
+  if tokens is not None:
+    cond = {"text": texts(model, params, tokens)}
+    empty = texts(model, params, negative)[0]
+  net, over = denoiser(model, chosen, params, empty, scale), sharding.window(mesh)
+  return plans.run(chosen, net, x, keys, cond, sharding=over)
+
+
+def pixels(model: Model, params: dict[str, Params], x: Array, mesh: Mesh) -> Array:
+  """Returns uint8 images of what was sampled, decoded one on each device at a time."""
+  if model.vae is None:
+    return pipeline.pixels(x)
+  decode = functools.partial(model.vae.decode, params["vae"])
+  images = sharding.one_each(mesh, decode)(x / model.vae.scaling)
+  return pipeline.pixels(images)
+
+
+def sampler(model: Model, chosen: Plan, mesh: Mesh, *, scale: float = 1.0) -> Call:
+  """Returns what makes a batch of images, jitted; image k is made of seeds[k] alone.
+
+  It can be lowered and compiled with shapes in place of all its arguments (see
+  `diffusers_folder.abstract`), for devices that are not here.
+
+  Args:
+    model: its schedule is what `plan` returned.
+    chosen: the plan, with its window.
+    mesh: the devices; samples are spread over `data` and `fsdp`, windows over `window`.
+    scale: of classifier-free guidance; 1 is none.
+  """
+
+  def generate(
+    params: dict[str, Params],
+    seeds: Array,
+    tokens: Array | None,
+    negative: Array | None,
+  ) -> tuple[Array, Result]:
+    keys = sequential.keys_of(seeds)
+    x = sequential.initial(chosen.table, keys, model.unet.shape)
+    made = latents(
+      model, chosen, params, x, keys, tokens, negative, scale=scale, mesh=mesh
+    )
+    return pixels(model, params, made.x, mesh), made._replace(x=None)
+
+  over_samples, everywhere = sharding.samples(mesh), sharding.replicated(mesh)
+  return jax.jit(
+    sharding.over(mesh, generate),
+    in_shardings=(None, over_samples, over_samples, everywhere),
+    out_shardings=(over_samples, everywhere),
+  )
+
+
+def shapes(model: Model, batch_size: int, mesh: Mesh) -> tuple:
+  """Returns the arguments of `sampler(...)` as shapes, the weights with shardings."""
+  where = sharding.state(model.params, mesh)
+  params = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.params, where
+  )
+  seeds = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  if model.text_encoder is None:
+    return params, seeds, None, None
+  length = model.tokenizer.length if model.tokenizer else model.text_encoder.length
+  tokens, negative = (
+    jax.ShapeDtypeStruct((n, length), jnp.int32) for n in (batch_size, 1)
+  )
+  return params, seeds, tokens, negative
