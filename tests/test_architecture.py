@@ -10,7 +10,7 @@ import sdiff_jax
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
-  | {"weights", "unpickle", "fields"},
+  | {"weights", "unpickle", "fields", "collectives"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
   {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
