@@ -55,13 +55,14 @@ class Model(NamedTuple):
   schedule: schedules.Schedule
 
 
-def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
+def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
   """Returns the model of a folder, its weights on the host.
 
   Args:
     path: of the folder; hf://organisation/name is fetched from the Hugging Face hub.
     dtype: of the hidden layers and of the weights.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     UserError: files that are missing or damaged, or a list of all that does not fit:
@@ -118,7 +119,7 @@ def configs(path: str) -> dict[str, dict[str, Any]]:
 
 
 def abstract(
-  configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: bool = False
+  configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: str = ""
 ) -> Model:
   """Returns the model of what its config files say, its weights as shapes alone.
 
@@ -162,7 +163,7 @@ def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, 
   return found, parameters(folder, found, dtype=dtype)
 
 
-def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
+def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
   """Returns the network of the config.json of a folder, without its weights.
 
   Returns:
@@ -175,7 +176,7 @@ def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
   return _of_config(_json(path), path, dtype=dtype, remat=remat)
 
 
-def _of_config(config: dict[str, Any], path: str, *, dtype: str, remat: bool) -> Any:
+def _of_config(config: dict[str, Any], path: str, *, dtype: str, remat: str) -> Any:
   """Returns the network of a config; `path` is named in errors."""
   names = [config.get("_class_name"), *config.get("architectures", ())]
   known = [NETWORKS[name] for name in names if name in NETWORKS]

@@ -5,39 +5,64 @@ sampler's. The batch of a training step is spread over all three.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.interfaces import Array, UserError
 
 AXES = ("data", "fsdp", "window")
-SMALLEST_SHARDED = 4 * 2**20  # bytes; smaller arrays cost more to gather than to keep
+SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to keep
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, window: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  window: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Returns the mesh of all devices.
+
+  Where devices are in several slices (of TPUs, or hosts of GPUs), whose links to each
+  other are slow, `data` goes over the slices as far as it can, before `fsdp` and
+  `window`.
 
   Args:
     data: devices along `data`; -1 takes what the others leave.
     fsdp: devices along `fsdp`.
     window: devices along `window`.
+    devices: the devices; by default all that there are.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes, count = [data, fsdp, window], jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  sizes, count = [data, fsdp, window], len(devices)
   if sizes.count(-1) == 1:
     rest = -np.prod(sizes)
     sizes[sizes.index(-1)] = int(count // rest) if rest > 0 else 0
   if min(sizes) < 1 or np.prod(sizes) != count:
     wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+  types = (AxisType.Auto,) * 3
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+  outside = []
+  for size in sizes:
+    outside.append(math.gcd(size, slices // math.prod(outside)))
+  inside = [n // m for n, m in zip(sizes, outside, strict=True)]
+  grid = mesh_utils.create_hybrid_device_mesh(
+    inside, outside, devices, allow_split_physical_axes=True
+  )
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def over(mesh: Mesh, function: Callable) -> Callable:
@@ -109,24 +134,15 @@ def spread(tree: Any, shardings: Any) -> Any:
 def state(abstract: Any, mesh: Mesh) -> Any:
   """Returns the sharding of every array of a state.
 
-  Arrays of 4 MB or more are split over `fsdp` along their largest dimension that it
-  divides; the others are replicated.
+  Arrays of 65,536 elements or more are split over `fsdp` along their largest dimension
+  that it divides; the others are replicated.
 
   Args:
     abstract: pytree of arrays or ShapeDtypeStructs.
     mesh: the mesh.
   """
   size = mesh.shape["fsdp"]
-
-  def rule(x: Any) -> NamedSharding:
-    large = x.size * x.dtype.itemsize >= SMALLEST_SHARDED
-    axes = [i for i, n in enumerate(x.shape) if n % size == 0]
-    if size == 1 or not large or not axes:
-      return replicated(mesh)
-    axis = max(axes, key=lambda i: x.shape[i])
-    return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
-
-  return jax.tree.map(rule, abstract)
+  return jax.tree.map(lambda x: NamedSharding(mesh, _split(x, size)), abstract)
 
 
 def local() -> NamedSharding:
@@ -137,15 +153,68 @@ def local() -> NamedSharding:
   )
 
 
-def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
-  """Raises a UserError if a leading axis of `count` does not divide as wanted."""
+def _split(x: Any, size: int) -> P:
+  """Returns how an array of a state is split over `fsdp`, an axis of that size."""
+  axes = [i for i, n in enumerate(x.shape) if n % size == 0]
+  if size == 1 or x.size < SMALLEST_SHARDED or not axes:
+    return P()
+  axis = max(axes, key=lambda i: x.shape[i])
+  return P(*[None] * axis, "fsdp")
+
+
+def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
+  """Returns op(x, weight), every device working on its own rows of x.
+
+  Left to itself, XLA moves the rows to where the parts of a weight are. Here the weight
+  is gathered, in the type that it has, and its gradient summed by a reduce-scatter.
+  Outside of a function of `over`, and for a weight that is not split, this is `op`.
+
+  Args:
+    op: maps each row of x by itself.
+    x: [B, ...], B rows over all axes of the mesh.
+    weight: as a state has it, up to its type.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+  spec = _split(weight, mesh.shape["fsdp"]) if auto else P()
+  if spec == P() or x.shape[0] % mesh.size:
+    return op(x, weight)
+
+  axis = len(spec) - 1
+
+  def local(x: Array, part: Array) -> Array:
+    # As rows of numbers, which a TPU neither pads nor sums everywhere first.
+    rows = jax.lax.all_gather(part.reshape(1, -1), "fsdp")
+    parts = jnp.moveaxis(rows.reshape(-1, *part.shape), 0, axis)
+    return op(x, parts.reshape(weight.shape))
+
+  over_rows = P(AXES)
+  return jax.shard_map(
+    local, in_specs=(over_rows, spec), out_specs=over_rows, check_vma=False
+  )(x, weight)
+
+
+def check_batch(
+  count: int, sharding: NamedSharding, field: str, accumulate: int = 1
+) -> None:
+  """Raises a UserError if a leading axis of `count` does not divide as wanted.
+
+  Args:
+    count: rows of a batch.
+    sharding: of the batch.
+    field: of the config, that gives the count.
+    accumulate: parts of the batch, each of which must divide (train.accumulate).
+  """
   (axes,) = sharding.spec
   axes = (axes,) if isinstance(axes, str) else axes
-  parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+  devices = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+  parts = devices * accumulate
   if count % parts:
     near = max(parts, count // parts * parts)
+    times = f" times config.train.accumulate={accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"config.{field}={count}: does not divide over {parts} devices; {near} does"
+      f"config.{field}={count}: does not divide over {devices} devices{times}; {near} "
+      "does"
     )
 
 

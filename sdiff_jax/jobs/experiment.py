@@ -20,7 +20,7 @@ from sdiff_jax.models.vae import Autoencoder
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
-FREE += ("ema.posthoc", "encode.", "generate.", "job", "vae")
+FREE += ("ema.posthoc", "encode.", "generate.", "job", "vae", "model.remat")
 FREE += ("evaluate.", "reference.")
 
 

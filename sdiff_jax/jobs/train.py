@@ -26,9 +26,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field, the teacher or the work directory does not fit.
   """
   experiment = experiments.build(config)
-  sharding.check_batch(
-    config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
-  )
+  size, parts = config.train.batch_size, config.train.accumulate
+  sharding.check_batch(size, sharding.batch(experiment.mesh), "train.batch_size", parts)
   if config.train.sample_every:
     sampling.check_images(experiment)
   _check_conditions(config, experiment.source)
@@ -49,7 +48,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   placed = experiments.place(abstract, experiment.mesh)
   normalize = experiment.network.normalize
   scale = config.train.loss_scale
-  train_step = step.build(loss, optimizer, betas, rate, normalize, scale)
+  train_step = step.build(loss, optimizer, betas, rate, normalize, scale, parts)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:
