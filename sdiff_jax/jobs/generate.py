@@ -26,6 +26,7 @@ from sdiff_jax.diffusers_folder import Model
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import published, timing
+from sdiff_jax.samplers import plans
 from sdiff_jax.samplers.plans import Plan
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -90,19 +91,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list]:
   """Returns the work, and what is there of it (see `_there`)."""
   chosen, scale = config.generate, config.sample.guidance
-  if not chosen.folder:
-    raise UserError(
-      "config.generate.folder is empty: name a folder of the diffusers format, or "
-      "hf://organisation/name"
-    )
-  if chosen.dtype not in TYPES:
-    raise UserError(
-      f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
-    )
-  if config.sampler.angles or config.sampler.eta or config.sampler.coarse:
-    raise UserError(
-      "config.sampler: angles, eta and coarse are for networks trained here alone"
-    )
+  _check_fields(config)
   prompts = captions.read(chosen.prompts) if chosen.prompts else []
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(
@@ -127,15 +116,46 @@ def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list
   model = model._replace(schedule=schedule)
   work = Work(images, wanted, model, plan, mesh, scale, chosen.negative)
   there = _there(work)
-  before = {found["sampler.window"] for found in there if found}
-  if plan.loop and not plan.window and before:
-    work = work._replace(chosen=plan._replace(window=before.pop()))  # go on with that
-  elif plan.loop and before - {plan.window}:
+  return work._replace(chosen=_go_on(plan, there, images)), there
+
+
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError for what can be seen to be wrong before anything is read."""
+  chosen = config.generate
+  if not chosen.folder:
     raise UserError(
-      f"{images} holds images of config.sampler.window={before.pop()}, not "
+      "config.generate.folder is empty: name a folder of the diffusers format, or "
+      "hf://organisation/name"
+    )
+  if chosen.dtype not in TYPES:
+    raise UserError(
+      f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
+    )
+  if config.sampler.angles or config.sampler.eta or config.sampler.coarse:
+    raise UserError(
+      "config.sampler: angles, eta and coarse are for networks trained here alone"
+    )
+  try:
+    plans.parse(config.sampler.name)
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
+
+
+def _go_on(plan: Plan, there: list[dict[str, Any] | None], images: str) -> Plan:
+  """Returns the plan with the window of the images that are there.
+
+  Raises:
+    UserError: another one is asked for.
+  """
+  windows = {found["sampler.window"] for found in there if found}
+  if plan.loop and not plan.window and windows:
+    return plan._replace(window=windows.pop())
+  if plan.loop and windows - {plan.window}:
+    raise UserError(
+      f"{images} holds images of config.sampler.window={windows.pop()}, not "
       f"{plan.window}; take another --workdir, or the same value"
     )
-  return work, there
+  return plan
 
 
 def _check_texts(

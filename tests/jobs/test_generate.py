@@ -86,7 +86,10 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
   )
 
 
-@pytest.mark.parametrize("name", ["paraddpm", "paraddim", "paradpmsolver"])
+@pytest.mark.parametrize(
+  "name",
+  ["paraddpm", "paradpmsolver", pytest.param("paraddim", marks=pytest.mark.slow)],
+)
 def test_in_parallel_at_tolerance_0(name):
   """Windows over 4 devices end where the rows one after the other do."""
   options = {"steps": 6, "spacing": "trailing", "window": 4, "tolerance": 0.0}
