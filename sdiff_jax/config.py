@@ -144,6 +144,7 @@ def base() -> ml_collections.ConfigDict:
   c.evaluate = ml_collections.ConfigDict(
     {
       "samplers": ("heun/16",),  # name/steps
+      "folder": "evaluate",  # in the work directory, for the results
       "num": 5000,  # samples for each
       "batch_size": 512,  # over all devices
       "images": "",  # measure this .npz or folder of images instead of samples
@@ -158,6 +159,8 @@ def base() -> ml_collections.ConfigDict:
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
   )
+  # The job `study`, see sdiff_jax/studies.py; filled by the files of configs/studies.
+  c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
   # Devices along each axis; -1 takes all that are left.
   c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "window": 1})
   return c

@@ -13,6 +13,7 @@ Jobs (--job=NAME), each on the work directory DIR:
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
   report    write report.html on DIR, or on all runs inside it
+  study     train and measure all runs of a file of configs/studies, and draw them
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
 they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
@@ -50,13 +51,14 @@ JOBS = (
   "features",
   "evaluate",
   "report",
+  "study",
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
 _JOB = flags.DEFINE_enum("job", None, JOBS, "What to do; or train, or as config.job.")
 # Jobs that make their work directory of a config.
-FIRST = ("train", "convert", "generate", "encode")
+FIRST = ("train", "convert", "generate", "encode", "study")
 
 
 def main(argv: list[str]) -> None:

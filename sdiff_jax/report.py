@@ -1,11 +1,9 @@
 """One self-contained HTML page about finished runs, and its table as plain text."""
 
-import base64
 import datetime
 import io
 import json
 import pathlib
-import string
 from collections.abc import Iterable
 from html import escape
 from typing import NamedTuple
@@ -14,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from sdiff_jax import writer
+from sdiff_jax import page, writer
 from sdiff_jax.interfaces import UserError
 
 # Header, key of the row, format, and what the column means; those that no row has are
@@ -58,46 +56,6 @@ STRIP = 6  # training-time grids shown of each run
 LIGHT = ("#5c6370", "#e3e1dc", ("#2f6f9f", "#b4622d"))
 DARK = ("#9aa1ad", "#2c3038", ("#74b3e0", "#e29a63"))
 
-PAGE = string.Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; --page: #fbfaf8; --ink: #1d2127; --soft: #5c6370;
-  --line: #e3e1dc; --card: #f3f1ed; }
-@media (prefers-color-scheme: dark) { :root { --page: #15171b; --ink: #e8e6e1;
-  --soft: #9aa1ad; --line: #2c3038; --card: #1d2026; } }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 5rem 2rem; }
-h1, h2, h3 { line-height: 1.15; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
-h1 { font-size: clamp(2rem, 5vw, 2.5rem); letter-spacing: -.02em; text-wrap: balance; }
-h2 { font-size: 1.6rem; margin-top: 5rem; }
-h3 span, p, th, dt, figcaption, summary, .baseline { color: var(--soft); }
-p { font-size: 1.1rem; max-width: 42rem; margin: 0; }
-.wide, pre { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem 0 .55rem 1.5rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th, dl, figcaption, summary, h3 span { font-size: .875rem; font-weight: 400; }
-.baseline th { padding-top: 2rem; }
-:is(th, td):nth-child(-n + 2) { text-align: left; }
-:is(th, td):first-child { padding-left: 0; }
-.model td:first-child, figcaption b { color: var(--ink); font-weight: 600; }
-dl, dd, figure { margin: 0; }
-.meanings { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.5rem;
-  margin-top: 2rem; max-width: 44rem; }
-.facts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
-.facts dd { font-size: 1.2rem; }
-.tiles { display: grid; gap: 1.75rem; margin: 1.75rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(var(--tile), 100%), 1fr)); }
-img { display: block; width: 100%; margin-bottom: .5rem; image-rendering: pixelated; }
-article { border-top: 1px solid var(--line); padding: 2rem 0 2.5rem; }
-pre { background: var(--card); border-radius: 6px; padding: 1rem 1.25rem;
-  font: .82rem/1.55 ui-monospace, Menlo, monospace; }
-</style></head><body><main><h1>$title</h1><p>$lead</p>
-$body</main></body></html>
-""")
-
 
 class Run(NamedTuple):
   """What one work directory holds; parts that are missing are empty."""
@@ -121,15 +79,25 @@ def write(runs: list[str], path: str) -> str:
   kinds = [run.kind for run in loaded]
   data = [run.config["data"]["name"] for run in loaded]
   title = f"Trained on {_list(data)}: {_list(kinds)}"
-  page = PAGE.substitute(
+  text = page.TEMPLATE.substitute(
     title=escape(title),
     lead=" ".join(text for kind, text in OBJECTIVES.items() if kind in kinds),
     body=_results(loaded) + _samples(loaded) + _training(loaded),
   )
   out = pathlib.Path(path)
   out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(page, "utf-8")
+  out.write_text(text, "utf-8")
   return str(path)
+
+
+def title(loss: dict) -> str:
+  """Returns what a run with that section `loss` is called: teacher, sCD, sCT, ..."""
+  if loss["name"] == "vsd":
+    return "sCD + VSD" if loss["consistency"] else "VSD"
+  prefix = {"scm": "sC", "scm_discrete": "dsC", "consistency": "C"}.get(loss["name"])
+  if prefix is None:
+    return "teacher"
+  return prefix + {"teacher": "D", "data": "T"}[loss["velocity"]]
 
 
 def rows(runs: list[str]) -> list[dict]:
@@ -171,11 +139,9 @@ def _load(directory: str) -> Run:
     raise UserError(
       f"{directory}: no config.json; make a run with --workdir={directory} --job=train"
     )
-  loss = config["loss"]
-  scm = "sCD" if loss.get("velocity") == "teacher" else "sCT"
   return Run(
     path=path,
-    kind={"diffusion": "teacher", "scm": scm}.get(loss["name"], loss["name"]),
+    kind=title(config["loss"]),
     config=config,
     metrics=writer.read_metrics(path),
     training=json.loads(read("training.json", "{}")),
@@ -194,10 +160,6 @@ def _cells(row: dict, missing: str, columns: list[tuple]) -> list[str]:
   return [missing if v is None or v != v else form(v) for v, form in values]
 
 
-def _row(tag: str, cells: list[str]) -> str:
-  return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
-
-
 def _results(runs: list[Run]) -> str:
   """Returns the table of all runs with a line on what each column means."""
   rows = _rows(runs)
@@ -206,9 +168,9 @@ def _results(runs: list[Run]) -> str:
   bodies, columns = "", _columns(rows)
   for kind, above in KINDS.items():
     cells = [_cells(row, "–", columns) for row in rows if row["kind"] == kind]
-    lines, above = "".join(_row("td", c) for c in cells), above.format(len(columns))
+    lines, above = "".join(page.row("td", c) for c in cells), above.format(len(columns))
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
-  head = _row("th", [header for header, *_ in columns])
+  head = page.row("th", [header for header, *_ in columns])
   meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in columns)
   counts = _list(f"{row['images']:,}" for row in rows)
   return (
@@ -261,7 +223,9 @@ def _charts(metrics: list[dict]) -> str:
       points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
       curves |= {name.replace("_", " "): np.array(points).T} if points else {}
     if curves:
-      light, dark = (_uri(_chart(curves, look), "svg+xml") for look in (LIGHT, DARK))
+      light, dark = (
+        page.uri(_chart(curves, look), "svg+xml") for look in (LIGHT, DARK)
+      )
       pictures += (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{_list(curves)} by step"></picture>\n'
@@ -307,12 +271,8 @@ def _figure(path: pathlib.Path, caption: str) -> str:
   """Returns a PNG under a caption that is HTML already; nothing if it is missing."""
   if not path.exists():
     return ""
-  image = f'<img src="{_uri(path.read_bytes(), "png")}" alt="{escape(path.stem)}">'
+  image = f'<img src="{page.uri(path.read_bytes(), "png")}" alt="{escape(path.stem)}">'
   return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
-
-
-def _uri(content: bytes, kind: str) -> str:
-  return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _list(words: Iterable[str]) -> str:

@@ -3,8 +3,12 @@
 import io
 from typing import Any, NamedTuple
 
+import matplotlib
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
+
+from sdiff_jax import config
 
 NAMES = {  # of axes
   "compute": "training FLOPs / the teacher's",
@@ -14,6 +18,84 @@ NAMES = {  # of axes
   "ratio": "Frechet distance / the teacher's",
   "seconds": "seconds an image",
 }
+
+
+def run(
+  file: str,
+  *changes: str,
+  teacher: str = "",
+  weights: str = "",
+  series: str = "",
+  value: float | None = None,
+  checkpoints: bool = False,
+) -> dict[str, Any]:
+  """Returns one run of a study.
+
+  Args:
+    file: config of the experiment, "configs/X.py" or "configs/X.py:words".
+    *changes: "section.field=value" each; "loss=scm_discrete" takes another piece, which
+      keeps the fields that both have.
+    teacher: name of the run that it distils.
+    weights: name of the run whose network is measured; "" trains one.
+    series: what its points are called; "" for the run's name and the sampler.
+    value: of its points on the axis "value".
+    checkpoints: measure all checkpoints that were kept, not the last alone.
+  """
+  return {
+    "config": file,
+    "set": changes,
+    "teacher": teacher,
+    "weights": weights,
+    "series": series,
+    "value": value,
+    "checkpoints": checkpoints,
+  }
+
+
+def build(
+  name: str,
+  runs: dict[str, dict[str, Any]],
+  *,
+  title: str,
+  lead: str,
+  x: str,
+  panels: tuple[str, ...],
+  log: str = "",
+  source: str = "evaluate",
+  seeds: tuple[int, ...] = (0, 1, 2),
+  changes: tuple[str, ...] = (),
+) -> ml_collections.ConfigDict:
+  """Returns the config of a study.
+
+  Args:
+    name: of its files.
+    runs: by name, see `run`; a teacher stands before its students.
+    title: of the page.
+    lead: what the study asks, a sentence or two.
+    x: key of a point on the horizontal axis.
+    panels: keys of a point on the vertical axes.
+    log: the logarithmic axes, some of "xy".
+    source: "evaluate" for rows of that job, "log" for lines of the training's log.
+    seeds: each run is made with each.
+    changes: fields that differ in all runs, see `run`.
+  """
+  c = config.base()
+  c.job = "study"
+  c.study = ml_collections.ConfigDict(
+    {
+      "name": name,
+      "runs": tuple({"name": k} | v for k, v in runs.items()),
+      "title": title,
+      "lead": lead,
+      "x": x,
+      "panels": panels,
+      "log": log,
+      "source": source,
+      "seeds": seeds,
+      "set": changes,
+    }
+  )
+  return c
 
 
 class Curve(NamedTuple):
@@ -109,6 +191,8 @@ def table(
 
 
 def picture(figure: Figure, kind: str) -> bytes:
-  """Returns a figure as "png" or "svg"."""
-  figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140)
+  """Returns a figure as "png" or "svg", the same for the same figure."""
+  dated = {"Date": None} if kind == "svg" else None
+  with matplotlib.rc_context({"svg.hashsalt": "study"}):
+    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140, metadata=dated)
   return buffer.getvalue()

@@ -21,13 +21,12 @@ from sdiff_jax.samplers.plans import Plan
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes evaluate/results.json and a grid of samples for each solver.
+  """Writes results.json and a grid of samples for each solver into `folder_of`.
 
-  Those of sample.checkpoint go to evaluate_STEP. With evaluate.images it measures
-  those alone, into evaluate/images.json. See report.py for what a row holds.
+  With evaluate.images it measures those alone, into images.json. See report.py for
+  what a row holds.
   """
-  step = config.sample.checkpoint
-  folder = os.path.join(workdir, f"evaluate_{step}" if step else "evaluate")
+  folder = os.path.join(workdir, folder_of(config))
   os.makedirs(folder, exist_ok=True)
   if config.evaluate.images:
     name, rows = "images.json", [_given(config)]
@@ -39,6 +38,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       json.dump(rows, file, indent=2)
     print(report.table(rows))
   return f"measured {len(rows)} rows: {path}"
+
+
+def folder_of(config: ml_collections.ConfigDict) -> str:
+  """Returns evaluate.folder, or that and _STEP for sample.checkpoint."""
+  step = config.sample.checkpoint
+  return config.evaluate.folder + (f"_{step}" if step else "")
 
 
 def _given(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def _trained(
   real, shape = measuring.real(config), experiment.source.shape
   meter = measuring.meter(config, experiment.mesh, real, shape)
   rows = _baselines(experiment, meter) if config.evaluate.baselines else []
-  model, share = experiments.title(config), _compute(workdir, config)
+  model, share = report.title(config.loss.to_dict()), _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:

@@ -20,7 +20,7 @@ from sdiff_jax.models.vae import Autoencoder
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
-FREE += ("ema.posthoc", "encode.", "generate.", "job", "vae", "model.remat")
+FREE += ("ema.posthoc", "encode.", "generate.", "study.", "job", "vae", "model.remat")
 FREE += ("evaluate.", "reference.")
 
 
@@ -93,11 +93,10 @@ def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Netwo
   return lookup.build("models", config.model.to_dict(), **given)
 
 
-def title(config: ml_collections.ConfigDict) -> str:
-  """Returns "teacher", "sCD" or "sCT"."""
-  if "velocity" not in config.loss:
-    return "teacher"
-  return {"teacher": "sCD", "data": "sCT"}[config.loss.velocity]
+def grow(config: ml_collections.ConfigDict, params: Params) -> Params:
+  """Returns a network's parameters with those that only the objective needs."""
+  loss = lookup.lookup("losses", config.loss.name)
+  return loss.grow(params) if hasattr(loss, "grow") else params
 
 
 def claim(
@@ -189,7 +188,10 @@ def averages(
     UserError: there is no such checkpoint.
   """
   profiles = experiment.config.ema.profiles
-  params = jax.eval_shape(experiment.network.init, jax.random.key(0))
+  params = jax.eval_shape(
+    lambda key: grow(experiment.config, experiment.network.init(key)),
+    jax.random.key(0),
+  )
   abstract = place({p: params for p in profiles}, experiment.mesh)
   with Checkpoints(workdir) as checkpoints:
     found = checkpoints.restore_ema(abstract, step)

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from sdiff_jax import config as configs
-from sdiff_jax import report, studies, writer
+from sdiff_jax import page, studies, writer
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import evaluate, train
 
@@ -33,6 +33,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   study = config.study.to_dict()
   if not study["runs"]:
     raise UserError("config.study.runs is empty: name a file of configs/studies/")
+  study["runs"] = {entry["name"]: entry for entry in study["runs"]}  # in this order
   pairs = [(seed, name) for seed in study["seeds"] for name in study["runs"]]
   prepared = {p: _config(study, workdir, *p) for p in pairs}  # mistakes before work
   rows = []
@@ -160,7 +161,7 @@ def _measured(
   config = config.copy_and_resolve_references()
   config.sample.checkpoint = step
   config.evaluate.folder = f"evaluate-{name}"
-  path = os.path.join(workdir, evaluate.folder(config), "results.json")
+  path = os.path.join(workdir, evaluate.folder_of(config), "results.json")
   if not os.path.exists(path):
     _say(evaluate.run(config, workdir))
     jax.clear_caches()
@@ -179,11 +180,12 @@ def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> N
   writer.save_text(f"{path}.json", json.dumps(rows, indent=1))
   head, *lines = studies.table(rows, x, panels)
   print("\n".join("| " + " | ".join(line) + " |" for line in (head, *lines)))
-  body = report.uri_image(studies.picture(figure, "svg"), "svg+xml", study["title"])
-  body += report.grid(head, lines)
+  drawn = page.uri(studies.picture(figure, "svg"), "svg+xml")
+  body = f'<img src="{drawn}" alt="{escape(study["title"])}">\n'
+  body += page.table(head, lines)
   runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)
   body += f"<h2>Runs</h2>\n<pre>{escape(runs)}</pre>"
-  page = report.PAGE.substitute(
+  text = page.TEMPLATE.substitute(
     title=escape(study["title"]), lead=escape(study["lead"]), body=body
   )
-  writer.save_text(f"{path}.html", page)
+  writer.save_text(f"{path}.html", text)

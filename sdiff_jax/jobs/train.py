@@ -39,6 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
   def init(key: Any, frozen: Params) -> state.TrainState:
     params = _start_from(frozen, experiment.network.init(key))
+    params = experiments.grow(config, params)
     params = experiment.network.normalize(params)
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
@@ -187,7 +188,7 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
-    if "velocity" not in config.loss:
+    if "teacher" not in lookup.given("losses", config.loss.name):
       return None, None
     raise UserError(
       "config.teacher.workdir is empty: name the run that this one starts from, "

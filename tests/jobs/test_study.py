@@ -1,0 +1,117 @@
+"""The job `study`: from configs to a page, once."""
+
+import json
+import os
+
+import pytest
+
+from sdiff_jax import studies
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import study, train
+
+CHANGES = (
+  "model.width=16",
+  "model.depth=1",
+  "train.steps=2",
+  "train.sample_every=0",
+  "checkpoint.every=2",
+  "evaluate.num=104",
+  "evaluate.batch_size=104",
+  "evaluate.baselines=False",
+  "evaluate.neighbours=0",
+)
+
+
+def tiny(**more):
+  digits = "configs/digits_{}.py".format
+  runs = {
+    "teacher": studies.run(digits("diffusion"), "evaluate.samplers=('ddim/2',)"),
+    "scd": studies.run(
+      digits("scd"), "evaluate.samplers=('consistency/1',)", teacher="teacher"
+    ),
+    "discrete": studies.run(
+      digits("scd"),
+      "loss=scm_discrete",
+      "loss.n=32",
+      "evaluate.samplers=('consistency/1',)",
+      teacher="teacher",
+      value=32.0,
+    ),
+    "vsd": studies.run(
+      digits("scd"),
+      "loss=vsd",
+      "evaluate.samplers=('consistency/1',)",
+      teacher="teacher",
+    ),
+    "eight": studies.run(
+      digits("diffusion"), "evaluate.samplers=('ddim/3',)", weights="teacher"
+    ),
+  }
+  return studies.build(
+    "tiny",
+    runs,
+    title="A study",
+    lead="Of nothing.",
+    x="evaluations",
+    panels=("frechet", "ratio"),
+    seeds=(0,),
+    changes=CHANGES,
+    **more,
+  )
+
+
+def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
+  config, workdir = tiny(), str(tmp_path)
+  made = study.run(config, workdir)
+  assert made == f"study of 5 runs: {tmp_path}/tiny.html"
+  rows = json.loads((tmp_path / "tiny.json").read_text())
+  names = [entry["name"] for entry in config.study.runs]
+  assert names == ["teacher", "scd", "discrete", "vsd", "eight"]
+  assert [row["run"] for row in rows] == names
+  assert [row["evaluations"] for row in rows] == [2, 1, 1, 1, 3]
+  by_run = {row["run"]: row for row in rows}
+  assert by_run["teacher"]["ratio"] == 1
+  ratio = by_run["scd"]["frechet"] / by_run["teacher"]["frechet"]
+  assert by_run["scd"]["ratio"] == pytest.approx(ratio)
+  models = ["teacher", "sCD", "dsCD", "sCD + VSD", "teacher"]
+  assert [row["model"] for row in rows] == models
+  text = (tmp_path / "tiny.html").read_text()
+  assert "Of nothing." in text
+  assert "scd, consistency/1" in text
+  for name in ("tiny.png", "tiny.svg"):
+    assert (tmp_path / name).stat().st_size > 1000
+  # A second time nothing is trained or measured, and the page is the same.
+  monkeypatch.setattr(train, "run", None)
+  monkeypatch.setattr(study.evaluate, "run", None)
+  study.run(config, workdir)
+  assert (tmp_path / "tiny.html").read_text() == text
+  # The training's log gives points, too.
+  logged = tiny(source="log")
+  logged.study.update(name="log", x="step", panels=("loss",))
+  study.run(logged, workdir)
+  lines = json.loads((tmp_path / "log.json").read_text())
+  assert {row["series"] for row in lines} == {*names}
+  assert os.path.exists(tmp_path / "log.html")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("train.stops=2", r"config\.study: train\.stops=2"),
+    ("train.steps=many", r"config\.study: train\.steps=many"),
+    ("loss=scmm", "losses: no 'scmm'"),
+  ],
+)
+def test_mistakes_show_before_any_work(tmp_path, change, message):
+  config = tiny()
+  config.study.runs[-1]["set"] += (change,)
+  with pytest.raises(UserError, match=message):
+    study.run(config, str(tmp_path))
+  assert not os.listdir(tmp_path)
+
+
+def test_a_missing_config_is_named(tmp_path):
+  config = tiny()
+  config.study.runs[1]["config"] = "configs/none.py"
+  with pytest.raises(UserError, match=r"no file configs/none\.py"):
+    study.run(config, str(tmp_path))
