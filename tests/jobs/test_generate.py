@@ -177,7 +177,7 @@ def test_images_of_other_settings_are_refused(copy):
 
 
 def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
-  choose = lambda chosen, cost, multiple: [plans.Choice(2 * multiple, 3.0, cost(8))]  # noqa: E731
+  choose = lambda chosen, cost, multiple: [plans.Choice(2 * multiple, 3.0, 1.0)]  # noqa: E731
   monkeypatch.setattr(plans, "choose", choose)
   fields = {"sampler__name": "paraddpm", "sampler__steps": 8, "sample__num": 2}
   fields |= {"sample__guidance": 1.0}
