@@ -103,8 +103,11 @@ def assign(config: ml_collections.ConfigDict, change: str) -> None:
     piece.update({k: old[k] for k in piece if k in old and k != "name"})
     config[field] = piece
     return
+  *sections, last = field.split(".")
   try:
-    config.update_from_flattened_dict({field: value})
+    for name in sections:
+      config = config[name]
+    config.update({last: value if last in config else config[last]})
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f"config.study: {change}: {error}") from error
 
