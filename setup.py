@@ -49,6 +49,7 @@ setuptools.setup(
       "tokenizers>=0.22",
     ],
     "tpu": ["jax[tpu]>=0.10.1"],
+    "rehearse": ["libtpu"],  # compiles for TPUs that are not here
     "cuda": ["jax[cuda12]>=0.10.1"],
   },
 )

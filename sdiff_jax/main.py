@@ -10,6 +10,8 @@ Jobs (--job=NAME), each on the work directory DIR:
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
   report    write report.html on DIR, or on all runs inside it
+  rehearse  compile the step for a pod that is not here (--config.pod=v5p:4x4x8):
+            memory, collectives and a modelled time: DIR/rehearsal/*.html
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
 they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
@@ -32,7 +34,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, processes, words
+from sdiff_jax import disk, pods, processes, words
 from sdiff_jax.interfaces import UserError
 
 JOBS = (
@@ -44,6 +46,7 @@ JOBS = (
   "features",
   "evaluate",
   "report",
+  "rehearse",
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
@@ -58,9 +61,10 @@ def main(argv: list[str]) -> None:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
     config, workdir = _CONFIG.value, os.path.abspath(_workdir())
     disk.check_writable(workdir)
-    processes.start()
+    # A rehearsal is a compiler alone, whatever machine it runs on.
+    pods.start() if _JOB.value == "rehearse" else processes.start()
     job = importlib.import_module(f"sdiff_jax.jobs.{_JOB.value}")
-    if config is None and _JOB.value in ("train", "convert"):
+    if config is None and _JOB.value in ("train", "convert", "rehearse"):
       raise UserError("--config is missing: name a file of configs/")
     if config is None and _JOB.value != "report":
       config = importlib.import_module("sdiff_jax.jobs.experiment").read(workdir)

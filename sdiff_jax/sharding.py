@@ -5,7 +5,7 @@ sampler's. The batch of a training step is spread over all three.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,25 +19,31 @@ AXES = ("data", "fsdp", "window")
 SMALLEST_SHARDED = 4 * 2**20  # bytes; smaller arrays cost more to gather than to keep
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, window: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1, fsdp: int = 1, window: int = 1, devices: Sequence | None = None
+) -> Mesh:
   """Returns the mesh of all devices.
 
   Args:
     data: devices along `data`; -1 takes what the others leave.
     fsdp: devices along `fsdp`.
     window: devices along `window`.
+    devices: those of the mesh; None for all that are here.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes, count = [data, fsdp, window], jax.device_count()
+  sizes = [data, fsdp, window]
+  count = jax.device_count() if devices is None else len(devices)
   if sizes.count(-1) == 1:
     rest = -np.prod(sizes)
     sizes[sizes.index(-1)] = int(count // rest) if rest > 0 else 0
   if min(sizes) < 1 or np.prod(sizes) != count:
     wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
 
 
 def over(mesh: Mesh, function: Callable) -> Callable:

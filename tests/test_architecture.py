@@ -10,11 +10,11 @@ import sdiff_jax
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
-  | {"weights", "unpickle", "fields"},
+  | {"weights", "unpickle", "fields", "collectives", "pods", "roofline"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
   {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
-  {"step", "loop", "report"},
+  {"step", "loop", "report", "rehearsal"},
   {"jobs"},
   {"main"},
 )

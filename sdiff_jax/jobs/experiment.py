@@ -20,7 +20,7 @@ from sdiff_jax.interfaces import Network, Params, UserError
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
 FREE += ("ema.posthoc",)
-FREE += ("evaluate.", "reference.")
+FREE += ("evaluate.", "reference.", "pod", "rehearse.")
 
 
 class Experiment(NamedTuple):

@@ -1,0 +1,136 @@
+"""What devices tell each other, read from the text of a compiled program."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"
+OPERATION = re.compile(rf" = (.*?) ({KINDS})(-start)?\(")
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+class Collective(NamedTuple):
+  """One operation of a program.
+
+  Attributes:
+    kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all" or
+      "collective-permute".
+    dtype: of its arrays, XLA's name: "f32", "bf16", ...
+    bytes: of the whole arrays, as they are after a gather and before a scatter.
+    group: devices that take part together.
+    times: how often a call of the program runs it; a loop of unknown length is once.
+    loop: whether it stands in a loop.
+  """
+
+  kind: str
+  dtype: str
+  bytes: int
+  group: int
+  times: int
+  loop: bool
+
+  @property
+  def ring(self) -> float:
+    """Bytes n that a device sends each time: n (k-1)/k, all-reduce twice that."""
+    if self.kind == "collective-permute":
+      return float(self.bytes)
+    passes = 2 if self.kind == "all-reduce" else 1
+    return passes * self.bytes * (self.group - 1) / self.group
+
+
+def read(text: str) -> list[Collective]:
+  """Returns the collectives of `compiled.as_text()`."""
+  blocks, entry = _computations(text)
+  devices = re.search(r"num_partitions=(\d+)", text)
+  found, chains = [], set()
+
+  def walk(name: str, times: int, loop: bool) -> None:
+    for line in blocks.get(name, ()):
+      # A TPU's asynchronous collective stands in each computation that helps it along.
+      chain = re.search(r'chain_id="(\d+)"', line)
+      if chain is None or chain[1] not in chains:
+        group = _group(line, int(devices[1]) if devices else 1)
+        for kind, dtype, size in _arrays(line, name, group):
+          found.append(Collective(kind, dtype, size, group, times, loop))
+          chains.update(chain.groups() if chain else ())
+      turns = _turns(line, blocks) if "body=" in line else 1
+      for how, called in CALLED.findall(line):
+        walk(called, times * turns, loop or how in ("body", "condition"))
+      if branches := re.search(r"branch_computations=\{(.*?)\}", line):
+        for called in branches[1].split(", "):
+          walk(called.removeprefix("%"), times, loop)
+
+  walk(entry, 1, False)
+  return found
+
+
+def total(collectives: list[Collective]) -> dict[tuple[str, str], tuple]:
+  """Returns (kind, dtype) -> operations, bytes, bytes of ring traffic of a call."""
+  out = {}
+  for c in sorted(collectives):
+    have = out.get((c.kind, c.dtype), (0, 0, 0.0))
+    more = (c.times, c.times * c.bytes, c.times * c.ring)
+    out[c.kind, c.dtype] = tuple(a + b for a, b in zip(have, more, strict=True))
+  return out
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """Returns name -> lines, and the name of the entry."""
+  blocks, lines, entry = {}, [], ""
+  for line in text.splitlines():
+    if not line.startswith(" ") and (head := COMPUTATION.match(line)):
+      lines = blocks[head[2]] = []
+      entry = head[2] if head[1] else entry
+    else:
+      lines.append(line)
+  return blocks, entry
+
+
+def _turns(line: str, blocks: dict[str, list[str]]) -> int:
+  """Returns how often a `while` runs, from what the compiler notes or i < constant."""
+  if noted := TRIPS.search(line):
+    return int(noted[1])
+  condition = blocks.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ())
+  ends = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+  counts = any("ROOT" in line and "direction=LT" in line for line in condition)
+  return int(ends[0]) if counts and len(ends) == 1 else 1
+
+
+def _arrays(line: str, inside: str, group: int) -> Iterator[tuple[str, str, int]]:
+  """Yields kind, dtype and bytes of the whole arrays of a line's collective."""
+  operation = OPERATION.search(line)
+  if operation is None:
+    return
+  result, kind, start = operation.groups()
+  arrays = re.findall(r"([a-z]+\d+\w*|pred)\[([\d,]*)\]", result)
+  if start and kind != "all-reduce":  # (operands, results, contexts)
+    arrays = [
+      (dtype, sizes) for dtype, sizes in arrays if (dtype, sizes) != ("u32", "")
+    ]
+    arrays = arrays[len(arrays) // 2 :]
+  # A TPU's reduce-scatter is a fusion of an all-reduce and a slice.
+  scatters = inside.startswith("all-reduce-scatter")
+  sizes = {}
+  for dtype, shape in arrays:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    count = math.prod(int(n) for n in shape.split(",") if n)
+    sizes[dtype] = sizes.get(dtype, 0) + count * bits // 8
+  for dtype, size in sizes.items():
+    if kind == "reduce-scatter":
+      size *= group
+    yield "reduce-scatter" if scatters else kind, dtype, size
+
+
+def _group(line: str, devices: int) -> int:
+  """Returns how many devices a collective joins, in any of XLA's three spellings."""
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return len(listed[1].split(","))
+  if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    return int(counted[1])
+  if named := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[n]) for n in re.findall(r"'(\w+)'", named[2]))
+  return devices
