@@ -9,28 +9,9 @@ kind, in the body of the loop, for each sample.
 """
 
 import argparse
-import collections
 import functools
 import math
 import os
-import re
-
-BYTES = {"f32": 4, "s32": 4, "pred": 1}
-KINDS = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"
-
-
-def count(text: str) -> dict[str, list[int]]:
-  """Returns kind -> [number, bytes of its results] outside the entry computation."""
-  found = collections.defaultdict(lambda: [0, 0])
-  for part in re.split(r"\n(?=ENTRY|%)", text):
-    if part.startswith("ENTRY"):
-      continue
-    for shape, kind in re.findall(rf"= (\S+|\(.*?\)) ({KINDS})(?:-start)?\(", part):
-      found[kind][0] += 1
-      for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        dims = [int(n) for n in sizes.split(",") if n]
-        found[kind][1] += BYTES[dtype] * math.prod(dims)
-  return found
 
 
 def main() -> None:
@@ -48,7 +29,7 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from sdiff_jax import sharding
+  from sdiff_jax import collectives, sharding
   from sdiff_jax.samplers import paradigms, sequential, tables
 
   mesh = sharding.make_mesh(data=1, fsdp=1, window=args.devices)
@@ -74,8 +55,10 @@ def main() -> None:
       )
       x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
       keys = jax.eval_shape(lambda: sequential.keys_of(jnp.arange(1)))
-      text = jax.jit(lambda x, k, f=call: f(x, k, None)).lower(x, keys).compile()
-      for kind, (number, size) in sorted(count(text.as_text()).items()):
+      run = jax.jit(lambda x, k, f=call: f(x, k, None)).lower(x, keys).compile()
+      found = [c for c in collectives.read(run.as_text()) if c.loop]
+      kinds = [c._replace(dtype="") for c in found]
+      for (kind, _), (number, size, _) in collectives.total(kinds).items():
         states = size / 4 / math.prod(shape)
         row = (name, way, kind, str(number), f"{size:,}", f"{states:.1f}")
         print("|", " | ".join(row), "|")
