@@ -124,11 +124,12 @@ def base() -> ml_collections.ConfigDict:
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
   )
-  c.pod = ""  # that the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...
+  # That the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
+  # with commas between them, for one table.
+  c.pod = ""
   c.rehearse = ml_collections.ConfigDict(
     {
       "what": "train",  # a step of training, or "sample": a batch, or a pass of it
-      "pods": (),  # several instead of config.pod, for one table
       "fit": True,  # try what saves memory where the step does not fit
       # Of the data, where they are not at hand: (H, W, C) and the number of labels.
       "shape": (),

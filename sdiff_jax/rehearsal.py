@@ -136,6 +136,7 @@ def modelled(
   every = [Collective(**c) for c in last["collectives"]]
   taken = roofline.time(
     chip,
+    pod.chips,
     flops=last["flops"],
     memory=last["bytes"] or 0.0,
     collectives=every,

@@ -38,20 +38,22 @@ class Time(NamedTuple):
     return sum(self)
 
 
-def link_rate(chip: Chip, group: int, cores: int = 1) -> float:
-  """Returns the bytes that a device sends in a second on a ring of `group` devices.
+def link_rate(chip: Chip, chips: int, cores: int = 1) -> float:
+  """Returns the bytes that a device sends in a second on a ring.
+
+  Where a pod is more than an island, every ring is taken to leave it.
 
   Args:
     chip: one of pods.CHIPS.
-    group: devices on the ring.
+    chips: of the pod.
     cores: devices of a chip, which share its links.
   """
-  inside = group <= chip.island * cores
-  return (chip.link * chip.links if inside else chip.network) / cores
+  return (chip.link * chip.links if chips <= chip.island else chip.network) / cores
 
 
 def time(
   chip: Chip,
+  chips: int,
   *,
   flops: float,
   memory: float,
@@ -62,12 +64,13 @@ def time(
 
   Args:
     chip: one of pods.CHIPS.
+    chips: of the pod.
     flops: operations of one device.
     memory: bytes that one device reads and writes.
     collectives: what devices send.
     cores: devices of a chip; each has its share of what the chip can do.
   """
-  links = sum(c.times * c.ring / link_rate(chip, c.group, cores) for c in collectives)
+  links = sum(c.times * c.ring for c in collectives) / link_rate(chip, chips, cores)
   return Time(flops * cores / chip.peak, memory * cores / chip.memory_rate, links)
 
 

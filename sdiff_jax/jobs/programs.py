@@ -54,8 +54,7 @@ def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
   fields = config.to_dict()
   for name in ("pod", "checkpoint", "evaluate", "convert", "reference"):
     del fields[name]
-  for name in ("pods", "fit"):
-    del fields["rehearse"][name]
+  del fields["rehearse"]["fit"]
   fields["train"]["steps"] = 0
   teacher = _teacher_config(config)
   fields["teacher"] = teacher and teacher.to_dict()
@@ -190,7 +189,7 @@ def _teacher_config(
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
     return experiments.read(workdir)
-  theirs = _load(file)
+  theirs = load(file)
   if "dtype" in theirs.model and "dtype" in config.model:
     theirs.model.dtype = config.model.dtype
   return theirs
@@ -208,7 +207,7 @@ def _teacher(
   return network, jax.eval_shape(network.init, key)
 
 
-def _load(file: str) -> ml_collections.ConfigDict:
+def load(file: str) -> ml_collections.ConfigDict:
   """Returns the config of a file such as configs/X.py:words."""
   path, _, given = file.partition(".py")
   if not os.path.exists(f"{path}.py"):

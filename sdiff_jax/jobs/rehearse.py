@@ -35,8 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if config.rehearse.what not in programs.KINDS:
     kinds = " or ".join(programs.KINDS)
     raise UserError(f"config.rehearse.what={config.rehearse.what!r}: take {kinds}")
-  names = config.rehearse.pods or (config.pod,)
-  wanted = [pods.parse(name) for name in names]
+  wanted = [pods.parse(name) for name in config.pod.split(",")]
   folder = os.path.join(workdir, "rehearsal")
   os.makedirs(folder, exist_ok=True)
   found = []
