@@ -6,6 +6,7 @@ alone: no parameter is made and no data are read. What was compiled is kept in
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from sdiff_jax.pods import Pod
 # Compiled as far as a run needs, a step takes longer than anyone waits; its memory,
 # collectives and operations are the same.
 LEVEL = "O0"
+LARGEST_GROUP = 64  # of devices that a state is spread over: most arrays divide by it
 ACCUMULATE = (2, 4, 8, 16, 32)  # parts of a batch that are tried
 
 
@@ -36,6 +38,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     kinds = " or ".join(programs.KINDS)
     raise UserError(f"config.rehearse.what={config.rehearse.what!r}: take {kinds}")
   wanted = [pods.parse(name) for name in config.pod.split(",")]
+  if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in wanted):
+    _say("TPUs have no units for float16; take --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
   os.makedirs(folder, exist_ok=True)
   found = []
@@ -83,7 +87,7 @@ def _attempts(
   if config.rehearse.what == "train":
     chips = pod.chips
     if config.mesh.fsdp == 1 and config.mesh.data == -1:
-      changes["mesh.fsdp"] = min(chips, 64)
+      changes["mesh.fsdp"] = math.gcd(chips, LARGEST_GROUP)
       yield dict(changes), pod
     if not config.model.get("remat", True):
       changes["model.remat"] = True
