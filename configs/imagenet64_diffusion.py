@@ -24,7 +24,7 @@ def get_config(given: str = ""):
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
   # Dropout at every resolution, as in EDM2; remat changes no number.
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
-  c.model.update(dropout_resolution=64, dtype="float16", remat=True)
+  c.model.update(dropout_resolution=64, dtype="float16", remat="full")
   # There is no guidance on this data, so labels are kept.
   c.loss = config.use("losses", "diffusion", p_mean=-0.8, p_std=1.6, label_dropout=0.0)
   # Ours: a loss scale of about the number of pixels, as if their sum was the loss.

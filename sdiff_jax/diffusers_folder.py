@@ -54,13 +54,14 @@ class Model(NamedTuple):
   schedule: schedules.Schedule
 
 
-def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
+def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
   """Returns the model of a folder, its weights on the host.
 
   Args:
     path: of the folder; hf://organisation/name is fetched from the Hugging Face hub.
     dtype: of the hidden layers and of the weights.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     UserError: files that are missing or damaged, or a list of all that does not fit:
@@ -100,7 +101,7 @@ def load(path: str, *, dtype: str = "float32", remat: bool = False) -> Model:
   return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
 
 
-def network(folder: str, *, dtype: str = "float32", remat: bool = False) -> Any:
+def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
   """Returns the network of the config.json of a folder, without its weights.
 
   Returns:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.interfaces import Array, UserError
 
 AXES = ("data", "fsdp", "window")
-SMALLEST_SHARDED = 4 * 2**20  # bytes; smaller arrays cost more to gather than to keep
+SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to keep
 
 
 def make_mesh(
@@ -83,24 +83,51 @@ def window(mesh: Mesh) -> NamedSharding:
 def state(abstract: Any, mesh: Mesh) -> Any:
   """Returns the sharding of every array of a state.
 
-  Arrays of 4 MB or more are split over `fsdp` along their largest dimension that it
-  divides; the others are replicated.
+  Arrays of 65,536 elements or more are split over `fsdp` along their largest dimension
+  that it divides; the others are replicated.
 
   Args:
     abstract: pytree of arrays or ShapeDtypeStructs.
     mesh: the mesh.
   """
   size = mesh.shape["fsdp"]
+  return jax.tree.map(lambda x: NamedSharding(mesh, _split(x, size)), abstract)
 
-  def rule(x: Any) -> NamedSharding:
-    large = x.size * x.dtype.itemsize >= SMALLEST_SHARDED
-    axes = [i for i, n in enumerate(x.shape) if n % size == 0]
-    if size == 1 or not large or not axes:
-      return replicated(mesh)
-    axis = max(axes, key=lambda i: x.shape[i])
-    return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
 
-  return jax.tree.map(rule, abstract)
+def _split(x: Any, size: int) -> P:
+  """Returns how an array of a state is split over `fsdp`, an axis of that size."""
+  axes = [i for i, n in enumerate(x.shape) if n % size == 0]
+  if size == 1 or x.size < SMALLEST_SHARDED or not axes:
+    return P()
+  axis = max(axes, key=lambda i: x.shape[i])
+  return P(*[None] * axis, "fsdp")
+
+
+def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
+  """Returns op(x, weight), every device working on its own rows of x.
+
+  Left to itself, XLA moves the rows to where the parts of a weight are. Here the weight
+  is gathered, in the type that it has, and its gradient summed by a reduce-scatter.
+  Outside of a function of `over`, and for a weight that is not split, this is `op`.
+
+  Args:
+    op: maps each row of x by itself.
+    x: [B, ...], B rows over all axes of the mesh.
+    weight: as a state has it, up to its type.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+  spec = _split(weight, mesh.shape["fsdp"]) if auto else P()
+  if spec == P() or x.shape[0] % mesh.size:
+    return op(x, weight)
+
+  def local(x: Array, part: Array) -> Array:
+    return op(x, jax.lax.all_gather(part, "fsdp", axis=len(spec) - 1, tiled=True))
+
+  over_rows = P(AXES)
+  return jax.shard_map(
+    local, in_specs=(over_rows, spec), out_specs=over_rows, check_vma=False
+  )(x, weight)
 
 
 def check_batch(count: int, sharding: NamedSharding, field: str) -> None:

@@ -247,7 +247,7 @@ def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
   share = 8 / c.train.batch_size  # a batch of 8 weighs what it weighs in 2048
 
   def gradient(dtype: str, scale: float) -> np.ndarray:
-    model = c.model.to_dict() | small | {"dtype": dtype, "remat": False}
+    model = c.model.to_dict() | small | {"dtype": dtype, "remat": ""}
     net = lookup.build("models", model, **given)
     params, frozen = (
       net.normalize(random_params(net, seed, "float32")) for seed in (0, 1)

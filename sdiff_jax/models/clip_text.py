@@ -100,7 +100,7 @@ class Encoder(nn.Module):
   length: int
   width: int
   depth: int
-  remat: bool
+  remat: str
   block: dict[str, Any]
 
   @nn.compact
@@ -110,21 +110,22 @@ class Encoder(nn.Module):
     h = embed(self.vocabulary, name="embeddings.token_embedding")(ids)
     place = embed(self.length, name="embeddings.position_embedding")
     h += place(jnp.arange(ids.shape[1]))[None]
-    kind = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    kind = layers.remat(Block, self.remat)
     for i in range(self.depth):
       h = kind(**self.block, name=f"encoder.layers.{i}")(h)
     return LayerNorm(epsilon=eps, dtype=dtype, name="final_layer_norm")(h)
 
 
 def of_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
 ) -> TextEncoder:
   """Returns the text encoder of a config.json (arXiv:2103.00020, section 2.4).
 
   Args:
     config: fields by name; those not given have the defaults of transformers.
     dtype: type of the hidden layers.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     ValueError: unknown fields, values that are not supported (all are listed), or

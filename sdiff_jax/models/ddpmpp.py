@@ -18,8 +18,8 @@ HALF = 0.5**0.5  # keeps the variance of a sum of two
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
-Dense = functools.partial(nn.Dense, kernel_init=xavier)
-Conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=xavier)
+Dense = functools.partial(layers.Dense, kernel_init=xavier)
+Conv = functools.partial(layers.Conv, kernel_size=(3, 3), kernel_init=xavier)
 
 
 def resample(
@@ -153,11 +153,11 @@ class Block(nn.Module):
     B, H, W, C = x.shape
     quiet = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
     h = GroupNorm(self.dtype, name="norm2")(x)
-    h = nn.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
+    h = layers.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
     # Query, key and value of a channel lie beside one another.
     q, k, v = jnp.moveaxis(h.reshape(B, H * W, 1, C, 3), -1, 0)
     h = attention(q, k, v).reshape(x.shape)
-    return nn.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
+    return layers.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
 
 
 class Unet(nn.Module):
@@ -172,18 +172,17 @@ class Unet(nn.Module):
   taps: tuple[float, ...]
   modulation: str
   dropout: float
-  remat: bool
+  block: type[nn.Module]
   embedding: Embedding
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     emb = self.embedding(t, cond)
-    make = nn.remat(Block, prevent_cse=False) if self.remat else Block
 
     def block(name: str, h: Array, features: int, resample="", attention=False):
       fields = (self.taps, self.modulation, self.dropout, deterministic, self.dtype)
-      return make(features, resample, attention, *fields, name=name)(h, emb)
+      return self.block(features, resample, attention, *fields, name=name)(h, emb)
 
     _, H, W, C = x.shape
     levels = [  # name of the resolution, features, whether it has attention
@@ -258,7 +257,7 @@ def build(
   augment: int = 0,
   dropout: float = 0.0,
   guidance: bool = False,
-  remat: bool = False,
+  remat: str = "",
   dtype: str = "float32",
 ) -> Network:
   """Returns the U-Net as a Network; the defaults are DDPM++ for CIFAR-10.
@@ -289,7 +288,8 @@ def build(
     augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
     dropout: rate inside the blocks.
     guidance: take a guidance scale as an input.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
     dtype: type of the hidden layers; parameters are float32.
 
   Raises:
@@ -327,7 +327,7 @@ def build(
     taps=tuple(resample_filter),
     modulation=modulation,
     dropout=dropout,
-    remat=remat,
+    block=layers.remat(Block, remat),
     embedding=Embedding(
       features=channels * noise_mult,
       width=channels * emb_mult,

@@ -29,7 +29,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     size = x.shape[-1] // self.heads
     q, k, v = (
-      nn.DenseGeneral((self.heads, size), dtype=self.dtype, name=name)(x)
+      layers.DenseGeneral((self.heads, size), dtype=self.dtype, name=name)(x)
       for name in ("query", "key", "value")
     )
     q, k = layers.rms_norm(q), layers.rms_norm(k)
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 def _residual_out(width: int, dtype: jnp.dtype) -> nn.Dense:
   # Residual branches start at 0: each block starts as the identity.
-  return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
+  return layers.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
 
 
 class Perceptron(nn.Module):
@@ -51,7 +51,7 @@ class Perceptron(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    h = nn.gelu(nn.Dense(4 * x.shape[-1], dtype=self.dtype, name="in")(x))
+    h = nn.gelu(layers.Dense(4 * x.shape[-1], dtype=self.dtype, name="in")(x))
     h = nn.Dropout(self.dropout, deterministic=self.deterministic)(h)
     return _residual_out(x.shape[-1], self.dtype)(h)
 
@@ -84,7 +84,7 @@ class Dit(nn.Module):
   classes: int
   guidance: bool
   dropout: float
-  remat: bool
+  block: type[nn.Module]
   unroll: int
   dtype: jnp.dtype
   attention: str
@@ -97,10 +97,10 @@ class Dit(nn.Module):
     emb = embed(t, cond)
     h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
     h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
-    h = nn.Dense(self.width, dtype=self.dtype, name="in")(h)
+    h = layers.Dense(self.width, dtype=self.dtype, name="in")(h)
     h += positions(rows, columns, self.width).astype(self.dtype)[None]
     blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False) if self.remat else Block,
+      self.block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=nn.broadcast,
@@ -131,7 +131,7 @@ def build(
   heads: int = 6,
   dropout: float = 0.0,
   guidance: bool = False,
-  remat: bool = False,
+  remat: str = "",
   unroll: int = 1,
   dtype: str = "float32",
   attention: str = "auto",
@@ -147,14 +147,15 @@ def build(
     heads: attention heads.
     dropout: rate inside the perceptrons.
     guidance: take a guidance scale as an input.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
     unroll: blocks per turn of the loop over them; compile time against speed.
     dtype: type of the hidden layers; parameters are float32.
     attention: "plain" holds all scores, "fused" a block of them at a time; "auto"
       takes "plain" where images have few patches.
 
   Raises:
-    ValueError: sizes that do not divide, an unknown attention.
+    ValueError: sizes that do not divide, an unknown attention or remat.
   """
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
     raise ValueError(f"model.patch={patch}: must divide height and width of {shape}")
@@ -170,7 +171,7 @@ def build(
     classes,
     guidance,
     dropout,
-    remat,
+    layers.remat(Block, remat, in_loop=True),
     unroll,
     jnp.dtype(dtype),
     attention,

@@ -31,7 +31,7 @@ class UNet(nn.Module):
   dropout: float
   dropout_resolution: int
   clip: float
-  remat: bool
+  block: type[nn.Module]
   dtype: jnp.dtype
 
   @nn.compact
@@ -46,12 +46,11 @@ class UNet(nn.Module):
       self.guidance,
       name="embedding",
     )(t, cond)
-    block = nn.remat(Block) if self.remat else Block
 
     def make(level: int, part: str, name: str, features: int, **options) -> Block:
       resolution = height >> level
       attends = name == "in0" or ("block" in name and resolution in self.attention_at)
-      return block(
+      return self.block(
         features,
         encoder=part == "enc",
         resample={"down": "halve", "up": "double"}.get(name, ""),
@@ -114,7 +113,7 @@ def build(
   dropout_resolution: int = 16,
   clip: float = 256.0,
   guidance: bool = False,
-  remat: bool = False,
+  remat: str = "",
   dtype: str = "float32",
 ) -> Network:
   """Returns the U-Net as a Network: by default as sCM trains it (arXiv:2410.11081).
@@ -139,7 +138,8 @@ def build(
     dropout_resolution: largest height with dropout.
     clip: bound on the output of a block.
     guidance: take a guidance scale as an input.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
     dtype: type of the hidden layers; parameters, and all that embeds time, are float32.
 
   Raises:
@@ -178,7 +178,7 @@ def build(
     dropout,
     dropout_resolution,
     clip,
-    remat,
+    layers.remat(Block, remat),
     jnp.dtype(dtype),
   )
   edm = process == "edm"

@@ -1,21 +1,69 @@
 """Layers that the networks share."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import sharding
 from sdiff_jax.interfaces import Array, Cond
 from sdiff_jax.kernels import softmax
 
 EPS = 1e-6
+# What the backward pass of a block keeps of its forward pass: all, the results of
+# products and convolutions, or its inputs alone.
+KEEPS = {
+  "": None,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def wide(x: Array) -> Array:
   """Returns x in the type that sums and statistics of it need."""
   return x.astype(softmax.wide(x.dtype))
+
+
+def remat(
+  block: type[nn.Module], how: str, *, in_loop: bool = False
+) -> type[nn.Module]:
+  """Returns the block, whose backward pass computes again what it does not keep.
+
+  Args:
+    block: a Linen module.
+    how: "", "dots" or "full", see KEEPS; no number depends on it.
+    in_loop: whether it is the body of a scan, which needs no care that XLA does not
+      undo it.
+
+  Raises:
+    ValueError: another word.
+  """
+  if how not in KEEPS:
+    raise ValueError(f"model.remat={how!r}: take 'dots', 'full' or '' for none")
+  if not how:
+    return block
+  return nn.remat(block, policy=KEEPS[how], prevent_cse=not in_loop)
+
+
+def _rowwise(op: Callable[..., Array]) -> Callable[..., Array]:
+  def call(x: Array, weight: Array, *args: Any, **options: Any) -> Array:
+    return sharding.rowwise(lambda x, w: op(x, w, *args, **options), x, weight)
+
+  return call
+
+
+# Linen's layers, of weights that may be split over devices.
+Dense = functools.partial(nn.Dense, dot_general=_rowwise(jax.lax.dot_general))
+DenseGeneral = functools.partial(
+  nn.DenseGeneral, dot_general=_rowwise(jax.lax.dot_general)
+)
+Conv = functools.partial(
+  nn.Conv, conv_general_dilated=_rowwise(jax.lax.conv_general_dilated)
+)
 
 
 def positional(t: Array, width: int) -> Array:
@@ -58,8 +106,8 @@ class AdaptiveDoubleNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array, emb: Array) -> Array:
     # s must not start at 0: pnorm's derivative there is 1 / sqrt(eps).
-    s = nn.Dense(x.shape[-1], dtype=self.dtype, name="scale")(emb)
-    b = nn.Dense(x.shape[-1], dtype=self.dtype, name="shift")(emb)
+    s = Dense(x.shape[-1], dtype=self.dtype, name="scale")(emb)
+    b = Dense(x.shape[-1], dtype=self.dtype, name="shift")(emb)
     ones = (1,) * (x.ndim - 2)
     s, b = (rms_norm(a).reshape(a.shape[0], *ones, a.shape[-1]) for a in (s, b))
     return self.norm(x) * s + b
@@ -81,7 +129,7 @@ def class_weights(label: Array, classes: int, dtype: jnp.dtype) -> Array:
 def from_zero(width: int, name: str) -> nn.Dense:
   """Returns a linear layer that starts at 0: what it is added to starts without it."""
   zeros = nn.initializers.zeros
-  return nn.Dense(width, use_bias=False, kernel_init=zeros, name=name)
+  return Dense(width, use_bias=False, kernel_init=zeros, name=name)
 
 
 class Embedding(nn.Module):
@@ -99,14 +147,14 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self, t: Array, cond: Cond) -> Array:
-    emb = nn.Dense(self.width, name="time")(positional(t, self.width))
+    emb = Dense(self.width, name="time")(positional(t, self.width))
     if self.classes:
       labels = class_weights(cond["label"], self.classes, emb.dtype)
-      emb += nn.Dense(self.width, use_bias=False, name="label")(labels)
+      emb += Dense(self.width, use_bias=False, name="label")(labels)
     if self.guidance:
       scale = positional(cond["guidance"], self.width)
       emb += from_zero(self.width, "guidance")(scale)
-    emb = nn.Dense(self.width, name="out")(nn.silu(emb))
+    emb = Dense(self.width, name="out")(nn.silu(emb))
     return nn.silu(emb).astype(self.dtype)
 
 
@@ -124,5 +172,5 @@ class LogVar(nn.Module):
     x = jnp.cos(t[:, None] * frequencies[None] + phases[None])
     # Features of unit norm: an optimiser's step then moves w by some 10 rates, not 100.
     x *= (2 / self.features) ** 0.5
-    w = nn.Dense(1, kernel_init=nn.initializers.zeros)(x)
+    w = Dense(1, kernel_init=nn.initializers.zeros)(x)
     return w[:, 0]

@@ -5,12 +5,14 @@ normalised where it is used, so gradients are at right angles to it; `normalize_
 brings the stored ones back to their norm after an update ("forced" normalisation).
 """
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import sharding
 from sdiff_jax.interfaces import Array, Params
 from sdiff_jax.models import layers
 
@@ -87,7 +89,7 @@ class Linear(nn.Module):
   def __call__(self, x: Array) -> Array:
     dtype = self.dtype or x.dtype
     w = _weight(self, (x.shape[-1], self.features), dtype)
-    return x.astype(dtype) @ w
+    return sharding.rowwise(jnp.matmul, x.astype(dtype), w)
 
 
 class Conv(nn.Module):
@@ -99,13 +101,13 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     w = _weight(self, (3, 3, x.shape[-1], self.features), self.dtype)
-    return jax.lax.conv_general_dilated(
-      x.astype(self.dtype),
-      w,
-      (1, 1),
-      "SAME",
+    conv = functools.partial(
+      jax.lax.conv_general_dilated,
+      window_strides=(1, 1),
+      padding="SAME",
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    return sharding.rowwise(conv, x.astype(self.dtype), w)
 
 
 class Fourier(nn.Module):

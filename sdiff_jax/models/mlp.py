@@ -18,9 +18,9 @@ class Block(nn.Module):
   def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
     width = h.shape[-1]
     y = layers.AdaptiveDoubleNorm(self.dtype)(h, emb)
-    y = nn.Dense(width, dtype=self.dtype)(nn.silu(y))
+    y = layers.Dense(width, dtype=self.dtype)(nn.silu(y))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(nn.silu(y))
-    return h + nn.Dense(width, dtype=self.dtype)(y), None
+    return h + layers.Dense(width, dtype=self.dtype)(y), None
 
 
 class Mlp(nn.Module):
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
     embed = layers.Embedding(self.embed, self.classes, self.guidance, self.dtype)
     emb = embed(t, cond)
-    h = nn.Dense(self.width, dtype=self.dtype, name="in")(flat)
+    h = layers.Dense(self.width, dtype=self.dtype, name="in")(flat)
     blocks = nn.scan(
       Block,
       variable_axes={"params": 0},
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
     # A filter of the input that depends on its content: what the image does not
     # decide, noise above all, passes by the hidden layers pixel by pixel.
     gain, shift = (
-      nn.Dense(
+      layers.Dense(
         flat.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name=name
       )(h)
       for name in ("gain", "shift")

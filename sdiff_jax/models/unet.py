@@ -63,7 +63,7 @@ class Unet(nn.Module):
   eps: float
   time: dict[str, Any]
   padding: int
-  remat: bool
+  remat: str
   dtype: jnp.dtype
 
   @nn.compact
@@ -72,7 +72,7 @@ class Unet(nn.Module):
     text = None if text is None else text.astype(self.dtype)
 
     def make(kind: type[nn.Module], *sizes: Any, name: str) -> nn.Module:
-      kind = nn.remat(kind, prevent_cse=False) if self.remat else kind
+      kind = layers.remat(kind, self.remat)
       return kind(*sizes, self.dtype, name=name)
 
     def block(at: str, j: int, level: int, attends: str, h: Array) -> Array:
@@ -138,7 +138,7 @@ class Time(nn.Module):
     angles = t[:, None] * frequencies.astype(t.dtype)[None]
     waves = [jnp.sin(angles), jnp.cos(angles)]
     waves = jnp.concatenate(waves[::-1] if self.cosines_first else waves, axis=-1)
-    dense = functools.partial(nn.Dense, self.width, dtype=self.dtype)
+    dense = functools.partial(layers.Dense, self.width, dtype=self.dtype)
     h = dense(name="linear_1")(waves.astype(self.dtype))
     return dense(name="linear_2")(nn.silu(h))
 
@@ -151,7 +151,7 @@ def predictor(
   heads: tuple[int, ...],
   text: int | None,
   dtype: str,
-  remat: bool,
+  remat: str,
 ) -> Predictor:
   """Returns the network of the fields of a config.
 
@@ -162,7 +162,8 @@ def predictor(
     heads: of the attention of each level.
     text: width of the text, or None.
     dtype: type of the hidden layers.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     ValueError: sizes that do not fit; it names the field.

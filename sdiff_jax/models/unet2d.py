@@ -24,14 +24,15 @@ UNUSED = ("dropout", "num_train_timesteps")
 
 
 def of_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
 ) -> Predictor:
   """Returns the network of a config.json (arXiv:2006.11239, appendix B).
 
   Args:
     config: fields by name; those not given have the defaults of diffusers.
     dtype: type of the hidden layers.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     ValueError: unknown fields, values that are not supported (all are listed), or

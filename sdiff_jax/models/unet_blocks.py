@@ -13,7 +13,7 @@ from sdiff_jax.interfaces import Array
 from sdiff_jax.kernels.attention_jvp import attention
 from sdiff_jax.models import layers
 
-Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
+Conv = functools.partial(layers.Conv, kernel_size=(3, 3), padding=1)
 
 
 class GroupNorm(nn.Module):
@@ -71,12 +71,12 @@ class Resnet(nn.Module):
     h = nn.silu(norm(name="norm1")(x))
     h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
     if emb is not None:
-      dense = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")
+      dense = layers.Dense(self.features, dtype=self.dtype, name="time_emb_proj")
       h += dense(nn.silu(emb))[:, None, None]
     h = nn.silu(norm(name="norm2")(h))
     h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name="conv_shortcut")(x)
+      x = layers.Dense(self.features, dtype=self.dtype, name="conv_shortcut")(x)
     return x + h
 
 
@@ -92,11 +92,11 @@ class Attention(nn.Module):
     other, width = x if other is None else other, x.shape[-1]
 
     def heads(name: str, rows: Array) -> Array:
-      dense = nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)
+      dense = layers.Dense(width, use_bias=self.bias, dtype=self.dtype, name=name)
       return dense(rows).reshape(*rows.shape[:2], self.heads, width // self.heads)
 
     h = attention(heads("to_q", x), heads("to_k", other), heads("to_v", other))
-    return nn.Dense(width, dtype=self.dtype, name="to_out.0")(h.reshape(x.shape))
+    return layers.Dense(width, dtype=self.dtype, name="to_out.0")(h.reshape(x.shape))
 
 
 class SelfAttention(nn.Module):
@@ -130,10 +130,10 @@ class TransformerBlock(nn.Module):
     x += attend(name="attn1")(norm(name="norm1")(x))
     x += attend(name="attn2")(norm(name="norm2")(x), text)
     h, width = norm(name="norm3")(x), x.shape[-1]
-    h = nn.Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(h)
+    h = layers.Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(h)
     h, gate = jnp.split(h, 2, axis=-1)
     h *= nn.gelu(gate, approximate=False)
-    return x + nn.Dense(width, dtype=self.dtype, name="ff.net.2")(h)
+    return x + layers.Dense(width, dtype=self.dtype, name="ff.net.2")(h)
 
 
 class Transformer(nn.Module):
@@ -148,11 +148,11 @@ class Transformer(nn.Module):
   def __call__(self, x: Array, text: Array) -> Array:
     B, _, _, C = x.shape
     h = GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-    h = nn.Dense(C, dtype=self.dtype, name="proj_in")(h.reshape(B, -1, C))
+    h = layers.Dense(C, dtype=self.dtype, name="proj_in")(h.reshape(B, -1, C))
     for i in range(self.depth):
       name = f"transformer_blocks.{i}"
       h = TransformerBlock(self.heads, self.dtype, name=name)(h, text)
-    h = nn.Dense(C, dtype=self.dtype, name="proj_out")(h)
+    h = layers.Dense(C, dtype=self.dtype, name="proj_out")(h)
     return x + h.reshape(x.shape)
 
 

@@ -79,7 +79,7 @@ class Half(nn.Module):
   groups: int
   attends: bool
   quant: bool
-  remat: bool
+  remat: str
   dtype: jnp.dtype
 
   @nn.compact
@@ -110,7 +110,7 @@ class Half(nn.Module):
     return self._resnet("mid_block.resnets.1", self.channels[-1], h)
 
   def _resnet(self, at: str, features: int, h: Array) -> Array:
-    kind = nn.remat(Resnet, prevent_cse=False) if self.remat else Resnet
+    kind = layers.remat(Resnet, self.remat)
     sizes = features, self.groups, EPS, self.dtype
     return kind(*sizes, name=f"{self.start}.{at}")(h)
 
@@ -127,14 +127,15 @@ class Half(nn.Module):
 
 
 def of_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: bool = False
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
 ) -> Autoencoder:
   """Returns the autoencoder of a config.json (arXiv:2112.10752, appendix G).
 
   Args:
     config: fields by name; those not given have the defaults of diffusers.
     dtype: type of the hidden layers.
-    remat: recompute each block in the backward pass instead of keeping it.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
 
   Raises:
     ValueError: unknown fields, values that are not supported (all are listed), or

@@ -38,7 +38,7 @@ B = 4
 WAYS = [
   (name, {field: value})
   for name in CASES
-  for field, value in (("unroll", 2), ("remat", True))
+  for field, value in (("unroll", 2), ("remat", "dots"), ("remat", "full"))
   if field in lookup.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
@@ -317,7 +317,7 @@ def test_fused_attention_changes_nothing():
     for net in (plain, fused)
   ]
   jax.tree.map(close, both[1]((x, t), along), both[0]((x, t), along))
-  found = gradient("dit", attention="fused", remat=True)
+  found = gradient("dit", attention="fused", remat="full")
   jax.tree.map(lambda a, b: close(a, b, 2e-4), found, gradient("dit"))
 
 
@@ -392,3 +392,9 @@ def test_wide_keeps_what_is_wide():
   for narrow in ("bfloat16", "float16"):
     assert layers.wide(jnp.zeros(2, narrow)).dtype == jnp.float32
   assert layers.wide(jnp.zeros(2)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "dit", "edm2"])
+def test_an_unknown_way_to_recompute_is_refused_at_once(name):
+  with pytest.raises(ValueError, match="model.remat='half': take 'dots', 'full' or ''"):
+    build(name, remat="half")
