@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jaxlib
 
-import sdiff_jax
 from sdiff_jax import pods, report, roofline, writer
 from sdiff_jax.collectives import Collective
 
@@ -31,7 +30,7 @@ NOTE = "modelled, not measured"
 
 def key(described: dict[str, Any], pod: str, level: str) -> str:
   """Returns the name of a program's facts: what makes it, and what compiles it."""
-  root = pathlib.Path(sdiff_jax.__file__).parent
+  root = pathlib.Path(__file__).parent
   files = sorted(f for pattern in SOURCES for f in root.glob(pattern))
   code = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
   made = {"program": described, "pod": pod, "level": level, "code": code}

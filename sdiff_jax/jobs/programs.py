@@ -99,7 +99,7 @@ def training(experiment: experiments.Experiment) -> Program:
   def flops(remat: bool) -> float:
     plain = config.copy_and_resolve_references()
     if "remat" in plain.model and not remat:
-      plain.model.remat = False
+      plain.model.remat = ""
     if "accumulate" in plain.train:
       plain.train.accumulate = 1
     return train.flops(plain, source, teacher, state, key, frozen)

@@ -89,8 +89,8 @@ def _attempts(
     if config.mesh.fsdp == 1 and config.mesh.data == -1:
       changes["mesh.fsdp"] = math.gcd(chips, LARGEST_GROUP)
       yield dict(changes), pod
-    if not config.model.get("remat", True):
-      changes["model.remat"] = True
+    if config.model.get("remat", "full") != "full":
+      changes["model.remat"] = "full"
       yield dict(changes), pod
     for parts in ACCUMULATE:
       divides = config.train.batch_size % (parts * chips) == 0
