@@ -12,6 +12,7 @@ the constants). The formulas are in sdiff_jax/roofline.py.
 import argparse
 import itertools
 import math
+import pathlib
 import sys
 
 import jax
@@ -25,8 +26,26 @@ SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
 PAYS = 1.5  # a doubling of chips is worth it while a step gets so much faster
 BATCH = 2048
+# Bytes of memory traffic of an image in a step, and bytes that are kept of it for the
+# backward pass, for each channel of the first level: those of XXL, compiled by
+#   --job=rehearse --config=configs/imagenet512_scd.py:XXL --config.pod=v5p:4x4x8
+#   --config.model.dtype=bfloat16 --config.model.remat=
+TRAFFIC, KEPT = 3.2e7, 1.4e6
+# Copies of the parameters in float32 that a chip holds (parameters, two moments, EMA,
+# teacher, gradient), and reads or writes in a step.
+HELD, TOUCHED = 6, 12
+
 WINDOWS = (10, 20, 40, 48, 80, 160)
 ROWS = 1000  # of DDPM
+# Of EDM2-S, 64 x 64 x 3, in a pass on v5e:2x4, compiled by
+#   --job=rehearse --config=configs/imagenet64_diffusion.py:S --config.pod=v5e:2x4
+#   --config.rehearse.what=sample --config.sampler.name=paraddpm
+#   --config.sampler.steps=1000 --config.sampler.window=80 (and 8)
+#   --config.sample.batch_size=1 --config.mesh.data=1 --config.mesh.window=8
+#   --config.model.dtype=bfloat16
+# operations and bytes of memory traffic of a row, bytes of it for any number of rows,
+# and bytes that a chip sends.
+ROW_FLOPS, ROW_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.2e9, 1.8e9, 1.51e6
 # Stable Diffusion 2, DDPM-1000 (arXiv:2305.16317): passes at a window of 48; speed-up
 # over one after the other on A100s, by GPUs and window, read off a figure (+-0.05).
 PUBLISHED = "44 passes at a window of 48; 0.72x on 1 A100 at windows of 10 to 20, 1.3x "
@@ -114,7 +133,7 @@ def training(name: str, found: dict) -> str:
 
 
 def one_pass(chip: pods.Chip, chips: int, rows: int) -> roofline.Time:
-  """Returns the modelled time of a pass over a window, or of one row after the other."""
+  """Returns the modelled time of a pass over a window of so many rows."""
   each = math.ceil(rows / chips)
   edges = [Collective("collective-permute", "f32", SENT, chips, 1, False)]
   return roofline.time(
@@ -154,6 +173,70 @@ def _range(pair: list[float]) -> str:
   return " to ".join(dict.fromkeys(f"{x:.2g}" for x in pair)) + "x"
 
 
-if __name__ == "__main__":
+PAGE = """# What more chips bring: modelled, not measured
+
+`{command}`
+
+Overlapped: max(F / peak, M / memory rate, R / link rate); in turn: their sum; F
+operations, M bytes of memory traffic and R bytes sent, of one chip.
+
+## Operations of a step of sCD, over those of its teacher's
+
+{operations}
+
+Without those that are done again by remat. Guided: the teacher is asked with and
+without the label, as configs/imagenet512_scd.py does.
+
+## A step of guided sCD, batch {batch}, on {chip}: ms, overlapped / in turn
+
+{training}
+
+Every chip holds the state whole, {held} float32 arrays for each parameter, and the
+gradients are summed in float32: R = 2 (n - 1) / n times 4 P bytes. M is {traffic:.3g}
+bytes for each image and channel of the first level and {touched} passes over the state.
+In parts: activations ({kept:.3g} bytes for each image and channel) would not fit at
+once. It pays up to the number of chips whose doubling makes a step (in turn) less than
+{pays} times as fast.
+
+## A window of ParaDiGMS, DDPM-{rows}, EDM2-S, batch 1, on v5e: speed-up
+
+{windows}
+
+Over one row after the other on one chip, with the passes of the published rule; of
+secant. A range is that of the two times. Passes are those of a mixture of Gaussians in 16 dimensions
+at tolerance 0.1. Published, of another network: {published}.
+"""
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", default="", help="file; none prints")
+  parser.add_argument("--chip", default="v5p", choices=[*pods.CHIPS])
+  args = parser.parse_args()
   pods.start()
-  print(operations()[0])
+  table, found = operations()
+  text = PAGE.format(
+    command=" ".join(["python", *sys.argv]),
+    operations=table,
+    batch=BATCH,
+    chip=args.chip,
+    training=training(args.chip, found),
+    held=HELD,
+    traffic=TRAFFIC,
+    touched=TOUCHED,
+    kept=KEPT,
+    pays=PAYS,
+    rows=ROWS,
+    windows=windows("v5e"),
+    published=PUBLISHED,
+  )
+  if args.out:
+    pathlib.Path(args.out).write_text(text, "utf-8")
+  else:
+    print(text)
+
+
+if __name__ == "__main__":
+  main()

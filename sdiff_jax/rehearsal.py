@@ -230,7 +230,21 @@ def page(rows: list[dict[str, Any]], command: list[str]) -> str:
 def _pod(found: dict[str, Any]) -> str:
   """Returns the section of a pod."""
   chip = pods.CHIPS[pods.parse(found["pod"]).chip]
-  out = f"<h2>{escape(found['pod'])}</h2>\n<h3>Memory of a device</h3>\n"
+  program, ops = found["program"], found.get("model_flops", 0.0)
+  out = f"<h2>{escape(found['pod'])}</h2>\n"
+  out += _table(
+    ["Of the whole pod", ""],
+    [
+      ["parameters", f"{program['parameters']:,}"],
+      [
+        "images a step" if found["what"] == "train" else "images",
+        _n(program["images"]),
+      ],
+      ["runs of the program for them", _n(program["repeats"])],
+      ["operations of the model, F_model", f"{ops:.4g}"],
+    ],
+  )
+  out += "<h3>Memory of a device</h3>\n"
   kinds = dict(found["held"])
   if "memory" in found:
     kinds["activations and temporaries"] = found["memory"]["temporaries"]
@@ -262,6 +276,10 @@ def _pod(found: dict[str, Any]) -> str:
     ["source", chip.source],
   ]
   return out + "<h3>The chip, as its maker says</h3>\n" + _table(["", ""], facts)
+
+
+def _n(number: float) -> str:
+  return f"{number:,g}"
 
 
 def _summed(collectives: list[dict[str, Any]]) -> list[tuple]:
