@@ -203,8 +203,8 @@ once. It pays up to the number of chips whose doubling makes a step (in turn) le
 {windows}
 
 Over one row after the other on one chip, with the passes of the published rule; of
-secant. A range is that of the two times. Passes are those of a mixture of Gaussians in 16 dimensions
-at tolerance 0.1. Published, of another network: {published}.
+secant. A range is that of the two times. Passes are those of a mixture of Gaussians in
+16 dimensions at tolerance 0.1. Published, of another network: {published}.
 """
 
 

@@ -51,6 +51,9 @@ def base() -> ml_collections.ConfigDict:
     {
       "steps": 1000,
       "batch_size": 128,  # over all devices
+      # Parts of a batch that go through the network one after the other; more of them
+      # take less memory.
+      "accumulate": 1,
       # Gradients are those of loss_scale times the loss, and divided by it: the mean
       # over a batch and all pixels is too small for float16.
       "loss_scale": 1.0,
@@ -152,7 +155,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       lookup.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
-  positive += ["train.loss_scale"]
+  positive += ["train.loss_scale", "train.accumulate"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:

@@ -174,7 +174,7 @@ def devices(pod: Pod) -> np.ndarray:
         platform="cuda",
         topology_name="",
         target_config=H100,
-        topology=f"1x{hosts}x{pod.chips // hosts}",
+        topology=f"{hosts}x1x{pod.chips // hosts}",
       )
     else:
       _, _, size = pod.name.partition(":")

@@ -5,11 +5,14 @@ sampler's. The batch of a training step is spread over all three.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,30 +23,46 @@ SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, window: int = 1, devices: Sequence | None = None
+  data: int = -1,
+  fsdp: int = 1,
+  window: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Returns the mesh of all devices.
+
+  Where devices are in several slices (of TPUs, or hosts of GPUs), whose links to each
+  other are slow, `data` goes over the slices as far as it can, before `fsdp` and
+  `window`.
 
   Args:
     data: devices along `data`; -1 takes what the others leave.
     fsdp: devices along `fsdp`.
     window: devices along `window`.
-    devices: those of the mesh; None for all that are here.
+    devices: the devices; by default all that there are.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
-  sizes = [data, fsdp, window]
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  sizes, count = [data, fsdp, window], len(devices)
   if sizes.count(-1) == 1:
     rest = -np.prod(sizes)
     sizes[sizes.index(-1)] = int(count // rest) if rest > 0 else 0
   if min(sizes) < 1 or np.prod(sizes) != count:
     wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-  )
+  # An axis may go along a part of one of the torus: 64 of 4 x 4 x 8, say.
+  split = {"allow_split_physical_axes": True}
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(sizes, devices, **split)
+  else:
+    outside = []
+    for size in sizes:
+      outside.append(math.gcd(size, slices // math.prod(outside)))
+    inside = [n // m for n, m in zip(sizes, outside, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, **split)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def over(mesh: Mesh, function: Callable) -> Callable:
@@ -121,8 +140,13 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
   if spec == P() or x.shape[0] % mesh.size:
     return op(x, weight)
 
+  axis = len(spec) - 1
+
   def local(x: Array, part: Array) -> Array:
-    return op(x, jax.lax.all_gather(part, "fsdp", axis=len(spec) - 1, tiled=True))
+    # As rows of numbers, which a TPU neither pads nor sums everywhere first.
+    rows = jax.lax.all_gather(part.reshape(1, -1), "fsdp")
+    parts = jnp.moveaxis(rows.reshape(-1, *part.shape), 0, axis)
+    return op(x, parts.reshape(weight.shape))
 
   over_rows = P(AXES)
   return jax.shard_map(
@@ -130,14 +154,26 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
   )(x, weight)
 
 
-def check_batch(count: int, sharding: NamedSharding, field: str) -> None:
-  """Raises a UserError if a leading axis of `count` does not divide as wanted."""
+def check_batch(
+  count: int, sharding: NamedSharding, field: str, accumulate: int = 1
+) -> None:
+  """Raises a UserError if a leading axis of `count` does not divide as wanted.
+
+  Args:
+    count: rows of a batch.
+    sharding: of the batch.
+    field: of the config, that gives the count.
+    accumulate: parts of the batch, each of which must divide (train.accumulate).
+  """
   (axes,) = sharding.spec
-  parts = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+  devices = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+  parts = devices * accumulate
   if count % parts:
     near = max(parts, count // parts * parts)
+    times = f" times config.train.accumulate={accumulate}" if accumulate > 1 else ""
     raise UserError(
-      f"config.{field}={count}: does not divide over {parts} devices; {near} does"
+      f"config.{field}={count}: does not divide over {devices} devices{times}; {near} "
+      "does"
     )
 
 

@@ -22,6 +22,7 @@ def build(
   rate: optax.Schedule,
   normalize: Callable[[Params], Params] = lambda params: params,
   loss_scale: float = 1.0,
+  accumulate: int = 1,
 ) -> Step:
   """Returns (state, batch, key, frozen) -> (state, metrics).
 
@@ -33,6 +34,7 @@ def build(
     normalize: the network's, applied to the parameters after each update.
     loss_scale: the loss is multiplied by it, and its gradient divided, so that it does
       not vanish in float16 on the way.
+    accumulate: parts that a batch goes through the network in, see `accumulated`.
 
   Returns:
     A pure function. `key` is the run's own; the step's number is folded into it.
@@ -45,11 +47,14 @@ def build(
     value, aux = loss(params, *args)
     return loss_scale * value, aux
 
+  gradient_of = jax.value_and_grad(scaled, has_aux=True)
+  if accumulate > 1:
+    gradient_of = accumulated(gradient_of, accumulate)
+
   def step(
     state: TrainState, batch: dict, key: PRNGKey, frozen: Params
   ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(key, state.step)
-    gradient_of = jax.value_and_grad(scaled, has_aux=True)
     (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
     value, grads = jax.tree.map(lambda x: x / loss_scale, (value, grads))
     # optax raises floats to integer powers, which strict promotion refuses.
@@ -73,6 +78,37 @@ def build(
     return new, metrics
 
   return step
+
+
+def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
+  """Returns `gradient_of`, a mean over rows, in equal parts of a batch, one at a time.
+
+  Part i has the rows i, i + parts, ..., so that each device has some and none moves,
+  and the key with i folded in: a loss that draws nothing is the same in every number of
+  parts, to rounding.
+
+  Args:
+    gradient_of: (params, batch, key, step, frozen) -> arrays.
+    parts: their number, which divides the rows of the batch.
+  """
+
+  def mean(params: Params, batch: dict, key: PRNGKey, *rest: Any) -> Any:
+    def split(x: Array) -> Array:
+      return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def turn(sums: Any, part: tuple[Array, dict]) -> tuple[Any, None]:
+      i, rows = part
+      found = gradient_of(params, rows, jax.random.fold_in(key, i), *rest)
+      return jax.tree.map(jnp.add, sums, found), None
+
+    batch = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(gradient_of, params, first, key, *rest)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, _ = jax.lax.scan(turn, sums, (jnp.arange(parts), batch))
+    return jax.tree.map(lambda x: x / parts, sums)
+
+  return mean
 
 
 def jitted(step: Step, mesh: Mesh, state: Any, frozen: Any) -> Any:

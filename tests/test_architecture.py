@@ -27,6 +27,7 @@ ALONE = {
 }
 EXPERIMENTAL = {
   ("processes.py", "jax.experimental.multihost_utils"),
+  ("sharding.py", "jax.experimental.mesh_utils"),
   ("pods.py", "jax.experimental.topologies"),
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
@@ -66,8 +67,8 @@ def test_outside_packages_stay_where_they_belong(path):
   for name in imports(path):
     top = name.split(".")[0]
     assert top not in ("tensorflow", "torch")
-    # Stopping several processes together, devices that are not here, and kernels have
-    # no other door yet.
+    # Stopping several processes together, meshes of slices, devices that are not here,
+    # and kernels have no other door yet.
     kernel = of(path) == "kernels" and name.startswith("jax.experimental.pallas")
     if (inside, name) not in EXPERIMENTAL:
       assert kernel or not name.startswith(("jax._src", "jax.experimental"))

@@ -1,16 +1,19 @@
 """Meshes, the rule of sharding, and training on one mesh as on another."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax import ema, sharding, state, step
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.losses import scm
-from sdiff_jax.models import mlp
+from sdiff_jax.losses import diffusion, scm
+from sdiff_jax.models import edm2, mlp
 
 
 def test_mesh_takes_what_is_left():
@@ -24,6 +27,34 @@ def test_mesh_that_does_not_fit(sizes):
     sharding.make_mesh(*sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh of slices asks of a device."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "stand-in"
+  device_kind: str = "stand-in"
+
+
+@pytest.mark.parametrize(
+  ("sizes", "first"),  # and the slices of the devices along each axis
+  [
+    ((-1, 4, 1), [[0, 0, 1, 1], [0, 0, 0, 0], [0]]),
+    ((2, 8, 1), [[0, 1], [0] * 8, [0]]),
+    ((4, 2, 2), [[0, 0, 1, 1], [0, 0], [0, 0]]),
+    ((1, 16, 1), [[0], [0] * 8 + [1] * 8, [0]]),
+  ],
+)
+def test_data_goes_over_slices_before_fsdp(sizes, first):
+  devices = [Device(i, i % 2) for i in range(16)]
+  grid = sharding.make_mesh(*sizes, devices=devices).devices
+  lines = grid[:, 0, 0], grid[0, :, 0], grid[0, 0, :]
+  assert [[d.slice_index for d in line] for line in lines] == first
+  assert sorted(d.id for d in grid.ravel()) == [*range(16)]
+
+
 def test_large_arrays_are_split_along_their_largest_divisible_axis():
   mesh = sharding.make_mesh(2, 4, 1)
 
@@ -34,7 +65,8 @@ def test_large_arrays_are_split_along_their_largest_divisible_axis():
   assert spec(1024, 2048) == P(None, "fsdp")
   assert spec(1023, 2046, 4) == P(None, None, "fsdp")
   assert spec(1023, 2047) == P()
-  assert spec(1024, 1023) == P()  # below 4 MB
+  assert spec(256, 256) == P("fsdp")
+  assert spec(256, 252) == P()  # few elements
 
 
 def test_check_batch_names_a_size_that_fits():
@@ -44,7 +76,7 @@ def test_check_batch_names_a_size_that_fits():
     sharding.check_batch(12, over, "train.batch_size")
 
 
-def _train(mesh, steps=3):
+def _train(mesh, steps=3, accumulate=1):
   """Returns state and losses after a few sCD steps on a mesh."""
   network = mlp.build(shape=(2, 2, 1), classes=3, width=16, depth=2, unroll=1)
   loss = scm.build(network=network, teacher=network.apply, sigma_d=0.5, warmup_steps=0)
@@ -53,7 +85,8 @@ def _train(mesh, steps=3):
   key = jax.random.key(0)
   current = state.create(network.init(key), optimizer, tuple(betas))
   frozen = network.init(jax.random.key(1))
-  run = step.jitted(step.build(loss, optimizer, betas, rate), mesh, current, frozen)
+  function = step.build(loss, optimizer, betas, rate, accumulate=accumulate)
+  run = step.jitted(function, mesh, current, frozen)
   x0 = np.random.default_rng(0).standard_normal((16, 2, 2, 1), np.float32) / 2
   batch = {"x0": x0, "cond": {"label": np.arange(16, dtype=np.int32) % 3}}
   batch = sharding.put(batch, sharding.batch(mesh), 16)
@@ -67,15 +100,73 @@ def _train(mesh, steps=3):
   return jax.device_get(current), losses
 
 
-def test_training_is_the_same_on_every_mesh(monkeypatch):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate):
   monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)
-  first, losses = _train(sharding.make_mesh(8, 1, 1))
-  for sizes in ((1, 8, 1), (2, 2, 2)):
-    other, other_losses = _train(sharding.make_mesh(*sizes))
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  first, losses = _train(one, accumulate=accumulate)
+  for sizes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2))[accumulate - 1 :]:
+    other, other_losses = _train(sharding.make_mesh(*sizes), accumulate=accumulate)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     # Adam turns the rounding of a gradient near 0 into a visible part of a step.
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["S", "XXL"])
+def test_a_device_holds_its_share_of_the_state(preset):
+  """Up to 64 devices; of more, several groups of 64 hold the same."""
+  network = edm2.build(shape=(64, 64, 4), classes=1000, sigma_d=0.5, preset=preset)
+
+  def init(key):
+    return state.create(network.init(key), optax.adam(1.0), ("power/0.1",))
+
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+  for fsdp in (8, 16, 32, 64):
+    mesh = AbstractMesh((4, fsdp, 1), sharding.AXES)
+    placed = jax.tree.map(
+      lambda x, s: x.dtype.itemsize * np.prod(s.shard_shape(x.shape), dtype=int),
+      abstract,
+      sharding.state(abstract, mesh),
+    )
+    share = sum(jax.tree.leaves(placed)) * fsdp / whole
+    assert 1 <= share < 1.01
+
+
+def _step_of_unet(mesh, dtype, **options):
+  """Returns the compiled step of a small U-Net and its arguments' shapes."""
+  options = {
+    "channels": 16,
+    "mults": (1, 2),
+    "blocks": 1,
+    "head_channels": 16,
+  } | options
+  network = edm2.build(
+    shape=(8, 8, 4), classes=3, sigma_d=0.5, attention_at=(4,), dtype=dtype, **options
+  )
+  loss = diffusion.build(network=network, sigma_d=0.5)
+  rate = optax.constant_schedule(1e-3)
+  optimizer, betas = optax.adam(rate), ema.betas(("power/0.1",), 16)
+  current = jax.eval_shape(
+    lambda key: state.create(network.init(key), optimizer, tuple(betas)),
+    jax.random.key(0),
+  )
+  batch = {
+    "x0": jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.float32),
+    "cond": {"label": jax.ShapeDtypeStruct((16,), jnp.int32)},
+  }
+  function = step.build(loss, optimizer, betas, rate, network.normalize)
+  run = step.jitted(function, mesh, current, None)
+  return run.lower(current, batch, jax.random.key(0), None)
+
+
+def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monkeypatch):
+  """And no image leaves its device."""
+  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)
+  lowered = _step_of_unet(sharding.make_mesh(2, 4, 1), "bfloat16")
+  text = lowered.as_text()
+  print(text)
 
 
 def test_the_state_is_donated_and_the_teacher_is_no_constant():

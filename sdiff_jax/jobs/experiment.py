@@ -19,7 +19,7 @@ from sdiff_jax.interfaces import Network, Params, UserError
 # Fields that may change between two runs in one work directory.
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
-FREE += ("ema.posthoc",)
+FREE += ("ema.posthoc", "model.remat")
 FREE += ("evaluate.", "reference.", "pod", "rehearse.")
 
 

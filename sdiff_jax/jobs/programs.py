@@ -88,7 +88,8 @@ def training(experiment: experiments.Experiment) -> Program:
   """Returns the step of training."""
   config, source, network, mesh = experiment
   size = config.train.batch_size
-  sharding.check_batch(size, sharding.batch(mesh), "train.batch_size")
+  parts = config.train.accumulate
+  sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
   teacher, frozen = _teacher(config, source)
   init, train_step = train.program(config, network, teacher)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -100,8 +101,6 @@ def training(experiment: experiments.Experiment) -> Program:
     plain = config.copy_and_resolve_references()
     if "remat" in plain.model and not remat:
       plain.model.remat = ""
-    if "accumulate" in plain.train:
-      plain.train.accumulate = 1
     return train.flops(plain, source, teacher, state, key, frozen)
 
   of_state = sharding.state(state, mesh)
@@ -118,7 +117,7 @@ def training(experiment: experiments.Experiment) -> Program:
     held,
     sum(x.size for x in jax.tree.leaves(state.params)),
     size,
-    config.train.get("accumulate", 1),
+    parts,
     1.0,
   )
 

@@ -94,7 +94,7 @@ def _attempts(
       yield dict(changes), pod
     for parts in ACCUMULATE:
       divides = config.train.batch_size % (parts * chips) == 0
-      if divides and parts > config.train.get("accumulate", parts):
+      if divides and parts > config.train.accumulate:
         yield changes | {"train.accumulate": parts}, pod
   while pod := pods.larger(pod):
     if config.rehearse.what == "train" and config.train.batch_size % pod.chips:

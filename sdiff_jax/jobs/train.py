@@ -27,9 +27,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field, the teacher or the work directory does not fit.
   """
   experiment = experiments.build(config)
-  sharding.check_batch(
-    config.train.batch_size, sharding.batch(experiment.mesh), "train.batch_size"
-  )
+  size, parts = config.train.batch_size, config.train.accumulate
+  sharding.check_batch(size, sharding.batch(experiment.mesh), "train.batch_size", parts)
   if config.train.sample_every:
     pipeline.check_pixels(experiment.source)
   chosen = sampling.plan(config)
@@ -138,8 +137,8 @@ def program(
   """
   rate, optimizer, betas = optimisation(config)
   loss = _loss(config, network, teacher)
-  scale = config.train.loss_scale
-  train_step = step.build(loss, optimizer, betas, rate, network.normalize, scale)
+  scale, parts = config.train.loss_scale, config.train.accumulate
+  train_step = step.build(loss, optimizer, betas, rate, network.normalize, scale, parts)
 
   def init(key: Any, frozen: Params) -> state.TrainState:
     params = network.normalize(_start_from(frozen, network.init(key)))
@@ -261,6 +260,7 @@ def flops(
   is unrolled for it, and attention does without one.
   """
   config = config.copy_and_resolve_references()
+  config.train.accumulate = 1
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
   if "attention" in config.model:
