@@ -20,6 +20,7 @@ from sdiff_jax.interfaces import Array, UserError
 
 AXES = ("data", "fsdp", "window")
 SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to keep
+TILE = 16  # rows of a tile of bfloat16 in a TPU's memory
 
 
 def make_mesh(
@@ -143,10 +144,10 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
   axis = len(spec) - 1
 
   def local(x: Array, part: Array) -> Array:
-    # As rows of numbers, which a TPU neither pads nor sums everywhere first.
-    rows = jax.lax.all_gather(part.reshape(1, -1), "fsdp")
-    parts = jnp.moveaxis(rows.reshape(-1, *part.shape), 0, axis)
-    return op(x, parts.reshape(weight.shape))
+    # In rows of a TPU's tile: other reduce-scatters it makes sums of everything.
+    tiles = part.reshape(math.gcd(TILE, part.size), -1)
+    parts = jax.lax.all_gather(tiles, "fsdp").reshape(-1, *part.shape)
+    return op(x, jnp.moveaxis(parts, 0, axis).reshape(weight.shape))
 
   over_rows = P(AXES)
   return jax.shard_map(

@@ -1,6 +1,8 @@
 """Meshes, the rule of sharding, and training on one mesh as on another."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax import ema, sharding, state, step
+from sdiff_jax import collectives, ema, sharding, state, step
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.losses import diffusion, scm
 from sdiff_jax.models import edm2, mlp
@@ -74,6 +76,9 @@ def test_check_batch_names_a_size_that_fits():
   sharding.check_batch(16, over, "train.batch_size")
   with pytest.raises(UserError, match="train.batch_size=12: .* 8 devices; 8 does"):
     sharding.check_batch(12, over, "train.batch_size")
+  sharding.check_batch(48, over, "train.batch_size", 3)
+  with pytest.raises(UserError, match="train.accumulate=3; 24 does"):
+    sharding.check_batch(40, over, "train.batch_size", 3)
 
 
 def _train(mesh, steps=3, accumulate=1):
@@ -134,39 +139,57 @@ def test_a_device_holds_its_share_of_the_state(preset):
     assert 1 <= share < 1.01
 
 
-def _step_of_unet(mesh, dtype, **options):
-  """Returns the compiled step of a small U-Net and its arguments' shapes."""
-  options = {
-    "channels": 16,
-    "mults": (1, 2),
-    "blocks": 1,
-    "head_channels": 16,
-  } | options
+def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monkeypatch):
+  """A step of a U-Net in bfloat16: and no image leaves its device."""
+  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)
   network = edm2.build(
-    shape=(8, 8, 4), classes=3, sigma_d=0.5, attention_at=(4,), dtype=dtype, **options
+    shape=(4, 4, 4),
+    classes=0,
+    sigma_d=0.5,
+    channels=16,
+    mults=(1,),
+    blocks=1,
+    attention_at=(4,),
+    head_channels=8,
+    dtype="bfloat16",
   )
   loss = diffusion.build(network=network, sigma_d=0.5)
-  rate = optax.constant_schedule(1e-3)
-  optimizer, betas = optax.adam(rate), ema.betas(("power/0.1",), 16)
+  optimizer, rate = optax.sgd(1e-3), optax.constant_schedule(1e-3)
   current = jax.eval_shape(
-    lambda key: state.create(network.init(key), optimizer, tuple(betas)),
-    jax.random.key(0),
+    lambda key: state.create(network.init(key), optimizer, ()), jax.random.key(0)
   )
-  batch = {
-    "x0": jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((16,), jnp.int32)},
-  }
-  function = step.build(loss, optimizer, betas, rate, network.normalize)
-  run = step.jitted(function, mesh, current, None)
-  return run.lower(current, batch, jax.random.key(0), None)
+  batch = {"x0": jax.ShapeDtypeStruct((16, 4, 4, 4), jnp.float32), "cond": None}
+  function = step.build(loss, optimizer, {}, rate, network.normalize)
+  run = step.jitted(function, sharding.make_mesh(2, 4, 1), current, None)
+  lowered = run.lower(current, batch, jax.eval_shape(lambda: jax.random.key(0)), None)
 
+  split = {"f32": 0, "bf16": 0}  # elements by the type that their layer computes in
+  for path, leaf in jax.tree.leaves_with_path(current.params["net"]):
+    wide = any(k.key in ("embedding", "modulation") for k in path)
+    split["f32" if wide else "bf16"] += leaf.size if leaf.size >= 256 else 0
+  assert min(split.values()) > 0
 
-def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monkeypatch):
-  """And no image leaves its device."""
-  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)
-  lowered = _step_of_unet(sharding.make_mesh(2, 4, 1), "bfloat16")
-  text = lowered.as_text()
-  print(text)
+  types = r"\(tensor<([\dx]*)x(b?f\d+)>\) -> tensor<([\dx]*)x"
+  whole = {}
+  for line in re.sub(r"\(\{.*?\}\)", "", lowered.as_text(), flags=re.S).splitlines():
+    kind = re.search(r"stablehlo\.(all_gather|reduce_scatter)", line)
+    if kind:
+      before, dtype, after = re.search(types, line).groups()
+      sizes = [math.prod(map(int, shape.split("x"))) for shape in (before, after)]
+      key = kind[1], dtype
+      whole[key] = whole.get(key, 0) + max(sizes)
+  kinds = ("all_gather", "reduce_scatter")
+  assert whole == {(k, dtype): n for k in kinds for dtype, n in split.items()}
+
+  # A CPU widens bfloat16, and adds nothing else but sums over replicas and of norms.
+  total = collectives.total(collectives.read(lowered.compile().as_text()))
+  assert {kind for kind, _ in total} == {"all-gather", "reduce-scatter", "all-reduce"}
+  for kind in ("all-gather", "reduce-scatter"):
+    assert sum(v[1] for (k, _), v in total.items() if k == kind) == 4 * sum(
+      split.values()
+    )
+  reduced = sum(v[1] for (k, _), v in total.items() if k == "all-reduce")
+  assert reduced < 4 * sum(split.values())
 
 
 def test_the_state_is_donated_and_the_teacher_is_no_constant():
