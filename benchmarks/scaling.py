@@ -45,7 +45,7 @@ ROWS = 1000  # of DDPM
 #   --config.model.dtype=bfloat16
 # operations and bytes of memory traffic of a row, bytes of it for any number of rows,
 # and bytes that a chip sends.
-ROW_FLOPS, ROW_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.2e9, 1.8e9, 1.51e6
+ROW_FLOPS, ROW_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.01e9, 3.54e9, 1.51e6
 # Stable Diffusion 2, DDPM-1000 (arXiv:2305.16317): passes at a window of 48; speed-up
 # over one after the other on A100s, by GPUs and window, read off a figure (+-0.05).
 PUBLISHED = "44 passes at a window of 48; 0.72x on 1 A100 at windows of 10 to 20, 1.3x "
@@ -123,7 +123,7 @@ def training(name: str, found: dict) -> str:
       for t in times
     ]
     known = [(n, t[0].in_turn) for n, t in zip(CHIPS, times, strict=True) if t]
-    pays = known[0][0]
+    pays = known[0][0] if known else "-"
     for (_, before), (n, after) in itertools.pairwise(known):
       if before / after < PAYS:
         break
