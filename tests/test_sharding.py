@@ -110,7 +110,7 @@ def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate):
   monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)
   one = sharding.make_mesh(devices=jax.devices()[:1])
   first, losses = _train(one, accumulate=accumulate)
-  for sizes in ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2))[accumulate - 1 :]:
+  for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2))[2 * accumulate - 2 :]:
     other, other_losses = _train(sharding.make_mesh(*sizes), accumulate=accumulate)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     # Adam turns the rounding of a gradient near 0 into a visible part of a step.
@@ -137,6 +137,41 @@ def test_a_device_holds_its_share_of_the_state(preset):
     )
     share = sum(jax.tree.leaves(placed)) * fsdp / whole
     assert 1 <= share < 1.01
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_layer_on_every_device_is_the_layer(monkeypatch, axis):
+  """Its value, tangent and gradients, of a weight split along either axis."""
+  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)
+  rng = np.random.default_rng(0)
+  x, dx = jnp.asarray(rng.standard_normal((2, 16, 3, 8 + 16 * (1 - axis))))
+  w = jnp.asarray(rng.standard_normal((x.shape[-1], 8 + 16 * axis)))
+
+  def both(x, w):
+    def layer(x):
+      return jnp.sin(sharding.rowwise(jnp.matmul, x, w))
+
+    def loss(x, w):
+      y, dy = jax.jvp(
+        lambda x: jnp.sin(sharding.rowwise(jnp.matmul, x, w)), (x,), (dx,)
+      )
+      return jnp.sum(jnp.square(y + dy))
+
+    return layer(x), jax.grad(loss, (0, 1))(x, w)
+
+  expected = jax.jit(both)(x, w)
+  for how in (lambda f: f, jax.checkpoint):
+    mesh = sharding.make_mesh(2, 4, 1)
+    found = jax.jit(
+      sharding.over(mesh, how(both)),
+      in_shardings=(sharding.batch(mesh), sharding.state(w, mesh)),
+    )(x, w)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
+      found,
+      expected,
+    )
 
 
 def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monkeypatch):
