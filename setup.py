@@ -54,6 +54,7 @@ setuptools.setup(
     # Recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
     "robotics": ["h5py>=3.11", "zarr>=3.0.5"],
     "tpu": ["jax[tpu]>=0.10.1"],
+    "rehearse": ["libtpu"],  # compiles for TPUs that are not here
     "cuda": ["jax[cuda12]>=0.10.1"],
   },
 )

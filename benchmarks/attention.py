@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.kernels.attention_jvp import attention
+from sdiff_jax.pods import H100
 
 HEADS, SIZE = 8, 64
 IMPLS = ("plain", "chunked", "triton", "fused")
@@ -178,20 +179,6 @@ def whole_step(pairs: int) -> None:
 
 
 TPUS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-# What XLA asks about a GPU that it compiles for.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-"""
 
 
 def topologies(kind: str) -> None:

@@ -10,6 +10,7 @@ def get_config(given: str = ""):
   _, tiny = words.parse(given, "configs/cifar10_diffusion.py")
   c = config.base()
   c.data = config.use("data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,))
+  c.rehearse.update(shape=(32, 32, 3), classes=10)
   c.conditional = False
   c.model = config.use("models", "ddpmpp", dropout=0.13)
   # The paper gives no proposal; this is EDM's, whose settings it says it takes.

@@ -11,6 +11,7 @@ def get_config(given: str = ""):
   c = config.base()
   c.teacher.update(words.teacher("configs/cifar10_diffusion.py", given))
   c.data = config.use("data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,))
+  c.rehearse.update(shape=(32, 32, 3), classes=10)
   c.conditional = False
   c.model = config.use("models", "ddpmpp", dropout=0.20)
   c.loss = config.use("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.4)

@@ -13,6 +13,7 @@ def get_config(given: str = ""):
   _, tiny = words.parse(given, "configs/imagenet256_dit_diffusion.py")
   c = config.base()
   c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
+  c.rehearse.update(shape=(256, 256, 3), classes=1000)
   c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
   c.model.update(remat="full", dtype="bfloat16", attention="fused")
   c.loss = config.use("losses", "diffusion")

@@ -13,6 +13,7 @@ def get_config(given: str = ""):
   c = config.base()
   c.teacher.update(words.teacher("configs/imagenet256_dit_diffusion.py", given))
   c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
+  c.rehearse.update(shape=(256, 256, 3), classes=1000)
   c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
   c.model.update(remat="full", dtype="bfloat16", attention="fused")
   c.loss = config.use("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)

@@ -21,6 +21,7 @@ def get_config(given: str = ""):
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
   c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
+  c.rehearse.update(shape=(64, 64, 4), classes=1000)
   # Dropout at every resolution, as in EDM2; remat changes no number.
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16", remat="full")

@@ -22,6 +22,7 @@ def get_config(given: str = ""):
   c = config.base()
   c.teacher.update(words.teacher("configs/imagenet512_diffusion.py", given))
   c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
+  c.rehearse.update(shape=(64, 64, 4), classes=1000)
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
   c.model.update(guidance=True, dropout_resolution=16, dtype="float16", remat="full")
   c.loss = config.use("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)

@@ -21,6 +21,7 @@ def get_config(given: str = ""):
   c = config.base()
   # ImageNet's folder of a folder for each class; larger images are cropped as EDM2's.
   c.data = config.use("data", "folder", dir="data/imagenet64", image_size=64)
+  c.rehearse.update(shape=(64, 64, 3), classes=1000)
   # Dropout at every resolution, as in EDM2; remat changes no number.
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16", remat="full")

@@ -161,6 +161,18 @@ def base() -> ml_collections.ConfigDict:
   )
   # The job `study`, see sdiff_jax/studies.py; filled by the files of configs/studies.
   c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
+  # That the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
+  # with commas between them, for one table.
+  c.pod = ""
+  c.rehearse = ml_collections.ConfigDict(
+    {
+      "what": "train",  # a step of training, or "sample": a batch, or a pass of it
+      "fit": True,  # try what saves memory where the step does not fit
+      # Of the data, where they are not at hand: (H, W, C) and the number of labels.
+      "shape": (),
+      "classes": 0,
+    }
+  )
   # Devices along each axis; -1 takes all that are left.
   c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "window": 1})
   return c

@@ -14,6 +14,8 @@ Jobs (--job=NAME), each on the work directory DIR:
   evaluate  measure samples of several solvers, or given images, against data
   report    write report.html on DIR, or on all runs inside it
   study     train and measure all runs of a file of configs/studies, and draw them
+  rehearse  compile the step for a pod that is not here (--config.pod=v5p:4x4x8):
+            memory, collectives and a modelled time: DIR/rehearsal/*.html
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
 they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
@@ -37,7 +39,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, processes, words
+from sdiff_jax import disk, pods, processes, words
 from sdiff_jax.interfaces import UserError
 
 JOBS = (
@@ -52,13 +54,14 @@ JOBS = (
   "evaluate",
   "report",
   "study",
+  "rehearse",
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
 _JOB = flags.DEFINE_enum("job", None, JOBS, "What to do; or train, or as config.job.")
 # Jobs that make their work directory of a config.
-FIRST = ("train", "convert", "generate", "encode", "study")
+FIRST = ("train", "convert", "generate", "encode", "study", "rehearse")
 
 
 def main(argv: list[str]) -> None:
@@ -68,8 +71,9 @@ def main(argv: list[str]) -> None:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
     config, workdir = _CONFIG.value, os.path.abspath(_workdir())
     disk.check_writable(workdir)
-    processes.start()
     name = _job(config)
+    # A rehearsal is a compiler alone, whatever machine it runs on.
+    pods.start() if name == "rehearse" else processes.start()
     job = importlib.import_module(f"sdiff_jax.jobs.{name}")
     if config is None and name in FIRST:
       raise UserError("--config is missing: name a file of configs/")

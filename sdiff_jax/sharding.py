@@ -52,18 +52,18 @@ def make_mesh(
   if min(sizes) < 1 or np.prod(sizes) != count:
     wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
-  types = (AxisType.Auto,) * 3
+  # An axis may go along a part of one of the torus: 64 of 4 x 4 x 8, say.
+  split = {"allow_split_physical_axes": True}
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   if slices == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-  outside = []
-  for size in sizes:
-    outside.append(math.gcd(size, slices // math.prod(outside)))
-  inside = [n // m for n, m in zip(sizes, outside, strict=True)]
-  grid = mesh_utils.create_hybrid_device_mesh(
-    inside, outside, devices, allow_split_physical_axes=True
-  )
-  return Mesh(grid, AXES, axis_types=types)
+    grid = mesh_utils.create_device_mesh(sizes, devices, **split)
+  else:
+    outside = []
+    for size in sizes:
+      outside.append(math.gcd(size, slices // math.prod(outside)))
+    inside = [n // m for n, m in zip(sizes, outside, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, **split)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def over(mesh: Mesh, function: Callable) -> Callable:

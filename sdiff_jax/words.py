@@ -62,6 +62,7 @@ def shrink(c: ml_collections.ConfigDict) -> None:
   optimiser, averages, samplers.
   """
   c.data = config.use("data", "digits")
+  c.rehearse.shape = ()
   c.model.update(TINY[c.model.name])
   c.train.update(steps=4, batch_size=16, log_every=2)
   c.optim.rampup_images = min(c.optim.rampup_images, 32)

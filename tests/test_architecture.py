@@ -10,7 +10,7 @@ import sdiff_jax
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
-  | {"weights", "unpickle", "fields", "collectives"},
+  | {"weights", "unpickle", "fields", "collectives", "pods", "roofline"},
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
   {
@@ -22,7 +22,7 @@ LAYERS = (
     "checkpoint",
     "writer",
   },
-  {"step", "loop", "report"},
+  {"step", "loop", "page", "report", "rehearsal", "studies"},
   {"jobs"},
   {"main"},
 )
@@ -32,6 +32,11 @@ ALONE = {
   "orbax": {"checkpoint.py"},
   "tensorboardX": {"writer.py"},
   "flax": {"models", "metrics/features", "state.py"},
+}
+EXPERIMENTAL = {
+  ("processes.py", "jax.experimental.multihost_utils"),
+  ("sharding.py", "jax.experimental.mesh_utils"),
+  ("pods.py", "jax.experimental.topologies"),
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
@@ -70,10 +75,10 @@ def test_outside_packages_stay_where_they_belong(path):
   for name in imports(path):
     top = name.split(".")[0]
     assert top not in ("tensorflow", "torch")
-    # Stopping processes together, meshes of slices and kernels have no other door yet.
+    # Stopping several processes together, meshes of slices, devices that are not here,
+    # and kernels have no other door yet.
     kernel = of(path) == "kernels" and name.startswith("jax.experimental.pallas")
-    only = ("processes.py", "multihost_utils"), ("sharding.py", "mesh_utils")
-    if (inside, name.removeprefix("jax.experimental.")) not in only:
+    if (inside, name) not in EXPERIMENTAL:
       assert kernel or not name.startswith(("jax._src", "jax.experimental"))
     if top in ALONE:
       assert inside.startswith(tuple(ALONE[top])), f"{inside} imports {name}"

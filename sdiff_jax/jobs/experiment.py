@@ -21,7 +21,7 @@ from sdiff_jax.models.vae import Autoencoder
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
 FREE += ("ema.posthoc", "encode.", "generate.", "study.", "job", "vae", "model.remat")
-FREE += ("evaluate.", "reference.")
+FREE += ("evaluate.", "reference.", "pod", "rehearse.")
 
 
 NORMALISER = "normaliser.npz"

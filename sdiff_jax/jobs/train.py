@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,24 +33,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     sampling.check_images(experiment)
   _check_conditions(config, experiment.source)
   chosen = sampling.plan(config)
-  rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
-  loss = _loss(config, experiment.network, teacher)
+  init, train_step = program(config, experiment.network, teacher)
   experiments.claim(config, workdir, experiment.source)
-
-  def init(key: Any, frozen: Params) -> state.TrainState:
-    params = _start_from(frozen, experiment.network.init(key))
-    params = experiments.grow(config, params)
-    params = experiment.network.normalize(params)
-    return state.create(params, optimizer, tuple(config.ema.profiles))
-
   everywhere = sharding.replicated(experiment.mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = jax.eval_shape(init, key, frozen)
   placed = experiments.place(abstract, experiment.mesh)
-  normalize = experiment.network.normalize
-  scale = config.train.loss_scale
-  train_step = step.build(loss, optimizer, betas, rate, normalize, scale, parts)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:
@@ -69,8 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         return f"stopped at step {done}, the same command goes on: {workdir}"
     # A run that was killed after its last step has no summary yet.
     if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
-      flops = _flops(config, experiment.source, teacher, abstract, key, frozen)
-      _summary(config, workdir, abstract, flops)
+      cost = flops(config, experiment.source, teacher, abstract, key, frozen)
+      _summary(config, workdir, abstract, cost)
   return f"trained {config.train.steps} steps: {workdir}"
 
 
@@ -98,7 +88,7 @@ def _fit(
     rows=sharding.rows(over_batch, size),
   )
   on_device = (sharding.put(batch, over_batch, size) for batch in batches)
-  shapes = _batch_shapes(config, experiment.source)
+  shapes = batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
   call = None
   if config.train.sample_every:
@@ -154,7 +144,28 @@ def _check_conditions(
       )
 
 
-def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
+def program(
+  config: ml_collections.ConfigDict, network: Network, teacher: Network | None
+) -> tuple[Callable, step.Step]:
+  """Returns (key, frozen) -> the first state, and the step of training.
+
+  Raises:
+    UserError: loss, optimiser or averages refuse their fields.
+  """
+  rate, optimizer, betas = optimisation(config)
+  loss = _loss(config, network, teacher)
+  scale, parts = config.train.loss_scale, config.train.accumulate
+  train_step = step.build(loss, optimizer, betas, rate, network.normalize, scale, parts)
+
+  def init(key: Any, frozen: Params) -> state.TrainState:
+    params = _start_from(frozen, network.init(key))
+    params = network.normalize(experiments.grow(config, params))
+    return state.create(params, optimizer, tuple(config.ema.profiles))
+
+  return init, train_step
+
+
+def batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
   """Returns the shapes of a batch, over all processes."""
   size = config.train.batch_size
   return {
@@ -259,7 +270,7 @@ def _start_from(frozen: Params, fresh: Params) -> Params:
   return {"net": net, "logvar": fresh["logvar"]}
 
 
-def _flops(
+def flops(
   config: ml_collections.ConfigDict,
   source: pipeline.Source,
   teacher: Network | None,
@@ -273,15 +284,14 @@ def _flops(
   is unrolled for it, and attention does without one.
   """
   config = config.copy_and_resolve_references()
+  config.train.accumulate = 1
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
   if "attention" in config.model:
     config.model.attention = "plain"
   network = experiments.network(config, source)
-  rate, optimizer, betas = optimisation(config)
-  loss = _loss(config, network, teacher)
-  train_step = step.build(loss, optimizer, betas, rate, network.normalize)
-  batch = _batch_shapes(config, source)
+  _, train_step = program(config, network, teacher)
+  batch = batch_shapes(config, source)
   lowered = jax.jit(train_step).lower(abstract, batch, key, frozen)
   return float(lowered.cost_analysis()["flops"])
 

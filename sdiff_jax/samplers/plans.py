@@ -193,8 +193,8 @@ def choose(plan: Plan, cost: Callable[[int], float], multiple: int = 1) -> list[
   rows, tried = plan.table.evaluations, []
   sizes = [n for k in range(2, 10) for n in (2**k, 3 * 2 ** (k - 1))] + [rows]
   for window in sorted({n for n in sizes if n <= rows and n % multiple == 0}):
-    passes = _passes(plan._replace(window=window))
-    tried.append(Choice(window, passes, passes * cost(window)))
+    count = passes(plan._replace(window=window))
+    tried.append(Choice(window, count, count * cost(window)))
     if tried[-1].seconds > 1.5 * min(t.seconds for t in tried):
       break
   if not tried:
@@ -204,8 +204,8 @@ def choose(plan: Plan, cost: Callable[[int], float], multiple: int = 1) -> list[
   return sorted(tried, key=lambda t: t.seconds)
 
 
-def _passes(plan: Plan) -> float:
-  """Returns the mean passes of 16 samples of the mixture."""
+def passes(plan: Plan) -> float:
+  """Returns the mean calls of the denoiser that 16 samples of the mixture take."""
   denoiser = mixture.denoiser(plan.table.sigma_d)
   keys = sequential.keys_of(np.arange(16))
   x = sequential.initial(plan.table, keys, (16,))

@@ -1,0 +1,247 @@
+"""What more chips bring, modelled from counted operations; nothing here is measured.
+
+  python benchmarks/scaling.py [--out=scaling.md] [--chip=v5p]
+
+Three tables in Markdown: operations of a step of sCD beside the teacher's; the time of
+a step of each size of network on 8 to 512 chips, and where more stop paying; and what a
+window of ParaDiGMS brings on 1, 4 and 8 chips. Operations are those of the lowered
+steps. Bytes are those of programs that --job=rehearse compiled (the commands stand at
+the constants). The formulas are in sdiff_jax/roofline.py.
+"""
+
+import argparse
+import itertools
+import math
+import pathlib
+import sys
+
+import jax
+
+from sdiff_jax import pods, roofline, sharding
+from sdiff_jax.collectives import Collective
+from sdiff_jax.jobs import programs
+from sdiff_jax.samplers import plans
+
+SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
+CHIPS = (8, 16, 32, 64, 128, 256, 512)
+PAYS = 1.5  # a doubling of chips is worth it while a step gets so much faster
+BATCH = 2048
+# Bytes of memory traffic of an image in a step, and bytes that are kept of it for the
+# backward pass, for each channel of the first level: those of XXL, compiled by
+#   --job=rehearse --config=configs/imagenet512_scd.py:XXL --config.pod=v5p:4x4x8
+#   --config.model.dtype=bfloat16 --config.model.remat=
+TRAFFIC, KEPT = 3.2e7, 1.4e6
+# Copies of the parameters in float32 that a chip holds (parameters, two moments, EMA,
+# teacher, gradient), and reads or writes in a step.
+HELD, TOUCHED = 6, 12
+
+WINDOWS = (10, 20, 40, 48, 80, 160)
+ROWS = 1000  # of DDPM
+# Of EDM2-S, 64 x 64 x 3, in a pass on v5e:2x4, compiled by
+#   --job=rehearse --config=configs/imagenet64_diffusion.py:S --config.pod=v5e:2x4
+#   --config.rehearse.what=sample --config.sampler.name=paraddpm
+#   --config.sampler.steps=1000 --config.sampler.window=80 (and 8)
+#   --config.sample.batch_size=1 --config.mesh.data=1 --config.mesh.window=8
+#   --config.model.dtype=bfloat16
+# operations and bytes of memory traffic of a row, bytes of it for any number of rows,
+# and bytes that a chip sends.
+ROW_FLOPS, ROW_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.01e9, 3.54e9, 1.51e6
+# Stable Diffusion 2, DDPM-1000 (arXiv:2305.16317): passes at a window of 48; speed-up
+# over one after the other on A100s, by GPUs and window, read off a figure (+-0.05).
+PUBLISHED = "44 passes at a window of 48; 0.72x on 1 A100 at windows of 10 to 20, 1.3x "
+PUBLISHED += "on 2 at 35, 2.3x on 4 at 50 to 60, 3.2x on 8 at 80 to 112, 2.9x at 160"
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
+  """Returns operations of a step of a batch of 8 for each image, and parameters."""
+  config = programs.load(f"configs/imagenet512_{kind}.py:{size}")
+  config.train.batch_size = 8
+  config.model.dtype = "bfloat16"
+  if not guidance:
+    config.loss.guidance = ()
+    config.model.guidance = False
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  program = programs.build(config, mesh)
+  say(f"{kind} {size}")
+  return program.flops(False) / 8, program.parameters
+
+
+def operations() -> tuple[str, dict]:
+  """Returns a table, and (kind, size) -> (operations an image, parameters)."""
+  lines = [
+    "| size | parameters, M | teacher, GFLOP an image | sCD / teacher | guided |"
+  ]
+  lines += ["|---|---|---|---|---|"]
+  found = {}
+  for size in SIZES:
+    teacher, plain = counted("diffusion", size), counted("scd", size, False)
+    guided = found["scd", size] = counted("scd", size)
+    found["diffusion", size] = teacher
+    ratios = plain[0] / teacher[0], guided[0] / teacher[0]
+    row = (size, f"{teacher[1] / 1e6:.1f}", f"{teacher[0] / 1e9:.1f}")
+    lines.append(f"| {' | '.join(row)} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+    say(lines[-1])
+  return "\n".join(lines), found
+
+
+def step(chip: pods.Chip, chips: int, ops: float, count: int, width: int):
+  """Returns the modelled time of a step of BATCH images, and the parts it takes.
+
+  The state on every chip, and the gradients' sum over all of them, in float32. Where
+  activations do not fit, the batch comes in parts, whose gradients are added up.
+  """
+  images, state = BATCH / chips, 4 * count
+  room = chip.memory - HELD * state
+  if room <= 0:
+    return None
+  parts = 2 ** max(math.ceil(math.log2(images * width * KEPT / room)), 0)
+  if parts > images:
+    return None
+  sums = [Collective("all-reduce", "f32", state, chips, 1, False)]
+  memory = images * width * TRAFFIC + TOUCHED * state
+  time = roofline.time(chip, chips, flops=ops * images, memory=memory, collectives=sums)
+  return time, parts
+
+
+def training(name: str, found: dict) -> str:
+  """Returns a table of sCD's steps; in each cell ms overlapped / in turn, and parts."""
+  chip = pods.CHIPS[name]
+  lines = [f"| size | {' | '.join(map(str, CHIPS))} | pays up to |"]
+  lines += ["|---" * (len(CHIPS) + 2) + "|"]
+  for size, width in SIZES.items():
+    ops, count = found["scd", size]
+    times = [step(chip, n, ops, count, width) for n in CHIPS]
+    row = [
+      "does not fit"
+      if t is None
+      else f"{t[0].overlapped * 1e3:.0f} / {t[0].in_turn * 1e3:.0f}"
+      + (f" ({t[1]} parts)" if t[1] > 1 else "")
+      for t in times
+    ]
+    known = [(n, t[0].in_turn) for n, t in zip(CHIPS, times, strict=True) if t]
+    pays = known[0][0] if known else "-"
+    for (_, before), (n, after) in itertools.pairwise(known):
+      if before / after < PAYS:
+        break
+      pays = n
+    lines.append(f"| {size} | {' | '.join(row)} | {pays} |")
+  return "\n".join(lines)
+
+
+def one_pass(chip: pods.Chip, chips: int, rows: int) -> roofline.Time:
+  """Returns the modelled time of a pass over a window of so many rows."""
+  each = math.ceil(rows / chips)
+  edges = [Collective("collective-permute", "f32", SENT, chips, 1, False)]
+  return roofline.time(
+    chip,
+    chips,
+    flops=each * ROW_FLOPS,
+    memory=WEIGHTS + each * ROW_TRAFFIC,
+    collectives=edges if chips > 1 else [],
+  )
+
+
+def windows(name: str) -> str:
+  """Returns a table of windows: passes, and modelled speed-ups."""
+  chip = pods.CHIPS[name]
+  alone = one_pass(chip, 1, 1)
+  lines = ["| window | passes, published rule | secant | 1 chip | 4 chips | 8 chips |"]
+  lines += ["|---" * 6 + "|"]
+  for window in WINDOWS:
+    plan = plans.build(sigma_d=0.5, name="paraddpm", steps=ROWS, window=window)
+    passes = [plans.passes(plan._replace(rule=r)) for r in ("published", "secant")]
+    cells = []
+    for chips in (1, 4, 8):
+      time = one_pass(chip, chips, window)
+      gains = [
+        [ROWS * getattr(alone, roof) / (p * getattr(time, roof)) for p in passes]
+        for roof in ("overlapped", "in_turn")
+      ]
+      low, high = (sorted(g) for g in zip(*gains, strict=True))
+      cells.append(f"{_range(low)}; {_range(high)}")
+    numbers = " | ".join(f"{p:.1f}" for p in passes)
+    lines.append(f"| {window} | {numbers} | {' | '.join(cells)} |")
+    say(lines[-1])
+  return "\n".join(lines)
+
+
+def _range(pair: list[float]) -> str:
+  return " to ".join(dict.fromkeys(f"{x:.2g}" for x in pair)) + "x"
+
+
+PAGE = """# What more chips bring: modelled, not measured
+
+`{command}`
+
+Overlapped: max(F / peak, M / memory rate, R / link rate); in turn: their sum; F
+operations, M bytes of memory traffic and R bytes sent, of one chip.
+
+## Operations of a step of sCD, over those of its teacher's
+
+{operations}
+
+Without those that are done again by remat. Guided: the teacher is asked with and
+without the label, as configs/imagenet512_scd.py does.
+
+## A step of guided sCD, batch {batch}, on {chip}: ms, overlapped / in turn
+
+{training}
+
+Every chip holds the state whole, {held} float32 arrays for each parameter, and the
+gradients are summed in float32: R = 2 (n - 1) / n times 4 P bytes. M is {traffic:.3g}
+bytes for each image and channel of the first level and {touched} passes over the state.
+In parts: activations ({kept:.3g} bytes for each image and channel) would not fit at
+once. It pays up to the number of chips whose doubling makes a step (in turn) less than
+{pays} times as fast.
+
+## A window of ParaDiGMS, DDPM-{rows}, EDM2-S, batch 1, on v5e: speed-up
+
+{windows}
+
+Over one row after the other on one chip, with the passes of the published rule; of
+secant. A range is that of the two times. Passes are those of a mixture of Gaussians in
+16 dimensions at tolerance 0.1. Time that a message takes, whatever its size, is left
+out. A row alone is bound by memory: each call reads {weights:.3g} bytes for weights, which
+are float32, normalised and cast to bfloat16 every time; done once before the loop,
+that would make the first row cheaper, and the speed-ups smaller. Published, of another
+network: {published}.
+"""
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", default="", help="file; none prints")
+  parser.add_argument("--chip", default="v5p", choices=[*pods.CHIPS])
+  args = parser.parse_args()
+  pods.start()
+  table, found = operations()
+  text = PAGE.format(
+    command=" ".join(["python", *sys.argv]),
+    operations=table,
+    batch=BATCH,
+    chip=args.chip,
+    training=training(args.chip, found),
+    held=HELD,
+    traffic=TRAFFIC,
+    touched=TOUCHED,
+    kept=KEPT,
+    pays=PAYS,
+    rows=ROWS,
+    weights=WEIGHTS,
+    windows=windows("v5e"),
+    published=PUBLISHED,
+  )
+  if args.out:
+    pathlib.Path(args.out).write_text(text, "utf-8")
+  else:
+    print(text)
+
+
+if __name__ == "__main__":
+  main()

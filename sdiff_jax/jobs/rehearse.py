@@ -1,0 +1,134 @@
+"""Job `rehearse`: what a pod will do with a config, known before it is paid for.
+
+The very step of the other jobs is compiled for devices that are not here, of shapes
+alone: no parameter is made and no data are read. What was compiled is kept in
+~/.cache/sdiff_jax/rehearsals.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from sdiff_jax import pods, rehearsal, sharding, writer
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import programs
+from sdiff_jax.pods import Pod
+
+# Compiled as far as a run needs, a step takes longer than anyone waits; its memory,
+# collectives and operations are the same.
+LEVEL = "O0"
+LARGEST_GROUP = 64  # of devices that a state is spread over: most arrays divide by it
+ACCUMULATE = (2, 4, 8, 16, 32)  # parts of a batch that are tried
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes rehearsal/<pod>.json and one page on all pods.
+
+  Raises:
+    UserError: an unknown pod, a compiler that is missing, or a batch that does not
+      divide over it.
+  """
+  if config.rehearse.what not in programs.KINDS:
+    kinds = " or ".join(programs.KINDS)
+    raise UserError(f"config.rehearse.what={config.rehearse.what!r}: take {kinds}")
+  wanted = [pods.parse(name) for name in config.pod.split(",")]
+  if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in wanted):
+    _say("TPUs have no units for float16; take --config.model.dtype=bfloat16")
+  folder = os.path.join(workdir, "rehearsal")
+  os.makedirs(folder, exist_ok=True)
+  found = []
+  for pod in wanted:
+    found.append(_rehearse(config, pod))
+    path = os.path.join(folder, f"{_file(pod.name)}{_suffix(config)}.json")
+    writer.save_text(path, json.dumps(found[-1], indent=2))
+  name = _file(wanted[0].name) if len(wanted) == 1 else "pods"
+  path = os.path.join(folder, f"{name}{_suffix(config)}.html")
+  writer.save_text(path, rehearsal.html(found, sys.argv[1:]))
+  print(rehearsal.table(found))
+  return f"rehearsed: {path}"
+
+
+def _file(pod: str) -> str:
+  return pod.replace(":", "_")
+
+
+def _suffix(config: ml_collections.ConfigDict) -> str:
+  return "" if config.rehearse.what == "train" else f"_{config.rehearse.what}"
+
+
+def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
+  """Returns what is known of a pod, with the first changes that make the step fit."""
+  tried = []
+  for changes, on in _attempts(config, pod):
+    program, facts = _attempt(config, changes, on)
+    tried.append(facts | {"changes": changes})
+    if fits := rehearsal.fits(facts):
+      break
+    _say(f"{on.name}, {_words(changes)}: does not fit")
+    if not config.rehearse.fit:
+      break
+  if not fits:
+    _say(f"{pod.name}: nothing that was tried makes it fit")
+  return rehearsal.modelled(config.rehearse.what, config.train.steps, program, tried)
+
+
+def _attempts(
+  config: ml_collections.ConfigDict, pod: Pod
+) -> Iterator[tuple[dict[str, Any], Pod]]:
+  """Yields what to change, and the pod: nothing, then what saves memory, in turn."""
+  yield {}, pod
+  changes = {}
+  if config.rehearse.what == "train":
+    chips = pod.chips
+    if config.mesh.fsdp == 1 and config.mesh.data == -1:
+      changes["mesh.fsdp"] = math.gcd(chips, LARGEST_GROUP)
+      yield dict(changes), pod
+    if config.model.get("remat", "full") != "full":
+      changes["model.remat"] = "full"
+      yield dict(changes), pod
+    for parts in ACCUMULATE:
+      divides = config.train.batch_size % (parts * chips) == 0
+      if divides and parts > config.train.accumulate:
+        yield changes | {"train.accumulate": parts}, pod
+  while pod := pods.larger(pod):
+    if config.rehearse.what == "train" and config.train.batch_size % pod.chips:
+      return
+    yield dict(changes), pod
+
+
+def _attempt(
+  config: ml_collections.ConfigDict, changes: dict[str, Any], pod: Pod
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what the program is and its facts, with some changes, on a pod."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(changes)
+  level = "" if pod.chip == "h100" else LEVEL
+  key = rehearsal.key(programs.described(config), pod.name, level)
+  if (kept := rehearsal.load(key)) is not None:
+    return kept["program"], kept["facts"]
+  devices = pods.devices(pod)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  made = programs.build(config, mesh)
+  program = made.summary()
+  facts = {"pod": pod.name, "devices": len(devices), "held": made.held}
+  if sum(made.held.values()) > rehearsal.capacity(pod.name, len(devices)):
+    return program, facts | {"refused": "what is held from step to step is too much"}
+  with rehearsal.progress(f"{pod.name}, {_words(changes)}", _say):
+    jax.config.update("jax_optimization_level", level or "UNKNOWN")
+    facts |= programs.compiled(made, len(devices), gpu=pod.chip == "h100")
+  rehearsal.keep(key, {"program": program, "facts": facts})
+  return program, facts
+
+
+def _words(changes: dict[str, Any]) -> str:
+  return ", ".join(f"{k}={v}" for k, v in changes.items()) or "as it is"
+
+
+def _say(text: str) -> None:
+  print(f"rehearse: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,256 @@
+"""Rehearsals: on simulated devices of this machine, and for TPUs that are not here."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sdiff_jax import config as configs
+from sdiff_jax import pods, rehearsal, sharding
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import programs, rehearse, train
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+TEACHER = """
+from sdiff_jax import config
+
+def get_config(width=""):
+  c = config.base()
+  c.model.update(width=int(width), depth=1)
+  return c
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+  """A config file of a teacher, with the word that it takes."""
+  file = tmp_path_factory.mktemp("configs") / "teacher.py"
+  file.write_text(TEACHER)
+  return f"{file}:16"
+
+
+def config_of(teacher):
+  """An sCD of one layer, whose data and teacher's run are not there."""
+  config = configs.base()
+  config.model.update(width=16, depth=1)
+  config.data = configs.use("data", "latents", dir="nowhere")
+  config.loss = configs.use("losses", "scm", velocity="teacher")
+  config.teacher.update(config=teacher, workdir="nowhere")
+  config.rehearse.update(shape=(8, 8, 1), classes=10)
+  config.pod = "v5e:2x4"
+  config.train.batch_size = 16
+  return config
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+  """Takes the eight devices of this machine for a pod's, and an empty cache."""
+  monkeypatch.setattr(pods, "devices", lambda pod: np.array(jax.devices()))
+  monkeypatch.setattr(rehearsal, "FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(rehearse, "LEVEL", "")
+
+
+@pytest.fixture(scope="module")
+def found(teacher):
+  """The facts of a step, compiled once."""
+  config = config_of(teacher)
+  mesh = sharding.make_mesh(**config.mesh)
+  program = programs.build(config, mesh)
+  facts = {"pod": config.pod, "devices": 8, "held": program.held, "changes": {}}
+  return program, facts | programs.compiled(program, 8)
+
+
+def test_kinds_of_memory_are_those_of_a_state(found, teacher):
+  """All of it is small, so every device holds it whole: nbytes of arrays."""
+  program, _ = found
+  config = config_of(teacher)
+  source = programs.source_of(config)
+  network = experiments.network(config, source)
+  theirs = programs.load(config.teacher.config)
+  theirs = experiments.network(theirs, source)
+  key = jax.random.key(0)
+  frozen = jax.eval_shape(theirs.init, key)
+  init, _ = train.program(config, network, theirs)
+  state = jax.eval_shape(init, key, frozen)
+
+  def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  assert program.held == {
+    "parameters": nbytes(state.params),
+    "optimiser": nbytes(state.opt_state),
+    "EMA": nbytes(state.ema),
+    "teacher": nbytes(frozen),
+    "batch": (16 // 8) * (64 * 4 + 4),
+  }
+
+
+def test_arguments_are_what_is_held(found):
+  """But for the step's number, the random key, and the teacher's w_phi, not used."""
+  program, facts = found
+  assert abs(facts["memory"]["arguments"] - sum(program.held.values())) <= 1024
+
+
+def test_an_array_over_devices_is_a_part_on_each():
+  mesh = sharding.make_mesh(2, 4, 1)
+  large = jax.ShapeDtypeStruct((2048, 1024), np.float32)
+  held = programs.on_device([large], [sharding.state(large, mesh)])
+  assert held == large.size * 4 // 4
+
+
+def test_gradients_are_summed_over_the_devices(found):
+  program, facts = found
+  sent = [c for c in facts["collectives"] if c["kind"] == "all-reduce"]
+  assert sum(c["bytes"] for c in sent) >= program.held["parameters"]
+  assert {c["group"] for c in sent} == {8}
+
+
+def test_operations_of_a_step_are_those_of_its_networks(found):
+  """Teacher, student, its tangent, and backward of one: near 5 of 2 n of a layer."""
+  program, facts = found
+  forward = 2 * program.parameters * 16
+  assert 4 < facts["model_flops"] / forward < 7
+  # On each device; the optimiser's are those of every parameter on all of them.
+  assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.parameters
+
+
+def test_what_is_modelled_follows_from_the_facts(found):
+  program, facts = found
+  summary, chip = program.summary(), pods.CHIPS["v5e"]
+  out = rehearsal.modelled("train", 1000, summary, [facts])
+  assert out["fits"]
+  assert out["seconds"]["compute"] == pytest.approx(facts["flops"] / chip.peak)
+  for roof in rehearsal.ROOFS:
+    t = out["seconds"][roof]
+    assert out["images_per_second"][roof] == pytest.approx(16 / t)
+    assert out["days"][roof] == pytest.approx(1000 * t / 86400)
+    share = facts["model_flops"] / (t * 8 * chip.peak)
+    assert out["utilisation"][roof] == pytest.approx(share)
+  assert out["seconds"]["overlapped"] <= out["seconds"]["in_turn"]
+
+
+def test_the_second_run_compiles_nothing(tmp_path, monkeypatch, capsys, teacher):
+  config = config_of(teacher)
+  line = rehearse.run(config, str(tmp_path))
+  page = tmp_path / "rehearsal/v5e_2x4.html"
+  assert line == f"rehearsed: {page}"
+  assert "compiling for v5e:2x4" in capsys.readouterr().err
+  text, numbers = page.read_text(), page.with_suffix(".json").read_text()
+  found = json.loads(numbers)
+  assert "src=" not in text
+  for cell in rehearsal.cells(found):
+    assert cell in text
+  for value in found["held"].values():
+    assert f"{value:,}" in text
+  assert "modelled, not measured" in text
+  monkeypatch.setattr(programs, "compiled", None)
+  rehearse.run(config, str(tmp_path))
+  assert page.with_suffix(".json").read_text() == numbers
+  config.optim.b1 = 0.5  # another program
+  with pytest.raises(TypeError):
+    rehearse.run(config, str(tmp_path))
+
+
+@pytest.fixture
+def invented(monkeypatch):
+  """Takes the place of a compiler: the first program does not fit."""
+  tried = []
+
+  def compiled(program, devices, *, gpu):
+    tried.append(program)
+    memory = dict.fromkeys(("arguments", "outputs", "program"), 1)
+    memory["temporaries"] = 10**9 if len(tried) > 1 else 10**11
+    facts = {"memory": memory, "flops": 1.0, "bytes": 1.0, "collectives": []}
+    return facts | {"model_flops": 8.0, "compile_seconds": 0.0}
+
+  monkeypatch.setattr(programs, "compiled", compiled)
+
+
+def test_what_makes_it_fit_is_named(tmp_path, invented, teacher):
+  rehearse.run(config_of(teacher), str(tmp_path))
+  found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
+  assert [t["fits"] for t in found["tried"]] == [False, True]
+  assert found["tried"][1]["changes"] == {"mesh.fsdp": 8}
+  assert "mesh.fsdp=8" in rehearsal.cells(found)
+
+
+def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
+  config = config_of(teacher)
+  config.rehearse.fit = False
+  rehearse.run(config, str(tmp_path))
+  found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
+  assert not found["fits"]
+  assert rehearsal.cells(found)[3].startswith("no, 100.00 of 16.0")
+
+
+def test_a_table_of_pods(tmp_path, capsys, invented, teacher):
+  config = config_of(teacher)
+  config.pod = "v6e:2x4,v5e:2x4"
+  assert rehearse.run(config, str(tmp_path)).endswith("pods.html")
+  rows = capsys.readouterr().out.splitlines()
+  assert [row.split()[1] for row in rows[2:4]] == ["v6e:2x4", "v5e:2x4"]
+
+
+def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
+  config = config_of(teacher)
+  config.rehearse.what = "sample"
+  config.sample.batch_size = 1
+  config.sampler.update(name="paraddpm", steps=100, window=64)
+  config.mesh.update(data=1, window=8)
+  program = programs.build(config, sharding.make_mesh(**config.mesh))
+  facts = programs.compiled(program, 8)
+  sent = sum(c["times"] * c["bytes"] for c in facts["collectives"] if c["loop"])
+  assert 0 < sent <= 64 * 64 * 4
+  assert 32 > program.repeats > 100 / 64
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "words"),
+  [
+    ("pod", "v5e", "config.pod='v5e': such as v5e:1x1"),
+    ("rehearse.what", "train it", "'train it': take train or sample"),
+    ("train.batch_size", 12, "does not divide over 8 devices"),
+    ("mesh.fsdp", 3, "does not make the 8 devices"),
+    ("teacher.config", "nofile.py:S", "no such file, and no run there"),
+  ],
+)
+def test_refusals(field, value, words, tmp_path, teacher):
+  config = config_of(teacher)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=re.escape(words)):
+    rehearse.run(config, str(tmp_path))
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="needs libtpu, the compiler for TPUs: pip install -e '.[test,rehearse]'",
+)
+def test_a_tpu_that_is_not_here(tmp_path):
+  """The command of a user, who sets no variable."""
+  given = ["--config=configs/imagenet64_diffusion.py:S,tiny", "--job=rehearse"]
+  given += ["--config.pod=v5e:2x2", "--config.model.dtype=bfloat16"]
+  given += ["--config.model.blocks=0", f"--workdir={tmp_path}"]
+  outside = ("JAX_", "XLA_", "TPU_", "TF_")
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
+  done = subprocess.run(
+    [sys.executable, "-m", "sdiff_jax.main", *given],
+    cwd=ROOT,
+    env=environment | {"HOME": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads((tmp_path / "rehearsal/v5e_2x2.json").read_text())
+  assert found["fits"]
+  assert {c["group"] for c in found["collectives"]} == {4}
