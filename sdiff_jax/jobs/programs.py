@@ -86,7 +86,7 @@ def source_of(config: ml_collections.ConfigDict) -> Source:
 
 def training(experiment: experiments.Experiment) -> Program:
   """Returns the step of training."""
-  config, source, network, mesh = experiment
+  config, source, network, mesh, _ = experiment
   size = config.train.batch_size
   parts = config.train.accumulate
   sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
@@ -124,7 +124,7 @@ def training(experiment: experiments.Experiment) -> Program:
 
 def sampled(experiment: experiments.Experiment) -> Program:
   """Returns a batch of samples, whose loop is counted once: an evaluation or a pass."""
-  config, source, network, mesh = experiment
+  config, source, network, mesh, _ = experiment
   size = config.sample.batch_size
   over = sharding.samples(mesh)
   sharding.check_batch(size, over, "sample.batch_size")
