@@ -204,11 +204,11 @@ once. It pays up to the number of chips whose doubling makes a step (in turn) le
 
 Over one row after the other on one chip, with the passes of the published rule; of
 secant. A range is that of the two times. Passes are those of a mixture of Gaussians in
-16 dimensions at tolerance 0.1. Time that a message takes, whatever its size, is left
-out. A row alone is bound by memory: each call reads {weights:.3g} bytes for weights, which
-are float32, normalised and cast to bfloat16 every time; done once before the loop,
-that would make the first row cheaper, and the speed-ups smaller. Published, of another
-network: {published}.
+16 dimensions at tolerance 0.1. What a message takes beside its bytes is left out. A row
+alone is bound by memory: each call reads {weights:.3g} bytes for weights, which it
+normalises and casts to bfloat16 anew; done once before the loop, that would make the
+first row cheaper, and the speed-ups smaller. Published, of another network:
+{published}.
 """
 
 

@@ -260,6 +260,8 @@ def _pod(found: dict[str, Any]) -> str:
   if "seconds" not in found:
     return out
   seconds = [[k, f"{v * 1e3:.3f} ms"] for k, v in found["seconds"].items()]
+  if found["bytes"] is None:
+    seconds[1][1] = "unknown, left out: the compiler counts no bytes"
   out += f"<h3>Time, {NOTE}</h3>\n" + _table(["Term", "A step"], seconds)
   sent = [
     [c["kind"], c["dtype"], str(c["group"]), str(n), f"{b:,}", f"{r:,.0f}"]
