@@ -24,7 +24,7 @@ def get_config(given: str = ""):
   c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
   c.rehearse.update(shape=(64, 64, 4), classes=1000)
   c.model = config.use("models", "edm2", preset=size, dropout=dropout)
-  c.model.update(dropout_resolution=16, dtype="float16", remat="full")
+  c.model.update(dropout_resolution=16, dtype="float16")
   c.loss = config.use("losses", "scm", velocity="data", p_mean=-0.8, p_std=1.6)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
   c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
