@@ -105,7 +105,7 @@ def test_images_without_classes(tmp_path):
   save(tmp_path, MOMENTS, np.full(7, -1))
   source = latents.build(dir=str(tmp_path))
   assert source.classes == 0
-  np.testing.assert_array_equal(source.take(np.arange(7))[1], -1)
+  np.testing.assert_array_equal(source.take(np.arange(7))[1]["label"], -1)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_it_is_a_teacher(converted, files):
   assert jnp.std(frozen["net"]["dec_16x16_aux_conv"]["kernel"]) > 0
 
 
+@pytest.mark.slow
 def test_by_the_command_line(files, tmp_path):
   def call(*args):
     return subprocess.run(

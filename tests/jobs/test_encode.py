@@ -54,8 +54,8 @@ def test_latents_are_the_posteriors_of_the_autoencoder(tmp_path, scale, low):
   source = latents.build(dir=str(tmp_path), scale=scale)
   assert (source.size, source.shape, source.classes) == (21, (8, 8, 4), 3)
   assert source.low == low
-  moments, labels = source.take(np.arange(21))
-  np.testing.assert_array_equal(labels, LABELS)
+  moments, cond = source.take(np.arange(21))
+  np.testing.assert_array_equal(cond["label"], LABELS)
   vae, params = autoencoder()
   pixels = (IMAGES / 255 * (1 - low) + low).astype(np.float32)
   wanted = np.concatenate(jax.jit(vae.encode)(params, pixels), axis=-1)

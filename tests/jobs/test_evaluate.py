@@ -93,14 +93,14 @@ def test_images_of_another_size_are_refused(tmp_path, images):
 
 def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
   labels = digits.build().take(np.arange(1797))[1]["label"]
-  np.savez(tmp_path / "data.npz", images[:600], labels[:600])
+  np.savez(tmp_path / "data.npz", images[:200], labels[:200])
   config = configs.base()
   config.data = configs.use("data", "npz", path=str(tmp_path / "data.npz"))
   fit = classifier.fit
-  few = {"steps": 60, "progress": False}
+  few = {"steps": 10, "progress": False}
   monkeypatch.setattr(classifier, "fit", lambda *args: fit(*args, **few))
   line = features.run(config, str(tmp_path / "run"))
-  assert line.startswith("accuracy on 600 training images 0.")
+  assert line.startswith("accuracy on 200 training images 0.")
   config.evaluate.features = line.partition(": ")[2]
   config.evaluate.images = str(tmp_path / "data.npz")
   assert row(config, tmp_path)["frechet"] == pytest.approx(0, abs=1e-6)

@@ -38,6 +38,7 @@ def run(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
   """One that differs from it in the profile alone, so has the same parameters."""
   other = tmp_path / "other"

@@ -344,6 +344,7 @@ def test_parallel_samplers_by_name(copy, capsys, name):
     assert float(re.search(r"differ by ([\d.e-]+)", err)[1]) < 3
 
 
+@pytest.mark.slow
 def test_a_window_is_chosen_once(copy, watch, capsys):
   """A stopped job goes on with the window that its parts were made with."""
   workdir = copy("run")
@@ -366,6 +367,7 @@ def test_a_coarse_network_is_for_parareal_alone(copy):
   run(workdir, sampler__name="srdsddim", sampler__steps=16, sampler__coarse=coarse)
 
 
+@pytest.mark.slow
 def test_a_window_over_two_processes(copy, monkeypatch):
   one, spread = copy("one"), copy("spread")
   fields = {"name": "paraddpm", "steps": 16, "window": 8}

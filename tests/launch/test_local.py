@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = (
   "--config=configs/digits_diffusion.py",
@@ -32,6 +34,7 @@ def local(*args: str, **environment: str) -> subprocess.Popen:
   )
 
 
+@pytest.mark.slow
 def test_both_modes_train_and_each_goes_on_with_the_other(tmp_path):
   run = tmp_path / "run"
   config = (*CONFIG, f"--workdir={run}")
