@@ -1,6 +1,7 @@
 """Command line: python -m sdiff_jax.main --config=configs/X.py [--workdir=DIR].
 
 Jobs (--job=NAME), each on the work directory DIR:
+  demos     make an expert's episodes of Push-T, the data of a policy
   inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
   convert   make DIR of the weights in config.convert.file, instead of training
@@ -9,6 +10,7 @@ Jobs (--job=NAME), each on the work directory DIR:
   sample    write samples.npz and samples.png
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
+  rollout   let a policy act in Push-T, by several samplers
   report    write report.html on DIR, or on all runs inside it
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
@@ -36,6 +38,7 @@ from sdiff_jax import disk, processes, words
 from sdiff_jax.interfaces import UserError
 
 JOBS = (
+  "demos",
   "inspect",
   "train",
   "convert",
@@ -43,6 +46,7 @@ JOBS = (
   "sample",
   "features",
   "evaluate",
+  "rollout",
   "report",
 )
 

@@ -30,6 +30,18 @@ COLUMNS = (
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
   ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
 )  # fmt: skip
+# Of policies, in the same way.
+ROLLOUT = (
+  ("Model", "model", str, "the run that the policy comes from"),
+  ("Sampler", "sampler", str, "how actions were drawn: method/steps"),
+  ("Reward", "reward", "{:.3f}".format, "mean over episodes of the largest reward"),
+  ("+-", "error", "{:.3f}".format, "its standard error"),
+  ("Solved", "solved", "{:.0%}".format, "share of episodes that reached the goal"),
+  ("Passes", "passes", "{:.1f}".format, "network calls after one another, a chunk"),
+  ("NFE", "evaluations", "{:.1f}".format, "network evaluations, a chunk"),
+  ("Median", "median", EngFormatter("s", 2), "time of a chunk for one robot"),
+  ("p95", "p95", EngFormatter("s", 2), "that of the slowest 5%"),
+)
 WORDS = 2  # the first columns hold words, the others numbers
 BASELINES = f'<tr><th colspan="{len(COLUMNS)}">Baselines</th></tr>\n'
 KINDS = {"model": "", "baseline": BASELINES}  # and what stands above their rows
@@ -138,11 +150,11 @@ def _rows(runs: list[Run]) -> list[dict]:
   return [row for k, row in enumerate(found) if row not in found[:k]]
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], columns: tuple = COLUMNS) -> str:
   """Returns the rows as text aligned for a terminal: models, a rule, baselines."""
-  lines: list = [[header for header, *_ in COLUMNS]]
+  lines: list = [[header for header, *_ in columns]]
   for kind in KINDS:
-    group = [_cells(row, "-") for row in rows if row["kind"] == kind]
+    group = [_cells(row, "-", columns) for row in rows if row["kind"] == kind]
     lines += [None, *group] if group else []
   widths = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
   return "\n".join(
@@ -178,8 +190,8 @@ def _load(directory: str) -> Run:
   )
 
 
-def _cells(row: dict, missing: str) -> list[str]:
-  values = [(row.get(key), form) for _, key, form, _ in COLUMNS]
+def _cells(row: dict, missing: str, columns: tuple) -> list[str]:
+  values = [(row.get(key), form) for _, key, form, _ in columns]
   # NaN, which differs from itself, is as good as null.
   return [missing if v is None or v != v else form(v) for v, form in values]
 
@@ -195,7 +207,7 @@ def _results(runs: list[Run]) -> str:
     return ""
   bodies = ""
   for kind, above in KINDS.items():
-    lines = "".join(_row("td", _cells(row, "–")) for row in rows if row["kind"] == kind)
+    lines = "".join(_row("td", _cells(row, "–", COLUMNS)) for row in rows if row["kind"] == kind)
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
   head = _row("th", [header for header, *_ in COLUMNS])
   meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in COLUMNS)
@@ -212,7 +224,7 @@ def _samples(runs: list[Run]) -> str:
   figures = ""
   found = [(run.path / "evaluate", row) for run in runs for row in run.rows]
   for folder, row in sorted(found, key=lambda pair: [*KINDS].index(pair[1]["kind"])):
-    model, sampler, evaluations = map(escape, _cells(row, "–")[:3])
+    model, sampler, evaluations = map(escape, _cells(row, "–", COLUMNS)[:3])
     caption = f"<b>{model}</b> {sampler}, NFE {evaluations}"
     figures += _figure(folder / row["grid"], caption) if row.get("grid") else ""
   note = "<p>Same seeds: cell k starts from the same noise in every grid.</p>"

@@ -14,6 +14,8 @@ from sdiff_jax.interfaces import UserError
 SIDE = 512.0
 GOAL = (256.0, 256.0, np.pi / 4)  # x, y, angle of the outline
 STEPS = 300  # of an episode
+RATE = 10  # steps a second
+PICTURE = 160  # pixels
 # Corners of the T around its origin, in turn; the stem points to +y.
 CORNERS = np.array(
   [(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)],
@@ -37,7 +39,11 @@ def make() -> Any:
     message = "Push-T needs gym-pusht: pip install 'sdiff_jax[robotics]'"
     raise UserError(f"{message} ({error})") from error
   return gymnasium.make(
-    "gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True
+    "gym_pusht/PushT-v0",
+    obs_type="state",
+    visualization_width=PICTURE,
+    visualization_height=PICTURE,
+    disable_env_checker=True,
   )
 
 
