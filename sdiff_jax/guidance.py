@@ -59,8 +59,8 @@ def _pair(a: Array, b: Array) -> Array:
 
 
 def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
-  """Replaces each label by -1 with probability `rate`; cond None stays None."""
-  if cond is None or rate == 0:
+  """Replaces each label by -1 with probability `rate`, if there are labels."""
+  if cond is None or rate == 0 or "label" not in cond:
     return cond
   drop = jax.random.bernoulli(key, rate, cond["label"].shape)
   return cond | {"label": jnp.where(drop, NO_LABEL, cond["label"])}

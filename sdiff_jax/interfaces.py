@@ -17,6 +17,7 @@ Glossary (the papers' symbols, spelled the same everywhere):
   cond     the network's conditions: None or a dict of arrays with leading [B]
              label     int32, -1 stands for "no label"
              guidance  float32 scale of classifier-free guidance
+             observation  float32 [B, Do], normalised: what a policy has observed
 """
 
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """Finds pieces by name: `models/dit.py` is ("models", "dit").
 
 A piece is a module that exports `build(*, given, ..., field=default, ...)`. Arguments
-without a default are given by the job; arguments with one are the fields of its
-section in a config, so a new piece is a new file and nothing else.
+without a default are given by the job, those whose default is None where there is
+something to give; the others are the fields of its section in a config, so a new piece
+is a new file and nothing else.
 """
 
 import difflib
@@ -44,7 +45,13 @@ def names(package: str) -> list[str]:
 def fields(package: str, name: str) -> dict[str, Any]:
   """Returns the config fields of a piece with their defaults."""
   parameters = inspect.signature(lookup(package, name).build).parameters.values()
-  return {p.name: p.default for p in parameters if p.default is not p.empty}
+  return {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
+
+
+def given(package: str, name: str) -> list[str]:
+  """Returns the arguments of a piece that are no fields."""
+  parameters = inspect.signature(lookup(package, name).build).parameters
+  return [p for p in parameters if p not in fields(package, name)]
 
 
 def check(package: str, section: dict[str, Any], label: str) -> None:

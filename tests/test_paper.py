@@ -226,8 +226,8 @@ def test_two_steps(name):
   run = jax.jit(
     step.build(loss, optimizer, betas, rate, net.normalize, c.train.loss_scale)
   )
-  images, labels = built.source.take(np.arange(4))
-  batch = {"x0": jnp.asarray(images / 255, jnp.float32), "cond": {"label": labels}}
+  images, cond = built.source.take(np.arange(4))
+  batch = {"x0": jnp.asarray(images / 255, jnp.float32), "cond": cond}
   before = current = state.create(params, optimizer, c.ema.profiles)
   for _ in range(2):
     current, metrics = run(current, batch, jax.random.key(0), frozen)

@@ -19,7 +19,7 @@ def build(
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int32)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return images[chosen], labels[chosen]
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+    return images[chosen], {"label": labels[chosen]}
 
   return checked(Source(take, len(images), images.shape[1:], 10, mean, std))

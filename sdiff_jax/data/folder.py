@@ -47,7 +47,7 @@ def build(
 
   shape = (image_size, image_size, channels)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     images = np.empty((len(chosen), *shape), np.uint8)
     for image, k in zip(images, chosen, strict=True):
       try:
@@ -55,7 +55,7 @@ def build(
       except UNREADABLE as error:
         message = f"{paths[k]} cannot be read ({error}); replace or remove it"
         raise UserError(message) from error
-    return images, labels[chosen]
+    return images, {"label": labels[chosen]}
 
   return checked(Source(take, len(paths), shape, len(classes), mean, std))
 

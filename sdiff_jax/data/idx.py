@@ -56,8 +56,8 @@ def build(
   if image_size:
     images = _resize(images, image_size)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return images[chosen], labels[chosen]
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+    return images[chosen], {"label": labels[chosen]}
 
   return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
 

@@ -62,9 +62,9 @@ def build(*, dir: str = "", scale: str = "scm") -> Source:
     i = bisect.bisect_right(ends, k)
     return shards[i][k - ends[i]]  # from its end
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     moments = np.stack([row(k) for k in chosen.tolist()])
-    return moments.astype(np.float32), labels[chosen]
+    return moments.astype(np.float32), {"label": labels[chosen]}
 
   shape = (*shape[:2], shape[2] // 2)
   classes = int(labels.max()) + 1

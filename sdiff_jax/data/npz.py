@@ -53,8 +53,8 @@ def build(
     classes = int(labels.max()) + 1
   labels = labels.astype(np.int32)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return images[chosen], labels[chosen]
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+    return images[chosen], {"label": labels[chosen]}
 
   return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
 

@@ -1,13 +1,15 @@
-"""Sources of images, and batches of them: batch k is a function of (seed, k)."""
+"""Sources of data, and batches of them: batch k is a function of (seed, k)."""
 
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import grain.python as grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.data.normaliser import Normaliser
 from sdiff_jax.interfaces import Array, UserError
 
 
@@ -15,27 +17,46 @@ class Source(NamedTuple):
   """A data set with random access.
 
   Attributes:
-    take: indices int [n] -> images uint8 [n, H, W, C] and labels int32 [n]. Of latents,
-      means and standard deviations, float32 [n, H, W, 2C].
+    take: indices int [n] -> images uint8 [n, H, W, C] and their conditions, which are
+      {"label": int32 [n]}. Of latents, means and standard deviations, float32
+      [n, H, W, 2C]. Of trajectories, normalised actions float32 [n, H, Da] and
+      {"observation": float32 [n, Do]}.
     size: number of images.
-    shape: (H, W, C).
+    shape: (H, W, C), or (H, Da).
     classes: number of labels.
     mean: mean of the pixels in [-1, 1], or latents, one for all or one a channel.
     std: their standard deviation; the network sees (x - mean) sigma_d / std.
     latent: whether they are latents.
+    observation: Do, numbers of an observation; 0 for none.
+    normaliser: of trajectories, or None.
   """
 
-  take: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+  take: Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
   size: int
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
   classes: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
   latent: bool = False
+  observation: int = 0
+  normaliser: Normaliser | None = None
+
+
+def conditions(source: Source, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and types of the conditions of `count` samples."""
+  if source.observation:
+    shape = (count, source.observation)
+    return {"observation": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  return {"label": jax.ShapeDtypeStruct((count,), jnp.int32)}
 
 
 def check_pixels(source: Source) -> None:
-  """Raises a UserError if a source has latents."""
+  """Raises a UserError if a source has latents or trajectories."""
+  if source.normaliser:
+    raise UserError(
+      "config.data are trajectories, not images: networks train on them, and are "
+      "judged by --job=rollout"
+    )
   if source.latent:
     raise UserError(
       "config.data are latents: networks train on them; there is nothing yet that "
@@ -62,8 +83,9 @@ def checked(source: Source) -> Source:
 
 
 def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
-  """Returns x0 = (pixel - mean) sigma_d / std, float32, of uint8 images or latents."""
-  values = images if source.latent else images.astype(np.float32) / 127.5 - 1
+  """Returns x0 = (x - mean) sigma_d / std, float32, of what `take` returned."""
+  pixels = images.dtype == np.uint8
+  values = images.astype(np.float32) / 127.5 - 1 if pixels else images
   mean, scale = _affine(source, sigma_d)
   return (values - mean) * scale
 
@@ -81,7 +103,8 @@ def decode(source: Source, x0: Array, sigma_d: float) -> Array:
 
 
 def _affine(source: Source, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:
-  mean, std = (np.float32(a).reshape(1, 1, 1, -1) for a in (source.mean, source.std))
+  ones = (1,) * len(source.shape)
+  mean, std = (np.float32(a).reshape(*ones, -1) for a in (source.mean, source.std))
   return mean, np.float32(sigma_d) / std
 
 
@@ -152,19 +175,19 @@ def batches(
     rows: which n of the batch_size rows to read, those of this process; None for all.
 
   Yields:
-    {"x0": float32 [n, H, W, C], "cond": {"label": int32 [n]}}.
+    {"x0": float32 [n, ...], "cond": the conditions of `take`}.
   """
   mine = np.arange(batch_size) if rows is None else rows
 
   def load(k: int) -> dict:
     chosen = indices(source.size, seed, start + k, batch_size)[mine]
-    images, labels = source.take(chosen)
+    images, cond = source.take(chosen)
     if flip:
       mirrored = flips(seed, start + k, batch_size)[mine][:, None, None, None]
       images = np.where(mirrored, images[:, :, ::-1], images)
     if source.latent:
       images = drawn(images, seed, start + k, mine)
-    return {"x0": encode(source, images, sigma_d), "cond": {"label": labels}}
+    return {"x0": encode(source, images, sigma_d), "cond": cond}
 
   # An element is a whole batch, so threads work on batches and no state is needed.
   endless = grain.MapDataset.range(2**40).map(load)

@@ -51,7 +51,7 @@ def build(
   label = dict(builder.info.features).get("label")
   classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     try:
       found = examples.__getitems__(chosen.tolist())
       files = [io.BytesIO(example["image"]) for example in found]
@@ -61,7 +61,7 @@ def build(
         f"{builder.data_dir} cannot be read ({error}); remove it and prepare it again"
       ) from error
     labels = [example["label"] if classes else -1 for example in found]
-    return np.stack(images), np.asarray(labels, np.int32)
+    return np.stack(images), {"label": np.asarray(labels, np.int32)}
 
   take(np.array([0, len(examples) - 1]))  # files that are missing show now
   shape = (height, width, channels)

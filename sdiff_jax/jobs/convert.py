@@ -41,7 +41,7 @@ def write(experiment: experiments.Experiment, workdir: str, params: Params) -> N
   """
   config = experiment.config
   _, optimizer, _ = train.optimisation(config)
-  experiments.claim(config, workdir)
+  experiments.claim(config, workdir, experiment.source)
 
   def create(params: Params) -> state.TrainState:
     return state.create(params, optimizer, tuple(config.ema.profiles))

@@ -136,14 +136,14 @@ def _baselines(
   other instead.
   """
   num, config = experiment.config.evaluate.num, experiment.config
-  images, labels = experiment.source.take(np.arange(experiment.source.size))
+  images, cond = experiment.source.take(np.arange(experiment.source.size))
   order = np.random.default_rng(0).permutation(len(images))
   if config.reference.name:
     name, some, against = "training images", order[:num], measure
   else:
     some, other = np.array_split(order, 2)
     name, against = "one half to the other", _measure_halves(config, images[other])
-  gaussian = measure(baselines.class_gaussian(images, labels, num))
+  gaussian = measure(baselines.class_gaussian(images, cond["label"], num))
   rows = [
     _row("real data", name, against(images[some]), len(some)),
     _row("Gaussian per class", "full covariance", gaussian, num),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from sdiff_jax import config as configs
 from sdiff_jax import ema, lookup, sharding, state, writer
 from sdiff_jax.checkpoint import Checkpoints
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import normaliser, pipeline, trajectories
 from sdiff_jax.interfaces import Network, Params, UserError
 
 # Fields that may change between two runs in one work directory.
@@ -21,6 +21,9 @@ FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
 FREE += ("ema.posthoc",)
 FREE += ("evaluate.", "reference.")
+
+
+NORMALISER = "normaliser.npz"
 
 
 class Experiment(NamedTuple):
@@ -38,32 +41,51 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     UserError: a piece or the mesh refuses its fields.
   """
-  source = lookup.build("data", config.data.to_dict())
+  return _of_source(config, lookup.build("data", config.data.to_dict()))
+
+
+def _of_source(
+  config: ml_collections.ConfigDict, source: pipeline.Source
+) -> Experiment:
   return Experiment(
     config, source, network(config, source), sharding.make_mesh(**config.mesh)
   )
 
 
 def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Network:
-  """Returns the network of a config for the images of a source."""
-  return lookup.build(
-    "models",
-    config.model.to_dict(),
-    shape=source.shape,
-    classes=source.classes if config.conditional else 0,
-    sigma_d=config.sigma_d,
-  )
+  """Returns the network of a config for the images, or actions, of a source.
+
+  Raises:
+    UserError: it refuses its fields, or takes no observations, and the source has some.
+  """
+  given = {
+    "shape": source.shape,
+    "classes": source.classes if config.conditional else 0,
+    "sigma_d": config.sigma_d,
+  }
+  if source.observation:
+    given["observation"] = source.observation
+    if "observation" not in lookup.given("models", config.model.name):
+      raise UserError(
+        f"config.model.name={config.model.name!r}: takes no observations, which "
+        "config.data has; take unet1d or mlp"
+      )
+  return lookup.build("models", config.model.to_dict(), **given)
 
 
 def title(config: ml_collections.ConfigDict) -> str:
   """Returns "teacher", "sCD" or "sCT"."""
-  if config.loss.name == "diffusion":
+  if "velocity" not in config.loss:
     return "teacher"
   return {"teacher": "sCD", "data": "sCT"}[config.loss.velocity]
 
 
-def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
+def claim(
+  config: ml_collections.ConfigDict, workdir: str, source: pipeline.Source
+) -> None:
   """Writes config.json and command.txt, or checks that the config there is the same.
+
+  And normaliser.npz, if the data have one: a policy is used without them.
 
   Raises:
     UserError: it is of another experiment; the message lists the fields that differ.
@@ -83,6 +105,8 @@ def claim(config: ml_collections.ConfigDict, workdir: str) -> None:
     writer.save_text(path, json.dumps(resolved, indent=2))
     command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
     writer.save_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
+    if source.normaliser:
+      normaliser.save(os.path.join(workdir, NORMALISER), source.normaliser)
 
 
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
@@ -168,7 +192,8 @@ def place(abstract: state.TrainState, mesh: Mesh) -> state.TrainState:
 def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
   """Returns the experiment of a trained work directory and its parameters.
 
-  Data, model, loss and averages are those of the run; how to sample is `config`'s.
+  Data, model, loss and averages are those of the run; how to sample is `config`'s. Of
+  trajectories the run's normaliser is enough.
 
   Raises:
     UserError: the work directory has no config or no checkpoint.
@@ -176,7 +201,11 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
   chosen = read(workdir)
   for section in ("sampler", "sample", "evaluate", "reference", "mesh", "teacher"):
     chosen[section] = config[section]
-  experiment = build(chosen)
+  path = os.path.join(workdir, NORMALISER)
+  policy = os.path.exists(path)
+  experiment = (
+    _of_source(chosen, trajectories.stored(path)) if policy else build(chosen)
+  )
   ema.betas(chosen.ema.profiles, 1)
   train = "the same command with --job=train"
   found = averages(experiment, workdir, train, config.sample.checkpoint)

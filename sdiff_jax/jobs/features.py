@@ -39,4 +39,5 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _all(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
   pipeline.check_pixels(source)
-  return source.take(np.arange(source.size))
+  images, cond = source.take(np.arange(source.size))
+  return images, cond["label"]

@@ -40,8 +40,8 @@ def _walk(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
   starts = range(0, source.size, BATCH)
   for start in tqdm.tqdm(starts, unit="batch", desc="inspect", disable=None):
     rows = np.arange(start, min(start + BATCH, source.size))
-    images, classes = source.take(rows)
-    labels.append(classes)
+    images, cond = source.take(rows)
+    labels.append(cond["label"])
     for channel in range(source.shape[-1]):
       levels = images[..., channel].ravel()
       counts[:, channel] += np.bincount(levels, minlength=256)

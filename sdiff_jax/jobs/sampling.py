@@ -162,7 +162,8 @@ def _seconds(
   def call(params: Params) -> Array:
     x = jnp.zeros((count, *experiment.source.shape), jnp.float32)
     x = jax.lax.with_sharding_constraint(x, spread)
-    cond = {"label": jnp.zeros(count, jnp.int32)}
+    shapes = pipeline.conditions(experiment.source, count)
+    cond = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     return denoiser(experiment, params)(x, jnp.ones(count), cond)
 
   call(params).block_until_ready()

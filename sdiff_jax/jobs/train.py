@@ -31,11 +31,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   )
   if config.train.sample_every:
     pipeline.check_pixels(experiment.source)
+  _check_conditions(config, experiment.source)
   chosen = sampling.plan(config)
   rate, optimizer, betas = optimisation(config)
   teacher, frozen = _teacher(experiment)
   loss = _loss(config, experiment.network, teacher)
-  experiments.claim(config, workdir)
+  experiments.claim(config, workdir, experiment.source)
 
   def init(key: Any, frozen: Params) -> state.TrainState:
     params = _start_from(frozen, experiment.network.init(key))
@@ -137,12 +138,26 @@ def _fit(
   return int(state_after.step)
 
 
+def _check_conditions(
+  config: ml_collections.ConfigDict, source: pipeline.Source
+) -> None:
+  """Raises a UserError if a field needs images or labels, and the data have none."""
+  if not source.observation:
+    return
+  guided = config.loss.get("guidance") or config.model.get("guidance")
+  for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):
+    if value:
+      raise UserError(
+        f"config.{field}={value}: for images; config.data are trajectories"
+      )
+
+
 def _batch_shapes(config: ml_collections.ConfigDict, source: pipeline.Source) -> dict:
   """Returns the shapes of a batch, over all processes."""
   size = config.train.batch_size
   return {
     "x0": jax.ShapeDtypeStruct((size, *source.shape), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+    "cond": pipeline.conditions(source, size),
   }
 
 
@@ -171,7 +186,7 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
-    if config.loss.name == "diffusion":
+    if "velocity" not in config.loss:
       return None, None
     raise UserError(
       "config.teacher.workdir is empty: name the run that this one starts from, "

@@ -85,7 +85,7 @@ def from_zero(width: int, name: str) -> nn.Dense:
 
 
 class Embedding(nn.Module):
-  """Embeds t, and label and guidance scale where there are any, as [B, width].
+  """Embeds t, and label, guidance scale and observation, if any, as [B, width].
 
   t enters as it is, c_noise(t) = t. A label -1 adds nothing. The guidance scale goes
   through the positional embedding and a linear layer that starts at 0, so a student
@@ -96,6 +96,7 @@ class Embedding(nn.Module):
   classes: int
   guidance: bool
   dtype: jnp.dtype
+  observation: bool = False
 
   @nn.compact
   def __call__(self, t: Array, cond: Cond) -> Array:
@@ -106,6 +107,8 @@ class Embedding(nn.Module):
     if self.guidance:
       scale = positional(cond["guidance"], self.width)
       emb += from_zero(self.width, "guidance")(scale)
+    if self.observation:
+      emb += nn.Dense(self.width, name="observation")(cond["observation"])
     emb = nn.Dense(self.width, name="out")(nn.silu(emb))
     return nn.silu(emb).astype(self.dtype)
 

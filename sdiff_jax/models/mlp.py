@@ -34,11 +34,14 @@ class Mlp(nn.Module):
   dropout: float
   unroll: int
   dtype: jnp.dtype
+  observation: bool
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
-    embed = layers.Embedding(self.embed, self.classes, self.guidance, self.dtype)
+    embed = layers.Embedding(
+      self.embed, self.classes, self.guidance, self.dtype, self.observation
+    )
     emb = embed(t, cond)
     h = nn.Dense(self.width, dtype=self.dtype, name="in")(flat)
     blocks = nn.scan(
@@ -67,6 +70,7 @@ def build(
   *,
   shape: tuple[int, ...],
   classes: int,
+  observation: int | None = None,
   width: int = 256,
   depth: int = 4,
   embed: int = 64,
@@ -80,6 +84,7 @@ def build(
   Args:
     shape: shape of one sample, any rank.
     classes: number of labels; 0 for none.
+    observation: numbers of an observation; None for none.
     width: features of the hidden layers.
     depth: residual blocks.
     embed: features of the embedding of time, label and guidance.
@@ -89,6 +94,20 @@ def build(
     dtype: type of the hidden layers; parameters are float32.
   """
   module = Mlp(
-    width, depth, embed, classes, guidance, dropout, unroll, jnp.dtype(dtype)
+    width=width,
+    depth=depth,
+    embed=embed,
+    classes=classes,
+    guidance=guidance,
+    dropout=dropout,
+    unroll=unroll,
+    dtype=jnp.dtype(dtype),
+    observation=bool(observation),
   )
-  return network.from_module(module, shape=shape, classes=classes, guidance=guidance)
+  return network.from_module(
+    module,
+    shape=shape,
+    classes=classes,
+    guidance=guidance,
+    observation=observation,
+  )

@@ -17,6 +17,7 @@ def from_module(
   shape: tuple[int, ...],
   classes: int,
   guidance: bool,
+  observation: int | None = None,
   head: nn.Module = layers.LogVar(),  # noqa: B008
 ) -> Network:
   """Returns the Network of a module (x, t, cond, deterministic=...) -> F.
@@ -26,6 +27,7 @@ def from_module(
     shape: shape of one sample.
     classes: number of labels; 0 for none.
     guidance: whether the module takes a guidance scale.
+    observation: numbers of an observation; None for none.
     head: Linen module t [B] -> w_phi(t) [B].
   """
 
@@ -33,6 +35,8 @@ def from_module(
     key_net, key_head = jax.random.split(key)
     x, t = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1,), jnp.float32)
     cond = {"label": jnp.zeros((1,), jnp.int32)} if classes else {}
+    if observation:
+      cond["observation"] = jnp.zeros((1, observation), jnp.float32)
     if guidance:
       cond["guidance"] = jnp.ones((1,), jnp.float32)
     net = module.init(key_net, x, t, cond or None, deterministic=True)["params"]

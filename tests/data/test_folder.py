@@ -33,7 +33,8 @@ def test_classes_are_the_sorted_folders_and_files_are_decoded_by_index(tmp_path)
   (tmp_path / "b" / "notes.txt").write_text("no image")
   source = folder.build(dir=str(tmp_path), image_size=8)
   assert source[1:4] == (4, (8, 8, 3), 3)
-  images, labels = source.take(np.array([3, 0, 1, 2, 0]))
+  images, cond = source.take(np.array([3, 0, 1, 2, 0]))
+  labels = cond["label"]
   order = ["c/1.png", "a/x.PNG", "b/10.png", "b/2.png", "a/x.PNG"]
   np.testing.assert_array_equal(images, [arrays[name] for name in order])
   assert labels.tolist() == [2, 0, 1, 1, 0]

@@ -38,7 +38,8 @@ def put(folder, images=None, labels=None, *, split="train", zipped=False):
 @pytest.mark.parametrize(("split", "prefix"), [("train", "train"), ("test", "t10k")])
 def test_images_and_labels_are_those_of_the_files(tmp_path, zipped, split, prefix):
   source = idx.build(dir=put(tmp_path, split=prefix, zipped=zipped), split=split)
-  images, labels = source.take(np.array([5, 0, 5]))
+  images, cond = source.take(np.array([5, 0, 5]))
+  labels = cond["label"]
   np.testing.assert_array_equal(images, IMAGES[[5, 0, 5], ..., None])
   np.testing.assert_array_equal(labels, [9, 3, 9])
   assert labels.dtype == np.int32
@@ -119,7 +120,8 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, fields, message):
 def test_fashion_mnist_has_the_moments_of_the_defaults(split, size):
   source = idx.build(split=split)
   assert source[1:4] == (size, (28, 28, 1), 10)
-  images, labels = source.take(np.arange(size))
+  images, cond = source.take(np.arange(size))
+  labels = cond["label"]
   assert np.bincount(labels).tolist() == [size // 10] * 10
   x0 = pipeline.encode(source, images[:10_000], 0.5)
   assert x0.mean() == pytest.approx(0, abs=0.005)

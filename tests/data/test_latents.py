@@ -27,7 +27,8 @@ def test_rows_of_all_files(folder):
   source = latents.build(dir=str(folder))
   assert (source.size, source.shape, source.classes) == (7, (4, 6, 4), 6)
   chosen = np.array([6, 3, 4, 0])
-  moments, labels = source.take(chosen)
+  moments, cond = source.take(chosen)
+  labels = cond["label"]
   np.testing.assert_array_equal(moments, MOMENTS[chosen])
   assert moments.dtype == np.float32
   np.testing.assert_array_equal(labels, LABELS[chosen])

@@ -16,7 +16,8 @@ def test_both_names_of_the_arrays(tmp_path, names):
   np.savez_compressed(path, **dict(zip(names, (IMAGES, LABELS), strict=True)))
   source = npz.build(path=str(path))
   assert source[1:4] == (5, (4, 6, 3), 5)
-  images, labels = source.take(np.array([4, 0]))
+  images, cond = source.take(np.array([4, 0]))
+  labels = cond["label"]
   np.testing.assert_array_equal(images, IMAGES[[4, 0]])
   np.testing.assert_array_equal(labels, [0, 4])
   assert labels.dtype == np.int32
@@ -26,7 +27,7 @@ def test_without_labels_there_are_no_classes(tmp_path):
   np.savez(tmp_path / "data.npz", IMAGES)
   source = npz.build(path=str(tmp_path / "data.npz"))
   assert source.classes == 0
-  assert source.take(np.array([1, 2]))[1].tolist() == [-1, -1]
+  assert source.take(np.array([1, 2]))[1]["label"].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_a_later_start_gives_the_same_batches():
 
 def test_digits_have_the_standard_deviation_that_they_claim():
   source = digits.build()
-  images, labels = source.take(np.arange(source.size))
+  images, cond = source.take(np.arange(source.size))
+  labels = cond["label"]
   assert images.shape == (1797, *source.shape)
   assert images.dtype == np.uint8
   assert (images.min(), images.max()) == (0, 255)

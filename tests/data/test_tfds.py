@@ -72,7 +72,8 @@ def prepared(tmp_path_factory, images):
 def test_examples_are_those_that_were_prepared(prepared, images):
   source = tfds.build(tfds_name="tiny", dir=prepared)
   assert source[1:4] == (12, (8, 8, 3), 3)
-  read, labels = source.take(np.arange(12))
+  read, cond = source.take(np.arange(12))
+  labels = cond["label"]
   assert (read.dtype, labels.dtype) == (np.uint8, np.int32)
   # They were shuffled on the way, so each is looked up among the originals.
   same = (read[:, None] == images["train"]).all((2, 3, 4))
@@ -127,7 +128,8 @@ def test_grey_images_without_labels(tmp_path):
     tfds.build(**build)
   source = tfds.build(**build, mean=(0.0,), std=(0.5,))
   assert source[1:4] == (3, (8, 8, 1), 0)
-  read, labels = source.take(np.arange(3))
+  read, cond = source.take(np.arange(3))
+  labels = cond["label"]
   assert (read[:, None, ..., 0] == grey).all((2, 3)).sum() == 3
   assert labels.tolist() == [-1] * 3
 

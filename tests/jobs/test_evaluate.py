@@ -86,7 +86,7 @@ def test_images_of_another_size_are_refused(tmp_path, images):
 
 
 def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
-  labels = digits.build().take(np.arange(1797))[1]
+  labels = digits.build().take(np.arange(1797))[1]["label"]
   np.savez(tmp_path / "data.npz", images[:600], labels[:600])
   config = configs.base()
   config.data = configs.use("data", "npz", path=str(tmp_path / "data.npz"))
@@ -113,7 +113,8 @@ def test_the_shipped_features_know_fashion():
     source = idx.build(split="test")
   except UserError:
     pytest.skip("Fashion-MNIST is not installed")
-  images, labels = source.take(np.arange(2000))
+  images, cond = source.take(np.arange(2000))
+  labels = cond["label"]
   with np.load(classifier.FOLDER / "fashion.npz") as arrays:
     _, logits = classifier.predict(dict(arrays), images)
   assert np.mean(logits.argmax(axis=1) == labels) > 0.88

@@ -19,6 +19,7 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax import state
 from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.data import digits
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import sample, sampling
@@ -67,7 +68,7 @@ def trained(tmp_path_factory):
   config.sampler.update(name="ddim", steps=2)
   config.sample.update(num=30, batch_size=SIZE)
   workdir = tmp_path_factory.mktemp("sample") / "run"
-  experiments.claim(config, str(workdir))
+  experiments.claim(config, str(workdir), digits.build())
   save(config, workdir, 3)
   return workdir
 

@@ -1,0 +1,159 @@
+"""Chunks of actions and the observations before them, of recorded episodes."""
+
+import numpy as np
+
+from sdiff_jax.data import episodes as recorded
+from sdiff_jax.data import normaliser as maps
+from sdiff_jax.data import robomimic
+from sdiff_jax.data.episodes import Episodes
+from sdiff_jax.data.normaliser import Normaliser
+from sdiff_jax.data.pipeline import Source
+from sdiff_jax.interfaces import Array, UserError
+
+
+def build(
+  *,
+  path: str = "",
+  horizon: int = 16,
+  n_obs_steps: int = 2,
+  n_action_steps: int = 8,
+  episodes: int = 0,
+  held_out: float = 0.0,
+  observation_range: str = "range",
+  action_range: str = "range",
+  least: float = 1e-4,
+  std: float = 0.0,
+  keys: tuple[str, ...] = robomimic.KEYS,
+  absolute: bool = False,
+) -> Source:
+  """Returns windows of episodes: x0 are actions, the condition is what was observed.
+
+  A window starts at an observation, To - 1 before it is the first that the policy is
+  given, and has H actions from there; the policy executes Ta of them from the last
+  observation on. Beyond an episode's ends the edge is repeated, To - 1 steps before
+  and Ta - 1 after (arXiv:2303.04137).
+
+  Args:
+    path: of the episodes (see `episodes.read`).
+    horizon: H, actions that are predicted.
+    n_obs_steps: To, observations.
+    n_action_steps: Ta, actions that are executed.
+    episodes: how many to take; 0 for all.
+    held_out: share of the episodes that is left out before.
+    observation_range: how observations are normalised (see `normaliser.fit`).
+    action_range: how actions are; "percentile" for each step of the chunk.
+    least: dimensions of a smaller range are not scaled.
+    std: of normalised actions, which x0 has as sigma_d; 0 measures it.
+    keys: observations of robomimic.
+    absolute: actions of robomimic are poses, and their rotations become matrices.
+
+  Raises:
+    UserError: the episodes cannot be read or do not fit, or none is long enough.
+  """
+  if not (1 <= n_obs_steps <= horizon and 1 <= n_action_steps <= horizon):
+    raise UserError(
+      f"config.data.horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
+      f"n_action_steps={n_action_steps}, both above 0"
+    )
+  if std < 0:
+    raise UserError(f"config.data.std={std}: must be above 0, or 0 to measure it")
+  found = recorded.read(path, keys=tuple(keys), absolute=absolute)
+  mask = recorded.chosen(len(found.ends), held_out, episodes)
+  at = windows(
+    found.ends, mask, horizon, before=n_obs_steps - 1, after=n_action_steps - 1
+  )
+  if not len(at):
+    raise UserError(
+      f"config.data.horizon={horizon}: no episode of {path} is so long; the longest "
+      f"has {np.diff(found.ends, prepend=0).max()} steps"
+    )
+  observation = maps.fit(found.observation, observation_range, least)
+  # Chunks differ from the actions in frames, and by their percentiles.
+  per_step = found.frame is not None or action_range == "percentile"
+  everything = chunks(found, at, n_obs_steps) if per_step else found.action
+  action = maps.fit(everything, action_range, least)
+  rms = np.sqrt(np.mean(maps.normalise(action, everything) ** 2, dtype=np.float64))
+  shape = (horizon, found.action.shape[1])
+  fitted = Normaliser(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)
+
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+    rows = at[chosen]
+    seen = found.observation[rows[:, :n_obs_steps]]
+    x = maps.normalise(action, chunks(found, rows, n_obs_steps))
+    return x, {"observation": observed(fitted, seen)}
+
+  return _source(fitted)._replace(take=take, size=len(at))
+
+
+def stored(path: str) -> Source:
+  """Returns the source of a run without its data, by its normaliser.npz."""
+  return _source(maps.load(path))
+
+
+def _source(fitted: Normaliser) -> Source:
+  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+    raise UserError("config.data.path: the episodes are not here; only to sample from")
+
+  width = fitted.steps * len(fitted.observation.centre)
+  return Source(
+    take,
+    size=0,
+    shape=fitted.shape,
+    classes=0,
+    mean=(0.0,),
+    std=(fitted.std,),
+    observation=width,
+    normaliser=fitted,
+  )
+
+
+def windows(
+  ends: np.ndarray, mask: np.ndarray, horizon: int, *, before: int, after: int
+) -> np.ndarray:
+  """Returns the steps of every window, int [windows, horizon], edges repeated.
+
+  Args:
+    ends: of the episodes, int [E].
+    mask: which of them to take, bool [E].
+    horizon: steps of a window.
+    before: steps that a window may begin before its episode.
+    after: steps that it may end after it.
+  """
+  out = [np.empty((0, horizon), np.int64)]
+  starts = np.concatenate([[0], ends[:-1]])
+  for start, end in zip(starts[mask].tolist(), ends[mask].tolist(), strict=True):
+    first = np.arange(start - before, end - horizon + after + 1)
+    at = first[:, None] + np.arange(horizon)
+    out.append(np.clip(at, start, end - 1))
+  return np.concatenate(out)
+
+
+def chunks(found: Episodes, at: np.ndarray, n_obs_steps: int) -> np.ndarray:
+  """Returns actions [n, H, Da] of windows, in the frame of the last observation."""
+  actions = found.action[at]
+  if found.frame is None:
+    return actions
+  return into_frame(found.frame[at[:, n_obs_steps - 1]], actions)
+
+
+def into_frame(frame: np.ndarray, actions: np.ndarray) -> np.ndarray:
+  """Returns R (a - o) of actions [n, H, Da] and frames (R, o) [n, Da, Da + 1]."""
+  R, o = frame[..., :-1], frame[..., -1]
+  return (actions - o[:, None]) @ R.swapaxes(-1, -2)
+
+
+def out_of_frame(frame: np.ndarray, actions: np.ndarray) -> np.ndarray:
+  """Returns R^T a + o, the inverse of `into_frame`; R is a rotation."""
+  R, o = frame[..., :-1], frame[..., -1]
+  return actions @ R + o[:, None]
+
+
+def observed(fitted: Normaliser, observations: Array) -> Array:
+  """Returns the condition "observation" [n, To Do] of observations [n, To, Do]."""
+  normal = maps.normalise(fitted.observation, observations)
+  return normal.reshape(len(normal), -1)
+
+
+def actions(fitted: Normaliser, x0: Array, sigma_d: float) -> Array:
+  """Returns actions [n, H, Da], in the data's units, of samples x0."""
+  return maps.denormalise(fitted.action, x0 * (fitted.std / sigma_d))
