@@ -25,7 +25,7 @@ def small():
   c.data.update(n_obs_steps=1, action_range="percentile")
   c.model = config.use("models", "mlp", width=256, depth=4, embed=256)
   c.loss = config.use("losses", "diffusion")
-  c.train.update(steps=8000, batch_size=256, log_every=100)
+  c.train.update(steps=6000, batch_size=256, log_every=100)
   c.checkpoint.every = 1000
   c.optim.update(name="adamw", learning_rate=1e-3, b1=0.95, weight_decay=1e-4, clip=1.0)
   c.optim.update(schedule="cosine", rampup_images=256 * 300, final=0.02)

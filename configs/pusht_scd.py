@@ -13,7 +13,7 @@ def get_config():
   c.loss = config.use(
     "losses", "scm", velocity="teacher", warmup_steps=1000, adaptive_weight=False
   )
-  c.train.update(steps=6000, batch_size=256, log_every=100)
+  c.train.update(steps=5000, batch_size=256, log_every=100)
   c.checkpoint.every = 1000
   # As for the digits: momentum lags behind the network's own target.
   c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)

@@ -207,7 +207,9 @@ def _results(runs: list[Run]) -> str:
     return ""
   bodies = ""
   for kind, above in KINDS.items():
-    lines = "".join(_row("td", _cells(row, "–", COLUMNS)) for row in rows if row["kind"] == kind)
+    lines = "".join(
+      _row("td", _cells(row, "–", COLUMNS)) for row in rows if row["kind"] == kind
+    )
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
   head = _row("th", [header for header, *_ in COLUMNS])
   meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in COLUMNS)

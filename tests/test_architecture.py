@@ -12,10 +12,11 @@ LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
   | {"weights", "unpickle", "fields"},
   {"trigflow", "times", "guidance"},
-  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
+  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"}
+  | {"robotics"},
   {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
   {"step", "loop", "report"},
-  {"jobs"},
+  {"jobs", "policy"},
   {"main"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

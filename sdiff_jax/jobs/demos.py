@@ -91,7 +91,8 @@ def _join(folder: str, seeds: range, path: str, view: str) -> int:
         parts[seed] = part["state"], part["action"]
   if not parts:
     raise UserError(f"{folder}: no episode succeeded; take more, config.demos.episodes")
-  states, actions = (np.concatenate(a) for a in zip(*parts.values(), strict=True))
+  joined = (np.concatenate(a) for a in zip(*parts.values(), strict=True))
+  states, actions = (a.astype(np.float32) for a in joined)
   ends = np.cumsum([len(action) for _, action in parts.values()])
   # Each episode shows the same task a second time, in its mirror.
   image = (np.asarray(a) for a in frames.mirror(states, actions))

@@ -20,7 +20,8 @@ from sdiff_jax.interfaces import Network, Params, UserError
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
 FREE += ("ema.posthoc",)
-FREE += ("evaluate.", "reference.")
+JOBS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
+FREE += tuple(f"{section}." for section in JOBS)
 
 
 NORMALISER = "normaliser.npz"
@@ -199,7 +200,7 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
     UserError: the work directory has no config or no checkpoint.
   """
   chosen = read(workdir)
-  for section in ("sampler", "sample", "evaluate", "reference", "mesh", "teacher"):
+  for section in ("sampler", "sample", "mesh", "teacher", *JOBS):
     chosen[section] = config[section]
   path = os.path.join(workdir, NORMALISER)
   policy = os.path.exists(path)

@@ -54,7 +54,7 @@ def run(
     UserError: an environment raises, or a state or an action is not finite.
   """
   E = len(starts)
-  first = [_do(k, 0, pusht.reset, e, s) for k, (e, s) in enumerate(zip(envs, starts))]
+  first = [_do(k, 0, pusht.reset, env, starts[k]) for k, env in enumerate(envs)]
   history = np.repeat(np.array(first)[:, None], states, axis=1)
   reward, solved, going = np.zeros(E), np.zeros(E, bool), np.ones(E, bool)
   seeds, step, took, seen = np.arange(E, dtype=np.int32) + seed * E, 0, [], []

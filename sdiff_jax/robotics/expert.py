@@ -6,6 +6,7 @@ The way to its start leads around the block. The expert knows the physics; what 
 shows is a demonstration, not a person's.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -169,10 +170,9 @@ def way(a: np.ndarray, b: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
     ring = middle + AROUND * np.stack([np.cos(at), np.sin(at)], 1)
     points = [a, *np.clip(ring, 20, pusht.SIDE - 20), b]
     pruned = _prune(points, corner)
-    long = sum(map(math.dist, pruned[:-1], pruned[1:]))
-    blocked = sum(
-      not _free(p, q, corner) for p, q in zip(pruned[:-1], pruned[1:], strict=True)
-    )
+    lines = [*itertools.pairwise(pruned)]
+    long = sum(math.dist(*line) for line in lines)
+    blocked = sum(not _free(*line, corner) for line in lines)
     ways.append((blocked, long, pruned[1:]))
   return min(ways, key=lambda w: w[:2])[2]
 

@@ -6,6 +6,7 @@ diagonal that the goal's stem lies on.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from sdiff_jax.interfaces import Array
 from sdiff_jax.robotics import pusht
@@ -21,9 +22,10 @@ def _turn(vector: Array, angle: Array) -> Array:
   return jnp.stack([c * x - s * y, s * x + c * y], -1)
 
 
-def _world(point: Array, pose: Array) -> Array:
-  """Returns points [..., 2] of the block at poses x, y, angle [..., 3]."""
-  return pose[..., :2] + _turn(point, pose[..., 2])
+def _points(points: np.ndarray, pose: Array) -> Array:
+  """Returns where points [n, 2] of the block are at poses [..., 3], [..., n, 2]."""
+  points = points.astype(pose.dtype).reshape((1,) * (pose.ndim - 1) + points.shape)
+  return pose[..., None, :2] + _turn(points, pose[..., None, 2])
 
 
 def block(state: Array, before: Array) -> Array:
@@ -36,13 +38,18 @@ def block(state: Array, before: Array) -> Array:
     state: [..., 5].
     before: the state one step ago, [..., 5].
   """
-  middle = jnp.array([0, pusht.CENTRE], state.dtype)
-  pose, goal = state[..., 2:], jnp.array(pusht.GOAL, state.dtype)
-  here = _world(middle, pose)
-  offset = _turn(_world(middle, goal) - here, -pose[..., 2])
-  angle = jnp.remainder(goal[2] - pose[..., 2] + jnp.pi, 2 * jnp.pi) - jnp.pi
-  agent = _turn(state[..., :2] - here, -pose[..., 2])
-  motion = _turn(state[..., :2] - before[..., :2], -pose[..., 2])
+  middle, pose = np.array([[0.0, pusht.CENTRE]]), state[..., 2:]
+  goal = jnp.broadcast_to(jnp.array(pusht.GOAL, pose.dtype), pose.shape)
+  here, there = (_points(middle, p)[..., 0, :] for p in (pose, goal))
+  offset, agent, motion = (
+    _turn(vector, -pose[..., 2])
+    for vector in (
+      there - here,
+      state[..., :2] - here,
+      state[..., :2] - before[..., :2],
+    )
+  )
+  angle = jnp.remainder(goal[..., 2] - pose[..., 2] + jnp.pi, 2 * jnp.pi) - jnp.pi
   fine = [
     jnp.tanh(part)
     for pixels, radians in FINE
@@ -68,8 +75,7 @@ def keypoints(state: Array, before: Array) -> Array:
   The ninth point is the middle of the bar's inner side. `before` is not used.
   """
   del before
-  points = jnp.array([*pusht.CORNERS, (0, 30)], state.dtype)
-  seen = _world(points, state[..., None, 2:])
+  seen = _points(np.array([*pusht.CORNERS, (0, 30)]), state[..., 2:])
   return jnp.concatenate([seen.reshape(*state.shape[:-1], -1), state[..., :2]], -1)
 
 

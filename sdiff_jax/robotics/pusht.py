@@ -12,6 +12,7 @@ import numpy as np
 from sdiff_jax.interfaces import UserError
 
 SIDE = 512.0
+RADIUS = 15.0  # of the agent
 GOAL = (256.0, 256.0, np.pi / 4)  # x, y, angle of the outline
 STEPS = 300  # of an episode
 RATE = 10  # steps a second
@@ -48,8 +49,8 @@ def make() -> Any:
 
 
 def initial(seed: int) -> np.ndarray:
-  """Returns the first state of an episode, as Diffusion Policy draws it, float64 [5]."""
-  random = np.random.RandomState(seed)  # noqa: NPY002
+  """Returns an episode's first state, as Diffusion Policy draws it, float64 [5]."""
+  random = np.random.RandomState(seed)
   x, y = random.randint(50, 450), random.randint(50, 450)
   block = random.randint(100, 400), random.randint(100, 400)
   return np.array([x, y, *block, random.randn() * 2 * np.pi - np.pi])
