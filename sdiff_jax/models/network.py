@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdiff_jax import trigflow
 from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
@@ -55,6 +56,33 @@ def from_module(
     return head.apply({"params": params["logvar"]}, t)
 
   return Network(init, apply, logvar)
+
+
+def of_ddpm(network: Network, sigma_d: float, abar: np.ndarray) -> Network:
+  """Returns the TrigFlow form of a network of a discrete process, which predicts noise.
+
+  Its time is where the process has the angle's ratio of noise to data, ln(sigma /
+  alpha) linear between timesteps. See trigflow.from_vp; the parameters are the same.
+
+  Args:
+    network: of (x, time, cond).
+    sigma_d: standard deviation of the data.
+    abar: alpha^2 at each timestep, float64 [T].
+  """
+  noise = np.log((1 - abar) / abar) / 2
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    levels, steps = (jnp.asarray(a, t.dtype) for a in (noise, np.arange(len(abar))))
+    time = jnp.interp(jnp.log(sigma_d * jnp.tan(t)), levels, steps)
+
+    def raw(x: Array, _: Array, cond: Cond) -> Array:
+      return network.apply(params, x, time, cond, key=key)
+
+    return trigflow.from_vp(raw, "eps", lambda alpha: alpha, sigma_d)(x, t, cond)
+
+  return network._replace(apply=apply)
 
 
 def of_edm(network: Network, sigma_d: float) -> Network:

@@ -62,9 +62,10 @@ def fitted(
     if name != POSITIONS:
       # Rows of tables are looked up, so their layout stays.
       renamed[name] = x.T if name.endswith("embedding.weight") else x
-  return weights.fitted(renamed, like, _name, what=what)
+  return weights.fitted(renamed, like, in_torch, what=what)
 
 
-def _name(keys: tuple[str, ...]) -> str:
+def in_torch(keys: tuple[str, ...]) -> str:
+  """Returns the name in PyTorch of a parameter whose nested keys make it."""
   last = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
   return ".".join((*keys[:-1], last.get(keys[-1], keys[-1])))

@@ -30,7 +30,15 @@ CASES = {
     "blocks": 1,
     "head_channels": 16,
   },
-  "mlp": {"shape": (2, 3), "width": 16, "depth": 2},
+  "mlp": {"shape": (2, 3), "width": 16, "depth": 2, "observation": 5},
+  "unet1d": {
+    "shape": (4, 3),
+    "sigma_d": 0.5,
+    "channels": (8, 16),
+    "embed": 8,
+    "kernel": 3,
+    "observation": 5,
+  },
 }
 COMMON = {"classes": 3, "guidance": True}
 B = 4
@@ -42,13 +50,17 @@ WAYS = [
   if field in lookup.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
+POLICIES = [name for name in CASES if "observation" in CASES[name]]
+LABELLED = [name for name in CASES if "classes" in lookup.given("models", name)]
+labelled = pytest.mark.parametrize("name", LABELLED)
 x64 = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
 def build(name: str, **options):
   """Returns a small network, compiled once, all of whose options are on."""
-  net = lookup.lookup("models", name).build(**CASES[name] | COMMON | options)
+  common = COMMON if name in LABELLED else {}
+  net = lookup.lookup("models", name).build(**CASES[name] | common | options)
   return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
 
 
@@ -60,6 +72,7 @@ def inputs(name: str, dtype: str = "float32"):
   )
   t, dt, guidance = (jnp.asarray(rng.uniform(0.1, 1.5, B), dtype) for _ in range(3))
   cond = {"label": jnp.array([0, 1, 2, -1]), "guidance": guidance}
+  cond["observation"] = jnp.asarray(rng.normal(size=(B, 5)), dtype)
   return x, t, cond, (dx, dt)
 
 
@@ -90,7 +103,9 @@ def test_output_is_like_the_input_in_float32(name):
 
 @models
 def test_plain_networks_need_no_condition(name):
-  net = build(name, classes=0, guidance=False)
+  none = {"classes": 0, "guidance": False} if name in LABELLED else {}
+  none |= {"observation": None} if name in POLICIES else {}
+  net = build(name, **none)
   x, t, _, _ = inputs(name)
   F = net.apply(random_params(net, dtype="float32"), x, t, None)
   assert F.shape == x.shape
@@ -160,9 +175,12 @@ def test_all_inputs_count(name):
   moved = [
     (x + 0.1, t, cond),
     (x, t + 0.1, cond),
-    (x, t, cond | {"label": (cond["label"] + 2) % 3}),
-    (x, t, cond | {"guidance": cond["guidance"] + 0.5}),
   ]
+  if name in LABELLED:
+    moved.append((x, t, cond | {"label": (cond["label"] + 2) % 3}))
+    moved.append((x, t, cond | {"guidance": cond["guidance"] + 0.5}))
+  if name in POLICIES:
+    moved.append((x, t, cond | {"observation": cond["observation"] + 0.5}))
   for arguments in moved:
     apart = jnp.max(jnp.abs(net.apply(params, *arguments) - F), range(1, x.ndim))
     assert apart.min() > 1e-3
@@ -184,7 +202,7 @@ def without(params: dict, name: str) -> dict:
   return params
 
 
-@models
+@labelled
 def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
@@ -195,7 +213,7 @@ def test_no_label_adds_nothing(name):
   )
 
 
-@models
+@labelled
 def test_guidance_starts_without_effect(name):
   """So a student that takes it starts as its teacher, which does not."""
   net, teacher = build(name), build(name, guidance=False)
@@ -230,7 +248,7 @@ def test_bfloat16_is_close(name):
     assert 1e-4 < jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)) < tolerance
 
 
-@models
+@labelled
 def test_dropout_is_on_with_a_key_alone(name):
   net, plain = build(name, dropout=0.5), build(name)
   params = random_params(net, dtype="float32")

@@ -1,0 +1,264 @@
+"""Diffusion Policy's U-Net over the steps of a chunk of actions (arXiv:2303.04137).
+
+Parameters are named as in its files.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import weights
+from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
+from sdiff_jax.models import layers, network, published
+from sdiff_jax.models.published import Predictor
+from sdiff_jax.models.unet_blocks import GroupNorm
+from sdiff_jax.samplers import paths
+
+GROUPS = 8  # of the last norm, whatever the others have
+STEPS = 100  # of DDPM, with the cosine schedule
+
+
+class ConvBlock(nn.Module):
+  """mish(norm(conv(x))), [B, H, C] -> [B, H, features]."""
+
+  features: int
+  kernel: int
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = _conv(self.features, self.kernel, self.dtype, name="block.0")(x)
+    norm = GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype, name="block.1")
+    return jax.nn.mish(norm(x))
+
+
+class Residual(nn.Module):
+  """x + block(s block(x) + b), where s and b are linear in mish(cond) (FiLM).
+
+  [B, H, C] -> [B, H, features]; cond is [B, E]. Without `scale` s is 1.
+  """
+
+  features: int
+  kernel: int
+  groups: int
+  scale: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, cond: Array) -> Array:
+    block = functools.partial(
+      ConvBlock, self.features, self.kernel, self.groups, self.dtype
+    )
+    h = block(name="blocks.0")(x)
+    width = self.features * (2 if self.scale else 1)
+    dense = nn.Dense(width, dtype=self.dtype, name="cond_encoder.1")
+    film = dense(jax.nn.mish(cond))[:, None]
+    if self.scale:
+      s, b = jnp.split(film, 2, axis=-1)
+      h = s * h + b
+    else:
+      h += film
+    h = block(name="blocks.1")(h)
+    if x.shape[-1] != self.features:
+      x = _conv(self.features, 1, self.dtype, name="residual_conv")(x)
+    return x + h
+
+
+class Unet1d(nn.Module):
+  """Prediction of (x [B, H, Da], time [B], observation [B, Do] or None).
+
+  Levels go from the highest resolution.
+  """
+
+  channels: tuple[int, ...]
+  embed: int
+  kernel: int
+  groups: int
+  scale: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Array, time: Array, cond: Cond, *, deterministic: bool = True
+  ) -> Array:
+    del deterministic  # it has no dropout
+    cond = self._features(time, cond)
+
+    def block(features: int, name: str, x: Array) -> Array:
+      sizes = features, self.kernel, self.groups, self.scale, self.dtype
+      return Residual(*sizes, name=name)(x, cond)
+
+    h, skips = x.astype(self.dtype), []
+    for i, width in enumerate(self.channels):
+      h = block(width, f"down_modules.{i}.0", h)
+      h = block(width, f"down_modules.{i}.1", h)
+      skips.append(h)
+      if i < len(self.channels) - 1:
+        down = functools.partial(_conv, stride=2, name=f"down_modules.{i}.2.conv")
+        h = down(width, 3, self.dtype)(h)
+    for i in range(2):
+      h = block(self.channels[-1], f"mid_modules.{i}", h)
+    for i, width in enumerate(reversed(self.channels[:-1])):
+      h = jnp.concatenate([h, skips.pop()], axis=-1)
+      h = block(width, f"up_modules.{i}.0", h)
+      h = block(width, f"up_modules.{i}.1", h)
+      h = _double(width, self.dtype, name=f"up_modules.{i}.2.conv")(h)
+    sizes = self.channels[0], self.kernel, GROUPS, self.dtype
+    h = ConvBlock(*sizes, name="final_conv.0")(h)
+    zeros = nn.initializers.zeros
+    out = functools.partial(_conv, name="final_conv.1", kernel_init=zeros)
+    return out(x.shape[-1], 1, self.dtype)(h)
+
+  def _features(self, time: Array, cond: Cond) -> Array:
+    """Returns the embedding of the time with the observation behind it."""
+    emb = layers.positional(time, self.embed)
+    emb = jnp.roll(emb, self.embed // 2, axis=-1)  # sines first
+    emb = nn.Dense(4 * self.embed, name="diffusion_step_encoder.1")(emb)
+    emb = nn.Dense(self.embed, name="diffusion_step_encoder.3")(jax.nn.mish(emb))
+    if cond and "observation" in cond:
+      emb = jnp.concatenate([emb, cond["observation"].astype(emb.dtype)], axis=-1)
+    return emb.astype(self.dtype)
+
+
+def _conv(
+  features: int, kernel: int, dtype: jnp.dtype, stride: int = 1, **options: object
+) -> nn.Conv:
+  return nn.Conv(
+    features, (kernel,), (stride,), padding=kernel // 2, dtype=dtype, **options
+  )
+
+
+def _double(features: int, dtype: jnp.dtype, **options: object) -> nn.ConvTranspose:
+  """Returns PyTorch's transposed convolution of kernel 4, stride 2 and padding 1."""
+  sizes = {"kernel_size": (4,), "strides": (2,), "padding": ((2, 2),)}
+  return nn.ConvTranspose(
+    features, **sizes, transpose_kernel=True, dtype=dtype, **options
+  )
+
+
+def build(
+  *,
+  shape: tuple[int, ...],
+  sigma_d: float,
+  observation: int | None = None,
+  channels: tuple[int, ...] = (256, 512, 1024),
+  embed: int = 256,
+  kernel: int = 5,
+  groups: int = 8,
+  scale: bool = True,
+  process: str = "trigflow",
+  dtype: str = "float32",
+) -> Network:
+  """Returns the U-Net as a Network.
+
+  Args:
+    shape: (H, Da), of a chunk of actions.
+    sigma_d: standard deviation of the data.
+    observation: numbers of an observation; None for none.
+    channels: features of each level; H halves from one to the next.
+    embed: features of the embedding of time.
+    kernel: steps that a convolution spans, odd.
+    groups: of the norms.
+    scale: the condition scales features, too, and does not only shift them.
+    process: "trigflow", F of the angle; or "ddpm": the U-Net predicts the noise at the
+      timesteps of the published policy, and F is the exact change of variables.
+    dtype: type of the hidden layers; parameters are float32.
+
+  Raises:
+    ValueError: another process, or sizes that do not fit.
+  """
+  if process not in ("trigflow", "ddpm"):
+    raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")
+  module = _module(shape, channels, embed, kernel, groups, scale, dtype)
+  net = network.from_module(
+    module, shape=shape, classes=0, guidance=False, observation=observation
+  )
+  abar = paths.alphas_cumprod("cosine", STEPS)
+  return network.of_ddpm(net, sigma_d, abar) if process == "ddpm" else net
+
+
+def predictor(
+  *,
+  shape: tuple[int, int],
+  observation: int | None = None,
+  channels: tuple[int, ...] = (256, 512, 1024),
+  embed: int = 256,
+  kernel: int = 5,
+  groups: int = 8,
+  scale: bool = True,
+  dtype: str = "float32",
+) -> Predictor:
+  """Returns the U-Net as a predictor of noise at a timestep; arguments of `build`."""
+  module = _module(shape, channels, embed, kernel, groups, scale, dtype)
+  cond = {"observation": jnp.zeros((1, observation or 0), jnp.float32)}
+
+  def init(key: PRNGKey) -> Params:
+    x, time = jnp.zeros((1, *shape), jnp.float32), jnp.zeros((1,), jnp.float32)
+    return module.init(key, x, time, cond if observation else None)["params"]
+
+  def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
+    return layers.wide(module.apply({"params": params}, x, time, cond))
+
+  return Predictor(init, apply, shape, None)
+
+
+def _module(
+  shape: tuple[int, ...],
+  channels: tuple[int, ...],
+  embed: int,
+  kernel: int,
+  groups: int,
+  scale: bool,
+  dtype: str,
+) -> Unet1d:
+  """Returns the module, once its sizes fit."""
+  factor = 2 ** (len(channels) - 1)
+  if len(shape) != 2 or shape[0] % factor:
+    raise ValueError(
+      f"model.channels={tuple(channels)}: {factor} must divide the steps of {shape}; "
+      "it takes actions (H, Da)"
+    )
+  if any(c % groups for c in channels) or channels[0] % GROUPS:
+    raise ValueError(
+      f"model.groups={groups}: must divide model.channels={tuple(channels)}, and "
+      f"{GROUPS} the first of them"
+    )
+  if kernel % 2 == 0 or embed % 2:
+    raise ValueError(f"model.kernel={kernel}, model.embed={embed}: take odd and even")
+  return Unet1d(tuple(channels), embed, kernel, groups, scale, jnp.dtype(dtype))
+
+
+def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
+  """Returns the parameters that a state dict of ConditionalUnet1D holds.
+
+  Args:
+    tensors: by their names there, or in a policy of Diffusion Policy or LeRobot.
+    like: abstract parameters of the network; w_phi, which it has not, starts at 0.
+
+  Raises:
+    UserError: tensors that are missing, left over or of another shape.
+  """
+  fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
+  net = weights.fitted(of_policy(tensors), like["net"], published.in_torch)
+  return {"net": net, "logvar": fixed}
+
+
+def of_policy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the U-Net's tensors of a policy, averaged ones if it has them, renamed."""
+  for prefix in ("ema_model.model.", "diffusion.unet.", "model."):
+    found = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+    if found:
+      tensors = {k.removeprefix(prefix): v for k, v in found.items()}
+      break
+  renamed = {}
+  for name, x in tensors.items():
+    name = name.replace(".conv1.", ".blocks.0.").replace(".conv2.", ".blocks.1.")
+    parts = name.split(".")
+    if parts[0] in ("down_modules", "up_modules") and parts[2] == "2":
+      name = ".".join((*parts[:3], "conv", parts[-1]))
+    renamed[name] = x
+  return renamed
