@@ -140,6 +140,7 @@ def base() -> ml_collections.ConfigDict:
       "episodes": 100,
       "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
       "noise": 0,  # seed of the policy's noise
+      "actions": 8,  # done before the policy looks again
       "timed": 200,  # chunks whose making is timed
       "filmed": 4,  # episodes shown in rollout/SAMPLER.gif
     }

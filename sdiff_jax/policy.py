@@ -55,10 +55,14 @@ class Policy:
         made than fit.
 
     Raises:
-      UserError: not one pass takes less than `seconds`, or a sampler that cannot stop
-        early takes more.
+      UserError: the chunks have fewer actions than config.rollout.actions; not one
+        pass takes less than `seconds`, or a sampler that cannot stop early takes more.
     """
-    self.states = experiment.source.normaliser.steps + 1
+    fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
+    most = fitted.shape[0] - fitted.steps + 1
+    if not 1 <= count <= most:
+      raise UserError(f"config.rollout.actions={count}: take 1 to {most}")
+    self.states = fitted.steps + 1
     self._params, self._batch = params, batch_size
     self.max_passes = plan.max_passes or plan.table.evaluations
     self._compile(experiment, plan)
@@ -127,7 +131,7 @@ def _act(
   experiment: Experiment, plan: Plan, params: Params, states: Array, seeds: Array
 ) -> tuple[Array, Result]:
   """Returns actions and what they took; see Policy.many."""
-  data, fitted = experiment.config.data, experiment.source.normaliser
+  fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
   observe, frame = frames.VIEWS[experiment.config.demos.view]
   observation = observe(states[:, 1:], states[:, :-1])
   keys = sequential.keys_of(seeds)
@@ -142,7 +146,7 @@ def _act(
   if frame:
     actions = trajectories.out_of_frame(frame(states[:, -1]), actions)
   first = fitted.steps - 1
-  return actions[:, first : first + data.n_action_steps], result._replace(x=None)
+  return actions[:, first : first + count], result._replace(x=None)
 
 
 def load(

@@ -52,6 +52,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return f"kept {kept} of {demos.episodes} episodes, those that succeeded: {path}"
 
 
+def start(seed: int) -> np.ndarray:
+  """Returns the first state of an episode, float64 [5]."""
+  return pusht.near_goal(seed) if seed % NEAR == 0 else pusht.initial(seed)
+
+
 def _make(folder: str, seeds: list[int], total: int) -> None:
   """Makes episodes on all cores."""
   spawn = multiprocessing.get_context("spawn")  # JAX has threads, so no fork
@@ -70,8 +75,7 @@ def _episode(folder: str, seed: int) -> None:
   """Makes one episode and writes it, whole or not at all."""
   if not _envs:
     _envs.extend([pusht.make(), pusht.make()])
-  start = pusht.near_goal(seed) if seed % NEAR == 0 else pusht.initial(seed)
-  episode = expert.demonstrate(*_envs, start, seed)
+  episode = expert.demonstrate(*_envs, start(seed), seed)
   path = _part(folder, seed)
   with open(f"{path}.tmp", "wb") as file:
     np.savez(file, **episode._asdict())
