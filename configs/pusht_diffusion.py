@@ -17,7 +17,6 @@ def get_config(words: str = ""):
   if words not in ("", "published"):
     raise UserError(f"configs/pusht_diffusion.py:{words}: the only word is 'published'")
   c = config.base()
-  c.ema.profiles = ("power/0.1",)
   c.optim.update(name="adamw", b1=0.95, schedule="cosine")
   published(c) if words else small(c)
   c.sampler.update(name="ddim", steps=15, window=20)
@@ -35,17 +34,21 @@ def small(c):
   c.loss = config.use("losses", "diffusion")
   c.train.update(steps=6000, batch_size=256, log_every=100)
   c.checkpoint.every = 1000
+  c.ema.profiles = ("power/0.1",)
   c.optim.update(learning_rate=1e-3, weight_decay=1e-4, clip=1.0, final=0.02)
   c.optim.rampup_images = 300 * c.train.batch_size
 
 
 def published(c):
+  c.sigma_d = 1.0
   c.demos.view = "keypoints"
   c.data = config.use("data", "trajectories", path="runs/pusht/keypoints.npz")
+  c.data.std = 1.0  # of actions in [-1, 1]: nothing is scaled again
   c.model = config.use("models", "unet1d", process="ddpm")
   c.loss = config.use("losses", "ddpm")
   # 5000 epochs of the 90 episodes of 24,208 steps that its authors trained on.
   c.train.update(steps=470_000, batch_size=256, log_every=100)
   c.checkpoint.every = 10_000
+  c.ema.profiles = ("warmup/0.75",)
   c.optim.update(learning_rate=1e-4, weight_decay=1e-6)
   c.optim.rampup_images = 500 * c.train.batch_size

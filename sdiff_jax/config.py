@@ -76,7 +76,8 @@ def base() -> ml_collections.ConfigDict:
     }
   )
   c.ema = ml_collections.ConfigDict(
-    # "power/sigma_rel" (EDM2) or "half_life/images"; the first one is sampled from.
+    # "power/sigma_rel" (EDM2), "half_life/images" or "warmup/power" (Diffusion Policy:
+    # decay 1 - n^-power); the first one is sampled from.
     # The job `ema` makes another one, "power/sigma_rel", from power profiles of the
     # checkpoints that checkpoint.keep_every kept; two profiles are enough.
     {"profiles": ("power/0.05",), "posthoc": ""}

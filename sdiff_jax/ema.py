@@ -48,8 +48,19 @@ def half_life(images: float, batch_size: int) -> Callable[[Array], Array]:
   return beta
 
 
+def warmup(power: float) -> Callable[[Array], Array]:
+  """Returns n -> min(1 - (n - 1)^-power, 0.9999), and 0 at n = 1 (Diffusion Policy).
+
+  Raises:
+    ValueError: power is not above 0.
+  """
+  if not power > 0:
+    raise ValueError(f"ema: warmup/{power}: must be above 0")
+  return lambda n: jnp.minimum(1 - jnp.maximum(n - 1, 1.0) ** -power, 0.9999)
+
+
 def betas(profiles: tuple[str, ...], batch_size: int) -> dict[str, Callable]:
-  """Returns profile -> (n -> beta_n) of "power/sigma_rel" and "half_life/images".
+  """Returns profile -> (n -> beta_n) of the words that config.ema.profiles knows.
 
   Raises:
     UserError: another form.
@@ -58,12 +69,15 @@ def betas(profiles: tuple[str, ...], batch_size: int) -> dict[str, Callable]:
   out = {}
   for profile in profiles:
     name, value = configs.name_and_number(profile, "ema.profiles")
-    if name not in ("power", "half_life"):
+    if name == "half_life":
+      out[profile] = half_life(value, batch_size)
+    elif name in ("power", "warmup"):
+      out[profile] = {"power": power, "warmup": warmup}[name](value)
+    else:
       raise UserError(
         f"config.ema.profiles: {profile!r} is neither power/sigma_rel nor "
-        "half_life/images"
+        "half_life/images nor warmup/power"
       )
-    out[profile] = power(value) if name == "power" else half_life(value, batch_size)
   return out
 
 

@@ -14,7 +14,8 @@ LAYERS = (
   {"trigflow", "times", "guidance"},
   {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"}
   | {"robotics"},
-  {"diffusers_folder", "optim", "ema", "state", "checkpoint", "writer"},
+  {"diffusers_folder", "policy_folder", "optim", "ema", "state", "checkpoint"}
+  | {"writer"},
   {"step", "loop", "report"},
   {"jobs", "policy"},
   {"main"},

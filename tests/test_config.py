@@ -5,10 +5,11 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sdiff_jax import config, lookup
-from sdiff_jax.data import digits
+from sdiff_jax.data import digits, pipeline
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment, sampling, train
 
@@ -26,10 +27,14 @@ def load(path: pathlib.Path, *words: str):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_every_config_validates_and_its_step_traces(path):
+def test_every_config_validates_and_its_step_traces(path, tmp_path):
   config.validate(load(path))
   c = load(path, *WORDS.get(path.stem, ()))
   config.validate(c)
+  if c.data.name == "trajectories":
+    c.data.path = str(tmp_path / "episodes.npz")
+    arrays = {"state": np.ones((40, 20)), "action": np.ones((40, 2))}
+    np.savez(c.data.path, **arrays, episode_ends=[40])
   built = experiment.build(c)
   network = built.network
   of_teacher = c.copy_and_resolve_references()
@@ -42,7 +47,7 @@ def test_every_config_validates_and_its_step_traces(path):
   size = 4
   batch = {
     "x0": jax.ShapeDtypeStruct((size, *built.source.shape), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
+    "cond": pipeline.conditions(built.source, size),
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
   frozen = frozen if c.loss.name == "scm" else None

@@ -85,6 +85,15 @@ def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
   return Affine(centre, scale)
 
 
+def alike(one: Normaliser, two: Normaliser) -> bool:
+  """Returns whether two have the same shapes, and scales within a thousandth."""
+  flat = [[*n.observation, *n.action, n.steps, n.shape, n.std] for n in (one, two)]
+  return all(
+    np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-3, atol=1e-3)
+    for a, b in zip(*flat, strict=True)
+  )
+
+
 def save(path: str, normaliser: Normaliser) -> None:
   """Writes a normaliser as .npz."""
   flat = normaliser._asdict()

@@ -82,15 +82,12 @@ def build(
     x = maps.normalise(action, chunks(found, rows, n_obs_steps))
     return x, {"observation": observed(fitted, seen)}
 
-  return _source(fitted)._replace(take=take, size=len(at))
+  return without_data(fitted)._replace(take=take, size=len(at))
 
 
-def stored(path: str) -> Source:
-  """Returns the source of a run without its data, by its normaliser.npz."""
-  return _source(maps.load(path))
+def without_data(fitted: Normaliser) -> Source:
+  """Returns a source that knows shapes and scales, and has no episodes."""
 
-
-def _source(fitted: Normaliser) -> Source:
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     raise UserError("config.data.path: the episodes are not here; only to sample from")
 

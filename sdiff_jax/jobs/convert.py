@@ -4,16 +4,22 @@ import inspect
 
 import jax
 import ml_collections
+import numpy as np
 
-from sdiff_jax import disk, lookup, state, weights
+from sdiff_jax import config as configs
+from sdiff_jax import disk, lookup, policy_folder, state, weights
 from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.data import trajectories
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import train
+from sdiff_jax.models import unet1d
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes config.json and a checkpoint of step 0, whose averages are the weights.
+
+  Of a policy, its sizes and its normaliser as well, so it needs no data.
 
   Raises:
     UserError: the file does not fit the network, or the directory holds a run.
@@ -21,8 +27,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if not config.convert.file:
     raise UserError("config.convert.file is empty: name the file of the weights")
   check_empty(workdir)
-  experiment = experiments.build(config)
-  params = _params(config, jax.eval_shape(experiment.network.init, jax.random.key(0)))
+  if config.data.name == "trajectories":
+    experiment, params = _policy(config)
+  else:
+    experiment = experiments.build(config)
+    like = jax.eval_shape(experiment.network.init, jax.random.key(0))
+    params = _params(config, like)
   write(experiment, workdir, params)
   count = sum(x.size for x in jax.tree.leaves(params["net"]))
   return f"converted {count} parameters of {config.convert.file}: {workdir}"
@@ -63,3 +73,32 @@ def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
   wanted = inspect.signature(reader).parameters
   fields = {k: v for k, v in chosen.items() if k in wanted}
   return reader(weights.read(config.convert.file), like, **fields)
+
+
+def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, Params]:
+  """Returns the experiment that a policy is of, with its own sizes and scales.
+
+  Raises:
+    UserError: its process is not that of the U-Net's `ddpm`.
+  """
+  fields = {k: config.data[k] for k in ("horizon", "n_action_steps")}
+  policy = policy_folder.load(config.convert.file, **fields)
+  abar, wanted = policy.schedule.abar, unet1d.noise()
+  if policy.schedule.kind != "eps" or not np.array_equal(abar, wanted):
+    raise UserError(
+      f"{config.convert.file}: not of {len(wanted)} timesteps of the cosine schedule, "
+      "or not of noise; only such policies can be converted"
+    )
+  config = config.copy_and_resolve_references()
+  config.sigma_d = 1.0
+  config.model = configs.use("models", "unet1d", process="ddpm", **policy.fields)
+  config.data.update(
+    horizon=policy.normaliser.shape[0],
+    n_obs_steps=policy.normaliser.steps,
+    n_action_steps=policy.executed,
+    std=1.0,
+  )
+  source = trajectories.without_data(policy.normaliser)
+  experiment = experiments.of_source(config, source)
+  fresh = jax.jit(experiment.network.init)(jax.random.key(0))
+  return experiment, {"net": policy.params, "logvar": fresh["logvar"]}

@@ -42,12 +42,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     UserError: a piece or the mesh refuses its fields.
   """
-  return _of_source(config, lookup.build("data", config.data.to_dict()))
+  return of_source(config, lookup.build("data", config.data.to_dict()))
 
 
-def _of_source(
-  config: ml_collections.ConfigDict, source: pipeline.Source
-) -> Experiment:
+def of_source(config: ml_collections.ConfigDict, source: pipeline.Source) -> Experiment:
+  """Returns the pieces that a config names, with a source that is there already."""
   return Experiment(
     config, source, network(config, source), sharding.make_mesh(**config.mesh)
   )
@@ -190,6 +189,12 @@ def place(abstract: state.TrainState, mesh: Mesh) -> state.TrainState:
   return jax.tree.map(with_sharding, abstract, sharding.state(abstract, mesh))
 
 
+def stored_normaliser(workdir: str) -> normaliser.Normaliser | None:
+  """Returns the normaliser of a policy's work directory, None of another's."""
+  path = os.path.join(workdir, NORMALISER)
+  return normaliser.load(path) if os.path.exists(path) else None
+
+
 def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
   """Returns the experiment of a trained work directory and its parameters.
 
@@ -202,11 +207,11 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
   chosen = read(workdir)
   for section in ("sampler", "sample", "mesh", "teacher", *JOBS):
     chosen[section] = config[section]
-  path = os.path.join(workdir, NORMALISER)
-  policy = os.path.exists(path)
-  experiment = (
-    _of_source(chosen, trajectories.stored(path)) if policy else build(chosen)
-  )
+  found = stored_normaliser(workdir)
+  if found is None:
+    experiment = build(chosen)
+  else:
+    experiment = of_source(chosen, trajectories.without_data(found))
   ema.betas(chosen.ema.profiles, 1)
   train = "the same command with --job=train"
   found = averages(experiment, workdir, train, config.sample.checkpoint)

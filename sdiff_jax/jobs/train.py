@@ -12,7 +12,7 @@ from clu import parameter_overview
 
 from sdiff_jax import ema, lookup, loop, optim, processes, sharding, state, step, writer
 from sdiff_jax.checkpoint import Checkpoints
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import normaliser, pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import sampling
@@ -199,6 +199,12 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   same_data = theirs.data.to_dict() == config.data.to_dict()
   if not same_data or theirs.sigma_d != config.sigma_d:
     raise UserError(f"config.teacher.workdir={workdir}: trained on other data")
+  scales = experiments.stored_normaliser(workdir), experiment.source.normaliser
+  if scales[0] and not normaliser.alike(*scales):
+    raise UserError(
+      f"config.teacher.workdir={workdir}: its normaliser.npz is not that of the "
+      f"episodes in {config.data.path}"
+    )
   network = experiments.network(theirs, experiment.source)
   profile = theirs.ema.profiles[0]
   teacher = experiment._replace(config=theirs, network=network)

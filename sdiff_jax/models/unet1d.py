@@ -177,8 +177,12 @@ def build(
   net = network.from_module(
     module, shape=shape, classes=0, guidance=False, observation=observation
   )
-  abar = paths.alphas_cumprod("cosine", STEPS)
-  return network.of_ddpm(net, sigma_d, abar) if process == "ddpm" else net
+  return network.of_ddpm(net, sigma_d, noise()) if process == "ddpm" else net
+
+
+def noise() -> np.ndarray:
+  """Returns alpha^2 at the timesteps of "ddpm", float64 [100]."""
+  return paths.alphas_cumprod("cosine", STEPS)
 
 
 def predictor(

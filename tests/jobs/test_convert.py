@@ -15,6 +15,8 @@ from sdiff_jax import trigflow
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import convert, sampling, train
 from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.models import unet1d
+from sdiff_jax.samplers import paths
 
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = np.array([1, 3, -1])  # rows 0, 1 and 3 of the fixture
@@ -129,3 +131,35 @@ def test_mistakes(converted, files, tmp_path):
   config.convert.file = "x"
   config.model = configs.use("models", "mlp")
   refused("config.model.name='mlp': no file is known for it", config)
+
+
+def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
+  """No data are needed, and its denoiser is that of the file."""
+  arrays = fixture("dp_unet1d")
+  file = {f"model.{k[2:]}": v for k, v in arrays.items() if k.startswith("w/")}
+  for name, n in (("obs", 20), ("action", 2)):
+    head = f"normalizer.params_dict.{name}"
+    file |= {f"{head}.scale": np.full(n, 0.5), f"{head}.offset": np.arange(float(n))}
+  np.savez(tmp_path / "policy.npz", **file)
+  config = configs.base()
+  config.data = configs.use("data", "trajectories", path="none")
+  config.convert.file = str(tmp_path / "policy.npz")
+  workdir = str(tmp_path / "run")
+  convert.run(config, workdir)
+  experiment, params = experiments.trained(config, workdir)
+  fitted = experiment.source.normaliser
+  np.testing.assert_array_equal(fitted.action.centre, [0, -2])
+  assert (fitted.steps, fitted.shape, fitted.std) == (2, (16, 2), 1.0)
+  assert experiment.config.model.channels == (16, 32, 48)
+  abar, n = paths.alphas_cumprod("cosine", 100), 31
+  t = jnp.full(4, np.arctan((1 / abar[n] - 1) ** 0.5), jnp.float32)
+  cond = {"observation": jnp.asarray(arrays["global_cond"])}
+  x = jnp.asarray(arrays["sample"])
+  F = jax.jit(experiment.network.apply)(params, x, t, cond)
+  d = trigflow.denoise(x, F, t, 1.0)
+  predict = unet1d.predictor(
+    shape=(16, 2), observation=40, channels=(16, 32, 48), embed=32
+  )
+  eps = jax.jit(predict.apply)(params["net"], x, jnp.full(4, float(n)), cond)
+  wanted = (x - (1 - abar[n]) ** 0.5 * eps) / abar[n] ** 0.5
+  np.testing.assert_allclose(d, wanted, atol=2e-4)

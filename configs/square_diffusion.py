@@ -1,0 +1,38 @@
+"""Diffusion Policy on robomimic's Square, low-dimensional states (arXiv:2303.04137).
+
+With the word `absolute` actions are poses instead of motions. Not run: needs the files
+of robomimic, low_dim.hdf5 or, of poses, low_dim_abs.hdf5.
+"""
+
+from sdiff_jax import config
+from sdiff_jax.interfaces import UserError
+
+FILES = {"": "low_dim.hdf5", "absolute": "low_dim_abs.hdf5"}
+
+
+def get_config(words: str = ""):
+  if words not in FILES:
+    raise UserError(f"configs/square_diffusion.py:{words}: the only word is 'absolute'")
+  c = config.base()
+  c.sigma_d = 1.0
+  # Motions are in [-1, 1] already; of poses the places are brought there.
+  c.data = config.use(
+    "data",
+    "trajectories",
+    path=f"data/robomimic/datasets/square/ph/{FILES[words]}",
+    held_out=0.02,
+    observation_range="max_abs",
+    action_range="position" if words else "none",
+    absolute=bool(words),
+    std=1.0,
+  )
+  c.model = config.use("models", "unet1d", process="ddpm")
+  c.loss = config.use("losses", "ddpm")
+  # 5000 epochs of about 30,000 windows.
+  c.train.update(steps=590_000, batch_size=256, log_every=100)
+  c.checkpoint.update(every=5000, keep_every=50_000)
+  c.optim.update(name="adamw", learning_rate=1e-4, b1=0.95, b2=0.999)
+  c.optim.update(weight_decay=1e-6, schedule="cosine", rampup_images=500 * 256)
+  c.ema.profiles = ("warmup/0.75",)
+  c.sampler.update(name="ddpm", steps=100)
+  return c
