@@ -20,8 +20,8 @@ def get_config(words: str = ""):
   c.optim.update(name="adamw", b1=0.95, schedule="cosine")
   published(c) if words else small(c)
   c.sampler.update(name="ddim", steps=15, window=20)
-  c.rollout.samplers = ("ddpm/100", "paraddpm/100", "specddpm/100", "ddim/15")
-  c.rollout.samplers += ("paraddim/15", "dpmpp2m/15", "paradpmpp2m/15")
+  c.rollout.samplers = ("ddim/15", "paraddim/15", "dpmpp2m/15", "paradpmpp2m/15")
+  c.rollout.samplers += ("ddpm/100", "paraddpm/100", "specddpm/100")
   return c
 
 

@@ -115,6 +115,7 @@ class Run(NamedTuple):
   metrics: list[dict]
   training: dict
   rows: list[dict]
+  rollouts: list[dict]
   command: str
 
 
@@ -131,7 +132,7 @@ def write(runs: list[str], path: str) -> str:
   page = PAGE.substitute(
     title=escape(title),
     lead=" ".join(text for kind, text in OBJECTIVES.items() if kind in kinds),
-    body=_results(loaded) + _samples(loaded) + _training(loaded),
+    body=_results(loaded) + _samples(loaded) + _rollouts(loaded) + _training(loaded),
   )
   out = pathlib.Path(path)
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,7 @@ def _load(directory: str) -> Run:
     metrics=writer.read_metrics(path),
     training=json.loads(read("training.json", "{}")),
     rows=json.loads(read("evaluate/results.json", "[]")),
+    rollouts=json.loads(read("rollout/results.json", "[]")),
     command=read("command.txt", "").strip(),
   )
 
@@ -205,20 +207,41 @@ def _results(runs: list[Run]) -> str:
   rows = _rows(runs)
   if not rows:
     return ""
+  counts = _list(f"{row['images']:,}" for row in rows)
+  samples = f"<dt>Samples</dt><dd>{counts} images behind each row</dd>\n"
+  return f"<h2>Results</h2>\n{_table(rows, COLUMNS, samples)}"
+
+
+def _table(rows: list[dict], columns: tuple, more: str) -> str:
+  """Returns rows under their columns, what these mean, and more of that."""
   bodies = ""
   for kind, above in KINDS.items():
     lines = "".join(
-      _row("td", _cells(row, "–", COLUMNS)) for row in rows if row["kind"] == kind
+      _row("td", _cells(row, "–", columns)) for row in rows if row["kind"] == kind
     )
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
-  head = _row("th", [header for header, *_ in COLUMNS])
-  meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in COLUMNS)
-  counts = _list(f"{row['images']:,}" for row in rows)
+  head = _row("th", [header for header, *_ in columns])
+  meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in columns)
   return (
-    f'<h2>Results</h2>\n<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
-    f'</table></div>\n<dl class="meanings">\n{meanings}'
-    f"<dt>Samples</dt><dd>{counts} images behind each row</dd>\n</dl>\n"
+    f'<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
+    f'</table></div>\n<dl class="meanings">\n{meanings}{more}</dl>\n'
   )
+
+
+def _rollouts(runs: list[Run]) -> str:
+  """Returns what policies did: a table, and films side by side."""
+  found = [(run.path / "rollout", row) for run in runs for row in run.rollouts]
+  if not found:
+    return ""
+  rows, figures = [row for _, row in found], ""
+  for folder, row in found:
+    model, sampler = map(escape, _cells(row, "–", ROLLOUT)[:WORDS])
+    film = folder / f"{row['sampler'].replace('/', '_')}.gif"
+    figures += _figure(film, f"<b>{model}</b> {sampler}")
+  counts = _list(f"{row['episodes']:,}" for row in rows)
+  episodes = f"<dt>Episodes</dt><dd>{counts} behind each row, the same ones</dd>\n"
+  table = _table(rows, ROLLOUT, episodes)
+  return f"<h2>Episodes of Push-T</h2>\n{table}{_tiles('18rem', figures)}"
 
 
 def _samples(runs: list[Run]) -> str:
@@ -307,10 +330,11 @@ def _tiles(width: str, content: str) -> str:
 
 
 def _figure(path: pathlib.Path, caption: str) -> str:
-  """Returns a PNG under a caption that is HTML already; nothing if it is missing."""
+  """Returns a picture under a caption that is HTML; nothing if it is missing."""
   if not path.exists():
     return ""
-  image = f'<img src="{_uri(path.read_bytes(), "png")}" alt="{escape(path.stem)}">'
+  uri = _uri(path.read_bytes(), path.suffix[1:])
+  image = f'<img src="{uri}" alt="{escape(path.stem)}">'
   return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
 

@@ -206,3 +206,18 @@ def test_grid_enlarges_small_images_without_blending():
 @pytest.mark.parametrize(("side", "cell"), [(28, 56), (32, 32), (33, 33), (64, 64)])
 def test_grid_cells_have_sides_of_32_or_more(side, cell):
   assert writer.grid(np.zeros((1, side, side, 3), np.uint8)).shape == (cell, cell, 3)
+
+
+def test_films_of_several_lengths_run_side_by_side(tmp_path):
+  white, black = (np.full((40, 40, 3), v, np.uint8) for v in (255, 0))
+  path = tmp_path / "film.gif"
+  writer.save_gif(path, [[white, black, white], [black]], rate=10)
+  with Image.open(path) as film:
+    assert film.n_frames == 3
+    assert film.info["duration"] == 100
+    for k, left in enumerate((255, 0, 255)):
+      film.seek(k)
+      picture = np.asarray(film.convert("RGB"))
+      assert picture.shape == (40, 82, 3)
+      assert (picture[:, :40] == left).all()
+      assert (picture[:, 42:] == 0).all()

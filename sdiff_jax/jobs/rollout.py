@@ -35,6 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   os.makedirs(folder, exist_ok=True)
   plans = {name: sampling.plan(config, name) for name in rollout.samplers}
   build = functools.partial(Policy, experiment, params)
+  path = os.path.join(folder, "results.json")
   envs = [pusht.make() for _ in range(rollout.episodes)]
   rows, histories = [], []
   for name, plan in plans.items():
@@ -43,10 +44,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     made = _episodes(rollout, act, envs, name, film)
     histories.append(made.histories)
     rows.append(_row(experiments.title(experiment.config), name, made))
+    writer.save_text(path, json.dumps(rows, indent=2))  # times are to come
   seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
   for row in rows:
     row |= seconds[row["sampler"]]
-  path = os.path.join(folder, "results.json")
   writer.save_text(path, json.dumps(rows, indent=2))
   print(report.table(rows, report.ROLLOUT))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"

@@ -5,6 +5,7 @@ A state is [agent x, agent y, block x, block y, block angle] in pixels of a squa
 min(1, coverage / 0.95), coverage being the share of the outline under the block.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def make() -> Any:
   Raises:
     UserError: gym-pusht is not installed.
   """
+  os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
   try:
     import gym_pusht  # noqa: F401
     import gymnasium

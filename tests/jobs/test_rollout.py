@@ -130,9 +130,7 @@ def test_failures_are_one_line(change, message):
 
 
 def test_actions_depend_on_their_own_states_and_seed_alone(trained):
-  one, many = (
-    policy.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3)
-  )
+  one, many = (policy.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3))
   states = np.random.default_rng(1).uniform(100, 400, (3, 2, 5))
   seeds = np.array([4, 5, 6], np.int32)
   together, _ = many.many(states, seeds)
