@@ -12,9 +12,9 @@ def get_config():
   c.data.update(observation_range="percentile", action_range="percentile")
   c.model = config.use("models", "mlp", width=256, depth=4, embed=256)
   c.loss = config.use(
-    "losses", "scm", velocity="teacher", warmup_steps=600, adaptive_weight=False
+    "losses", "scm", velocity="teacher", warmup_steps=1200, adaptive_weight=False
   )
-  c.train.update(steps=2500, batch_size=256, log_every=100)
+  c.train.update(steps=6000, batch_size=128, log_every=100)
   c.checkpoint.every = 1000
   # As for the digits: momentum lags behind the network's own target.
   c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)

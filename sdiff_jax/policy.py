@@ -42,6 +42,7 @@ class Policy:
     plan: Plan,
     *,
     batch_size: int = 1,
+    max_passes: int = 0,
     seconds: float = 0.0,
   ):
     """Compiles the policy.
@@ -51,12 +52,13 @@ class Policy:
       params: of the network.
       plan: the sampler, with its window chosen.
       batch_size: robots at a time.
-      seconds: most time of a call; 0 for any. Passes are timed, and no more of them
-        made than fit.
+      max_passes: most calls of the network, one after the other; 0 for any.
+      seconds: most time of a call of the policy; 0 for any. Passes are timed, and no
+        more of them made than fit.
 
     Raises:
-      UserError: the chunks have fewer actions than config.rollout.actions; not one
-        pass takes less than `seconds`, or a sampler that cannot stop early takes more.
+      UserError: the chunks have fewer actions than config.rollout.actions, or a
+        sampler that cannot stop early takes more.
     """
     fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
     most = fitted.shape[0] - fitted.steps + 1
@@ -64,22 +66,16 @@ class Policy:
       raise UserError(f"config.rollout.actions={count}: take 1 to {most}")
     self.states = fitted.steps + 1
     self._params, self._batch = params, batch_size
-    self.max_passes = plan.max_passes or plan.table.evaluations
+    if max_passes:
+      plan = _bounded(plan, max_passes, f"max_passes={max_passes}")
     self._compile(experiment, plan)
-    if not seconds:
-      return
-    fit = int(seconds / self.pass_seconds())
-    if fit >= self.max_passes:
-      return
-    if not (plan.loop and fit):
-      raise UserError(
-        f"seconds={seconds}: {plan.loop}{plan.table.evaluations} rows take more; allow "
-        "more, or take a parallel sampler or a distilled policy"
-      )
-    self.max_passes = fit
-    self._compile(experiment, plan._replace(max_passes=fit))
+    if seconds:
+      fit = int(seconds / self.pass_seconds())
+      if fit < self.max_passes:
+        self._compile(experiment, _bounded(plan, fit, f"seconds={seconds}"))
 
   def _compile(self, experiment: Experiment, plan: Plan) -> None:
+    self.max_passes = plan.max_passes or plan.table.evaluations
     act = functools.partial(_act, experiment, plan)
     states = jax.ShapeDtypeStruct((self._batch, self.states, 5), jnp.float32)
     seeds = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
@@ -127,6 +123,17 @@ class Policy:
     return worst
 
 
+def _bounded(plan: Plan, most: int, what: str) -> Plan:
+  """Returns the plan with no more passes than that, if it can do with so few."""
+  rows = plan.table.evaluations
+  if most < rows and (most < 1 or plan.loop not in ("para", "spec")):
+    raise UserError(
+      f"{what}: {max(most, 0)} passes are too few for a sampler of {rows} that cannot "
+      "stop early; allow more, or take a parallel sampler or a distilled policy"
+    )
+  return plan._replace(max_passes=min(most, rows))
+
+
 def _act(
   experiment: Experiment, plan: Plan, params: Params, states: Array, seeds: Array
 ) -> tuple[Array, Result]:
@@ -154,6 +161,7 @@ def load(
   *,
   sampler: str = "",
   batch_size: int = 1,
+  max_passes: int = 0,
   seconds: float = 0.0,
   config: ml_collections.ConfigDict | None = None,
 ) -> Policy:
@@ -163,6 +171,7 @@ def load(
     workdir: of the run.
     sampler: "name/steps", such as "paraddpm/100"; "" for that of the config.
     batch_size: robots at a time.
+    max_passes: see Policy.
     seconds: see Policy.
     config: how to sample; None for what the run was trained with.
 
@@ -173,4 +182,6 @@ def load(
   if experiment.source.normaliser is None:
     raise UserError(f"{workdir} holds no policy: its data are images")
   chosen = sampling.plan(experiment.config, sampler or None)
-  return Policy(experiment, params, chosen, batch_size=batch_size, seconds=seconds)
+  chosen = sampling.with_window(experiment, chosen, params, batch_size)
+  bounds = {"max_passes": max_passes, "seconds": seconds}
+  return Policy(experiment, params, chosen, batch_size=batch_size, **bounds)

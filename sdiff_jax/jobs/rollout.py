@@ -33,7 +33,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     raise UserError(f"{workdir} holds no policy: its data are images")
   folder = os.path.join(workdir, "rollout")
   os.makedirs(folder, exist_ok=True)
-  plans = {name: sampling.plan(config, name) for name in rollout.samplers}
+  plans = {
+    name: sampling.with_window(experiment, sampling.plan(config, name), params, 1)
+    for name in rollout.samplers
+  }
   build = functools.partial(Policy, experiment, params)
   path = os.path.join(folder, "results.json")
   envs = [pusht.make() for _ in range(rollout.episodes)]
