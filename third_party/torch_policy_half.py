@@ -69,6 +69,7 @@ def chunk(net: Policy, seen: torch.Tensor, scheduler: DDPMScheduler) -> torch.Te
 
 def main() -> None:
   torch.manual_seed(0)
+  torch.set_num_threads(1)  # more only cost, for one robot
   with np.load(sys.argv[1]) as arrays:
     found = dict(arrays)
   given = {k: torch.tensor(found.pop(k)) for k in ("x", "t", "seen", "F")}
