@@ -51,7 +51,9 @@ def main() -> None:
       for peak, memory, launch in CHIPS.values()
     ]
     cells = " ".join(f"{1e3 * t:9.3f} ms" for t in times)
-    print(f"{row['sampler']:16} {row['passes']:6.1f} {cells}   {launches} launches a pass")
+    print(
+      f"{row['sampler']:16} {row['passes']:6.1f} {cells}   {launches} launches a pass"
+    )
 
 
 def _cost(experiment, params, batch: int) -> tuple[float, float]:
@@ -61,7 +63,9 @@ def _cost(experiment, params, batch: int) -> tuple[float, float]:
   cond = {"observation": jnp.zeros((batch, source.observation), jnp.float32)}
   call = jax.jit(experiment.network.apply).lower(params, x, jnp.ones(batch), cond)
   leaves = jax.tree.leaves((params["net"], x, x, cond))
-  return float(call.cost_analysis()["flops"]), float(sum(leaf.nbytes for leaf in leaves))
+  return float(call.cost_analysis()["flops"]), float(
+    sum(leaf.nbytes for leaf in leaves)
+  )
 
 
 def _launches(experiment, params, plan) -> int:

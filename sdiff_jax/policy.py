@@ -57,13 +57,14 @@ class Policy:
         more of them made than fit.
 
     Raises:
-      UserError: the chunks have fewer actions than config.rollout.actions, or a
-        sampler that cannot stop early takes more.
+      UserError: it was trained on other observations, its chunks have fewer actions
+        than config.rollout.actions, or a sampler that cannot stop early takes more.
     """
     fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
     most = fitted.shape[0] - fitted.steps + 1
     if not 1 <= count <= most:
       raise UserError(f"config.rollout.actions={count}: take 1 to {most}")
+    _check_view(experiment)
     self.states = fitted.steps + 1
     self._params, self._batch = params, batch_size
     if max_passes:
@@ -121,6 +122,19 @@ class Policy:
       took = (time.perf_counter() - begin) / int(result.passes.max())
       worst = max(worst, took) if seed else worst  # the first one warms up
     return worst
+
+
+def _check_view(experiment: Experiment) -> None:
+  """Raises a UserError if the network was trained on what another view shows."""
+  view = experiment.config.demos.view
+  state = jax.ShapeDtypeStruct((5,), jnp.float32)
+  shown = jax.eval_shape(frames.VIEWS[view][0], state, state).size
+  wanted = len(experiment.source.normaliser.observation.centre)
+  if shown != wanted:
+    raise UserError(
+      f"config.demos.view={view!r}: shows {shown} numbers of Push-T; the policy was "
+      f"trained on {wanted}"
+    )
 
 
 def _bounded(plan: Plan, most: int, what: str) -> Plan:

@@ -62,6 +62,14 @@ def test_episodes_come_with_their_mirror_images(config, tmp_path):
   assert "are there already" in demos.run(config, str(tmp_path))
 
 
+def test_keypoints_have_no_frame(config, tmp_path):
+  config.demos.view = "keypoints"
+  demos.run(config, str(tmp_path))
+  with np.load(config.data.path) as arrays:
+    assert "frame" not in arrays
+    assert arrays["observation"].shape[1] == 20
+
+
 def test_goes_on_where_it_stopped_with_the_same_end(config, tmp_path, monkeypatch):
   demos.run(config, str(tmp_path))
   with np.load(config.data.path) as arrays:

@@ -163,6 +163,18 @@ def test_time_is_bounded(trained, monkeypatch):
     policy.load(trained, sampler="paraddpm/5", seconds=0.005)
 
 
+def test_policies_of_other_observations_are_refused(trained):
+  experiment, params = experiments.trained(experiments.read(trained), trained)
+  plan = policy.sampling.plan(experiment.config)
+  experiment.config.demos.view = "keypoints"
+  with pytest.raises(UserError, match="shows 20 numbers .* trained on 14"):
+    policy.Policy(experiment, params, plan)
+  experiment.config.demos.view = "block"
+  experiment.config.rollout.actions = 17
+  with pytest.raises(UserError, match="config.rollout.actions=17: take 1 to 16"):
+    policy.Policy(experiment, params, plan)
+
+
 def test_wrong_states_are_refused(trained):
   act = policy.load(trained)
   with pytest.raises(UserError, match=r"states \(1, 3, 5\): the policy takes"):
