@@ -35,6 +35,7 @@ setuptools.setup(
   ],
   extras_require={
     "test": [
+      "gym-pusht==0.1.8",
       "h5py>=3.11",
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
@@ -51,8 +52,8 @@ setuptools.setup(
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",
     ],
-    # Recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
-    "robotics": ["h5py>=3.11", "zarr>=3.0.5"],
+    # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
+    "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "zarr>=3.0.5"],
     "tpu": ["jax[tpu]>=0.10.1"],
     "rehearse": ["libtpu"],  # compiles for TPUs that are not here
     "cuda": ["jax[cuda12]>=0.10.1"],

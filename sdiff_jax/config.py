@@ -159,6 +159,27 @@ def base() -> ml_collections.ConfigDict:
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
   )
+  # The job `demos`: an expert's episodes of Push-T, written to data.path.
+  c.demos = ml_collections.ConfigDict(
+    {
+      "episodes": 600,  # of which those that succeed are kept, and mirrored
+      "seed": 0,  # episode k is made from seed + k alone
+      # What the policy sees: "block", all in the block's frame, or "keypoints".
+      "view": "block",
+    }
+  )
+  # The job `rollout`: a policy in Push-T.
+  c.rollout = ml_collections.ConfigDict(
+    {
+      "samplers": ("ddim/15",),  # name/steps
+      "episodes": 100,
+      "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
+      "noise": 0,  # seed of the policy's noise
+      "actions": 8,  # done before the policy looks again
+      "timed": 200,  # chunks whose making is timed
+      "filmed": 4,  # episodes shown in rollout/SAMPLER.gif
+    }
+  )
   # The job `study`, see sdiff_jax/studies.py; filled by the files of configs/studies.
   c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
   # That the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,

@@ -1,6 +1,7 @@
 """Command line: python -m sdiff_jax.main --config=configs/X.py [--workdir=DIR].
 
 Jobs (--job=NAME), each on the work directory DIR:
+  demos     make an expert's episodes of Push-T, the data of a policy
   inspect   show and measure the data set as the network sees it: inspect.png
   train     train, or go on with a run that stopped (the default)
   convert   make DIR of the weights in config.convert.file, instead of training
@@ -12,6 +13,7 @@ Jobs (--job=NAME), each on the work directory DIR:
   encode    write the latents of the images of config.data, to train on
   features  train the features that evaluate measures in: features.npz
   evaluate  measure samples of several solvers, or given images, against data
+  rollout   let a policy act in Push-T, by several samplers
   report    write report.html on DIR, or on all runs inside it
   study     train and measure all runs of a file of configs/studies, and draw them
   rehearse  compile the step for a pod that is not here (--config.pod=v5p:4x4x8):
@@ -43,6 +45,7 @@ from sdiff_jax import disk, pods, processes, words
 from sdiff_jax.interfaces import UserError
 
 JOBS = (
+  "demos",
   "inspect",
   "train",
   "convert",
@@ -52,6 +55,7 @@ JOBS = (
   "encode",
   "features",
   "evaluate",
+  "rollout",
   "report",
   "study",
   "rehearse",

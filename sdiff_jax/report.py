@@ -33,6 +33,18 @@ COLUMNS = (
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
   ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
 )  # fmt: skip
+# Of policies, in the same way.
+ROLLOUT = (
+  ("Model", "model", str, "the run that the policy comes from"),
+  ("Sampler", "sampler", str, "how actions were drawn: method/steps"),
+  ("Reward", "reward", "{:.3f}".format, "mean over episodes of the largest reward"),
+  ("+-", "error", "{:.3f}".format, "its standard error"),
+  ("Solved", "solved", "{:.0%}".format, "share of episodes that reached the goal"),
+  ("Passes", "passes", "{:.1f}".format, "network calls after one another, a chunk"),
+  ("NFE", "evaluations", "{:.1f}".format, "network evaluations, a chunk"),
+  ("Median", "median", EngFormatter("s", 2), "time of a chunk for one robot"),
+  ("p95", "p95", EngFormatter("s", 2), "that of the slowest 5%"),
+)
 WORDS = 2  # the first columns hold words, the others numbers
 BASELINES = '<tr><th colspan="{}">Baselines</th></tr>\n'
 KINDS = {"model": "", "baseline": BASELINES}  # and what stands above their rows
@@ -66,6 +78,7 @@ class Run(NamedTuple):
   metrics: list[dict]
   training: dict
   rows: list[dict]
+  rollouts: list[dict]
   command: str
 
 
@@ -82,7 +95,7 @@ def write(runs: list[str], path: str) -> str:
   text = page.TEMPLATE.substitute(
     title=escape(title),
     lead=" ".join(text for kind, text in OBJECTIVES.items() if kind in kinds),
-    body=_results(loaded) + _samples(loaded) + _training(loaded),
+    body=_results(loaded) + _samples(loaded) + _rollouts(loaded) + _training(loaded),
   )
   out = pathlib.Path(path)
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +124,9 @@ def _rows(runs: list[Run]) -> list[dict]:
   return [row for k, row in enumerate(found) if row not in found[:k]]
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], columns: tuple = COLUMNS) -> str:
   """Returns the rows as text aligned for a terminal: models, a rule, baselines."""
-  columns = _columns(rows)
+  columns = _columns(rows, columns)
   lines: list = [[header for header, *_ in columns]]
   for kind in KINDS:
     group = [_cells(row, "-", columns) for row in rows if row["kind"] == kind]
@@ -146,15 +159,16 @@ def _load(directory: str) -> Run:
     metrics=writer.read_metrics(path),
     training=json.loads(read("training.json", "{}")),
     rows=json.loads(read("evaluate/results.json", "[]")),
+    rollouts=json.loads(read("rollout/results.json", "[]")),
     command=read("command.txt", "").strip(),
   )
 
 
-def _columns(rows: list[dict]) -> list[tuple]:
-  return [c for c in COLUMNS if any(c[1] in row for row in rows)]
+def _columns(rows: list[dict], columns: tuple) -> tuple:
+  return tuple(c for c in columns if any(c[1] in row for row in rows))
 
 
-def _cells(row: dict, missing: str, columns: list[tuple]) -> list[str]:
+def _cells(row: dict, missing: str, columns: tuple) -> list[str]:
   values = [(row.get(key), form) for _, key, form, _ in columns]
   # NaN, which differs from itself, is as good as null.
   return [missing if v is None or v != v else form(v) for v, form in values]
@@ -165,19 +179,40 @@ def _results(runs: list[Run]) -> str:
   rows = _rows(runs)
   if not rows:
     return ""
-  bodies, columns = "", _columns(rows)
+  counts = _list(f"{row['images']:,}" for row in rows)
+  samples = f"<dt>Samples</dt><dd>{counts} images behind each row</dd>\n"
+  return f"<h2>Results</h2>\n{_table(rows, COLUMNS, samples)}"
+
+
+def _table(rows: list[dict], columns: tuple, more: str) -> str:
+  """Returns rows under their columns, what these mean, and more of that."""
+  bodies, columns = "", _columns(rows, columns)
   for kind, above in KINDS.items():
     cells = [_cells(row, "–", columns) for row in rows if row["kind"] == kind]
     lines, above = "".join(page.row("td", c) for c in cells), above.format(len(columns))
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
   head = page.row("th", [header for header, *_ in columns])
   meanings = "".join(f"<dt>{c[0]}</dt><dd>{c[-1]}</dd>\n" for c in columns)
-  counts = _list(f"{row['images']:,}" for row in rows)
   return (
-    f'<h2>Results</h2>\n<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
-    f'</table></div>\n<dl class="meanings">\n{meanings}'
-    f"<dt>Samples</dt><dd>{counts} images behind each row</dd>\n</dl>\n"
+    f'<div class="wide"><table>\n<thead>\n{head}</thead>\n{bodies}'
+    f'</table></div>\n<dl class="meanings">\n{meanings}{more}</dl>\n'
   )
+
+
+def _rollouts(runs: list[Run]) -> str:
+  """Returns what policies did: a table, and films side by side."""
+  found = [(run.path / "rollout", row) for run in runs for row in run.rollouts]
+  if not found:
+    return ""
+  rows, figures = [row for _, row in found], ""
+  for folder, row in found:
+    model, sampler = map(escape, _cells(row, "–", ROLLOUT)[:WORDS])
+    film = folder / f"{row['sampler'].replace('/', '_')}.gif"
+    figures += _figure(film, f"<b>{model}</b> {sampler}")
+  counts = _list(f"{row['episodes']:,}" for row in rows)
+  episodes = f"<dt>Episodes</dt><dd>{counts} behind each row, the same ones</dd>\n"
+  table = _table(rows, ROLLOUT, episodes)
+  return f"<h2>Episodes of Push-T</h2>\n{table}{_tiles('18rem', figures)}"
 
 
 def _samples(runs: list[Run]) -> str:
@@ -268,10 +303,11 @@ def _tiles(width: str, content: str) -> str:
 
 
 def _figure(path: pathlib.Path, caption: str) -> str:
-  """Returns a PNG under a caption that is HTML already; nothing if it is missing."""
+  """Returns a picture under a caption that is HTML; nothing if it is missing."""
   if not path.exists():
     return ""
-  image = f'<img src="{page.uri(path.read_bytes(), "png")}" alt="{escape(path.stem)}">'
+  uri = page.uri(path.read_bytes(), path.suffix[1:])
+  image = f'<img src="{uri}" alt="{escape(path.stem)}">'
   return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
 

@@ -194,6 +194,24 @@ def about(path: str | os.PathLike) -> str:
     return opened.info.get(ABOUT, "")
 
 
+def save_gif(
+  path: str | os.PathLike, films: list[list[np.ndarray]], rate: float
+) -> None:
+  """Writes films, side by side, as one animation; those that end early stand still.
+
+  Args:
+    path: of the file.
+    films: pictures of each film, uint8 [H, W, 3].
+    rate: pictures a second.
+  """
+  pictures = [
+    Image.fromarray(grid(np.stack([film[min(k, len(film) - 1)] for film in films])))
+    for k in range(max(map(len, films)))
+  ]
+  first, *others = pictures
+  first.save(path, save_all=True, append_images=others, duration=1000 / rate, loop=0)
+
+
 def save_text(path: str | os.PathLike, text: str) -> None:
   """Writes a file at one stroke: a kill or a full disk leaves the old one whole."""
   temporary = pathlib.Path(f"{path}.tmp")

@@ -12,18 +12,12 @@ LAYERS = (
   {"interfaces", "lookup", "config", "words", "disk", "processes"}
   | {"weights", "unpickle", "fields", "collectives", "pods", "roofline"},
   {"trigflow", "times", "guidance"},
-  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"},
-  {
-    "diffusers_folder",
-    "policy_folder",
-    "optim",
-    "ema",
-    "state",
-    "checkpoint",
-    "writer",
-  },
+  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"}
+  | {"robotics"},
+  {"diffusers_folder", "policy_folder", "optim", "ema", "state", "checkpoint"}
+  | {"writer"},
   {"step", "loop", "page", "report", "rehearsal", "studies"},
-  {"jobs"},
+  {"jobs", "policy"},
   {"main"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

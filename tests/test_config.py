@@ -36,6 +36,16 @@ def test_configs_of_other_jobs_validate():
     assert c.job in main.JOBS
 
 
+def test_push_t_as_published():
+  path = CONFIGS / "pusht_diffusion.py"
+  c = load(path, "published")
+  config.validate(c)
+  assert (c.model.name, c.model.process, c.loss.name) == ("unet1d", "ddpm", "ddpm")
+  assert (c.data.horizon, c.data.n_obs_steps, c.data.n_action_steps) == (16, 2, 8)
+  with pytest.raises(UserError, match="the only word is 'published'"):
+    load(path, "pubished")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_config_validates_and_its_step_traces(path, tmp_path):
   config.validate(load(path))

@@ -246,3 +246,20 @@ def test_text_table_is_aligned():
 
 def test_text_table_of_models_alone_has_one_rule():
   assert report.table([TEACHER]).count("\n-") == 1
+
+
+def test_episodes_of_a_policy_have_a_table_and_films(tmp_path):
+  run = tmp_path / "policy"
+  path = _run(run)
+  (run / "rollout").mkdir()
+  row = {"model": "teacher", "sampler": "ddim/15", "kind": "model", "episodes": 100}
+  row |= {"reward": 0.97275, "error": 0.0071, "solved": 0.62, "median": 0.0247}
+  (run / "rollout" / "results.json").write_text(json.dumps([row]))
+  films = [[np.zeros((8, 8, 3), np.uint8)] * n for n in (1, 3)]
+  writer.save_gif(run / "rollout" / "ddim_15.gif", films, 10)
+  page = _write(tmp_path, path)
+  assert "Episodes of Push-T" in page
+  for cell in ("0.973", "0.007", "62%", "24.70 ms"):
+    assert f"<td>{cell}</td>" in page
+  assert "data:image/gif;base64," in page
+  assert "Episodes of Push-T" not in _write(tmp_path, _run(tmp_path / "other"))

@@ -218,3 +218,18 @@ def test_a_text_inside_a_picture(tmp_path):
   writer.save_png(path, image)
   assert writer.about(path) == ""
   assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_films_of_several_lengths_run_side_by_side(tmp_path):
+  white, black = (np.full((40, 40, 3), v, np.uint8) for v in (255, 0))
+  path = tmp_path / "film.gif"
+  writer.save_gif(path, [[white, black, white], [black]], rate=10)
+  with Image.open(path) as film:
+    assert film.n_frames == 3
+    assert film.info["duration"] == 100
+    for k, left in enumerate((255, 0, 255)):
+      film.seek(k)
+      picture = np.asarray(film.convert("RGB"))
+      assert picture.shape == (40, 82, 3)
+      assert (picture[:, :40] == left).all()
+      assert (picture[:, 42:] == 0).all()

@@ -21,7 +21,9 @@ from sdiff_jax.models.vae import Autoencoder
 FREE = ("train.log_every", "train.sample_every", "train.skip_nonfinite")
 FREE += ("checkpoint.", "mesh.", "sampler.", "sample.", "teacher.", "convert.")
 FREE += ("ema.posthoc", "encode.", "generate.", "study.", "job", "vae", "model.remat")
-FREE += ("evaluate.", "reference.", "pod", "rehearse.")
+FREE += ("pod", "rehearse.", "demos.")
+JOBS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
+FREE += tuple(f"{section}." for section in JOBS)
 
 
 NORMALISER = "normaliser.npz"
@@ -227,15 +229,7 @@ def trained(config: ml_collections.ConfigDict, workdir: str) -> tuple:
     UserError: the work directory has no config or no checkpoint.
   """
   chosen = read(workdir)
-  for section in (
-    "sampler",
-    "sample",
-    "evaluate",
-    "reference",
-    "mesh",
-    "teacher",
-    "vae",
-  ):
+  for section in ("sampler", "sample", "mesh", "teacher", "vae", *JOBS):
     chosen[section] = config[section]
   found = stored_normaliser(workdir)
   if found is None:

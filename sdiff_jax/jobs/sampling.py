@@ -36,6 +36,7 @@ def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Plan:
   if sampler is not None:
     name, steps = configs.name_and_number(sampler, "evaluate.samplers")
     fields |= {"name": name, "steps": int(steps), "angles": ()}
+    fields["window"] = min(fields["window"], int(steps))
     fields["eta"] = config.sampler.eta if name.endswith("ddim") else 0.0
   try:
     chosen = plans.build(sigma_d=config.sigma_d, **fields)

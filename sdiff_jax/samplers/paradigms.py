@@ -40,6 +40,7 @@ def sample(
   rule: str = "secant",
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
+  max_passes: int = 0,
 ) -> Result:
   """Returns the last state of the recurrence of `tables`, found in parallel.
 
@@ -57,6 +58,7 @@ def sample(
       last d, and keep a multistep solver's history.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see windows.Callback); None for none.
+    max_passes: most calls of the denoiser (see windows.run); 0 for any number.
 
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
@@ -82,7 +84,8 @@ def sample(
     return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
 
   method = Method(RULES[rule], improve, published)
-  return windows.run(denoiser, table, x, keys, cond, ring, method, callback)
+  given = (x, keys, cond, ring, method, callback, max_passes)
+  return windows.run(denoiser, table, *given)
 
 
 def _unit(table: Table, published: bool) -> np.ndarray:

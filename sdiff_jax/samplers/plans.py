@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     window: rows at once, or blocks of parareal; 0 where it is yet to be chosen.
     tolerance: see `paradigms.sample` and `parareal.sample`.
     rule: see `paradigms.sample`.
+    max_passes: see `windows.run`; for para and spec.
   """
 
   loop: str
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
   window: int = 0
   tolerance: float = 0.1
   rule: str = "secant"
+  max_passes: int = 0
 
 
 def build(
@@ -147,9 +149,11 @@ def run(
   if plan.loop == "para":
     options = {"tolerance": plan.tolerance, "rule": plan.rule}
     options |= {"window": plan.window, "sharding": sharding}
+    options["max_passes"] = plan.max_passes
     return paradigms.sample(denoiser, plan.table, x, keys, cond, **options)
   if plan.loop == "spec":
     options = {"window": plan.window, "sharding": sharding}
+    options["max_passes"] = plan.max_passes
     return speculative.sample(denoiser, plan.table, x, keys, cond, **options)
   if plan.loop == "srds":
     return parareal.sample(

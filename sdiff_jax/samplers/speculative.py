@@ -40,6 +40,7 @@ def sample(
   window: int,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
+  max_passes: int = 0,
 ) -> Result:
   """Returns a draw with the law of `sequential.sample`; `error` is 0.
 
@@ -52,6 +53,7 @@ def sample(
     window: rows verified at once, theta.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see windows.Callback); None for none.
+    max_passes: most calls of the denoiser (see windows.run); 0 for any number.
 
   Raises:
     ValueError: a window that does not exist, or a table without noise.
@@ -77,7 +79,8 @@ def sample(
     return new, stride, none, none
 
   method = Method(secant, improve)
-  return windows.run(denoiser, table, x, keys, cond, ring, method, callback)
+  given = (x, keys, cond, ring, method, callback, max_passes)
+  return windows.run(denoiser, table, *given)
 
 
 def couple(

@@ -127,6 +127,7 @@ def run(
   ring: Ring,
   method: Method,
   callback: Callback | None = None,
+  max_passes: int = 0,
 ) -> Result:
   """Returns the last state of the recurrence of `tables`; one loop on the device.
 
@@ -139,6 +140,8 @@ def run(
     ring: the window; every sample has its own.
     method: how it is improved.
     callback: see Callback; None for none.
+    max_passes: most calls of the denoiser. A sample that is not done by then is what
+      the last call made of the last state of its window; 0 for as many as it takes.
 
   Raises:
     ValueError: a window that does not fit the table or the devices.
@@ -164,10 +167,19 @@ def run(
       jax.debug.callback(callback, now.begin, pick(now.x, here), pick(d, here))
     return rows.step(now, result, d)
 
-  now, result = jax.lax.while_loop(
-    lambda carry: jnp.any(carry[0].begin < table.evaluations), one_pass, rows.start(x)
-  )
-  return result._replace(x=pick(now.x, rank(ring, now.begin) == 0))
+  def going(carry: tuple[Window, Result]) -> Array:
+    now, result = carry
+    left = now.begin < table.evaluations
+    if max_passes:
+      left &= result.passes < max_passes
+    return jnp.any(left)
+
+  now, result = jax.lax.while_loop(going, one_pass, rows.start(x))
+  last = pick(now.x, rank(ring, now.begin) == 0)
+  if 0 < max_passes < table.evaluations:
+    done = wide(now.begin >= table.evaluations, x.ndim)
+    last = jnp.where(done, last, pick(now.before[1], rows.latest(now)))
+  return result._replace(x=last)
 
 
 def carry_on(ring: Ring, factors: list[Array], phi: Array, old: Array) -> Array:
@@ -196,6 +208,12 @@ class _Rows(NamedTuple):
     return jnp.asarray(self.table.time, now.x.dtype)[
       jnp.minimum(i, self.table.evaluations - 1)
     ]
+
+  def latest(self, now: Window) -> Array:
+    """Returns the slot of the last row that the pass before evaluated, [B, W]."""
+    begin = now.begin - (self.ring.window - now.seen)
+    end = jnp.minimum(begin + self.ring.window, self.table.evaluations)
+    return rank(self.ring, begin) == (end - begin - 1)[:, None]
 
   def noise(self, begin: Array, shape: tuple[int, ...]) -> Array | None:
     """Returns the noise of the window's rows, [B, W, *shape]."""

@@ -178,3 +178,36 @@ def test_jumps_over_a_block_are_its_rows_with_one_d():
     for i in range(start, end):
       x = table.a[i] * x + table.b[i] * 0.3
     np.testing.assert_allclose(a[n] * 0.7 + b[n] * 0.3, x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["paraddpm", "specddpm", "paraddim"])
+@pytest.mark.parametrize(("most", "window", "row"), [(1, 4, 3), (2, 4, 4), (3, 12, 11)])
+def test_bounded_passes_end_with_the_last_thing_that_was_seen(name, most, window, row):
+  if name == "specddpm" and most > 1:
+    pytest.skip("which rows are done is drawn")
+  plan = plans.build(sigma_d=0.5, name=name, steps=12, window=window)
+  times = jnp.asarray(plan.table.time, jnp.float32)
+
+  def told(x, time, cond):  # the first pass does one row, and corrects the others
+    return jnp.repeat(time[:, None], x.shape[1], axis=1)
+
+  keys = sequential.keys_of(np.arange(3))
+  x = sequential.initial(plan.table, keys, (2,))
+  made = plans.run(plan._replace(max_passes=most), told, x, keys, None)
+  assert (made.passes <= most).all()
+  whole = plans.run(plan, told, x, keys, None)
+  if (whole.passes <= most).all():
+    np.testing.assert_array_equal(made.x, whole.x)
+  else:
+    np.testing.assert_array_equal(made.x, np.full((3, 2), times[row]))
+
+
+def test_bound_that_is_not_reached_changes_nothing():
+  plan = plans.build(sigma_d=0.5, name="paraddpm", steps=20, window=5)
+  keys = sequential.keys_of(np.arange(3))
+  x = sequential.initial(plan.table, keys, (16,))
+  free, bounded = (
+    plans.run(plan._replace(max_passes=most), KNOWN, x, keys, None) for most in (0, 19)
+  )
+  np.testing.assert_array_equal(free.x, bounded.x)
+  assert (free.passes == bounded.passes).all()

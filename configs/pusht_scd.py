@@ -1,0 +1,24 @@
+"""sCD on Push-T: distils configs/pusht_diffusion.py to one and two network calls."""
+
+from sdiff_jax import config
+
+
+def get_config():
+  c = config.base()
+  c.teacher.config = "configs/pusht_diffusion.py"
+  c.teacher.workdir = "runs/pusht_diffusion"
+  c.data = config.use("data", "trajectories", path="runs/pusht/block.npz")
+  c.data.update(n_obs_steps=1, n_action_steps=16)
+  c.data.update(observation_range="percentile", action_range="percentile")
+  c.model = config.use("models", "mlp", width=256, depth=4, embed=256)
+  c.loss = config.use(
+    "losses", "scm", velocity="teacher", warmup_steps=1200, adaptive_weight=False
+  )
+  c.train.update(steps=6000, batch_size=128, log_every=100)
+  c.checkpoint.every = 1000
+  # As for the digits: momentum lags behind the network's own target.
+  c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  c.ema.profiles = ("power/0.1",)
+  c.sampler.update(name="consistency", steps=2)
+  c.rollout.samplers = ("consistency/1", "consistency/2")
+  return c

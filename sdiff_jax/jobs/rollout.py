@@ -1,0 +1,134 @@
+"""Job `rollout`: a policy acts in Push-T, by several samplers, in the same episodes."""
+
+import functools
+import json
+import os
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tqdm
+
+from sdiff_jax import policy as policies
+from sdiff_jax import report, writer
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import sampling
+from sdiff_jax.policy import Policy
+from sdiff_jax.robotics import episodes, pusht
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> str:
+  """Writes rollout/results.json, and a film of some episodes of each sampler.
+
+  Raises:
+    UserError: a field does not fit, or an environment or a policy fails.
+  """
+  rollout = config.rollout
+  if rollout.episodes < 1 or rollout.timed < 1:
+    raise UserError("config.rollout.episodes and rollout.timed: must be above 0")
+  experiment, params = experiments.trained(config, workdir)
+  if experiment.source.normaliser is None:
+    raise UserError(f"{workdir} holds no policy: its data are images")
+  folder = os.path.join(workdir, "rollout")
+  os.makedirs(folder, exist_ok=True)
+  plans = {
+    name: sampling.with_window(experiment, sampling.plan(config, name), params, 1)
+    for name in rollout.samplers
+  }
+  build = functools.partial(Policy, experiment, params)
+  path = os.path.join(folder, "results.json")
+  envs = [pusht.make() for _ in range(rollout.episodes)]
+  rows, histories = [], []
+  for name, plan in plans.items():
+    act = build(plan, batch_size=rollout.episodes)
+    film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
+    made = _episodes(rollout, act, envs, name, film)
+    histories.append(made.histories)
+    rows.append(_row(experiments.title(experiment.config), name, made))
+    writer.save_text(path, json.dumps(rows, indent=2))  # times are to come
+  seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
+  for row in rows:
+    row |= seconds[row["sampler"]]
+  writer.save_text(path, json.dumps(rows, indent=2))
+  print(report.table(rows, report.ROLLOUT))
+  return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
+
+
+def _episodes(
+  rollout: ml_collections.ConfigDict,
+  act: Policy,
+  envs: list[Any],
+  name: str,
+  film: str,
+) -> episodes.Episodes:
+  """Returns the episodes of one sampler, and writes a film of the first few."""
+  starts = np.array([pusht.initial(rollout.seed + k) for k in range(rollout.episodes)])
+
+  def do(states: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, dict]:
+    actions, result = act.many(states, seeds)
+    took = {"passes": result.passes, "evaluations": result.evaluations}
+    return actions, {k: np.asarray(v) for k, v in took.items()}
+
+  shown = [[] for _ in envs[: rollout.filmed]]
+
+  def watch(episode: int) -> None:
+    if episode < len(shown):
+      shown[episode].append(envs[episode].render())
+
+  with tqdm.tqdm(total=pusht.STEPS, unit="step", desc=name, disable=None) as bar:
+    made = episodes.run(
+      do,
+      envs,
+      starts,
+      states=act.states,
+      seed=rollout.noise,
+      progress=lambda step: bar.update(step - bar.n),
+      watch=watch,
+    )
+  if shown:
+    writer.save_gif(film, shown, pusht.RATE)
+  return made
+
+
+def _row(model: str, sampler: str, made: episodes.Episodes) -> dict[str, Any]:
+  """Returns a row of results; see report.ROLLOUT."""
+  count = len(made.reward)
+  return {
+    "model": model,
+    "sampler": sampler,
+    "kind": "model",
+    "episodes": count,
+    "reward": float(made.reward.mean()),
+    "error": float(made.reward.std(ddof=1) / count**0.5) if count > 1 else None,
+    "solved": float(made.solved.mean()),
+    "passes": float(made.took["passes"].mean()),
+    "most_passes": int(made.took["passes"].max()),
+    "evaluations": float(made.took["evaluations"].mean()),
+    "rewards": made.reward.tolist(),
+  }
+
+
+def _seconds(
+  policies: dict[str, policies.Policy], histories: list[np.ndarray], count: int
+) -> dict[str, dict[str, float]]:
+  """Returns median and 95th percentile of the time of a chunk for one robot, by name.
+
+  The policies take turns, so that what else the machine does falls on all of them.
+  """
+  seen = np.concatenate(histories)
+  seen = seen[np.random.default_rng(0).integers(len(seen), size=count + 1)]
+  took: dict[str, list[float]] = {name: [] for name in policies}
+  for seed, states in enumerate(seen):
+    for name, act in policies.items():
+      begin = time.perf_counter()
+      act(states, seed)
+      took[name].append(time.perf_counter() - begin)
+  return {
+    name: {
+      "median": float(np.median(times[1:])),  # the first one warms up
+      "p95": float(np.percentile(times[1:], 95)),
+    }
+    for name, times in took.items()
+  }

@@ -1,0 +1,183 @@
+"""A policy in Push-T: the job that lets it act, and the function that it is."""
+
+import json
+import pathlib
+import types
+
+import numpy as np
+import optax
+import pytest
+from closed_forms import random_params
+
+from sdiff_jax import config as configs
+from sdiff_jax import policy, state
+from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import rollout
+from sdiff_jax.robotics import episodes, frames, pusht
+
+pytest.importorskip("gym_pusht")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+  """A work directory of a policy that was not trained."""
+  folder = tmp_path_factory.mktemp("policy")
+  random = np.random.default_rng(0)
+  states = np.float32(random.uniform(100, 400, (60, 5)))
+  np.savez(
+    folder / "demos.npz",
+    observation=np.asarray(frames.block(states, states)),
+    frame=np.asarray(frames.frame(states)),
+    action=np.float32(random.uniform(0, 512, (60, 2))),
+    episode_ends=np.array([30, 60]),
+  )
+  c = configs.base()
+  c.data = configs.use("data", "trajectories", path=str(folder / "demos.npz"))
+  c.data.update(n_obs_steps=1, action_range="percentile")
+  c.model = configs.use("models", "mlp", width=16, depth=1)
+  c.sampler.update(name="ddim", steps=2, window=5)
+  c.rollout.update(samplers=("ddim/2", "paraddpm/5"), episodes=2, timed=2, filmed=1)
+  workdir = str(folder / "run")
+  built = experiments.build(c)
+  experiments.claim(c, workdir, built.source)
+  params = random_params(built.network, dtype="float32")
+  with Checkpoints(workdir, keep=1) as checkpoints:
+    created = state.create(params, optax.identity(), tuple(c.ema.profiles))
+    checkpoints.save(1, created)
+  (folder / "demos.npz").unlink()  # a policy is used without them
+  return workdir
+
+
+@pytest.fixture
+def short(monkeypatch):
+  """Episodes of 20 steps."""
+  make = pusht.make
+
+  def limited():
+    env = make()
+    env._max_episode_steps = 20
+    return env
+
+  monkeypatch.setattr(pusht, "make", limited)
+
+
+@pytest.mark.usefixtures("short")
+def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
+  config = experiments.read(trained)
+  assert rollout.run(config, trained).startswith("2 episodes by each of 2 samplers")
+  folder = pathlib.Path(trained) / "rollout"
+  sequential, parallel = json.loads((folder / "results.json").read_text())
+  assert (sequential["passes"], sequential["evaluations"]) == (2, 2)
+  assert 1 <= parallel["passes"] <= 5 <= parallel["evaluations"]
+  for row in (sequential, parallel):
+    assert row["model"] == "teacher"
+    assert row["reward"] == np.mean(row["rewards"])
+    assert 0 <= row["reward"] <= 1
+    assert 0 < row["median"] <= row["p95"]
+    name = row["sampler"].replace("/", "_")
+    assert (folder / f"{name}.gif").stat().st_size > 0
+  assert "paraddpm/5" in capsys.readouterr().out
+  config.rollout.update(samplers=("ddim/2",), timed=1, filmed=0)
+  rollout.run(config, trained)
+  (again,) = json.loads((folder / "results.json").read_text())
+  assert again["rewards"] == sequential["rewards"]
+
+
+def test_episode_ends_with_the_reward_of_its_best_step(short):
+  rewards = {"left": iter([0.1, 0.7, 0.3])}
+
+  def step(action):
+    reward = next(rewards["left"])
+    return np.zeros(5), reward, reward == 0.3, False, {}
+
+  env = types.SimpleNamespace(reset=lambda options: (np.zeros(5), {}), step=step)
+  given = []
+
+  def act(history, seeds):
+    given.append(history.copy())
+    return np.zeros((1, 2, 2)), {"passes": np.ones(1)}
+
+  made = episodes.run(act, [env], np.zeros((1, 5)), states=3, seed=0)
+  assert made.reward.tolist() == [0.7]
+  assert made.solved.tolist() == [True]
+  assert made.took["passes"].tolist() == [1, 1]
+  assert given[0].shape == (1, 3, 5)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"step": RuntimeError("boom")}, "episode 0, step 0: RuntimeError: boom"),
+    ({"state": np.full(5, np.nan)}, "episode 0, step 0: the environment's state is"),
+    ({"action": np.nan}, r"episode 0, step 0: .*the policy's action is"),
+  ],
+)
+def test_failures_are_one_line(change, message):
+  def step(action):
+    if "step" in change:
+      raise change["step"]
+    return change.get("state", np.zeros(5)), 0.0, True, False, {}
+
+  env = types.SimpleNamespace(reset=lambda options: (np.zeros(5), {}), step=step)
+
+  def act(history, seeds):
+    return np.full((1, 1, 2), change.get("action", 0.0)), {"passes": np.ones(1)}
+
+  with pytest.raises(UserError, match=message):
+    episodes.run(act, [env], np.zeros((1, 5)), states=2, seed=0)
+
+
+def test_actions_depend_on_their_own_states_and_seed_alone(trained):
+  one, many = (policy.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3))
+  states = np.random.default_rng(1).uniform(100, 400, (3, 2, 5))
+  seeds = np.array([4, 5, 6], np.int32)
+  together, _ = many.many(states, seeds)
+  assert together.shape == (3, 8, 2)
+  for k in range(3):
+    np.testing.assert_allclose(one(states[k], seed=k + 4), together[k], atol=0.05)
+  assert np.abs(one(states[0], seed=4) - one(states[0], seed=5)).max() > 1
+
+
+def test_passes_are_bounded(trained):
+  config = experiments.read(trained)
+  config.sampler.tolerance = 0.0
+  states = np.random.default_rng(1).uniform(100, 400, (1, 2, 5))
+  bounded = policy.load(trained, sampler="paraddpm/5", max_passes=2, config=config)
+  actions, result = bounded.many(states, np.zeros(1, np.int32))
+  assert bounded.max_passes == int(result.passes[0]) == 2
+  assert np.isfinite(actions).all()
+  with pytest.raises(UserError, match="max_passes=1: 1 passes are too few"):
+    policy.load(trained, sampler="ddim/2", max_passes=1)
+
+
+def test_time_is_bounded(trained, monkeypatch):
+  monkeypatch.setattr(policy.Policy, "pass_seconds", lambda self: 0.01)
+  act = policy.load(trained, sampler="paraddpm/5", seconds=0.035)
+  assert act.max_passes == 3
+  assert policy.load(trained, sampler="ddim/2", seconds=0.021).max_passes == 2
+  with pytest.raises(UserError, match="seconds=0.015: 1 passes are too few .* allow"):
+    policy.load(trained, sampler="ddim/2", seconds=0.015)
+  with pytest.raises(UserError, match="seconds=0.005: 0 passes are too few"):
+    policy.load(trained, sampler="paraddpm/5", seconds=0.005)
+
+
+def test_policies_of_other_observations_are_refused(trained):
+  experiment, params = experiments.trained(experiments.read(trained), trained)
+  plan = policy.sampling.plan(experiment.config)
+  experiment.config.demos.view = "keypoints"
+  with pytest.raises(UserError, match="shows 20 numbers .* trained on 14"):
+    policy.Policy(experiment, params, plan)
+  experiment.config.demos.view = "block"
+  experiment.config.rollout.actions = 17
+  with pytest.raises(UserError, match="config.rollout.actions=17: take 1 to 16"):
+    policy.Policy(experiment, params, plan)
+
+
+def test_wrong_states_are_refused(trained):
+  act = policy.load(trained)
+  with pytest.raises(UserError, match=r"states \(1, 3, 5\): the policy takes"):
+    act(np.zeros((3, 5)))
+  with pytest.raises(UserError, match="states are not finite"):
+    act(np.full((2, 5), np.nan))
