@@ -211,7 +211,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def html(rows: list[dict[str, Any]], command: list[str]) -> str:
   """Returns one self-contained page about pods."""
   line = shlex.join(["python", "-m", "sdiff_jax.main", *command])
-  body = _table([c[0] for c in COLUMNS], [cells(row) for row in rows])
+  body = page.table([c[0] for c in COLUMNS], [cells(row) for row in rows])
   body += _meanings(COLUMNS)
   body += "".join(_pod(row) for row in rows)
   body += f"<h2>Again</h2><pre>{escape(line)}</pre>\n"
@@ -232,7 +232,7 @@ def _pod(found: dict[str, Any]) -> str:
   chip = pods.CHIPS[pods.parse(found["pod"]).chip]
   program, ops = found["program"], found.get("model_flops", 0.0)
   out = f"<h2>{escape(found['pod'])}</h2>\n"
-  out += _table(
+  out += page.table(
     ["Of the whole pod", ""],
     [
       ["parameters", f"{program['parameters']:,}"],
@@ -251,24 +251,24 @@ def _pod(found: dict[str, Any]) -> str:
     kinds["outputs beside the state"] = found["memory"]["outputs"]
     kinds["program"] = found["memory"]["program"]
   kinds["has"] = found["capacity"]
-  out += _table(["Kind", "Bytes"], [[k, f"{v:,.0f}"] for k, v in kinds.items()])
+  out += page.table(["Kind", "Bytes"], [[k, f"{v:,.0f}"] for k, v in kinds.items()])
   tried = [
     [t["pod"], _words(t["changes"]), f"{t['bytes']:,}", t.get("refused", "")]
     for t in found["tried"]
   ]
-  out += "<h3>Tried</h3>\n" + _table(["Pod", "Changed", "Bytes", "Refused"], tried)
+  out += "<h3>Tried</h3>\n" + page.table(["Pod", "Changed", "Bytes", "Refused"], tried)
   if "seconds" not in found:
     return out
   seconds = [[k, f"{v * 1e3:.3f} ms"] for k, v in found["seconds"].items()]
   if found["bytes"] is None:
     seconds[1][1] = "unknown, left out: the compiler counts no bytes"
-  out += f"<h3>Time, {NOTE}</h3>\n" + _table(["Term", "A step"], seconds)
+  out += f"<h3>Time, {NOTE}</h3>\n" + page.table(["Term", "A step"], seconds)
   sent = [
     [c["kind"], c["dtype"], str(c["group"]), str(n), f"{b:,}", f"{r:,.0f}"]
     for c, n, b, r in _summed(found["collectives"])
   ]
   header = ["Kind", "Type", "Devices", "Calls", "Bytes", "Sent by one device"]
-  out += "<h3>Collectives of a step</h3>\n" + _table(header, sent)
+  out += "<h3>Collectives of a step</h3>\n" + page.table(header, sent)
   facts = [
     ["peak, bfloat16 operations a second", f"{chip.peak:.4g}"],
     ["memory, bytes", f"{chip.memory:.4g}"],
@@ -277,7 +277,7 @@ def _pod(found: dict[str, Any]) -> str:
     [f"beyond {chip.island} chips, bytes a second", f"{chip.network:.4g}"],
     ["source", chip.source],
   ]
-  return out + "<h3>The chip, as its maker says</h3>\n" + _table(["", ""], facts)
+  return out + "<h3>The chip, as its maker says</h3>\n" + page.table(["", ""], facts)
 
 
 def _n(number: float) -> str:
@@ -297,14 +297,6 @@ def _summed(collectives: list[dict[str, Any]]) -> list[tuple]:
 
 def _words(changes: dict[str, Any]) -> str:
   return ", ".join(f"{k}={v}" for k, v in changes.items()) or "nothing"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-  def line(tag: str, row: list[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(c)}</{tag}>' for c in row)}</tr>\n"
-
-  body = "".join(line("td", row) for row in rows)
-  return f'<div class="wide"><table>\n{line("th", header)}{body}</table></div>\n'
 
 
 def _meanings(columns: tuple) -> str:
