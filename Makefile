@@ -1,5 +1,6 @@
 # make demo   train, distil, sample and measure on built-in data; ends with a report
 # make test   lint and test
+# make studies  the studies of configs/studies, hours; a second call goes on
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ RUNS ?= runs/demo
 SEED ?= 0
 MAIN := $(BIN)/python -m sdiff_jax.main
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo studies test test-slow lint clean
 install: $(VENV)/installed
 
 # Without a pip of its own: Debian's Python cannot put one there.
@@ -28,6 +29,10 @@ demo: install
 	$(MAIN) --workdir=$(RUNS)/scd --job=evaluate
 	$(MAIN) --workdir=$(RUNS)/sct --job=evaluate
 	$(MAIN) --workdir=$(RUNS) --job=report
+
+studies: install
+	for file in configs/studies/*.py; do \
+	  $(MAIN) --config=$$file --workdir=runs/studies || exit; done
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sdiff_jax import config
+from sdiff_jax.interfaces import UserError
 
 NAMES = {  # of axes
   "compute": "training FLOPs / the teacher's",
@@ -18,6 +19,39 @@ NAMES = {  # of axes
   "ratio": "Frechet distance / the teacher's",
   "seconds": "seconds an image",
 }
+
+
+# Word -> config files of the runs, by kind, and what all runs of a study change.
+SETTINGS = {
+  "": ("configs/fashion_{}.py", ("model.width=512",)),
+  "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
+  "tiny": (
+    "configs/digits_{}.py",
+    (
+      "model.width=16",
+      "model.depth=1",
+      "train.steps=4",
+      "train.sample_every=0",
+      "checkpoint.every=2",
+      "checkpoint.keep_every=2",
+      "evaluate.num=64",
+      "evaluate.batch_size=64",
+      "evaluate.baselines=False",
+    ),
+  ),
+}
+
+
+def setting(given: str, file: str) -> tuple[str, tuple[str, ...]]:
+  """Returns the entry of SETTINGS for the word behind a study's file.
+
+  Raises:
+    UserError: another word.
+  """
+  if given not in SETTINGS:
+    known = ", ".join(word for word in SETTINGS if word)
+    raise UserError(f"{file}:{given}: the words are {known}")
+  return SETTINGS[given]
 
 
 def run(

@@ -35,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     raise UserError("config.study.runs is empty: name a file of configs/studies/")
   study["runs"] = {entry["name"]: entry for entry in study["runs"]}  # in this order
   pairs = [(seed, name) for seed in study["seeds"] for name in study["runs"]]
-  prepared = {p: _config(study, workdir, *p) for p in pairs}  # mistakes before work
+  prepared = {p: config_of(study, workdir, *p) for p in pairs}  # mistakes before work
   rows = []
   for k, (seed, name) in enumerate(pairs):
     _say(f"{k + 1} of {len(pairs)}: {name}, seed {seed}")
@@ -54,7 +54,7 @@ def _folder(workdir: str, seed: int, name: str) -> str:
   return os.path.join(workdir, f"seed{seed}", name)
 
 
-def _config(
+def config_of(
   study: dict[str, Any], workdir: str, seed: int, name: str
 ) -> ml_collections.ConfigDict:
   """Returns the config of a run."""
@@ -139,6 +139,8 @@ def _points(
     for row in _measured(config, weights, name, step):
       series = entry["series"] or f"{name}, {row['sampler']}"
       more = {"series": series, "step": step or config.train.steps}
+      with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
+        more["flops"] = json.load(file)["flops"]
       if row["images_per_second"]:
         more["seconds"] = 1 / row["images_per_second"]
       theirs = _first(earlier, seed, entry["teacher"] or name) or row

@@ -1,5 +1,6 @@
 """The job `study`: from configs to a page, once."""
 
+import glob
 import json
 import os
 
@@ -104,3 +105,21 @@ def test_a_missing_config_is_named(tmp_path):
   config.study.runs[1]["config"] = "configs/none.py"
   with pytest.raises(UserError, match=r"no file configs/none\.py"):
     study.run(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["", "paper", "tiny"])
+@pytest.mark.parametrize("path", sorted(glob.glob("configs/studies/*.py")))
+def test_runs_of_every_study_load(path, given, tmp_path):
+  config = study.load(f"{path}:{given}" if given else path)
+  wanted = config.study.to_dict()
+  runs = {entry["name"]: entry for entry in wanted["runs"]}
+  for k, (name, entry) in enumerate(runs.items()):
+    before = [*runs][:k]
+    assert {entry["teacher"], entry["weights"]} <= {"", *before}, name
+    loaded = study.config_of({**wanted, "runs": runs}, str(tmp_path), 1, name)
+    assert loaded.seed == 1
+
+
+def test_another_word_is_refused():
+  with pytest.raises(UserError, match="vsd.py:big: the words are paper, tiny"):
+    study.load("configs/studies/vsd.py:big")

@@ -1,0 +1,21 @@
+"""Quality against the share of the teacher's compute."""
+
+from sdiff_jax import studies
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/convergence.py")
+  runs = {
+    "teacher": studies.run(files.format("diffusion")),
+    "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),
+  }
+  return studies.build(
+    "convergence",
+    runs,
+    title="What distillation costs",
+    lead="Distance of sCD over its teacher's, against training FLOPs, over its too.",
+    x="compute",
+    panels=("ratio",),
+    log="y",
+    changes=changes,
+  )

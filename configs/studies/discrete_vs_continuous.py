@@ -1,0 +1,29 @@
+"""Discrete against continuous time: figure 5c of arXiv:2410.11081."""
+
+from sdiff_jax import studies
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/discrete_vs_continuous.py")
+  runs = {
+    "teacher": studies.run(files.format("diffusion")),
+    "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),
+  }
+  for n in (32, 128, 512, 1024, 4096):
+    runs[f"dsCD_{n}"] = studies.run(
+      files.format("scd"),
+      "loss=scm_discrete",
+      f"loss.n={n}",
+      teacher="teacher",
+      checkpoints=True,
+    )
+  return studies.build(
+    "discrete_vs_continuous",
+    runs,
+    title="Discrete against continuous time",
+    lead="sCD against the same objective over N noise levels, at the same budget.",
+    x="step",
+    panels=("frechet",),
+    log="y",
+    changes=changes,
+  )

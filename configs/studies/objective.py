@@ -1,0 +1,30 @@
+"""What tames the tangent: figure 5a and b of arXiv:2410.11081."""
+
+from sdiff_jax import studies
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/objective.py")
+  runs = {"teacher": studies.run(files.format("diffusion"))}
+  variants = {
+    "sCD": (),
+    "clipped": ("loss.stabiliser=clip",),
+    "untamed": ("loss.stabiliser=none",),
+    "sCD_weighted": ("loss.adaptive_weight=True",),
+    "untamed_weighted": ("loss.stabiliser=none", "loss.adaptive_weight=True"),
+  }
+  for name, fields in variants.items():
+    runs[name] = studies.run(
+      files.format("scd"), *fields, teacher="teacher", checkpoints=True
+    )
+  return studies.build(
+    "objective",
+    runs,
+    title="Taming the tangent",
+    lead="sCD with the tangent normalised, clipped or as it is, and with an adaptive "
+    "weight: distance of one and two steps over training.",
+    x="step",
+    panels=("frechet",),
+    log="y",
+    changes=changes,
+  )

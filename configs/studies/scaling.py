@@ -1,0 +1,39 @@
+"""Distance against training FLOPs over sizes: figure 6 of arXiv:2410.11081."""
+
+from sdiff_jax import studies
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/scaling.py")
+  sizes = {f"{w}": (files, f"model.width={w}") for w in (128, 256, 512, 1024)}
+  if given == "paper":
+    sizes = {w: (f"configs/imagenet64_{{}}.py:{w}",) for w in ("S", "M", "L", "XL")}
+  runs = {}
+  for size, (files, *fields) in sizes.items():
+    runs[f"teacher_{size}"] = studies.run(
+      files.format("diffusion"),
+      *fields,
+      "evaluate.samplers=('heun/16',)",
+      series="teacher",
+    )
+    for kind in ("scd", "sct"):
+      for steps in (1, 2):
+        runs[f"{kind}_{size}_{steps}"] = studies.run(
+          files.format(kind),
+          *fields,
+          f"evaluate.samplers=('consistency/{steps}',)",
+          teacher=f"teacher_{size}",
+          weights=f"{kind}_{size}_1" if steps > 1 else "",
+          series=f"s{kind[1:].upper()}, {steps} step{'s' * (steps > 1)}",
+        )
+  return studies.build(
+    "scaling",
+    runs,
+    title="Sizes",
+    lead="Distance of teacher, sCD and sCT against training FLOPs; its ratio to the "
+    "teacher's.",
+    x="flops",
+    panels=("frechet", "ratio"),
+    log="xy",
+    changes=changes,
+  )
