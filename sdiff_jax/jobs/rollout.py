@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
     made = _episodes(rollout, act, envs, name, film)
     histories.append(made.histories)
-    rows.append(_row(experiments.title(experiment.config), name, made))
+    rows.append(_row(report.title(experiment.config.loss.to_dict()), name, made))
     writer.save_text(path, json.dumps(rows, indent=2))  # times are to come
   seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
   for row in rows:
