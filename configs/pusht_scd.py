@@ -14,10 +14,11 @@ def get_config():
   c.loss = config.use(
     "losses", "scm", velocity="teacher", warmup_steps=1200, adaptive_weight=False
   )
-  c.train.update(steps=6000, batch_size=128, log_every=100)
+  c.train.update(steps=12_000, batch_size=128, log_every=100)
   c.checkpoint.every = 1000
-  # As for the digits: momentum lags behind the network's own target.
-  c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  # As for the digits, without momentum. The error of the target, which is the network's
+  # own, grows with the rate: 5e-4 ends nearer to the teacher than 1e-3 or 2e-3.
+  c.optim.update(learning_rate=5e-4, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="consistency", steps=2)
   c.rollout.samplers = ("consistency/1", "consistency/2")
