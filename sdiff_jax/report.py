@@ -109,7 +109,7 @@ def title(loss: dict) -> str:
     return "sCD + VSD" if loss["consistency"] else "VSD"
   prefix = {"scm": "sC", "scm_discrete": "dsC", "consistency": "C"}.get(loss["name"])
   if prefix is None:
-    return "teacher"
+    return {"diffusion": "teacher", "ddpm": "teacher"}.get(loss["name"], loss["name"])
   return prefix + {"teacher": "D", "data": "T"}[loss["velocity"]]
 
 

@@ -134,6 +134,7 @@ def test_mistakes(converted, files, tmp_path):
   refused("config.model.name='mlp': no file is known for it", config)
 
 
+@pytest.mark.slow
 def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   """No data are needed, and its denoiser is that of the file."""
   arrays = fixture("dp_unet1d")

@@ -88,7 +88,11 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
 
 @pytest.mark.parametrize(
   "name",
-  ["paraddpm", "paradpmsolver", pytest.param("paraddim", marks=pytest.mark.slow)],
+  [
+    "paraddpm",
+    pytest.param("paradpmsolver", marks=pytest.mark.slow),
+    pytest.param("paraddim", marks=pytest.mark.slow),
+  ],
 )
 def test_in_parallel_at_tolerance_0(name):
   """Windows over 4 devices end where the rows one after the other do."""
@@ -319,5 +323,5 @@ def test_a_config_of_a_folder_does_not_train(monkeypatch):
   with pytest.raises(UserError, match="--job=train: this config is for --job=generate"):
     main._job(config)
   config.job = "paint"
-  with pytest.raises(UserError, match="config.job='paint': take one of inspect, train"):
+  with pytest.raises(UserError, match="config.job='paint': take one of demos, inspect"):
     main._job(config)
