@@ -12,6 +12,8 @@ Jobs (--job=NAME), each on the work directory DIR:
             diffusers format: images/, images.json and images.png
   encode    write the latents of the images of config.data, to train on
   features  train the features that evaluate measures in: features.npz
+  statistics
+            mean and covariance of the features of the data: statistics.npz
   evaluate  measure samples of several solvers, or given images, against data
   rollout   let a policy act in Push-T, by several samplers
   report    write report.html on DIR, or on all runs inside it
@@ -54,6 +56,7 @@ JOBS = (
   "generate",
   "encode",
   "features",
+  "statistics",
   "evaluate",
   "rollout",
   "report",

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import sdiff_jax
+from sdiff_jax import main
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
@@ -95,3 +96,8 @@ def test_every_module_has_a_layer():
 def test_the_mesh_is_made_in_one_place():
   makers = [p.name for p in FILES if re.search(r"\bMesh\(", p.read_text("utf-8"))]
   assert set(makers) == {"sharding.py"}
+
+
+def test_every_job_can_be_named():
+  jobs = [p for p in (ROOT / "jobs").glob("*.py") if "\ndef run(" in p.read_text()]
+  assert {p.stem for p in jobs} == set(main.JOBS)
