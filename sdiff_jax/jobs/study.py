@@ -143,7 +143,8 @@ def _points(
         more["flops"] = json.load(file)["flops"]
       if row["images_per_second"]:
         more["seconds"] = 1 / row["images_per_second"]
-      theirs = _first(earlier, seed, entry["teacher"] or name) or row
+      of = entry["teacher"] or entry["weights"] or name
+      theirs = _first([*earlier, *rows], seed, of) or row
       rows.append(known | row | more | {"ratio": row["frechet"] / theirs["frechet"]})
   return rows
 

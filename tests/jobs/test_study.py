@@ -61,6 +61,8 @@ def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
   assert [row["evaluations"] for row in rows] == [2, 1, 3]
   by_run = {row["run"]: row for row in rows}
   assert by_run["teacher"]["ratio"] == 1
+  ratio = by_run["eight"]["frechet"] / by_run["teacher"]["frechet"]
+  assert by_run["eight"]["ratio"] == pytest.approx(ratio)
   ratio = by_run["vsd"]["frechet"] / by_run["teacher"]["frechet"]
   assert by_run["vsd"]["ratio"] == pytest.approx(ratio)
   models = ["teacher", "sCD + VSD", "teacher"]
