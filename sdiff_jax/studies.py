@@ -7,6 +7,7 @@ import matplotlib
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from sdiff_jax import config
 from sdiff_jax.interfaces import UserError
@@ -191,8 +192,13 @@ def draw(
       axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
       labels.setdefault(series, line)
     axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
-    for axis in set(log) & {"x", "y"}:
-      getattr(axes, f"set_{axis}scale")("log")
+    for name in set(log) & {"x", "y"}:
+      getattr(axes, f"set_{name}scale")("log")
+      axis = getattr(axes, f"{name}axis")
+      low, high = axis.get_data_interval()
+      axis.set_major_formatter(FormatStrFormatter("%g"))
+      if high < 10 * low:  # else the powers of ten are enough
+        axis.set_minor_formatter(FormatStrFormatter("%g"))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
   figure.legend(

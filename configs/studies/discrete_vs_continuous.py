@@ -2,11 +2,13 @@
 
 from sdiff_jax import studies
 
+HEUN = "evaluate.samplers=('heun/16',)"
+
 
 def get_config(given: str = ""):
   files, changes = studies.setting(given, "configs/studies/discrete_vs_continuous.py")
   runs = {
-    "teacher": studies.run(files.format("diffusion")),
+    "teacher": studies.run(files.format("diffusion"), HEUN),
     "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),
   }
   for n in (32, 128, 512, 1024, 4096):

@@ -2,10 +2,12 @@
 
 from sdiff_jax import studies
 
+HEUN = "evaluate.samplers=('heun/16',)"
+
 
 def get_config(given: str = ""):
   files, changes = studies.setting(given, "configs/studies/objective.py")
-  runs = {"teacher": studies.run(files.format("diffusion"))}
+  runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   variants = {
     "sCD": (),
     "clipped": ("loss.stabiliser=clip",),

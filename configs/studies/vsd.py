@@ -2,6 +2,8 @@
 
 from sdiff_jax import studies
 
+HEUN = "evaluate.samplers=('heun/16',)"
+
 
 def get_config(given: str = ""):
   files, changes = studies.setting(given, "configs/studies/vsd.py")
@@ -12,7 +14,7 @@ def get_config(given: str = ""):
     "guided_sCD_and_VSD": ("loss=vsd",),
   }
   guided = ("loss.guidance=(1.0, 2.0)", "model.guidance=True")
-  runs = {"teacher": studies.run(files.format("diffusion"))}
+  runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   for name, fields in students.items():
     runs[name] = studies.run(files.format("scd"), *fields, *guided, teacher="teacher")
   measured = {
