@@ -15,7 +15,7 @@ def get_config(given: str = ""):
     "convergence",
     runs,
     title="What distillation costs",
-    lead="Distance of sCD over its teacher's, against training FLOPs, over its too.",
+    lead="Distance of sCD against training FLOPs, both over its teacher's.",
     x="compute",
     panels=("ratio",),
     log="y",
