@@ -111,7 +111,9 @@ def test_training_leaves_metrics_grids_and_a_summary(teacher):
   assert list((teacher / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("student", ["scd", "sct", "scd.py:guided"])
+@pytest.mark.parametrize(
+  "student", ["scd", "sct", pytest.param("scd.py:guided", marks=pytest.mark.slow)]
+)
 def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
   file, _, word = student.partition(".py")
   run, guided = tmp_path / "student", ("--config.sample.guidance=1.5",)

@@ -107,6 +107,7 @@ def test_eight_devices_of_one_process_train_like_one(cache, alone, tmp_path):
   same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_student_of_two_processes_and_its_samples(cache, together, tmp_path):
   config = ("--config=configs/digits_scd.py", *TINY)
   config += (f"--config.teacher.workdir={together}", "--config.sample.num=40")

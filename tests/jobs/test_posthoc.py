@@ -75,6 +75,7 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
   assert (made / "training.json").exists()
 
 
+@pytest.mark.slow
 def test_mistakes(run):
   def refused(message, posthoc, **sample):
     config = config_of("power/0.05")

@@ -85,7 +85,9 @@ def test_bounds_and_states_that_did_not_change():
   assert float(spread[0, 0]) == 1.0
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "heun"])
+@pytest.mark.parametrize(
+  "name", ["ddim", "dpmpp2m", pytest.param("heun", marks=pytest.mark.slow)]
+)
 def test_data_whose_elements_are_independent_take_few_passes(name):
   """dd/dx is diagonal and constant: the second visit of a state ends its search."""
   table = tables.build(sigma_d=SIGMA_D, name=name, steps=40)
