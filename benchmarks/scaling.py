@@ -19,6 +19,7 @@ import jax
 
 from sdiff_jax import pods, roofline, sharding
 from sdiff_jax.collectives import Collective
+from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import programs
 from sdiff_jax.samplers import plans
 
@@ -58,7 +59,8 @@ def say(text: str) -> None:
 
 def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
   """Returns operations of a step of a batch of 8 for each image, and parameters."""
-  config = programs.load(f"configs/imagenet512_{kind}.py:{size}")
+  file = f"configs/imagenet512_{kind}.py:{size}"
+  config = experiments.load(file, f"run this in the repository, which has {file}")
   config.train.batch_size = 8
   config.model.dtype = "bfloat16"
   if not guidance:

@@ -219,6 +219,15 @@ def check_batch(
     )
 
 
+def check_window(window: int, mesh: Mesh) -> None:
+  """Raises a UserError if a parallel sampler's window does not divide over the mesh."""
+  if window % mesh.shape["window"]:
+    raise UserError(
+      f"config.sampler.window={window}: does not divide over "
+      f"mesh.window={mesh.shape['window']}"
+    )
+
+
 def rows(sharding: NamedSharding, count: int) -> np.ndarray:
   """Returns which rows of a batch of `count` this process's devices hold, ascending."""
   held = sharding.addressable_devices_indices_map((count,))

@@ -1,5 +1,6 @@
 """What the jobs have in common: pieces of a config, work directories, samples."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -145,6 +146,26 @@ def _with_absolute_teacher(config: dict[str, Any]) -> dict[str, Any]:
   if teacher:
     config["teacher"]["workdir"] = os.path.abspath(teacher)
   return config
+
+
+def load(file: str, missing: str) -> ml_collections.ConfigDict:
+  """Returns the config of a file, "configs/X.py" or "configs/X.py:words".
+
+  Raises:
+    UserError: there is no such file; `missing` is the message.
+  """
+  path, _, given = file.partition(":")
+  if not os.path.exists(path):
+    raise UserError(missing)
+  spec = importlib.util.spec_from_file_location("loaded_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(given) if given else module.get_config()
+
+
+def takes_teacher(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the objective starts from a trained run."""
+  return "teacher" in lookup.given("losses", config.loss.name)
 
 
 def read(workdir: str) -> ml_collections.ConfigDict:

@@ -228,11 +228,8 @@ def _with_window(work: Work, params: dict, size: int) -> Work:
 
   shape = (size, *model.unet.shape)
   chosen = timing.window(work.chosen, work.mesh, denoise, params, shape)
-  parts = work.mesh.shape["window"]
-  if chosen.loop and chosen.window % parts:
-    raise UserError(
-      f"config.sampler.window={chosen.window}: does not divide over mesh.window={parts}"
-    )
+  if chosen.loop:
+    sharding.check_window(chosen.window, work.mesh)
   return work._replace(chosen=chosen)
 
 

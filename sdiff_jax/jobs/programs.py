@@ -1,6 +1,5 @@
 """Programs of the other jobs on abstract arrays, and what their compiled form says."""
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -184,11 +183,13 @@ def _teacher_config(
   The types of a file's are those of the student.
   """
   file, workdir = config.teacher.config, config.teacher.workdir
-  if config.loss.name == "diffusion" and not workdir:
+  if not workdir and not experiments.takes_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
     return experiments.read(workdir)
-  theirs = load(file)
+  theirs = experiments.load(
+    file, f"config.teacher.config={file!r}: no such file, and no run there"
+  )
   if "dtype" in theirs.model and "dtype" in config.model:
     theirs.model.dtype = config.model.dtype
   return theirs
@@ -204,18 +205,6 @@ def _teacher(
   network = experiments.network(theirs, source)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return network, jax.eval_shape(network.init, key)
-
-
-def load(file: str) -> ml_collections.ConfigDict:
-  """Returns the config of a file such as configs/X.py:words."""
-  path, _, given = file.partition(".py")
-  if not os.path.exists(f"{path}.py"):
-    raise UserError(f"config.teacher.config={file!r}: no such file, and no run there")
-  spec = importlib.util.spec_from_file_location("teacher", f"{path}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  words = given.removeprefix(":")
-  return module.get_config(words) if words else module.get_config()
 
 
 def compiled(program: Program, devices: int, *, gpu: bool = False) -> dict[str, Any]:

@@ -78,11 +78,8 @@ def sampler(experiment: Experiment, chosen: Plan) -> Call:
   source = experiment.source
   check_images(experiment)
   coarse, coarse_params = _coarse(experiment, chosen)
-  parts = experiment.mesh.shape["window"]
-  if chosen.loop and chosen.window % parts:
-    raise UserError(
-      f"config.sampler.window={chosen.window}: does not divide over mesh.window={parts}"
-    )
+  if chosen.loop:
+    sharding.check_window(chosen.window, experiment.mesh)
 
   def generate(
     others: dict[str, Params], params: Params, seeds: Array, labels: Array

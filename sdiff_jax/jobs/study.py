@@ -6,7 +6,6 @@ stopped goes on with the same command.
 """
 
 import ast
-import importlib.util
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import page, studies, writer
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import evaluate, train
+from sdiff_jax.jobs import experiment as experiments
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -59,7 +59,9 @@ def config_of(
 ) -> ml_collections.ConfigDict:
   """Returns the config of a run."""
   entry = study["runs"][name]
-  loaded = load(entry["config"])
+  file = entry["config"]
+  missing = f"config.study.runs: no file {file.partition(':')[0]} in {os.getcwd()}"
+  loaded = experiments.load(file, missing)
   loaded.seed = seed
   if entry["teacher"]:
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
@@ -67,21 +69,6 @@ def config_of(
     assign(loaded, change)
   configs.validate(loaded)
   return loaded
-
-
-def load(file: str) -> ml_collections.ConfigDict:
-  """Returns the config of a file, "configs/X.py" or "configs/X.py:words".
-
-  Raises:
-    UserError: there is no such file.
-  """
-  path, _, given = file.partition(":")
-  if not os.path.exists(path):
-    raise UserError(f"config.study.runs: no file {path} in {os.getcwd()}")
-  spec = importlib.util.spec_from_file_location("study_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(given) if given else module.get_config()
 
 
 def assign(config: ml_collections.ConfigDict, change: str) -> None:
@@ -134,13 +121,13 @@ def _points(
       known | row | {"series": entry["series"] or name}
       for row in writer.read_metrics(weights)
     ]
+  with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
+    known["flops"] = json.load(file)["flops"]
   rows = []
   for step in _steps(weights) if entry["checkpoints"] else [0]:
     for row in _measured(config, weights, name, step):
       series = entry["series"] or f"{name}, {row['sampler']}"
       more = {"series": series, "step": step or config.train.steps}
-      with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
-        more["flops"] = json.load(file)["flops"]
       if row["images_per_second"]:
         more["seconds"] = 1 / row["images_per_second"]
       of = entry["teacher"] or entry["weights"] or name
@@ -180,14 +167,15 @@ def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> N
   x, panels = study["x"], tuple(study["panels"])
   path = os.path.join(workdir, study["name"])
   figure = studies.draw(rows, x, panels, study["log"])
-  for kind in ("png", "svg"):
+  drawn = {kind: studies.picture(figure, kind) for kind in ("png", "svg")}
+  for kind, content in drawn.items():
     with open(f"{path}.{kind}", "wb") as file:
-      file.write(studies.picture(figure, kind))
+      file.write(content)
   writer.save_text(f"{path}.json", json.dumps(rows, indent=1))
   head, *lines = studies.table(rows, x, panels)
   print("\n".join("| " + " | ".join(line) + " |" for line in (head, *lines)))
-  drawn = page.uri(studies.picture(figure, "svg"), "svg+xml")
-  body = f'<img src="{drawn}" alt="{escape(study["title"])}">\n'
+  uri = page.uri(drawn["svg"], "svg+xml")
+  body = f'<img src="{uri}" alt="{escape(study["title"])}">\n'
   body += page.table(head, lines)
   runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)
   body += f"<h2>Runs</h2>\n<pre>{escape(runs)}</pre>"

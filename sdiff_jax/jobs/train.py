@@ -199,7 +199,7 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
   config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
-    if "teacher" not in lookup.given("losses", config.loss.name):
+    if not experiments.takes_teacher(config):
       return None, None
     raise UserError(
       "config.teacher.workdir is empty: name the run that this one starts from, "

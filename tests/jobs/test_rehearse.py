@@ -76,7 +76,7 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   config = config_of(teacher)
   source = programs.source_of(config)
   network = experiments.network(config, source)
-  theirs = programs.load(config.teacher.config)
+  theirs = experiments.load(config.teacher.config, "missing")
   theirs = experiments.network(theirs, source)
   key = jax.random.key(0)
   frozen = jax.eval_shape(theirs.init, key)

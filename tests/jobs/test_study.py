@@ -8,6 +8,7 @@ import pytest
 
 from sdiff_jax import studies
 from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import study, train
 
 CHANGES = (
@@ -112,7 +113,7 @@ def test_a_missing_config_is_named(tmp_path):
 @pytest.mark.parametrize("given", ["", "paper", "tiny"])
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/studies/*.py")))
 def test_runs_of_every_study_load(path, given, tmp_path):
-  config = study.load(f"{path}:{given}" if given else path)
+  config = experiments.load(f"{path}:{given}" if given else path, "missing")
   wanted = config.study.to_dict()
   runs = {entry["name"]: entry for entry in wanted["runs"]}
   for k, (name, entry) in enumerate(runs.items()):
@@ -124,4 +125,4 @@ def test_runs_of_every_study_load(path, given, tmp_path):
 
 def test_another_word_is_refused():
   with pytest.raises(UserError, match="vsd.py:big: the words are paper, tiny"):
-    study.load("configs/studies/vsd.py:big")
+    experiments.load("configs/studies/vsd.py:big", "missing")
