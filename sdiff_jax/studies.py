@@ -24,7 +24,15 @@ NAMES = {  # of axes
 
 # Word -> config files of the runs, by kind, and what all runs of a study change.
 SETTINGS = {
-  "": ("configs/fashion_{}.py", ("model.width=512",)),
+  "": (
+    "configs/fashion_{}.py",
+    (
+      "model.width=256",
+      "train.sample_every=0",
+      "evaluate.num=5000",
+      "evaluate.baselines=False",
+    ),
+  ),
   "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
   "tiny": (
     "configs/digits_{}.py",

@@ -5,7 +5,7 @@ from sdiff_jax import studies
 
 def get_config(given: str = ""):
   files, changes = studies.setting(given, "configs/studies/scaling.py")
-  sizes = {f"{w}": (files, f"model.width={w}") for w in (128, 256, 512, 1024)}
+  sizes = {f"{w}": (files, f"model.width={w}") for w in (64, 128, 256, 512)}
   if given == "paper":
     sizes = {w: (f"configs/imagenet64_{{}}.py:{w}",) for w in ("S", "M", "L", "XL")}
   runs = {}

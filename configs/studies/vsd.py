@@ -1,5 +1,7 @@
 """Score distillation: figure 7 of arXiv:2410.11081."""
 
+import itertools
+
 from sdiff_jax import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
@@ -17,20 +19,27 @@ def get_config(given: str = ""):
   runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   for name, fields in students.items():
     runs[name] = studies.run(files.format("scd"), *fields, *guided, teacher="teacher")
-  measured = {
-    "teacher": ("diffusion", runs["teacher"]["set"]),
-    **{name: ("scd", runs[name]["set"]) for name in students},
-  }
-  for name, (kind, fields) in measured.items():
-    for scale in scales:
-      runs[f"{name}_{scale:g}"] = studies.run(
-        files.format(kind),
+  for scale in scales:
+    runs[f"teacher_{scale:g}"] = studies.run(
+      files.format("diffusion"),
+      HEUN,
+      f"sample.guidance={scale}",
+      weights="teacher",
+      series="teacher",
+      value=scale,
+    )
+  for name, fields in students.items():
+    for steps, scale in itertools.product((1, 2), scales):
+      label = name.removeprefix("guided_").replace("_and_", " + ")
+      runs[f"{name}_{steps}_{scale:g}"] = studies.run(
+        files.format("scd"),
         *fields,
+        *guided,
         f"sample.guidance={scale}",
-        *((kind == "scd") * ("evaluate.samplers=('consistency/1',)",)),
-        teacher="teacher" * (kind == "scd"),
+        f"evaluate.samplers=('consistency/{steps}',)",
+        teacher="teacher",
         weights=name,
-        series=name.removeprefix("guided_").replace("_and_", " + "),
+        series=f"{label}, {steps} step{'s' * (steps > 1)}",
         value=scale,
       )
   return studies.build(
@@ -38,7 +47,7 @@ def get_config(given: str = ""):
     runs,
     title="Score distillation and guidance",
     lead="Distance, precision and recall against the scale of guidance: the teacher, "
-    "and one step of sCD, VSD and both.",
+    "and one and two steps of sCD, VSD and both.",
     x="value",
     panels=("frechet", "precision", "recall"),
     changes=changes,
