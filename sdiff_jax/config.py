@@ -152,6 +152,8 @@ def base() -> ml_collections.ConfigDict:
       # published networks: inception:PATH for FID (pytorch-fid:PATH as that package
       # resizes), dinov2:PATH for FD-DINOv2; several with commas between them.
       "features": "digits",
+      # Folder of CLIP: the CLIP score of images of the job `generate`.
+      "clip": "",
       # Statistics to compare with instead of images: .npz of ADM, EDM or the job
       # `statistics`, .pkl of EDM2.
       "reference": "",

@@ -108,7 +108,7 @@ def configs(path: str) -> dict[str, dict[str, Any]]:
   Raises:
     UserError: a file is missing or damaged.
   """
-  folder = _local(path)
+  folder = _local(path, ["*.json"])  # no weights
   index = _json(os.path.join(folder, "model_index.json"))
   files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
   return {
@@ -240,8 +240,13 @@ def _part(folder: str, name: str) -> str:
   return part if os.path.isdir(part) else folder
 
 
-def _local(path: str) -> str:
-  """Returns a folder on this machine, fetched if the path asks for it."""
+def _local(path: str, patterns: list[str] | None = None) -> str:
+  """Returns a folder on this machine, fetched if the path asks for it.
+
+  Args:
+    path: of the folder, or hf://organisation/name.
+    patterns: of the files to fetch; None for all that `load` reads.
+  """
   if path.startswith(HUB):
     try:
       import huggingface_hub
@@ -249,10 +254,10 @@ def _local(path: str) -> str:
       raise UserError(
         f"{path} needs the package huggingface_hub: pip install 'sdiff_jax[diffusers]'"
       ) from None
-    patterns = ["*.json", "*.txt", *(f"*{name}" for name in FILES)]
+    every = ["*.json", "*.txt", *(f"*{name}" for name in FILES)]
     try:
       return huggingface_hub.snapshot_download(
-        path.removeprefix(HUB), allow_patterns=patterns
+        path.removeprefix(HUB), allow_patterns=patterns or every
       )
     except Exception as error:  # of the net, of the hub, or of the name
       raise UserError(f"{path} was not fetched: {error}") from error

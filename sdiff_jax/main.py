@@ -143,7 +143,8 @@ def _job(config: ml_collections.ConfigDict | None) -> str:
   name = _JOB.value or own
   if own not in JOBS:
     raise UserError(f"config.job={own!r}: take one of {', '.join(JOBS)}")
-  if own != "train" and name not in (own, "inspect"):
+  also = {"generate": ("rehearse", "evaluate"), "encode": ("inspect",)}
+  if own != "train" and name not in (own, *also.get(own, ())):
     raise UserError(f"--job={name}: this config is for --job={own} alone")
   return name
 

@@ -195,10 +195,12 @@ def cells(found: dict[str, Any]) -> list[str]:
   def both(values: dict[str, float] | None, form: str) -> str:
     return " / ".join(form.format(values[n]) for n in ROOFS) if values else "-"
 
+  rate = "{:,.0f}" if found["images_per_second"]["in_turn"] >= 100 else "{:.3g}"
+
   milliseconds = {n: found["seconds"][n] * 1e3 for n in ROOFS}
   memory = f"{found['bytes'] / 1e9:.1f}" if found["bytes"] else "unknown"
   row += [f"{found['flops'] / 1e12:.3f}", memory, f"{found['ring'] / 1e6:.1f}"]
-  row += [both(milliseconds, "{:.1f}"), both(found["images_per_second"], "{:,.0f}")]
+  row += [both(milliseconds, "{:.1f}"), both(found["images_per_second"], rate)]
   return [*row, both(found["utilisation"], "{:.1%}"), both(found["days"], "{:.2f}")]
 
 

@@ -28,6 +28,8 @@ COLUMNS = (
    "Inception-v3, lower is better"),
   ("FD-DINOv2", "fd_dinov2", "{:.1f}".format, "the same in features of DINOv2"),
   ("IS", "inception_score", "{:.2f}".format, "Inception score, higher is better"),
+  ("CLIP", "clip_score", "{:.2f}".format, "how well images fit their texts: mean of "
+   "100 max(cos, 0) in features of CLIP, higher is better"),
   ("Precision", "precision", "{:.1%}".format, "share that lies among real images"),
   ("Recall", "recall", "{:.1%}".format, "share of real images that they cover"),
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),

@@ -250,6 +250,8 @@ def test_folders_on_the_hub(monkeypatch):
   ((name, patterns),) = asked
   assert name == "google/ddpm"
   assert {"*.json", "*.txt", "*model.safetensors"} <= {*patterns}
+  assert "unet" in diffusers_folder.configs("hf://google/ddpm")
+  assert asked[1] == ("google/ddpm", ["*.json"])
   with pytest.raises(UserError, match="hf://no/model was not fetched: 404"):
     diffusers_folder.load("hf://no/model")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -40,9 +40,8 @@ def build(
     raise UserError(f"config.data.image_size={image_size}: must be above 0")
   if channels not in (1, 3):
     raise UserError(f"config.data.channels={channels}: take 1 or 3")
-  classes = _classes(dir)
-  paths = [path for files in classes for path in files]
-  counts = [len(files) for files in classes]
+  classes, paths = _classes(dir), files(dir)
+  counts = [len(paths) for paths in classes]
   labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
 
   shape = (image_size, image_size, channels)
@@ -58,6 +57,15 @@ def build(
     return images, {"label": labels[chosen]}
 
   return checked(Source(take, len(paths), shape, len(classes), mean, std))
+
+
+def files(dir: str) -> list[str]:
+  """Returns the paths of the images below a folder, in the order of `build`.
+
+  Raises:
+    UserError: see `build`.
+  """
+  return [path for paths in _classes(dir) for path in paths]
 
 
 def side(folder: str) -> int:

@@ -13,7 +13,7 @@ import tqdm
 
 from sdiff_jax import report, writer
 from sdiff_jax.data import folder, npz, pipeline
-from sdiff_jax.interfaces import Params
+from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import measuring, sampling
 from sdiff_jax.metrics import baselines, summary
@@ -23,13 +23,16 @@ from sdiff_jax.samplers.plans import Plan
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes results.json and a grid of samples for each solver into `folder_of`.
 
-  With evaluate.images it measures those alone, into images.json. See report.py for
-  what a row holds.
+  With evaluate.images, or in a work directory of the job `generate`, it measures those
+  alone, into images.json. See report.py for what a row holds.
   """
+  images = config.evaluate.images
+  if config.job == "generate":
+    images = images or os.path.join(workdir, "images")
   folder = os.path.join(workdir, folder_of(config))
   os.makedirs(folder, exist_ok=True)
-  if config.evaluate.images:
-    name, rows = "images.json", [_given(config)]
+  if images:
+    name, rows = "images.json", [_given(config, images)]
   else:
     name, rows = "results.json", _trained(config, workdir, folder)
   path = os.path.join(folder, name)
@@ -46,17 +49,24 @@ def folder_of(config: ml_collections.ConfigDict) -> str:
   return config.evaluate.folder + (f"_{step}" if step else "")
 
 
-def _given(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the row of the images in evaluate.images."""
-  path, real = config.evaluate.images, measuring.real(config)
+def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
+  """Returns the row of images, an .npz or a folder."""
+  mesh, chosen = experiments.mesh(config), config.evaluate
+  if not chosen.features and not chosen.clip:
+    raise UserError(
+      "config.evaluate: nothing to measure; give features=inception:PATH or clip=DIR"
+    )
+  measured, real = {}, measuring.real(config) if chosen.features else None
   if path.endswith(".npz"):
     source = npz.build(path=path)
-  elif real is None:
-    source = folder.build(dir=path, image_size=folder.side(path))
   else:
-    source = folder.build(dir=path, image_size=real.shape[0], channels=real.shape[2])
-  meter = measuring.meter(config, experiments.mesh(config), real, source.shape)
-  measured = meter([measuring.of_source(source)], source.size)
+    side, channels = (*real.shape[1:],) if real else (folder.side(path), 3)
+    source = folder.build(dir=path, image_size=side, channels=channels)
+  if chosen.features:
+    meter = measuring.meter(config, mesh, real, source.shape)
+    measured |= meter([measuring.of_source(source)], source.size)
+  if chosen.clip:
+    measured["clip_score"] = measuring.clip_score(config, mesh, source, path)
   return _row(os.path.basename(path), "given images", measured, source.size)
 
 

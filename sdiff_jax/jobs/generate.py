@@ -20,16 +20,14 @@ import tqdm
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import diffusers_folder, sharding, writer
+from sdiff_jax import sharding, writer
 from sdiff_jax.data import captions, folder
 from sdiff_jax.diffusers_folder import Model
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import published, timing
-from sdiff_jax.samplers import plans
 from sdiff_jax.samplers.plans import Plan
 
-TYPES = ("float32", "bfloat16", "float16")
 TOOK = ("passes", "evaluations", "error")  # of a Result, one an image
 SHOWN = 16  # images of the picture
 WRITERS = 4  # threads
@@ -91,21 +89,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list]:
   """Returns the work, and what is there of it (see `_there`)."""
   chosen, scale = config.generate, config.sample.guidance
-  _check_fields(config)
   prompts = captions.read(chosen.prompts) if chosen.prompts else []
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(
     config.sample.batch_size, sharding.samples(mesh), "sample.batch_size"
   )
-  model = diffusers_folder.load(chosen.folder, dtype=chosen.dtype)
+  model, plan = published.of_config(config)
   prompts = _check_texts(model, chosen, prompts, scale)
-  fields = {k: config.sampler[k] for k in ("name", "steps", "tolerance", "rule")}
-  try:
-    schedule, plan = published.plan(
-      model.schedule, **fields, window=config.sampler.window, spacing=chosen.spacing
-    )
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
+  fields = {k: config.sampler[k] for k in published.SOLVER}
   sections = {"sampler": fields, "generate": chosen.to_dict()}
   del sections["generate"]["prompts"]
   settings = configs.flat(sections) | {"sample.guidance": scale}
@@ -113,32 +104,9 @@ def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list
     {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | settings
     for k in range(config.sample.num)
   ]
-  model = model._replace(schedule=schedule)
   work = Work(images, wanted, model, plan, mesh, scale, chosen.negative)
   there = _there(work)
   return work._replace(chosen=_go_on(plan, there, images)), there
-
-
-def _check_fields(config: ml_collections.ConfigDict) -> None:
-  """Raises a UserError for what can be seen to be wrong before anything is read."""
-  chosen = config.generate
-  if not chosen.folder:
-    raise UserError(
-      "config.generate.folder is empty: name a folder of the diffusers format, or "
-      "hf://organisation/name"
-    )
-  if chosen.dtype not in TYPES:
-    raise UserError(
-      f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
-    )
-  if config.sampler.angles or config.sampler.eta or config.sampler.coarse:
-    raise UserError(
-      "config.sampler: angles, eta and coarse are for networks trained here alone"
-    )
-  try:
-    plans.parse(config.sampler.name)
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
 
 
 def _go_on(plan: Plan, there: list[dict[str, Any] | None], images: str) -> Plan:

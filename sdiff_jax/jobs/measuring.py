@@ -1,5 +1,6 @@
 """What samples are measured in, and against: networks of features, real images."""
 
+import json
 from collections.abc import Callable, Iterable
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from sdiff_jax import lookup, sharding
-from sdiff_jax.data import npz, pipeline
+from sdiff_jax import lookup, sharding, writer
+from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.metrics import frechet, reference, summary
-from sdiff_jax.metrics.features import named
+from sdiff_jax.metrics.features import clip, named
 from sdiff_jax.metrics.features.network import Extract, FeatureNetwork, spread
 from sdiff_jax.metrics.reference import Reference
 
@@ -100,6 +101,34 @@ def meter(
     return out
 
   return measure
+
+
+def clip_score(
+  config: ml_collections.ConfigDict, mesh: Mesh, source: pipeline.Source, dir: str
+) -> float:
+  """Returns the CLIP score of images that the job `generate` made.
+
+  Args:
+    config: evaluate.clip is the folder of the networks.
+    mesh: of the devices.
+    source: of the images.
+    dir: their folder, whose files hold the prompts.
+
+  Raises:
+    UserError: a file holds no prompt, or the networks are missing or damaged.
+  """
+  prompts = []
+  for path in folder.files(dir):
+    try:
+      prompts.append(json.loads(writer.about(path))["prompt"])
+    except (*folder.UNREADABLE, KeyError, TypeError) as error:
+      raise UserError(
+        f"{path} holds no prompt: the CLIP score is of images of the job generate"
+      ) from error
+  networks = clip.load(config.evaluate.clip)
+  extract = spread(networks.image, mesh, config.evaluate.batch_size)
+  images = np.concatenate([*extract(*of_source(source))])
+  return clip.score(images, networks.text(prompts))
 
 
 def _statistics(

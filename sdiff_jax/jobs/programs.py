@@ -11,14 +11,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sdiff_jax import collectives, lookup, sharding, step
+from sdiff_jax import collectives, diffusers_folder, lookup, sharding, step
 from sdiff_jax.data.pipeline import Source
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling, train
+from sdiff_jax.jobs import published, sampling, train
 from sdiff_jax.samplers import plans
 
 KINDS = ("train", "sample")
+NO_WINDOW = "config.sampler.window=0: name one, there is no machine to time"
 
 
 class Program(NamedTuple):
@@ -57,6 +58,8 @@ def described(config: ml_collections.ConfigDict) -> dict[str, Any]:
   fields["train"]["steps"] = 0
   teacher = _teacher_config(config)
   fields["teacher"] = teacher and teacher.to_dict()
+  if config.job == "generate":
+    fields["folder"] = diffusers_folder.configs(config.generate.folder)
   return fields
 
 
@@ -66,6 +69,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   Raises:
     UserError: the batch does not divide over the mesh, or a piece refuses its fields.
   """
+  if config.job == "generate":
+    return generated(config, mesh)
   source = source_of(config)
   network = experiments.network(config, source)
   experiment = experiments.Experiment(config, source, network, mesh)
@@ -129,7 +134,7 @@ def sampled(experiment: experiments.Experiment) -> Program:
   sharding.check_batch(size, over, "sample.batch_size")
   chosen = sampling.plan(config)
   if chosen.loop and not chosen.window:
-    raise UserError("config.sampler.window=0: name one, there is no machine to time")
+    raise UserError(NO_WINDOW)
   everywhere = sharding.replicated(mesh)
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
   placed = jax.tree.map(
@@ -156,6 +161,58 @@ def sampled(experiment: experiments.Experiment) -> Program:
     flops,
     {"parameters": on_device(params, everywhere)},
     sum(x.size for x in jax.tree.leaves(params)),
+    size,
+    1,
+    plans.passes(chosen),
+  )
+
+
+def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+  """Returns a batch by a model of the diffusers format, whose loop is counted once.
+
+  Of its folder the config files alone are read. The decoder is left out: it runs once,
+  the U-Net in every pass.
+
+  Raises:
+    UserError: the batch or the window does not divide over the mesh, or there is no
+      window, or the folder does not fit.
+  """
+  size, scale = config.sample.batch_size, config.sample.guidance
+  sharding.check_batch(size, sharding.samples(mesh), "sample.batch_size")
+  model, chosen = published.of_config(config, abstract=True)
+  if chosen.loop and not chosen.window:
+    raise UserError(NO_WINDOW)
+  sharding.check_window(chosen.window, mesh)
+  weights = {k: v for k, v in model.params.items() if k != "vae"}
+  model = model._replace(vae=None, params=weights)
+  call = published.sampler(model, chosen, mesh, scale=scale)
+  arguments = published.shapes(model, size, mesh)
+  rows = size * max(chosen.window, 1)
+
+  def flops(remat: bool) -> float:
+    del remat  # nothing goes backward
+    shapes = {"x": (rows, *model.unet.shape), "t": (rows,)}
+    if model.unet.text:
+      length = model.text_encoder.length
+      shapes |= {
+        "text": (rows, length, model.unet.text),
+        "empty": (length, model.unet.text),
+      }
+    arrays = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+    def denoise(params: Any, arrays: dict[str, Any]) -> Any:
+      text, empty = arrays.get("text"), arrays.get("empty")
+      net = published.denoiser(model, chosen, params, empty, scale)
+      return net(arrays["x"], arrays["t"], None if text is None else {"text": text})
+
+    lowered = jax.jit(denoise).lower(model.params, arrays)
+    return float(lowered.cost_analysis()["flops"])
+
+  return Program(
+    lambda: call.lower(*arguments),
+    flops,
+    {"parameters": on_device(model.params, sharding.state(model.params, mesh))},
+    sum(x.size for x in jax.tree.leaves(model.params)),
     size,
     1,
     plans.passes(chosen),

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from jax.sharding import Mesh
 
-from sdiff_jax import guidance, sharding
+from sdiff_jax import diffusers_folder, guidance, sharding
 from sdiff_jax.data import pipeline
 from sdiff_jax.diffusers_folder import Model
-from sdiff_jax.interfaces import Array, Denoiser, Params, PRNGKey
+from sdiff_jax.interfaces import Array, Denoiser, Params, PRNGKey, UserError
 from sdiff_jax.samplers import plans, schedules, sequential
 from sdiff_jax.samplers.plans import Plan
 from sdiff_jax.samplers.schedules import Schedule
@@ -20,6 +21,60 @@ from sdiff_jax.samplers.windows import Result
 # (params, seeds int32 [B], tokens int32 [B, L], negative int32 [1, L]) -> images uint8
 # [B, H, W, C] and a Result whose x is None. Without text both tokens are None.
 Call = Callable[..., tuple[Array, Result]]
+TYPES = ("float32", "bfloat16", "float16")
+SOLVER = ("name", "steps", "tolerance", "rule")  # fields of config.sampler
+
+
+def of_config(
+  config: ml_collections.ConfigDict, *, abstract: bool = False
+) -> tuple[Model, Plan]:
+  """Returns the model, its schedule as it is solved, and the plan.
+
+  Args:
+    config: of the job `generate`.
+    abstract: read config files alone; weights are shapes.
+
+  Raises:
+    UserError: the folder or a field does not fit.
+  """
+  _check_fields(config)
+  folder, dtype = config.generate.folder, config.generate.dtype
+  if abstract:
+    model = diffusers_folder.abstract(diffusers_folder.configs(folder), dtype=dtype)
+  else:
+    model = diffusers_folder.load(folder, dtype=dtype)
+  try:
+    schedule, chosen = plan(
+      model.schedule,
+      **{k: config.sampler[k] for k in SOLVER},
+      window=config.sampler.window,
+      spacing=config.generate.spacing,
+    )
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
+  return model._replace(schedule=schedule), chosen
+
+
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError for what can be seen to be wrong before anything is read."""
+  chosen = config.generate
+  if not chosen.folder:
+    raise UserError(
+      "config.generate.folder is empty: name a folder of the diffusers format, or "
+      "hf://organisation/name"
+    )
+  if chosen.dtype not in TYPES:
+    raise UserError(
+      f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
+    )
+  if config.sampler.angles or config.sampler.eta or config.sampler.coarse:
+    raise UserError(
+      "config.sampler: angles, eta and coarse are for networks trained here alone"
+    )
+  try:
+    plans.parse(config.sampler.name)
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
 
 
 def plan(

@@ -5,15 +5,17 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import FIXTURES
 
 from sdiff_jax import config as configs
-from sdiff_jax import pods, rehearsal, sharding
+from sdiff_jax import diffusers_folder, pods, rehearsal, sharding
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import programs, rehearse, train
@@ -37,6 +39,10 @@ def teacher(tmp_path_factory) -> str:
   file = tmp_path_factory.mktemp("configs") / "teacher.py"
   file.write_text(TEACHER)
   return f"{file}:16"
+
+
+def config_of_file(name):
+  return experiments.load(str(ROOT / "configs" / name), "missing")
 
 
 def config_of(teacher):
@@ -212,6 +218,55 @@ def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   sent = sum(c["times"] * c["bytes"] for c in facts["collectives"] if c["loop"])
   assert 0 < sent <= 64 * 64 * 4
   assert 32 > program.repeats > 100 / 64
+
+
+def test_a_published_model_needs_no_weights(tmp_path):
+  """The pass of a window over 8 devices, by config files alone."""
+  folder = tmp_path / "sd2"
+  shutil.copytree(FIXTURES / "tiny-sd2", folder)
+  weights = [*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]
+  assert weights
+  for path in weights:
+    path.unlink()
+  config = config_of_file("stable_diffusion2.py")
+  config.generate.folder = str(folder)
+  config.sampler.update(steps=100, window=64)
+  config.mesh.update(data=1, window=8)
+  config.pod = "v5e:2x4"
+  rehearse.run(config, str(tmp_path))
+  (path,) = (tmp_path / "rehearsal").glob("*.json")
+  found = json.loads(path.read_text())
+  model = diffusers_folder.load(str(FIXTURES / "tiny-sd2"))
+  of_loop = {k: v for k, v in model.params.items() if k != "vae"}
+  count = sum(x.size for x in jax.tree.leaves(of_loop))
+  assert found["program"]["parameters"] == count
+  assert found["held"]["parameters"] == 2 * count  # bytes of bfloat16
+  sent = sum(c["times"] * c["bytes"] for c in found["collectives"] if c["loop"])
+  assert 0 < sent <= 64 * np.prod(model.unet.shape) * 4
+  # Twice the operations of 64 rows without guidance, and little else.
+  config.sample.guidance = 1.0
+  mesh = sharding.make_mesh(**config.mesh)
+  alone = programs.build(config, mesh).flops(False)
+  assert found["model_flops"] == pytest.approx(2 * alone, rel=0.01)
+  config.sampler.window = 0
+  with pytest.raises(UserError, match="window=0: name one"):
+    programs.build(config, mesh)
+
+
+@pytest.mark.parametrize(
+  ("name", "millions"),
+  [
+    ("stable_diffusion2", {"unet": 865.911, "vae": 83.654, "text_encoder": 340.388}),
+    ("church", {"unet": 113.673}),
+  ],
+)
+def test_config_files_of_published_models(name, millions):
+  folder = ROOT / "configs" / "published" / name
+  model = diffusers_folder.abstract(diffusers_folder.configs(str(folder)))
+  counts = {
+    k: sum(x.size for x in jax.tree.leaves(v)) / 1e6 for k, v in model.params.items()
+  }
+  assert counts == pytest.approx(millions, abs=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import pytest
 from conftest import FIXTURES
 from PIL import Image
 
-from sdiff_jax import sharding
+from sdiff_jax import config as configs
+from sdiff_jax import sharding, writer
 from sdiff_jax.interfaces import UserError
+from sdiff_jax.jobs import evaluate
 from sdiff_jax.metrics import inception_score
 from sdiff_jax.metrics.features import clip, dinov2, inception, network, resize
 
@@ -142,6 +144,32 @@ def test_clip(tmp_path, peers, kind):
   assert clip.score(pairs, texts[: len(pairs)]) == pytest.approx(
     100 * np.mean(cosines.clip(0)), rel=1e-5
   )
+
+
+def test_clip_score_of_made_images(tmp_path, peers):
+  """By the job evaluate, in the work directory of the job generate."""
+  folder = folder_of(tmp_path, peers, "clip")
+  config = configs.base()
+  config.job = "generate"
+  config.evaluate.update(features="", clip=str(folder))
+  prompts, images = ["a dog", "a cat on a mat", "a dog"], peers["small"][:, :20, :20]
+  made = tmp_path / "run" / "images"
+  for k, (image, prompt) in enumerate(zip(images, prompts, strict=False)):
+    about = json.dumps({"prompt": prompt})
+    writer.save_png(made / f"{k:05}.png", image, about)
+  prompts = prompts[: len(images)]
+  evaluate.run(config, str(tmp_path / "run"))
+  (row,) = json.loads((tmp_path / "run/evaluate/images.json").read_text())
+  found = clip.load(str(folder))
+  expected = clip.score(run(found.image, images), found.text(prompts))
+  assert row["clip_score"] == pytest.approx(expected, rel=1e-5)
+  assert row["clip_score"] > 0
+  writer.save_png(made / "x.png", images[0])
+  with pytest.raises(UserError, match=r"x.png holds no prompt: the CLIP score is of"):
+    evaluate.run(config, str(tmp_path / "run"))
+  config.evaluate.clip = ""
+  with pytest.raises(UserError, match="config.evaluate: nothing to measure; give fea"):
+    evaluate.run(config, str(tmp_path / "run"))
 
 
 def test_clip_score_counts_no_pair_below_zero():
