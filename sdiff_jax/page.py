@@ -19,6 +19,7 @@ main { max-width: 62rem; margin: 0 auto; padding: 5rem 2rem; }
 h1, h2, h3 { line-height: 1.15; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
 h1 { font-size: clamp(2rem, 5vw, 2.5rem); letter-spacing: -.02em; text-wrap: balance; }
 h2 { font-size: 1.6rem; margin-top: 5rem; }
+.wide + h3 { margin-top: 2.5rem; }
 h3 span, p, th, dt, figcaption, summary, .baseline { color: var(--soft); }
 p { font-size: 1.1rem; max-width: 42rem; margin: 0; }
 .wide, pre { overflow-x: auto; }
