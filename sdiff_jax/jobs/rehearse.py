@@ -85,9 +85,9 @@ def _attempts(
   yield {}, pod
   changes = {}
   if config.rehearse.what == "train":
-    chips = pod.chips
-    if config.mesh.fsdp == 1 and config.mesh.data == -1:
-      changes["mesh.fsdp"] = math.gcd(chips, LARGEST_GROUP)
+    chips, group = pod.chips, math.gcd(pod.chips, LARGEST_GROUP)
+    if config.mesh.fsdp == 1 and config.mesh.data == -1 and group > 1:
+      changes["mesh.fsdp"] = group
       yield dict(changes), pod
     if config.model.get("remat", "full") != "full":
       changes["model.remat"] = "full"
