@@ -108,7 +108,7 @@ def configs(path: str) -> dict[str, dict[str, Any]]:
   Raises:
     UserError: a file is missing or damaged.
   """
-  folder = _local(path, ["*.json"])  # no weights
+  folder = _local(path, weights=False)
   index = _json(os.path.join(folder, "model_index.json"))
   files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
   return {
@@ -240,12 +240,12 @@ def _part(folder: str, name: str) -> str:
   return part if os.path.isdir(part) else folder
 
 
-def _local(path: str, patterns: list[str] | None = None) -> str:
+def _local(path: str, *, weights: bool = True) -> str:
   """Returns a folder on this machine, fetched if the path asks for it.
 
   Args:
     path: of the folder, or hf://organisation/name.
-    patterns: of the files to fetch; None for all that `load` reads.
+    weights: fetch them too: of each part, the file that `parameters` reads.
   """
   if path.startswith(HUB):
     try:
@@ -254,16 +254,27 @@ def _local(path: str, patterns: list[str] | None = None) -> str:
       raise UserError(
         f"{path} needs the package huggingface_hub: pip install 'sdiff_jax[diffusers]'"
       ) from None
-    every = ["*.json", "*.txt", *(f"*{name}" for name in FILES)]
+    name = path.removeprefix(HUB)
     try:
-      return huggingface_hub.snapshot_download(
-        path.removeprefix(HUB), allow_patterns=patterns or every
-      )
+      every = huggingface_hub.list_repo_files(name)
+      wanted = [f for f in every if f.endswith((".json", ".txt"))]
+      wanted += _first_weights(every) if weights else []
+      return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # of the net, of the hub, or of the name
       raise UserError(f"{path} was not fetched: {error}") from error
   if not os.path.isdir(path):
     raise UserError(f"{path}: no such folder")
   return path
+
+
+def _first_weights(every: list[str]) -> list[str]:
+  """Returns the file that `parameters` reads in every folder that has one."""
+  found = {}
+  for file in every:
+    folder, name = os.path.split(file)
+    if name in FILES:
+      found.setdefault(folder, []).append(name)
+  return [os.path.join(k, min(v, key=FILES.index)) for k, v in found.items()]
 
 
 def _json(path: str) -> dict[str, Any]:
