@@ -128,9 +128,10 @@ def test_trigflow_toy(execute, capsys):
   assert len(plt.get_fignums()) == 2
 
 
+@pytest.mark.slow
 def test_digits_scd(execute, tmp_path, capsys):
   sizes = {"TEACHER_STEPS": 12, "SCD_STEPS": 12, "BATCH": 16, "WIDTH": 16}
-  sizes |= {"SOLVERS": ("ddim/2",)}
+  sizes |= {"DEPTH": 1, "SOLVERS": ("ddim/2",)}
   names = execute("digits_scd", **sizes, IMAGES=64, RUNS=str(tmp_path))
   out = capsys.readouterr().out
   for word in ("ddim/2", "consistency/2", "Frechet", "one half to the other"):
