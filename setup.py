@@ -39,6 +39,7 @@ setuptools.setup(
       "h5py>=3.11",
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
+      "nbformat>=5.10",  # launch/colabs
       "pytest>=8",
       "pytest-xdist>=3.6",
       "pyyaml>=6",
