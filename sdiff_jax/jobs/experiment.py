@@ -96,6 +96,14 @@ def network(config: ml_collections.ConfigDict, source: pipeline.Source) -> Netwo
   return lookup.build("models", config.model.to_dict(), **given)
 
 
+def unrolled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config without a loop over blocks, whose operations count once."""
+  config = config.copy_and_resolve_references()
+  if "unroll" in config.model:
+    config.model.unroll = config.model.depth
+  return config
+
+
 def grow(config: ml_collections.ConfigDict, params: Params) -> Params:
   """Returns a network's parameters with those that only the objective needs."""
   loss = lookup.lookup("losses", config.loss.name)

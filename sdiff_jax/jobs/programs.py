@@ -71,7 +71,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """
   if config.job == "generate":
     return generated(config, mesh)
-  source = source_of(config)
+  config, source = experiments.unrolled(config), source_of(config)
   network = experiments.network(config, source)
   experiment = experiments.Experiment(config, source, network, mesh)
   kind = {"train": training, "sample": sampled}[config.rehearse.what]
@@ -243,13 +243,13 @@ def _teacher_config(
   if not workdir and not experiments.takes_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
-    return experiments.read(workdir)
+    return experiments.unrolled(experiments.read(workdir))
   theirs = experiments.load(
     file, f"config.teacher.config={file!r}: no such file, and no run there"
   )
   if "dtype" in theirs.model and "dtype" in config.model:
     theirs.model.dtype = config.model.dtype
-  return theirs
+  return experiments.unrolled(theirs)
 
 
 def _teacher(

@@ -59,6 +59,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         return f"stopped at step {done}, the same command goes on: {workdir}"
     # A run that was killed after its last step has no summary yet.
     if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
+      if teacher:  # as its operations are counted
+        theirs = experiments.unrolled(experiments.read(config.teacher.workdir))
+        teacher = experiments.network(theirs, experiment.source)
       cost = flops(config, experiment.source, teacher, abstract, key, frozen)
       _summary(config, workdir, abstract, cost)
   return f"trained {config.train.steps} steps: {workdir}"
@@ -283,10 +286,8 @@ def flops(
   Counted in the lowered program, which counts a loop's body once: a loop over blocks
   is unrolled for it, and attention does without one.
   """
-  config = config.copy_and_resolve_references()
+  config = experiments.unrolled(config)
   config.train.accumulate = 1
-  if "unroll" in config.model:
-    config.model.unroll = config.model.depth
   if "attention" in config.model:
     config.model.attention = "plain"
   network = experiments.network(config, source)

@@ -130,6 +130,17 @@ def test_operations_of_a_step_are_those_of_its_networks(found):
   assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.parameters
 
 
+def test_every_block_counts():
+  """A transformer's blocks are a loop in training."""
+  config = config_of_file("imagenet256_dit_diffusion.py:tiny")
+  config.rehearse.update(shape=(8, 8, 4), classes=10)
+  config.train.batch_size = 8
+  config.model.update(depth=4, unroll=1, attention="plain", remat="")
+  program = programs.build(config, sharding.make_mesh(**config.mesh))
+  facts = programs.compiled(program, 8)
+  assert 0.95 < facts["flops"] * 8 / facts["model_flops"] < 1.3
+
+
 def test_what_is_modelled_follows_from_the_facts(found):
   program, facts = found
   summary, chip = program.summary(), pods.CHIPS["v5e"]
