@@ -1,11 +1,12 @@
 """Several processes that run one job: on a pod, on a cluster, or on one machine."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -59,13 +60,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def on_sigterm() -> Callable[[int], bool]:
-  """Returns step -> whether to stop after it, since SIGTERM has come.
+@contextlib.contextmanager
+def sigterm() -> Iterator[Callable[[int], bool]]:
+  """Gives step -> whether to stop after it, since SIGTERM has come.
 
-  Of several processes all stop after the same step, whichever got the signal.
+  Of several processes all stop after the same step, whichever got the signal. Of one,
+  SIGTERM does afterwards what it did before.
   """
   if jax.process_count() > 1:
-    return multihost_utils.reached_preemption_sync_point
+    yield multihost_utils.reached_preemption_sync_point
+    return
   came = threading.Event()
-  signal.signal(signal.SIGTERM, lambda number, frame: came.set())
-  return lambda step: came.is_set()
+  before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+  try:
+    yield lambda step: came.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -166,3 +166,19 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch, mine):
   monkeypatch.setenv("JAX_PROCESS_ID", mine)
   with pytest.raises(UserError, match=f"JAX_PROCESS_ID='{mine}': set none of them"):
     processes.start()
+
+
+def test_sigterm_is_heard_while_training_alone():
+  """Afterwards it does what it did before: a study can be stopped between its runs."""
+  heard = []
+  before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+  try:
+    with processes.sigterm() as stopping:
+      assert not stopping(1)
+      signal.raise_signal(signal.SIGTERM)
+      assert stopping(1)
+      assert not heard
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+  finally:
+    signal.signal(signal.SIGTERM, before)

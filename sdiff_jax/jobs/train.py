@@ -107,12 +107,11 @@ def _fit(
     return writer.grid(next(made)[0], columns)
 
   earlier = [r["seconds"] for r in writer.read_metrics(workdir) if r["step"] <= start]
-  with writer.Writer(
-    workdir,
-    total=config.train.steps,
-    start=start,
-    active=jax.process_index() == 0,
-  ) as metrics:
+  active, steps = jax.process_index() == 0, config.train.steps
+  with (
+    writer.Writer(workdir, total=steps, start=start, active=active) as metrics,
+    processes.sigterm() as stopping,
+  ):
     state_after = loop.run(
       lambda current, batch: compiled(current, batch, key, frozen),
       current,
@@ -120,14 +119,14 @@ def _fit(
       metrics,
       checkpoints,
       start=start,
-      steps=config.train.steps,
+      steps=steps,
       batch_size=size,
       log_every=config.train.log_every,
       save_every=config.checkpoint.every,
       sample_every=config.train.sample_every,
       sample=sample,
       skip_nonfinite=config.train.skip_nonfinite,
-      stopping=processes.on_sigterm(),
+      stopping=stopping,
       seconds=earlier[-1] if start and earlier else 0.0,
     )
   return int(state_after.step)
