@@ -102,6 +102,7 @@ def base() -> ml_collections.ConfigDict:
       "steps": 16,
       "angles": (),  # starting angle of every step, instead of the sampler's grid
       "eta": 0.0,  # ddim: share of DDPM's noise
+      "temperature": 1.0,  # factor of all noise; below 1 samples keep near the modes
       "window": 0,  # rows at a time; 0 times the network, and takes the fastest
       "tolerance": 0.1,  # para, srds: 1 is a tenth of the data's standard deviation
       "rule": "secant",  # para: how changes carry on; or picard, linear, published

@@ -41,6 +41,8 @@ ROLLOUT = (
   ("Sampler", "sampler", str, "how actions were drawn: method/steps"),
   ("Reward", "reward", "{:.3f}".format, "mean over episodes of the largest reward"),
   ("+-", "error", "{:.3f}".format, "its standard error"),
+  ("Gain", "difference", "{:+.3f}".format, "reward above the first sampler's, paired"),
+  ("+-", "difference_error", "{:.3f}".format, "its standard error, over the episodes"),
   ("Solved", "solved", "{:.0%}".format, "share of episodes that reached the goal"),
   ("Passes", "passes", "{:.1f}".format, "network calls after one another, a chunk"),
   ("NFE", "evaluations", "{:.1f}".format, "network evaluations, a chunk"),

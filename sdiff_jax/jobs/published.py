@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from sdiff_jax import config as configs
 from sdiff_jax import diffusers_folder, guidance, sharding
 from sdiff_jax.data import pipeline
 from sdiff_jax.diffusers_folder import Model
@@ -67,9 +68,10 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
     )
-  if config.sampler.angles or config.sampler.eta or config.sampler.coarse:
+  own = ("angles", "eta", "coarse", "temperature")
+  if any(config.sampler[name] != configs.base().sampler[name] for name in own):
     raise UserError(
-      "config.sampler: angles, eta and coarse are for networks trained here alone"
+      f"config.sampler: {', '.join(own)} are for networks trained here alone"
     )
   try:
     plans.parse(config.sampler.name)

@@ -47,6 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     made = _episodes(rollout, act, envs, name, film)
     histories.append(made.histories)
     rows.append(_row(report.title(experiment.config.loss.to_dict()), name, made))
+    rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
     writer.save_text(path, json.dumps(rows, indent=2))  # times are to come
   seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
   for row in rows:
@@ -90,6 +91,15 @@ def _episodes(
   if shown:
     writer.save_gif(film, shown, pusht.RATE)
   return made
+
+
+def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
+  """Returns the mean difference to the first sampler, episode by episode."""
+  gained, count = np.subtract(rewards, first), len(rewards)
+  if rewards is first or count < 2:
+    return {}
+  error = gained.std(ddof=1) / count**0.5
+  return {"difference": float(gained.mean()), "difference_error": float(error)}
 
 
 def _row(model: str, sampler: str, made: episodes.Episodes) -> dict[str, Any]:

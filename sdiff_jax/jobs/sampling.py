@@ -28,6 +28,8 @@ Call = Callable[[Params, Array, Array], tuple[Array, Result]]
 def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Plan:
   """Returns the plan of config.sampler, or of a word such as "heun/16".
 
+  A word that names config.sampler itself keeps its angles.
+
   Raises:
     UserError: an unknown sampler, or values that do not fit.
   """
@@ -35,7 +37,8 @@ def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Plan:
   coarse = fields.pop("coarse")
   if sampler is not None:
     name, steps = configs.name_and_number(sampler, "evaluate.samplers")
-    fields |= {"name": name, "steps": int(steps), "angles": ()}
+    if (name, steps) != (config.sampler.name, config.sampler.steps):
+      fields |= {"name": name, "steps": int(steps), "angles": ()}
     fields["window"] = min(fields["window"], int(steps))
     fields["eta"] = config.sampler.eta if name.endswith("ddim") else 0.0
   try:

@@ -78,6 +78,10 @@ def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
     assert 0 < row["median"] <= row["p95"]
     name = row["sampler"].replace("/", "_")
     assert (folder / f"{name}.gif").stat().st_size > 0
+  gained = np.subtract(parallel["rewards"], sequential["rewards"])
+  assert parallel["difference"] == gained.mean()
+  assert parallel["difference_error"] == pytest.approx(abs(gained[1] - gained[0]) / 2)
+  assert "difference" not in sequential
   assert "paraddpm/5" in capsys.readouterr().out
   config.rollout.update(samplers=("ddim/2",), timed=1, filmed=0)
   rollout.run(config, trained)
@@ -173,6 +177,19 @@ def test_policies_of_other_observations_are_refused(trained):
   experiment.config.rollout.actions = 17
   with pytest.raises(UserError, match="config.rollout.actions=17: take 1 to 16"):
     policy.Policy(experiment, params, plan)
+
+
+def test_only_the_sampler_of_the_config_has_its_angles():
+  config = configs.base()
+  config.sampler.update(name="consistency", steps=2, angles=(1.5, 0.7))
+  config.sampler.temperature = 0.5
+  own, other = (
+    policy.sampling.plan(config, name).table for name in ("consistency/2", "ddim/2")
+  )
+  np.testing.assert_allclose(own.time, [1.5, 0.7])
+  assert own.init_std == 0.25 * np.sin(1.5)
+  assert other.time[1] > 0.75
+  assert other.init_std == pytest.approx(0.25, abs=1e-4)
 
 
 def test_wrong_states_are_refused(trained):

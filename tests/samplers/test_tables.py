@@ -9,7 +9,7 @@ from closed_forms import Gaussian
 from hypothesis import strategies as st
 
 from sdiff_jax import times, trigflow
-from sdiff_jax.samplers import paths, tables
+from sdiff_jax.samplers import paths, sequential, tables
 
 SIGMA_D = 0.5
 
@@ -257,6 +257,25 @@ def test_evaluations(name, steps, evaluations):
   assert tables.build(sigma_d=SIGMA_D, name=name, steps=1).evaluations == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("name", ["consistency", "ddpm", "ddim", "heun"])
+def test_temperature_scales_the_law_of_centred_gaussian_data(name, temperature):
+  """Every step is linear there, so the samples are temperature times those at 1."""
+  f = Gaussian(np.array(0.0), np.array(0.3), SIGMA_D)
+  made = []
+
+  def denoiser(x, t, cond):
+    return f.consistency(x, t) if name == "consistency" else f.posterior(x, t)[0]
+
+  for factor in (1.0, temperature):
+    table = tables.build(sigma_d=SIGMA_D, name=name, steps=3, temperature=factor)
+    keys = sequential.keys_of(np.arange(5))
+    x = sequential.initial(table, keys, (2,))
+    made.append(sequential.sample(denoiser, table, x, keys, None))
+  assert np.abs(made[0]).max() > 0.1
+  np.testing.assert_allclose(made[1], temperature * made[0], 1e-4, 1e-5)
+
+
 def test_angles_replace_the_grid():
   table = tables.build(sigma_d=SIGMA_D, name="consistency", steps=2)
   np.testing.assert_allclose(table.time, [np.arctan(160), 1.1])
@@ -272,6 +291,7 @@ def test_angles_replace_the_grid():
   [
     ({"name": "rk4"}, r"sampler\.name='rk4': take one of \['ddim', 'euler'"),
     ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
+    ({"temperature": -1.0}, r"sampler\.temperature=-1\.0: must not be negative"),
     ({"eta": 1.5}, r"sampler\.eta=1\.5: take 0 to 1"),
     ({"name": "heun", "eta": 0.5}, r"sampler\.eta=0\.5: ddim alone has an eta"),
     ({"angles": (1.0, 1.2)}, r"sampler\.angles=\(1\.0, 1\.2\): give falling"),
