@@ -7,7 +7,7 @@ import matplotlib
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from sdiff_jax import config
 from sdiff_jax.interfaces import UserError
@@ -240,6 +240,8 @@ def draw(
       axis.set_major_formatter(FormatStrFormatter("%g"))
       if high < 10 * low:  # else the powers of ten are enough
         axis.set_minor_formatter(FormatStrFormatter("%g"))
+        if high > 3 * low:  # room for some
+          axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
   figure.legend(

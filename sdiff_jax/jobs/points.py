@@ -20,7 +20,7 @@ WINDOWS = (4, 8, 16, 32)
 
 
 def tangent(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
-  """Returns the size of each of `scm.parts`, and that of their sum, "tangent".
+  """Returns the size of each of `scm.parts` of an sCD run, and of the sum, "tangent".
 
   Root mean squares over a sample, their means over the first batch of training, by the
   average that is sampled from; angles and noise are the same for all runs.
@@ -28,20 +28,24 @@ def tangent(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]
   experiment, params = experiments.trained(config, workdir)
   config, loss = experiment.config, experiment.config.loss
   teacher, frozen = train.teacher(experiment)
-  options = {"sigma_d": config.sigma_d}
-  velocity_of = velocities.build("teacher", teacher.apply, **options)
-  size = config.train.batch_size
-  batch = next(pipeline.batches(experiment.source, seed=0, batch_size=size, **options))
+  sigma_d = config.sigma_d
+  velocity_of = velocities.build("teacher", teacher.apply, sigma_d=sigma_d)
+  size, over_batch = config.train.batch_size, sharding.batch(experiment.mesh)
+  sharding.check_batch(size, over_batch, "train.batch_size")
+  options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
+  batches = pipeline.batches(experiment.source, seed=0, sigma_d=sigma_d, **options)
+  batch = sharding.put(next(batches), over_batch, size)
 
   def sizes(params: Params, frozen: Params, batch: dict) -> dict[str, Array]:
     x0, cond = batch["x0"], batch["cond"]
     key_t, key_z = jax.random.split(jax.random.key(0))
-    t = times.log_normal(key_t, size, p_mean=loss.p_mean, p_std=loss.p_std, **options)
-    z = config.sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
+    proposal = {"p_mean": loss.p_mean, "p_std": loss.p_std}
+    t = times.log_normal(key_t, size, **proposal, sigma_d=sigma_d)
+    z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
     xt = trigflow.perturb(x0, z, t)
     v = velocity_of(frozen, x0, z, xt, t, cond)
     net = functools.partial(experiment.network.apply, params)
-    found = scm.parts(net, xt, t, v, cond, **options)
+    found = scm.parts(net, xt, t, v, cond, sigma_d=sigma_d)
     found["tangent"] = sum(found.values())
     return {name: jnp.mean(scm.norm(g, rms=True)) for name, g in found.items()}
 

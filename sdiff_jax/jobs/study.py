@@ -6,7 +6,6 @@ stopped goes on with the same command.
 """
 
 import ast
-import functools
 import json
 import os
 import sys
@@ -125,7 +124,7 @@ def _points(
     return [named | row for row in writer.read_metrics(weights)]
   if study["source"] == "parallel":
     path = os.path.join(weights, f"parallel-{name}.json")
-    found = _kept(path, lambda: points.parallel(config, weights))
+    found = _kept(path, points.parallel, config, weights)
     return [named | row for row in found]
   with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
     known["flops"] = json.load(file)["flops"]
@@ -136,7 +135,7 @@ def _points(
     more = {"step": step or config.train.steps}
     if study["source"] == "tangent" and entry["teacher"]:
       path = os.path.join(weights, evaluate.folder_of(at), "tangent.json")
-      more |= _kept(path, functools.partial(points.tangent, at, weights))
+      more |= _kept(path, points.tangent, at, weights)
     for row in _measured(at, weights):
       row = known | row | more
       row["series"] = entry["series"] or f"{name}, {row['sampler']}"
@@ -154,12 +153,17 @@ def _first(rows: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] |
   return next((r for r in rows if r["seed"] == seed and r["run"] == name), None)
 
 
-def _kept(path: str, measure: Callable[[], Any]) -> Any:
+def _kept(
+  path: str,
+  measure: Callable[[ml_collections.ConfigDict, str], Any],
+  config: ml_collections.ConfigDict,
+  workdir: str,
+) -> Any:
   """Returns what a file holds; before there is one, what is measured, and writes it."""
   if os.path.exists(path):
     with open(path, encoding="utf-8") as file:
       return json.load(file)
-  found = measure()
+  found = measure(config, workdir)
   jax.clear_caches()
   if jax.process_index() == 0:
     os.makedirs(os.path.dirname(path), exist_ok=True)
