@@ -3,7 +3,7 @@
 from sdiff_jax import studies
 
 SOLVERS = {  # series -> samplers of the teacher
-  "Heun": ("heun/4", "heun/8", "heun/16"),
+  "Heun": ("heun/8", "heun/16", "heun/32"),
   "DDIM": ("ddim/8", "ddim/16", "ddim/50"),
   "DPM-Solver++": ("dpmpp2m/8", "dpmpp2m/16", "dpmpp2m/50"),
   "DDPM": ("ddpm/100",),
