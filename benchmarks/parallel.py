@@ -19,14 +19,13 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from sdiff_jax import trigflow
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.samplers import mixture, paradigms, sequential, speculative, tables
+from sdiff_jax.samplers import comparison, mixture, plans, sequential, tables
 
 # solver, steps, window, error
 CASES = (
@@ -37,7 +36,7 @@ CASES = (
   ("dpmpp2m", 50, 25, 1e-2),
 )
 RULES = ("published", "picard", "linear", "secant")
-TOLERANCES = np.geomspace(10.0, 3e-3, 15)
+TAUS = np.geomspace(10.0, 3e-3, 15)
 
 
 class Data(NamedTuple):
@@ -86,44 +85,22 @@ def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
   def bound(params):
     return functools.partial(data.denoiser, params)
 
-  alone = jax.jit(lambda params: sequential.sample(bound(params), table, x, keys, cond))
-  truth = np.asarray(alone(data.params)).reshape(len(numbers), -1)
-
-  def error(x: jax.Array) -> float:
-    off = np.asarray(x).reshape(len(numbers), -1) - truth
-    return float(np.mean(np.sqrt(np.mean(off**2, 1) / np.mean(truth**2, 1))))
-
+  sweep = comparison.sweep(bound, data.params, table, x, keys, cond)
   found = {}
   for rule in RULES:
-    options = {"window": window, "rule": rule}
-    call = jax.jit(
-      lambda params, tolerance, options=options: paradigms.sample(
-        bound(params), table, x, keys, cond, tolerance=tolerance, **options
-      )
-    )
     rows = []
-    for tolerance in TOLERANCES:
-      result = call(data.params, jnp.float32(tolerance))
-      means = [float(v.mean()) for v in (result.passes, result.evaluations)]
-      rows.append([error(result.x), *means, np.log(tolerance)])
-      if rows[-1][0] < wanted / 10:
+    plan = plans.of_table("para", table, window=window, rule=rule)
+    for tau, taken in zip(TAUS, sweep(plan, TAUS), strict=False):
+      rows.append([*taken, np.log(tau)])
+      if taken.error < wanted / 10:
         break
-    errors, passes, evaluations, taus = np.array(rows).T
+    passes, evaluations, errors, taus = np.array(rows).T
     values = (passes, evaluations, taus)
     passes, evaluations, tau = (at_error(errors, v, wanted) for v in values)
     found[rule] = passes, evaluations, float(np.exp(tau))
   if (table.s[:-1] > 0).all():
-    call = jax.jit(
-      lambda params: speculative.sample(
-        bound(params), table, x, keys, cond, window=window
-      )
-    )
-    result = call(data.params)
-    found["speculative"] = (
-      float(result.passes.mean()),
-      float(result.evaluations.mean()),
-      0.0,
-    )
+    (taken,) = sweep(plans.of_table("spec", table, window=window), [0.0])
+    found["speculative"] = taken.passes, taken.evaluations, 0.0
   return found
 
 

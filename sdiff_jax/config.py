@@ -159,6 +159,7 @@ def base() -> ml_collections.ConfigDict:
       # `statistics`, .pkl of EDM2.
       "reference": "",
       "neighbours": 10_000,  # images of a set for precision and recall; 0 for neither
+      "latency": False,  # time images one by one as well
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
   )

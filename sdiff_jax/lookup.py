@@ -61,7 +61,7 @@ def check(package: str, section: dict[str, Any], label: str) -> None:
     UserError: a field that the piece does not have, with the nearest that it has.
   """
   known = fields(package, section["name"])
-  for field in section.keys() - {"name"} - known.keys():
+  for field in sorted(section.keys() - {"name"} - known.keys()):
     near = difflib.get_close_matches(field, known, 1) or sorted(known)
     raise UserError(
       f"{label}.{field}: {package}/{section['name']} has no such field; did you mean "

@@ -33,6 +33,7 @@ COLUMNS = (
   ("Precision", "precision", "{:.1%}".format, "share that lies among real images"),
   ("Recall", "recall", "{:.1%}".format, "share of real images that they cover"),
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
+  ("Latency", "latency", EngFormatter("s", 2), "time of one image alone"),
   ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
 )  # fmt: skip
 # Of policies, in the same way.

@@ -7,20 +7,28 @@ import matplotlib
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from sdiff_jax import config
 from sdiff_jax.interfaces import UserError
 
 NAMES = {  # of axes
   "compute": "training FLOPs / the teacher's",
+  "d_t": "rms of cos t sin t $\\sigma_d$ ∂F/∂t",
+  "error": "rms difference / rms of the sequential",
   "evaluations": "evaluations an image",
   "frechet": "Frechet distance",
+  "grad_x": "rms of cos t sin t ∇F dx/dt",
+  "latency": "seconds for one image alone",
   "passes": "passes",
   "ratio": "Frechet distance / the teacher's",
-  "seconds": "seconds an image",
+  "seconds": "seconds an image, in batches",
 }
+TIMES = ("seconds", "latency")  # measured: the points of one sampler are one
+COLUMNS = 3  # of panels
 
+
+Panel = str | tuple[str, str]  # y, or x and y
 
 # Word -> config files of the runs, by kind, and what all runs of a study change.
 SETTINGS = {
@@ -71,6 +79,7 @@ def run(
   series: str = "",
   value: float | None = None,
   checkpoints: bool = False,
+  drawn: bool = True,
 ) -> dict[str, Any]:
   """Returns one run of a study.
 
@@ -83,6 +92,7 @@ def run(
     series: what its points are called; "" for the run's name and the sampler.
     value: of its points on the axis "value".
     checkpoints: measure all checkpoints that were kept, not the last alone.
+    drawn: whether it has points, beside those of the runs that need it.
   """
   return {
     "config": file,
@@ -92,6 +102,7 @@ def run(
     "series": series,
     "value": value,
     "checkpoints": checkpoints,
+    "drawn": drawn,
   }
 
 
@@ -102,7 +113,7 @@ def build(
   title: str,
   lead: str,
   x: str,
-  panels: tuple[str, ...],
+  panels: tuple[Panel, ...],
   log: str = "",
   source: str = "evaluate",
   seeds: tuple[int, ...] = (0, 1, 2),
@@ -116,9 +127,11 @@ def build(
     title: of the page.
     lead: what the study asks, a sentence or two.
     x: key of a point on the horizontal axis.
-    panels: keys of a point on the vertical axes.
+    panels: keys of a point on the vertical axes; (x, y) has another horizontal one.
     log: the logarithmic axes, some of "xy".
-    source: "evaluate" for rows of that job, "log" for lines of the training's log.
+    source: "evaluate" for rows of that job; "tangent" for those with the parts of the
+      tangent beside, "parallel" for what parallel samplers take (see jobs/points.py);
+      "log" for lines of the training's log.
     seeds: each run is made with each.
     changes: fields that differ in all runs, see `run`.
   """
@@ -142,7 +155,7 @@ def build(
 
 
 class Curve(NamedTuple):
-  """One series in one panel, over seeds; arrays [points]."""
+  """One series in one panel, over seeds; arrays [points], and names where x is time."""
 
   x: np.ndarray
   mean: np.ndarray
@@ -150,6 +163,7 @@ class Curve(NamedTuple):
   high: np.ndarray
   std: np.ndarray
   seeds: int
+  names: tuple[str, ...]
 
 
 def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
@@ -157,49 +171,68 @@ def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
 
   Args:
     rows: points {"series": ..., "seed": ..., x: number, y: number}; those without one
-      of the numbers are left out. Points of one series at one x are its seeds.
+      of the numbers are left out. Points of one series at one x are its seeds; where x
+      is one of TIMES, those of one sampler are, at their median.
     x: key of the horizontal axis.
     y: key of the vertical one.
   """
-  found: dict[str, dict[float, list[float]]] = {}
+  found: dict[str, dict[float | str, list[tuple[float, float]]]] = {}
   for row in rows:
     if row.get(x) is not None and row.get(y) is not None:
       # Shares of FLOPs of the same step may differ in their last digits.
       at = float(f"{row[x]:.4g}")
-      found.setdefault(row["series"], {}).setdefault(at, []).append(row[y])
+      point = row["sampler"] if x in TIMES else at
+      found.setdefault(row["series"], {}).setdefault(point, []).append((at, row[y]))
   out = {}
   for series, points in found.items():
-    values = [np.array(points[at]) for at in sorted(points)]
+    at = {point: np.median([p[0] for p in pairs]) for point, pairs in points.items()}
+    order = sorted(points, key=at.get)
+    values = [np.array([p[1] for p in points[point]]) for point in order]
     numbers = [[f(v) for v in values] for f in (np.mean, np.min, np.max, np.std)]
     mean, low, high, std = map(np.array, numbers)
     seeds = min(len(v) for v in values)
-    out[series] = Curve(np.array(sorted(points)), mean, low, high, std, seeds)
+    names = tuple(order) if x in TIMES else ()
+    places = np.array([at[point] for point in order])
+    out[series] = Curve(places, mean, low, high, std, seeds, names)
   return out
 
 
+def axes_of(x: str, panels: tuple[Panel, ...]) -> list[tuple[str, str]]:
+  """Returns the keys of the axes of each panel, (x, y)."""
+  return [(x, panel) if isinstance(panel, str) else tuple(panel) for panel in panels]
+
+
 def draw(
-  rows: list[dict[str, Any]], x: str, panels: tuple[str, ...], log: str
+  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
 ) -> Figure:
   """Returns one panel for each key, with the mean and the range of every series.
 
   Args:
     rows: see `curves`.
     x: key of the horizontal axis.
-    panels: keys of the vertical axes.
+    panels: see `build`; after COLUMNS of them comes another line.
     log: the logarithmic axes, some of "xy".
   """
-  size = (4.2 * len(panels) + 1.6, 3.4)
+  columns = min(len(panels), COLUMNS)
+  lines = -(-len(panels) // columns)
+  size = (4.2 * columns + 1.6, 3.4 * lines)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
   labels = {}
-  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-  for axes, y in zip(all_axes, panels, strict=True):
-    for k, (series, c) in enumerate(curves(rows, x, y).items()):
-      colour = f"C{list(labels).index(series) if series in labels else k}"
+  for k, (across, y) in enumerate(axes_of(x, panels)):
+    axes = figure.add_subplot(lines, columns, k + 1)
+    for series, c in curves(rows, across, y).items():
+      known = [*labels]
+      colour = f"C{known.index(series) if series in known else len(known)}"
       marker = "o" if len(c.x) < 30 else None
       (line,) = axes.plot(c.x, c.mean, color=colour, marker=marker, markersize=4)
       axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
       labels.setdefault(series, line)
-    axes.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
+      for at, value, name in zip(c.x, c.mean, c.names, strict=False):
+        steps = name.rpartition("/")[2]
+        axes.annotate(
+          steps, (at, value), (3, 3), textcoords="offset points", fontsize=7
+        )
+    axes.set(xlabel=NAMES.get(across, across), ylabel=NAMES.get(y, y.replace("_", " ")))
     for name in set(log) & {"x", "y"}:
       getattr(axes, f"set_{name}scale")("log")
       axis = getattr(axes, f"{name}axis")
@@ -207,12 +240,24 @@ def draw(
       axis.set_major_formatter(FormatStrFormatter("%g"))
       if high < 10 * low:  # else the powers of ten are enough
         axis.set_minor_formatter(FormatStrFormatter("%g"))
+        if high > 3 * low:  # room for some
+          axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
   figure.legend(
     labels.values(), labels, loc="outside right center", frameon=False, fontsize=8
   )
   return figure
+
+
+def tables(
+  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...]
+) -> list[list[list[str]]]:
+  """Returns a table for each horizontal axis, see `table`."""
+  by_x: dict[str, list[str]] = {}
+  for at, y in axes_of(x, panels):
+    by_x.setdefault(at, []).append(y)
+  return [table(rows, at, tuple(keys)) for at, keys in by_x.items()]
 
 
 def table(
@@ -225,16 +270,17 @@ def table(
     (series, at) for found in by_panel for series, c in found.items() for at in c.x
   )
   for series, at in points:
-    cells, seeds = [], 0
+    cells, seeds, name = [], 0, series
     for found in by_panel:
       c = found.get(series)
       if c is None or at not in c.x:
         cells.append("-")
         continue
       i, seeds = int(np.flatnonzero(c.x == at)[0]), c.seeds
+      name = ", ".join((series, *c.names[i : i + 1]))
       spread = f" ± {c.std[i]:.2g}" if seeds > 1 else ""
       cells.append(f"{c.mean[i]:.4g}{spread}")
-    lines.append([series, f"{at:g}", *cells, str(seeds)])
+    lines.append([name, f"{at:g}", *cells, str(seeds)])
   return lines
 
 

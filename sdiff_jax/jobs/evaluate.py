@@ -18,6 +18,9 @@ from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.jobs import measuring, sampling
 from sdiff_jax.metrics import baselines, summary
 from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.samplers.windows import Result
+
+ALONE = 16  # images that are timed one by one
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -150,22 +153,12 @@ def _sample(
   by batch and dropped.
   """
   num, batch_size = (experiment.config.evaluate[k] for k in ("num", "batch_size"))
-  settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
-  chosen = sampling.with_window(experiment, chosen, params, batch_size)
-  call = sampling.sampler(experiment, chosen)
-  next(sampling.generate(experiment, call, params, **settings))
   first, results, seconds = [], [], []
   shown, _ = sampling.grid_size(experiment)
 
   def batches() -> Iterator[summary.Images]:
-    made = sampling.generate(experiment, call, params, **settings)
-    while True:
-      begin = time.perf_counter()
-      batch = next(made, None)
-      seconds.append(time.perf_counter() - begin)
-      if batch is None:
-        return
-      images, _, result = batch
+    for images, result, took in _timed(experiment, chosen, params, num, batch_size):
+      seconds.append(took)
       results.append(result)
       first.extend(images[: max(shown - len(first), 0)])
       yield measuring.of_array(images)
@@ -175,7 +168,31 @@ def _sample(
   for name in ("passes", "evaluations"):
     values = np.concatenate([getattr(result, name) for result in results])
     measured[name] = float(values.mean())
+  if experiment.config.evaluate.latency:
+    mesh = experiment.mesh
+    each = mesh.size // mesh.shape["window"]  # an image on every device that has some
+    timed = _timed(experiment, chosen, params, ALONE * each, each)
+    measured["latency"] = float(np.median([took for _, _, took in timed]))
   return measured, np.stack(first)
+
+
+def _timed(
+  experiment: experiments.Experiment,
+  chosen: Plan,
+  params: Params,
+  num: int,
+  batch_size: int,
+) -> Iterator[tuple[np.ndarray, Result, float]]:
+  """Yields images, what they took, and the seconds, batch by batch, once compiled."""
+  settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
+  chosen = sampling.with_window(experiment, chosen, params, batch_size)
+  call = sampling.sampler(experiment, chosen)
+  next(sampling.generate(experiment, call, params, **settings))
+  made = sampling.generate(experiment, call, params, **settings)
+  begin = time.perf_counter()
+  for images, _, result in made:
+    yield images, result, time.perf_counter() - begin
+    begin = time.perf_counter()
 
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:

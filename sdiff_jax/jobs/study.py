@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import sys
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -18,7 +19,7 @@ import ml_collections
 from sdiff_jax import config as configs
 from sdiff_jax import page, studies, writer
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import evaluate, train
+from sdiff_jax.jobs import evaluate, points, train
 from sdiff_jax.jobs import experiment as experiments
 
 
@@ -115,24 +116,35 @@ def _points(
     jax.clear_caches()
     if not os.path.exists(f"{weights}/training.json"):
       raise UserError("stopped; the same command goes on")
+  if not entry["drawn"]:
+    return []
   known = {"seed": seed, "run": name, "value": entry["value"]}
+  named = known | {"series": entry["series"] or name}
   if study["source"] == "log":
-    return [
-      known | row | {"series": entry["series"] or name}
-      for row in writer.read_metrics(weights)
-    ]
+    return [named | row for row in writer.read_metrics(weights)]
+  if study["source"] == "parallel":
+    path = os.path.join(weights, f"parallel-{name}.json")
+    found = _kept(path, points.parallel, config, weights)
+    return [named | row for row in found]
   with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
     known["flops"] = json.load(file)["flops"]
   rows = []
+  of = entry["teacher"] or entry["weights"] or name
   for step in _steps(weights) if entry["checkpoints"] else [0]:
-    for row in _measured(config, weights, name, step):
-      series = entry["series"] or f"{name}, {row['sampler']}"
-      more = {"series": series, "step": step or config.train.steps}
+    at = _at(config, name, step)
+    more = {"step": step or config.train.steps}
+    if study["source"] == "tangent" and entry["teacher"]:
+      path = os.path.join(weights, evaluate.folder_of(at), "tangent.json")
+      more |= _kept(path, points.tangent, at, weights)
+    for row in _measured(at, weights):
+      row = known | row | more
+      row["series"] = entry["series"] or f"{name}, {row['sampler']}"
       if row["images_per_second"]:
-        more["seconds"] = 1 / row["images_per_second"]
-      of = entry["teacher"] or entry["weights"] or name
-      theirs = _first([*earlier, *rows], seed, of) or row
-      rows.append(known | row | more | {"ratio": row["frechet"] / theirs["frechet"]})
+        row["seconds"] = 1 / row["images_per_second"]
+      rows.append(row)
+      theirs = _first([*earlier, *rows], seed, of)
+      if theirs:
+        row["ratio"] = row["frechet"] / theirs["frechet"]
   return rows
 
 
@@ -141,19 +153,42 @@ def _first(rows: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] |
   return next((r for r in rows if r["seed"] == seed and r["run"] == name), None)
 
 
+def _kept(
+  path: str,
+  measure: Callable[[ml_collections.ConfigDict, str], Any],
+  config: ml_collections.ConfigDict,
+  workdir: str,
+) -> Any:
+  """Returns what a file holds; before there is one, what is measured, and writes it."""
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  found = measure(config, workdir)
+  jax.clear_caches()
+  if jax.process_index() == 0:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    writer.save_text(path, json.dumps(found, indent=1))
+  return found
+
+
+def _at(
+  config: ml_collections.ConfigDict, name: str, step: int
+) -> ml_collections.ConfigDict:
+  """Returns the config that a run's checkpoint is measured with."""
+  config = config.copy_and_resolve_references()
+  config.sample.checkpoint = step
+  config.evaluate.folder = f"evaluate-{name}"
+  return config
+
+
 def _steps(workdir: str) -> list[int]:
   """Returns the steps of the checkpoints before the last, and 0 for that one."""
   found = os.listdir(os.path.join(workdir, "checkpoints"))
   return [*sorted(int(f) for f in found if f.isdigit())[:-1], 0]
 
 
-def _measured(
-  config: ml_collections.ConfigDict, workdir: str, name: str, step: int
-) -> list[dict[str, Any]]:
+def _measured(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]:
   """Returns the rows of the job evaluate, from its file if they are there."""
-  config = config.copy_and_resolve_references()
-  config.sample.checkpoint = step
-  config.evaluate.folder = f"evaluate-{name}"
   path = os.path.join(workdir, evaluate.folder_of(config), "results.json")
   if not os.path.exists(path):
     _say(evaluate.run(config, workdir))
@@ -172,11 +207,12 @@ def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> N
     with open(f"{path}.{kind}", "wb") as file:
       file.write(content)
   writer.save_text(f"{path}.json", json.dumps(rows, indent=1))
-  head, *lines = studies.table(rows, x, panels)
-  print("\n".join("| " + " | ".join(line) + " |" for line in (head, *lines)))
+  tables = studies.tables(rows, x, panels)
+  for lines in tables:
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
   uri = page.uri(drawn["svg"], "svg+xml")
   body = f'<img src="{uri}" alt="{escape(study["title"])}">\n'
-  body += page.table(head, lines)
+  body += "".join(page.table(head, lines) for head, *lines in tables)
   runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)
   body += f"<h2>Runs</h2>\n<pre>{escape(runs)}</pre>"
   text = page.TEMPLATE.substitute(

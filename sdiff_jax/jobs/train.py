@@ -33,8 +33,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     sampling.check_images(experiment)
   _check_conditions(config, experiment.source)
   chosen = sampling.plan(config)
-  teacher, frozen = _teacher(experiment)
-  init, train_step = program(config, experiment.network, teacher)
+  network, frozen = teacher(experiment)
+  init, train_step = program(config, experiment.network, network)
   experiments.claim(config, workdir, experiment.source)
   everywhere = sharding.replicated(experiment.mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
@@ -59,10 +59,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         return f"stopped at step {done}, the same command goes on: {workdir}"
     # A run that was killed after its last step has no summary yet.
     if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
-      if teacher:  # as its operations are counted
+      if network:  # as its operations are counted
         theirs = experiments.unrolled(experiments.read(config.teacher.workdir))
-        teacher = experiments.network(theirs, experiment.source)
-      cost = flops(config, experiment.source, teacher, abstract, key, frozen)
+        network = experiments.network(theirs, experiment.source)
+      cost = flops(config, experiment.source, network, abstract, key, frozen)
       _summary(config, workdir, abstract, cost)
   return f"trained {config.train.steps} steps: {workdir}"
 
@@ -196,8 +196,12 @@ def optimisation(config: ml_collections.ConfigDict) -> tuple:
   return rate, optim.build(rate, **moments), betas
 
 
-def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params]:
-  """Returns the teacher's network and averaged parameters, None where there is none."""
+def teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params]:
+  """Returns the teacher's network and averaged parameters, None where there is none.
+
+  Raises:
+    UserError: the objective needs one and there is none, or one of other data.
+  """
   config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
@@ -222,8 +226,8 @@ def _teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params
     )
   network = experiments.network(theirs, experiment.source)
   profile = theirs.ema.profiles[0]
-  teacher = experiment._replace(config=theirs, network=network)
-  return network, experiments.averages(teacher, workdir, command)[profile]
+  there = experiment._replace(config=theirs, network=network)
+  return network, experiments.averages(there, workdir, command)[profile]
 
 
 def _command(file: str, workdir: str) -> str:

@@ -63,6 +63,34 @@ def tangent(
   return F, jax.lax.stop_gradient(g)
 
 
+def parts(
+  net: NetFn, xt: Array, t: Array, v: Array, cond: Cond, *, sigma_d: float
+) -> dict[str, Array]:
+  """Returns the terms of the tangent g = cos(t) df/dt, [B, ...] each.
+
+  With f's df/dt = -cos(t) (sigma_d F - v) - sin(t) (x_t + sigma_d dF/dt) and dF/dt =
+  grad_x F v / sigma_d + d_t F (arXiv:2410.11081, eq. 6 and section 4.1):
+
+    "velocity"  -cos^2(t) (sigma_d F - v)
+    "state"     -cos(t) sin(t) x_t
+    "grad_x"    -cos(t) sin(t) grad_x F v
+    "d_t"       -cos(t) sin(t) sigma_d d_t F
+
+  The arguments are those of `tangent`, whose g is the sum; here are two jvps.
+  """
+  c, cs = jnp.cos(t), jnp.cos(t) * jnp.sin(t)
+  c_x, cs_x = trigflow.expand(c, xt), trigflow.expand(cs, xt)
+  x = xt / sigma_d
+  F, along_x = jax.jvp(lambda x: net(x, t, cond), (x,), (cs_x * v / sigma_d,))
+  _, along_t = jax.jvp(lambda t: net(x, t, cond), (t,), (cs,))
+  return {
+    "velocity": -(c_x**2) * (sigma_d * F - v),
+    "state": -cs_x * xt,
+    "grad_x": -sigma_d * along_x,
+    "d_t": -sigma_d * along_t,
+  }
+
+
 def norm(g: Array, *, rms: bool) -> Array:
   """Returns |g| of each sample, [B, 1, ...]: L2, or root mean square over D."""
   axes = tuple(range(1, g.ndim))

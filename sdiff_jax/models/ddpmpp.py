@@ -13,7 +13,6 @@ from sdiff_jax.interfaces import Array, Cond, Network, Params, UserError
 from sdiff_jax.kernels.attention_jvp import attention
 from sdiff_jax.models import layers, network
 
-FOURIER_SCALE = 16
 HALF = 0.5**0.5  # keeps the variance of a sum of two
 
 xavier = nn.initializers.xavier_uniform()
@@ -94,7 +93,7 @@ class Embedding(nn.Module):
     if self.kind == "positional":
       waves = layers.positional(t, size)
     else:
-      normal = nn.initializers.normal(FOURIER_SCALE)
+      normal = nn.initializers.normal(layers.FOURIER_SCALE)
       # A constant among the parameters, since a published network brings its own.
       rows = jax.lax.stop_gradient(self.param("frequencies", normal, (size // 2,)))
       angles = 2 * np.pi * t[:, None] * rows[None]

@@ -1,4 +1,4 @@
-"""A residual perceptron with adaptive double normalisation, for small data."""
+"""A residual perceptron for small data, by default with what steadies sCM."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from sdiff_jax.interfaces import Array, Cond, Network
 from sdiff_jax.models import layers, network
 
+NORMS = {"double": layers.AdaptiveDoubleNorm, "single": layers.AdaptiveNorm}
+
 
 class Block(nn.Module):
-  """h + W2 drop(silu(W1 silu(adn(h, emb)))), [B, width] -> [B, width]."""
+  """h + W2 drop(silu(W1 silu(norm(h, emb)))), [B, width] -> [B, width]."""
 
+  norm: type[nn.Module]
   dropout: float
   deterministic: bool
   dtype: jnp.dtype
@@ -17,7 +20,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
     width = h.shape[-1]
-    y = layers.AdaptiveDoubleNorm(self.dtype)(h, emb)
+    y = self.norm(self.dtype)(h, emb)
     y = layers.Dense(width, dtype=self.dtype)(nn.silu(y))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(nn.silu(y))
     return h + layers.Dense(width, dtype=self.dtype)(y), None
@@ -29,6 +32,8 @@ class Mlp(nn.Module):
   width: int
   depth: int
   embed: int
+  embedding: str
+  norm: type[nn.Module]
   classes: int
   guidance: bool
   dropout: float
@@ -40,7 +45,12 @@ class Mlp(nn.Module):
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
     embed = layers.Embedding(
-      self.embed, self.classes, self.guidance, self.dtype, self.observation
+      self.embed,
+      self.classes,
+      self.guidance,
+      self.dtype,
+      self.observation,
+      self.embedding,
     )
     emb = embed(t, cond)
     h = layers.Dense(self.width, dtype=self.dtype, name="in")(flat)
@@ -52,8 +62,9 @@ class Mlp(nn.Module):
       length=self.depth,
       unroll=self.unroll,
     )
-    h, _ = blocks(self.dropout, deterministic, self.dtype, name="blocks")(h, emb)
-    h = layers.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
+    options = self.norm, self.dropout, deterministic, self.dtype
+    h, _ = blocks(*options, name="blocks")(h, emb)
+    h = self.norm(self.dtype, name="out_norm")(h, emb)
     h = nn.silu(h)
     # A filter of the input that depends on its content: what the image does not
     # decide, noise above all, passes by the hidden layers pixel by pixel.
@@ -70,10 +81,14 @@ def build(
   *,
   shape: tuple[int, ...],
   classes: int,
+  sigma_d: float | None = None,
   observation: int | None = None,
   width: int = 256,
   depth: int = 4,
   embed: int = 64,
+  process: str = "trigflow",
+  embedding: str = "positional",
+  norm: str = "double",
   dropout: float = 0.0,
   guidance: bool = False,
   unroll: int = 4,
@@ -84,19 +99,35 @@ def build(
   Args:
     shape: shape of one sample, any rank.
     classes: number of labels; 0 for none.
+    sigma_d: standard deviation of the data, which process="edm" needs.
     observation: numbers of an observation; None for none.
     width: features of the hidden layers.
     depth: residual blocks.
     embed: features of the embedding of time, label and guidance.
+    process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
+    embedding: of time, "positional" (slow in t) or "fourier" (EDM's).
+    norm: "double" (adaptive double norm) or "single" (as AdaGN).
     dropout: rate inside the blocks.
     guidance: take a guidance scale as an input.
     unroll: blocks per turn of the loop over them; compile time against speed.
     dtype: type of the hidden layers; parameters are float32.
+
+  Raises:
+    ValueError: an unknown name.
   """
+  for field, value, known in (
+    ("process", process, ("trigflow", "edm")),
+    ("embedding", embedding, ("positional", "fourier")),
+    ("norm", norm, NORMS),
+  ):
+    if value not in known:
+      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(known)}")
   module = Mlp(
     width=width,
     depth=depth,
     embed=embed,
+    embedding=embedding,
+    norm=NORMS[norm],
     classes=classes,
     guidance=guidance,
     dropout=dropout,
@@ -104,10 +135,11 @@ def build(
     dtype=jnp.dtype(dtype),
     observation=bool(observation),
   )
-  return network.from_module(
+  net = network.from_module(
     module,
     shape=shape,
     classes=classes,
     guidance=guidance,
     observation=observation,
   )
+  return network.of_edm(net, sigma_d) if process == "edm" else net

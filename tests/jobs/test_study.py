@@ -87,6 +87,83 @@ def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
   assert os.path.exists(tmp_path / "log.html")
 
 
+def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
+  digits = "configs/digits_{}.py".format
+  one = "evaluate.samplers=('consistency/1',)"
+  runs = {
+    "teacher": studies.run(digits("diffusion"), drawn=False),
+    "student": studies.run(
+      digits("scd"), one, teacher="teacher", checkpoints=True, series="s"
+    ),
+  }
+  config = studies.build(
+    "parts",
+    runs,
+    title="A study",
+    lead="Of parts.",
+    x="step",
+    panels=("grad_x", "d_t"),
+    source="tangent",
+    seeds=(0,),
+    changes=(*CHANGES, "checkpoint.every=1", "evaluate.latency=True"),
+  )
+  study.run(config, str(tmp_path))
+  rows = json.loads((tmp_path / "parts.json").read_text())
+  assert [(row["run"], row["step"]) for row in rows] == [("student", 1), ("student", 2)]
+  assert all(row["latency"] > 0 and "ratio" not in row for row in rows)
+  names = ("velocity", "state", "grad_x", "d_t")
+  for row in rows:
+    sizes = [row[name] for name in names]
+    assert min(sizes) > 0
+    # A norm of a sum.
+    assert row["tangent"] < sum(sizes)
+    assert row["tangent"] > 2 * max(sizes) - sum(sizes)
+  assert rows[0]["state"] == rows[1]["state"]  # the batch is the same
+  assert rows[0]["d_t"] != rows[1]["d_t"]
+  text = (tmp_path / "parts.html").read_text()
+  monkeypatch.setattr(study.points, "tangent", None)
+  study.run(config, str(tmp_path))
+  assert (tmp_path / "parts.html").read_text() == text
+
+
+def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
+  file = "configs/digits_diffusion.py"
+  fields = ("sampler.steps=6", "sampler.window=4", "sample.num=8")
+  runs = {"teacher": studies.run(file, drawn=False)} | {
+    name: studies.run(file, f"sampler.name={name}", *fields, weights="teacher")
+    for name in ("paraddim", "specddpm")
+  }
+  config = studies.build(
+    "tiny",
+    runs,
+    title="A study",
+    lead="Of windows.",
+    x="tolerance",
+    panels=("passes", ("window", "passes")),
+    source="parallel",
+    seeds=(0,),
+    changes=CHANGES,
+  )
+  monkeypatch.setattr(study.points, "TOLERANCES", (0.0, 100.0))
+  monkeypatch.setattr(study.points, "WINDOWS", (1, 4, 16))
+  study.run(config, str(tmp_path))
+  rows = json.loads((tmp_path / "tiny.json").read_text())
+  at = {(r["series"], r.get("tolerance"), r.get("window")): r for r in rows}
+  assert [*at] == [
+    *(("paraddim", tolerance, None) for tolerance in (0.0, 100.0)),
+    *((name, None, n) for name in ("paraddim", "specddpm") for n in (1, 4)),
+  ]
+  exact, rough, alone = (
+    at["paraddim", *k] for k in ((0, None), (100, None), (None, 1))
+  )
+  assert exact["error"] < 1e-5 < rough["error"]
+  assert rough["passes"] == 2 < exact["passes"] <= 6
+  assert (alone["passes"], alone["evaluations"]) == (6, 6)
+  assert all(r["error"] is None for r in rows if r["series"] == "specddpm")
+  monkeypatch.setattr(study.points, "parallel", None)
+  study.run(config, str(tmp_path))
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

@@ -68,6 +68,30 @@ def test_tangent_is_the_derivative_of_f_along_the_trajectory(cond):
 
 
 @x64
+def test_parts_are_the_terms_of_the_tangent():
+  xt, t, v = states()
+  net = bound()
+  parts = scm.parts(net, xt, t, v, None, sigma_d=SIGMA_D)
+  _, g = scm.tangent(net, xt, t, v, None, sigma_d=SIGMA_D)
+  np.testing.assert_allclose(sum(parts.values()), g, rtol=1e-6, atol=1e-9)
+  c, s = column(jnp.cos(t), xt), column(jnp.sin(t), xt)
+  F = net(xt / SIGMA_D, t, None)
+  np.testing.assert_allclose(parts["velocity"], -(c**2) * (SIGMA_D * F - v), rtol=1e-9)
+  np.testing.assert_allclose(parts["state"], -c * s * xt, rtol=1e-12)
+
+  def f(xt, t):
+    return SIGMA_D * net(xt / SIGMA_D, t, None)
+
+  for name, along in (
+    ("grad_x", (v, jnp.zeros_like(t))),
+    ("d_t", (jnp.zeros_like(xt), jnp.ones_like(t))),
+  ):
+    slope = -c * s * central(f, (xt, t), along)
+    assert jnp.sqrt(jnp.mean(slope**2)) > 0.01
+    np.testing.assert_allclose(parts[name], slope, rtol=1e-6, atol=1e-7)
+
+
+@x64
 def test_warmup_takes_the_network_derivative_out():
   """g is affine in r; at 0 it is -cos^2 t (sigma_d F - v)."""
   xt, t, v = states()

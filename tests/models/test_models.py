@@ -9,7 +9,7 @@ import pytest
 from closed_forms import central, random_params
 
 from sdiff_jax import lookup
-from sdiff_jax.models import dit, layers
+from sdiff_jax.models import dit, layers, mlp
 
 # name -> arguments of build; a new model needs a line here and nothing else.
 CASES = {
@@ -404,6 +404,93 @@ def test_adaptive_double_norm():
   close(y, layers.layer_norm(x) * scale + shift)
   close(norm.apply(params, x[:, 2], emb), y[:, 2])
   assert jnp.min(jnp.mean(scale**2, -1)) > 0.9
+
+
+def test_adaptive_norm_without_the_second_norm():
+  """norm(x) (1 + s(emb)) + b(emb), of the same parameters."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+  emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+  norm = layers.AdaptiveNorm(jnp.dtype("float32"))
+  double = layers.AdaptiveDoubleNorm(jnp.dtype("float32"))
+  params = norm.init(jax.random.key(0), x, emb)
+  assert jax.tree.all(
+    jax.tree.map(jnp.array_equal, params, double.init(jax.random.key(0), x, emb))
+  )
+  scale, shift = (
+    (emb @ p["kernel"] + p["bias"][None])[:, None]
+    for p in (params["params"][k] for k in ("scale", "shift"))
+  )
+  close(norm.apply(params, x, emb), layers.layer_norm(x) * (1 + scale) + shift)
+
+
+@x64
+def test_fourier_features_are_fast():
+  """cos and sin of 2 pi 16 n t with normal n, one draw for all."""
+  t = jnp.linspace(0, np.pi / 2, 50)
+  value, slope = jax.jvp(lambda t: layers.fourier(t, 512), (t,), (jnp.ones_like(t),))
+  cos, sin = np.split(value, 2, axis=1)
+  close(cos**2 + sin**2, 1)
+  frequencies = slope[0, 256:]  # those of the sines, at 0
+  angles = t[:, None] * frequencies[None]
+  close(cos, np.cos(angles))
+  close(sin, np.sin(angles))
+  assert np.std(frequencies) == pytest.approx(2 * np.pi * 16, rel=0.15)
+  assert abs(np.mean(frequencies)) < 20
+  np.testing.assert_array_equal(layers.fourier(t, 512), value)
+
+
+# The perceptron without one of what steadies the tangent.
+PLAIN = ({"process": "edm"}, {"embedding": "fourier"}, {"norm": "single"})
+
+
+@pytest.mark.parametrize("options", PLAIN)
+@x64
+def test_every_perceptron_has_a_derivative(options):
+  net = build("mlp", dtype="float64", sigma_d=0.5, **options)
+  x, t, cond, along = inputs("mlp", "float64")
+  params = random_params(net)
+
+  def F(x, t):
+    return net.apply(params, x, t, cond)
+
+  expected = central(F, (x, t), along, 1e-7 if "embedding" in options else 1e-5)
+  np.testing.assert_allclose(jax.jvp(F, (x, t), along)[1], expected, rtol=1e-4)
+  assert jnp.std(F(x, t)) > 0.01
+  single = "AdaptiveNorm_0" in params["net"]["blocks"]
+  assert single == ("norm" in options)
+
+
+@x64
+def test_the_perceptron_of_edms_time():
+  """F = -raw(x, ln(sigma_d tan t) / 4), and w of the same time."""
+  net = build("mlp", process="edm", sigma_d=0.5, dtype="float64")
+  raw = build("mlp", dtype="float64")
+  x, t, cond, _ = inputs("mlp", "float64")
+  params = random_params(raw)
+  c_noise = jnp.log(0.5 * jnp.tan(t)) / 4
+  close(net.apply(params, x, t, cond), -raw.apply(params, x, c_noise, cond), 1e-12)
+  close(net.logvar(params, t), raw.logvar(params, c_noise), 1e-12)
+
+
+@pytest.mark.parametrize(
+  ("options", "known"),
+  [
+    ({"process": "vp"}, "process='vp': take one of trigflow, edm"),
+    ({"embedding": "rope"}, "embedding='rope': take one of positional, fourier"),
+    ({"norm": "scale"}, "norm='scale': take one of double, single"),
+  ],
+)
+def test_unknown_names_of_the_perceptron(options, known):
+  with pytest.raises(ValueError, match=rf"model\.{known}"):
+    mlp.build(shape=(2,), classes=0, **options)
+
+
+def test_the_perceptrons_parameters_keep_their_names():
+  """A run that was trained before can be read."""
+  shapes = jax.eval_shape(build("mlp").init, jax.random.key(0))["net"]
+  assert {*shapes["blocks"]} == {"AdaptiveDoubleNorm_0", "Dense_0", "Dense_1"}
+  assert {"in", "out_norm", "gain", "shift", "blocks"} < {*shapes}
 
 
 def test_wide_keeps_what_is_wide():

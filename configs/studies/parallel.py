@@ -1,0 +1,39 @@
+"""Parallel samplers over tolerances and windows, beside one row after the other."""
+
+from sdiff_jax import studies
+
+SOLVERS = {  # series -> sampler, steps
+  "ParaDDPM, 100": ("paraddpm", 100),
+  "ParaDDIM, 50": ("paraddim", 50),
+  "ParaDPMSolver, 50": ("paradpmsolver", 50),
+  "speculation, DDPM, 100": ("specddpm", 100),
+}
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/parallel.py")
+  runs = {"teacher": studies.run(files.format("diffusion"), drawn=False)}
+  for series, (name, steps) in SOLVERS.items():
+    runs[name] = studies.run(
+      files.format("diffusion"),
+      f"sampler.name={name}",
+      f"sampler.steps={steps}",
+      "sampler.window=16",
+      "sample.num=16",
+      weights="teacher",
+      series=series,
+    )
+  keys = ("passes", "evaluations", "error")
+  return studies.build(
+    "parallel",
+    runs,
+    title="Parallel sampling",
+    lead="ParaDiGMS and speculation on a trained network: passes, evaluations and the "
+    "difference to one row after the other, over tolerances at a window of 16 rows, "
+    "and over windows at a tolerance of 0.1.",
+    x="tolerance",
+    panels=(*keys, *(("window", key) for key in keys)),
+    log="xy",
+    source="parallel",
+    changes=changes,
+  )

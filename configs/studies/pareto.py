@@ -1,0 +1,53 @@
+"""Quality against time: solvers, parallel samplers and distillation in one picture."""
+
+from sdiff_jax import studies
+
+SOLVERS = {  # series -> samplers of the teacher
+  "Heun": ("heun/8", "heun/16", "heun/32"),
+  "DDIM": ("ddim/8", "ddim/16", "ddim/50"),
+  "DPM-Solver++": ("dpmpp2m/8", "dpmpp2m/16", "dpmpp2m/50"),
+  "DDPM": ("ddpm/100",),
+  "ParaDDIM": ("paraddim/16", "paraddim/50"),
+  "ParaDPMSolver": ("paradpmsolver/16", "paradpmsolver/50"),
+  "ParaDDPM": ("paraddpm/100",),
+  "speculation, DDPM": ("specddpm/100",),
+}
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/pareto.py")
+  runs = {
+    "teacher": studies.run(files.format("diffusion"), drawn=False),
+    "sCD": studies.run(files.format("scd"), teacher="teacher", drawn=False),
+  }
+  for k, (series, samplers) in enumerate(SOLVERS.items()):
+    runs[f"pareto_{k}"] = studies.run(
+      files.format("diffusion"),
+      f"evaluate.samplers={samplers}",
+      weights="teacher",
+      series=series,
+    )
+  runs["pareto_sCD"] = studies.run(
+    files.format("scd"),
+    "evaluate.samplers=('consistency/1', 'consistency/2', 'consistency/4')",
+    teacher="teacher",
+    weights="sCD",
+    series="sCD",
+  )
+  return studies.build(
+    "pareto",
+    runs,
+    title="Quality against time",
+    lead="Distance against the time of an image, in batches and alone; the numbers are "
+    "steps. Parallel samplers trade evaluations for time where a batch leaves the "
+    "machine idle.",
+    x="seconds",
+    panels=("frechet", ("latency", "frechet")),
+    log="xy",
+    changes=(
+      *changes,
+      "evaluate.neighbours=0",
+      "evaluate.latency=True",
+      "sampler.window=16",
+    ),
+  )

@@ -1,0 +1,54 @@
+"""What steadies the tangent: figure 4 of arXiv:2410.11081, and what it is worth.
+
+Each variant goes without one of the three, and has a teacher of its own kind. The
+paper's word takes EDM2's modulation and features, of scale 1, for the plain ones.
+"""
+
+from sdiff_jax import studies
+
+HEUN = "evaluate.samplers=('heun/16',)"
+ONE = "evaluate.samplers=('consistency/1',)"
+
+
+def get_config(given: str = ""):
+  files, changes = studies.setting(given, "configs/studies/stability.py")
+  norm = "scale" if given == "paper" else "single"
+  variants = {
+    "edm_time": ("model.process=edm", "c_noise = ln(σ)/4"),
+    "fourier": ("model.embedding=fourier", "Fourier features"),
+    "plain_norm": (f"model.norm={norm}", "plain modulation"),
+  }
+  label = "all three"
+  runs = {
+    "teacher": studies.run(files.format("diffusion"), HEUN, series=f"teacher, {label}"),
+    "sCD": studies.run(files.format("scd"), teacher="teacher", drawn=False),
+    "stable": studies.run(
+      files.format("scd"),
+      ONE,
+      teacher="teacher",
+      weights="sCD",
+      series=label,
+      checkpoints=True,
+    ),
+  }
+  for name, (field, label) in variants.items():
+    teacher = f"teacher_{name}"
+    runs[teacher] = studies.run(
+      files.format("diffusion"), field, HEUN, series=f"teacher, {label}"
+    )
+    runs[f"sCD_{name}"] = studies.run(
+      files.format("scd"), field, ONE, teacher=teacher, series=label, checkpoints=True
+    )
+  return studies.build(
+    "stability",
+    runs,
+    title="Steadying the tangent",
+    lead="sCD with the identity time transform, positional embedding and adaptive "
+    "double normalisation, and without one of them: the two parts of dF/dt, and the "
+    "distance of one step and of the teachers.",
+    x="step",
+    panels=("grad_x", "d_t", "frechet"),
+    log="y",
+    source="tangent",
+    changes=(*changes, "evaluate.neighbours=0"),
+  )
