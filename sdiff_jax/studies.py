@@ -30,6 +30,8 @@ COLUMNS = 3  # of panels
 
 Panel = str | tuple[str, str]  # y, or x and y
 
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+
 # Word -> config files of the runs, by kind, and what all runs of a study change.
 SETTINGS = {
   "": (
@@ -217,14 +219,14 @@ def draw(
   lines = -(-len(panels) // columns)
   size = (4.2 * columns + 1.6, 3.4 * lines)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
-  labels = {}
+  labels, looks = {}, _looks([row["series"] for row in rows])
   for k, (across, y) in enumerate(axes_of(x, panels)):
     axes = figure.add_subplot(lines, columns, k + 1)
     for series, c in curves(rows, across, y).items():
-      known = [*labels]
-      colour = f"C{known.index(series) if series in known else len(known)}"
-      marker = "o" if len(c.x) < 30 else None
-      (line,) = axes.plot(c.x, c.mean, color=colour, marker=marker, markersize=4)
+      colour, line, marker = looks[series]
+      style = {"color": colour, "linestyle": line, "markersize": 4}
+      style["marker"] = marker if len(c.x) < 30 else None
+      (line,) = axes.plot(c.x, c.mean, **style)
       axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
       labels.setdefault(series, line)
       for at, value, name in zip(c.x, c.mean, c.names, strict=False):
@@ -248,6 +250,21 @@ def draw(
     labels.values(), labels, loc="outside right center", frameon=False, fontsize=8
   )
   return figure
+
+
+def _looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
+  """Returns the colour, line and marker of each series.
+
+  Those that differ in what follows the last comma share a colour.
+  """
+  members: dict[str, list[str]] = {}
+  for name in dict.fromkeys(names):
+    members.setdefault(name.rpartition(", ")[0] or name, []).append(name)
+  return {
+    name: (f"C{i}", LINES[k % len(LINES)], MARKERS[k % len(MARKERS)])
+    for i, group in enumerate(members.values())
+    for k, name in enumerate(group)
+  }
 
 
 def tables(
