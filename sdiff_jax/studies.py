@@ -79,7 +79,7 @@ def run(
   teacher: str = "",
   weights: str = "",
   series: str = "",
-  value: float | None = None,
+  guidance: float | None = None,
   checkpoints: bool = False,
   drawn: bool = True,
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def run(
     teacher: name of the run that it distils.
     weights: name of the run whose network is measured; "" trains one.
     series: what its points are called; "" for the run's name and the sampler.
-    value: of its points on the axis "value".
+    guidance: of its points, where that is an axis.
     checkpoints: measure all checkpoints that were kept, not the last alone.
     drawn: whether it has points, beside those of the runs that need it.
   """
@@ -102,7 +102,7 @@ def run(
     "teacher": teacher,
     "weights": weights,
     "series": series,
-    "value": value,
+    "guidance": guidance,
     "checkpoints": checkpoints,
     "drawn": drawn,
   }
@@ -219,8 +219,10 @@ def draw(
   lines = -(-len(panels) // columns)
   size = (4.2 * columns + 1.6, 3.4 * lines)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
-  labels, looks = {}, _looks([row["series"] for row in rows])
-  for k, (across, y) in enumerate(axes_of(x, panels)):
+  all_axes = axes_of(x, panels)
+  shown = [name for keys in all_axes for name in curves(rows, *keys)]
+  labels, looks = {}, _looks(shown)
+  for k, (across, y) in enumerate(all_axes):
     axes = figure.add_subplot(lines, columns, k + 1)
     for series, c in curves(rows, across, y).items():
       colour, line, marker = looks[series]

@@ -26,7 +26,7 @@ def get_config(given: str = ""):
       f"sample.guidance={scale}",
       weights="teacher",
       series="teacher",
-      value=scale,
+      guidance=scale,
     )
   for name, fields in students.items():
     for steps, scale in itertools.product((1, 2), scales):
@@ -40,7 +40,7 @@ def get_config(given: str = ""):
         teacher="teacher",
         weights=name,
         series=f"{label}, {steps} step{'s' * (steps > 1)}",
-        value=scale,
+        guidance=scale,
       )
   return studies.build(
     "vsd",
@@ -48,7 +48,7 @@ def get_config(given: str = ""):
     title="Score distillation and guidance",
     lead="Distance, precision and recall against the scale of guidance: the teacher, "
     "and one and two steps of sCD, VSD and both.",
-    x="value",
+    x="guidance",
     panels=("frechet", "precision", "recall"),
     changes=changes,
   )

@@ -118,7 +118,7 @@ def _points(
       raise UserError("stopped; the same command goes on")
   if not entry["drawn"]:
     return []
-  known = {"seed": seed, "run": name, "value": entry["value"]}
+  known = {"seed": seed, "run": name, "guidance": entry["guidance"]}
   named = known | {"series": entry["series"] or name}
   if study["source"] == "log":
     return [named | row for row in writer.read_metrics(weights)]
