@@ -82,7 +82,7 @@ def test_it_is_a_teacher(converted, files):
   config = config_of(files)
   config.teacher.workdir = str(converted)
   student = experiments.build(config)
-  network, frozen = train._teacher(student)
+  network, frozen = train.teacher(student)
   assert network is not None
   shapes = jax.eval_shape(student.network.init, jax.random.key(0))
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
