@@ -87,6 +87,7 @@ def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
   assert os.path.exists(tmp_path / "log.html")
 
 
+@pytest.mark.slow
 def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
   digits = "configs/digits_{}.py".format
   one = "evaluate.samplers=('consistency/1',)"
@@ -126,6 +127,7 @@ def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
   assert (tmp_path / "parts.html").read_text() == text
 
 
+@pytest.mark.slow
 def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
   file = "configs/digits_diffusion.py"
   fields = ("sampler.steps=6", "sampler.window=4", "sample.num=8")
