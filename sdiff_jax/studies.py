@@ -17,6 +17,7 @@ NAMES = {  # of axes
   "d_t": "rms of cos t sin t $\\sigma_d$ ∂F/∂t",
   "error": "rms difference / rms of the sequential",
   "evaluations": "evaluations an image",
+  "flops": "training FLOPs",
   "frechet": "Frechet distance",
   "grad_x": "rms of cos t sin t ∇F dx/dt",
   "latency": "seconds for one image alone",
