@@ -28,7 +28,7 @@ from sdiff_jax.kernels.attention_jvp import attention
 from sdiff_jax.pods import H100
 
 HEADS, SIZE = 8, 64
-IMPLS = ("plain", "chunked", "triton", "fused")
+IMPLS = ("plain", "chunked", "fused")
 
 
 def jvp(impl: str, **options) -> Callable:
@@ -185,7 +185,7 @@ def topologies(kind: str) -> None:
   """Prints memory and FLOPs of programs compiled for one chip of each kind."""
   chips = {chip: ("plain",) * (chip == "v5e:2x2") + ("fused",) for chip in TPUS}
   if kind == "h100":
-    chips = {kind: ("plain", "chunked", "triton")}
+    chips = {kind: ("plain", "chunked", "fused")}
   print("| chip | work | L | implementation | temporaries MB | GFLOP |")
   print("|---|---|---|---|---|---|")
   for chip, impls in chips.items():

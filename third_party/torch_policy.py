@@ -8,7 +8,8 @@
 The network is the teacher's, for one robot. PyTorch samples it by diffusers' DDPM in
 100 steps, in a process of its own (`torch_policy_half.py`); here it is sampled by the
 compiled loops, one row after the other and in parallel, and the student in one and two
-steps. All take turns, so that one is idle while another is timed.
+steps. Both take a GPU where they have one. All take turns, so that one is idle while
+another is timed.
 """
 
 import argparse

@@ -60,7 +60,7 @@ def chunk(net: Policy, seen: torch.Tensor, scheduler: DDPMScheduler) -> torch.Te
   abar = scheduler.alphas_cumprod
   for step in scheduler.timesteps:
     alpha, sigma = abar[step].sqrt(), (1 - abar[step]).sqrt()
-    t = torch.atan2(sigma, SIGMA_D * alpha).view(1)
+    t = torch.atan2(sigma, SIGMA_D * alpha).view(1).to(x.device)
     scaled = x / torch.sqrt((alpha * SIGMA_D) ** 2 + sigma**2)
     eps = t.sin() * scaled + t.cos() * net(scaled, t, seen)
     x = scheduler.step(eps, step, x).prev_sample
@@ -70,6 +70,7 @@ def chunk(net: Policy, seen: torch.Tensor, scheduler: DDPMScheduler) -> torch.Te
 def main() -> None:
   torch.manual_seed(0)
   torch.set_num_threads(1)  # more only cost, for one robot
+  torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
   with np.load(sys.argv[1]) as arrays:
     found = dict(arrays)
   given = {k: torch.tensor(found.pop(k)) for k in ("x", "t", "seen", "F")}
@@ -84,7 +85,7 @@ def main() -> None:
     print(float(off), flush=True)
     for _ in sys.stdin:
       begin = time.perf_counter()
-      chunk(net, given["seen"][:1], scheduler)
+      chunk(net, given["seen"][:1], scheduler).cpu()
       print(time.perf_counter() - begin, flush=True)
 
 

@@ -11,7 +11,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sdiff_jax import collectives, diffusers_folder, lookup, sharding, step
+from sdiff_jax import (
+  collectives,
+  diffusers_folder,
+  lookup,
+  roofline,
+  sharding,
+  step,
+)
 from sdiff_jax.data.pipeline import Source
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
@@ -153,8 +160,7 @@ def sampled(experiment: experiments.Experiment) -> Program:
     def denoise(params: Params, x: Any, t: Any, label: Any) -> Any:
       return sampling.denoiser(experiment, params)(x, t, {"label": label})
 
-    lowered = jax.jit(denoise).lower(params, x, t, label)
-    return float(lowered.cost_analysis()["flops"])
+    return roofline.operations(denoise, params, x, t, label)
 
   return Program(
     lambda: call.func.lower(*call.args, placed, row, row),
@@ -205,8 +211,7 @@ def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       net = published.denoiser(model, chosen, params, empty, scale)
       return net(arrays["x"], arrays["t"], None if text is None else {"text": text})
 
-    lowered = jax.jit(denoise).lower(model.params, arrays)
-    return float(lowered.cost_analysis()["flops"])
+    return roofline.operations(denoise, model.params, arrays)
 
   return Program(
     lambda: call.lower(*arguments),

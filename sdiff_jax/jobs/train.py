@@ -11,7 +11,18 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from sdiff_jax import ema, lookup, loop, optim, processes, sharding, state, step, writer
+from sdiff_jax import (
+  ema,
+  lookup,
+  loop,
+  optim,
+  processes,
+  roofline,
+  sharding,
+  state,
+  step,
+  writer,
+)
 from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import normaliser, pipeline
 from sdiff_jax.interfaces import Network, Params, UserError
@@ -296,8 +307,7 @@ def flops(
   network = experiments.network(config, source)
   _, train_step = program(config, network, teacher)
   batch = batch_shapes(config, source)
-  lowered = jax.jit(train_step).lower(abstract, batch, key, frozen)
-  return float(lowered.cost_analysis()["flops"])
+  return roofline.operations(train_step, abstract, batch, key, frozen)
 
 
 def _summary_path(workdir: str) -> str:

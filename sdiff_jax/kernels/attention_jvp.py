@@ -14,7 +14,7 @@ from sdiff_jax.kernels import attention_rules, softmax
 from sdiff_jax.kernels.attention_chunked import Shape
 from sdiff_jax.kernels.attention_pallas import LANES
 
-IMPLS = ("auto", "plain", "fused", "chunked", "triton", "interpret")
+IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
 SHORT = 512 * 512  # scores of a head that plain attention may hold
 
 
@@ -43,10 +43,11 @@ def attention(
     key_mask: which keys count, bool [B, Lk]; None for all.
     scale: factor of the scores; None for size^-0.5.
     impl: "plain" holds all scores, [B, heads, Lq, Lk]; "chunked" one block of them at a
-      time; "fused" is a Pallas kernel on TPU, and "chunked" elsewhere; "auto" takes
-      "plain" where it holds little, else "fused". "interpret" runs the kernel on any
-      machine, slowly, for tests; "triton" is a kernel for NVIDIA GPUs.
-    block_q: queries of a block, at most; a multiple of 128. "triton" has its own.
+      time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to a size of
+      128 (64 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" takes "plain"
+      where it holds little, else "fused". "interpret" runs the TPU's kernel on any
+      machine, slowly.
+    block_q: queries of a block, at most; a multiple of 128. GPUs have their own.
     block_k: keys of a block, likewise.
 
   Raises:

@@ -41,7 +41,7 @@ def attend(shape: Shape, impl: str, qkv: tuple, mask: Array | None) -> Array:
 
   Args:
     shape: masks, scale and blocks.
-    impl: "fused", "chunked", "triton" or "interpret".
+    impl: "fused", "chunked" or "interpret".
     qkv: q [B, heads, Lq, size], k and v [B, heads, Lk, size].
     mask: which keys count, bool [B, Lk], or None.
   """
@@ -61,22 +61,19 @@ def _alike(*arrays: Array) -> list[Array]:
 
 def _evaluate(*args: Array, shape: Shape, impl: str, tangent: bool) -> tuple:
   qkv, mask, dqkv = _parts(args, tangent)
-  kernels = {
-    "chunked": functools.partial(attention_chunked.one_pass, shape),
-    "fused": functools.partial(attention_pallas.one_pass, shape),
-    "interpret": functools.partial(attention_pallas.one_pass, shape, interpret=True),
-    "triton": functools.partial(attention_triton.one_pass, shape),
-  }
-  kernel = kernels[impl]
+  chunked = functools.partial(attention_chunked.one_pass, shape)
   if impl == "chunked":
-    return kernel(qkv, mask, dqkv)
-  kernel = _on_each_device(kernel)
-  if impl != "fused":
-    return kernel(qkv, mask, dqkv)
+    return chunked(qkv, mask, dqkv)
+  on_tpu = functools.partial(attention_pallas.one_pass, shape)
+  if impl == "interpret":
+    on_tpu = functools.partial(on_tpu, interpret=True)
+    return _on_each_device(on_tpu)(qkv, mask, dqkv)
+  kernels = {"tpu": _on_each_device(on_tpu)}
+  if attention_triton.takes(qkv[0]):
+    on_gpu = functools.partial(attention_triton.one_pass, shape)
+    kernels["cuda"] = _on_each_device(on_gpu)
   # By the platform that the program is compiled for, which need not be this one.
-  return jax.lax.platform_dependent(
-    qkv, mask, dqkv, tpu=kernel, default=kernels["chunked"]
-  )
+  return jax.lax.platform_dependent(qkv, mask, dqkv, **kernels, default=chunked)
 
 
 def _on_each_device(kernel):

@@ -19,6 +19,13 @@ from sdiff_jax.kernels.attention_pallas import cost, like
 
 BLOCK = 64  # of registers there are few: not the blocks of the other kernels
 WARPS, STAGES = 4, 2
+TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+LARGEST = 256  # bytes of a query: six blocks of the next power fill a GPU's memory
+
+
+def takes(q: Array) -> bool:
+  """Returns whether queries have a type and a size that a program has room for."""
+  return q.dtype in TYPES and q.shape[-1] * q.dtype.itemsize <= LARGEST
 
 
 def _kernel(*refs: jax.Ref, shape: Shape, Lk: int, tangent: bool, masked: bool) -> None:

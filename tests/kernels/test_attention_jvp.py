@@ -269,6 +269,19 @@ def test_the_triton_kernel_interpreted(masked):
 
 
 @pytest.mark.parametrize(
+  ("dtype", "size", "count"),
+  [("float32", 64, 1), ("bfloat16", 128, 1), ("float32", 96, 0), ("float64", 8, 0)],
+)
+def test_gpus_take_their_kernel_where_it_has_room(dtype, size, count):
+  """Lowered for a GPU that is not here, the program calls the kernel, or does not."""
+  with jax.enable_x64(dtype == "float64"):
+    x = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
+    call = jax.jit(functools.partial(attention, impl="fused"))
+    lowered = call.trace(x, x, x).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("gpu.triton") == count
+
+
+@pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"q": (2, 4, 8)}, r"q is \(2, 4, 8\): must be \[B, L, heads, size\]"),

@@ -1,0 +1,127 @@
+"""Steps of configs on the accelerator that is here, beside what is modelled for it.
+
+  python benchmarks/hardware.py configs/imagenet512_diffusion.py:S \
+    [configs/imagenet512_scd.py:S] [--batch=32] [--rows=1,8,16,48] [--chip=h100]
+
+Networks have the size and the types of their configs (bfloat16 for float16), data are
+noise. A step is timed with its state donated, as in training. Calls of the first
+network are timed at numbers of rows: what a pass of a parallel sampler costs.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax import pods, sharding, step
+from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.jobs import programs, sampling, train
+
+REPEATS = 20
+
+
+def load(file: str, batch: int) -> experiments.Experiment:
+  """Returns an experiment of a config's network; its source has no images."""
+  config = experiments.load(file, f"{file}: no such file")
+  config.train.batch_size = batch
+  if config.model.get("dtype") == "float16":
+    config.model.dtype = "bfloat16"
+  config = experiments.unrolled(config)
+  source, mesh = programs.source_of(config), sharding.make_mesh()
+  network = experiments.network(config, source)
+  return experiments.Experiment(config, source, network, mesh)
+
+
+def median(call: Callable[[], Any]) -> float:
+  """Returns the time of a call, seconds; the first two are not counted."""
+  taken = []
+  for _ in range(REPEATS + 2):
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    taken.append(time.perf_counter() - begin)
+  return statistics.median(taken[2:])
+
+
+def noise(shapes: Any) -> Any:
+  """Returns arrays: standard normal ones, and integers of 0."""
+  return jax.tree.map(
+    lambda s: (
+      jax.random.normal(jax.random.key(1), s.shape, s.dtype)
+      if jnp.issubdtype(s.dtype, jnp.floating)
+      else jnp.zeros(s.shape, s.dtype)
+    ),
+    shapes,
+  )
+
+
+def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
+  """Returns seconds of a step, the model's operations in it, and the most bytes."""
+  config, source, network, mesh, _ = experiment
+  teacher, shapes = programs._teacher(config, source)
+  key = jax.random.key(0)
+  frozen = shapes and jax.jit(teacher.init)(key)
+  init, train_step = train.program(config, network, teacher)
+  state = jax.jit(init)(key, frozen)
+  batch = noise(train.batch_shapes(config, source))
+  lowered = step.jitted(train_step, mesh, state, frozen).lower(
+    state, batch, key, frozen
+  )
+  compiled = lowered.compile()
+
+  def call() -> Any:
+    nonlocal state
+    state, metrics = compiled(state, batch, key, frozen)
+    return metrics
+
+  memory = compiled.memory_analysis()
+  most = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  return median(call), programs.training(experiment).flops(False), most
+
+
+def rows(experiment: experiments.Experiment, counts: list[int]) -> dict[int, float]:
+  """Returns seconds of a call of the network by the number of its rows."""
+  params = jax.jit(experiment.network.init)(jax.random.key(0))
+
+  @jax.jit
+  def call(params: Any, x: Any, t: Any, label: Any) -> Any:
+    return sampling.denoiser(experiment, params)(x, t, {"label": label})
+
+  taken = {}
+  for n in counts:
+    x = jax.random.normal(jax.random.key(0), (n, *experiment.source.shape))
+    given = params, x, jnp.linspace(0.1, 1.5, n), jnp.zeros(n, jnp.int32)
+    taken[n] = median(lambda given=given: call(*given))
+  return taken
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("configs", nargs="+")
+  parser.add_argument("--batch", type=int, default=32)
+  parser.add_argument("--rows", default="1,8,16,48,80")
+  parser.add_argument("--chip", choices=[*pods.CHIPS], default="h100")
+  given = parser.parse_args()
+  peak, kind = pods.CHIPS[given.chip].peak, jax.devices()[0].device_kind
+  print(f"{kind}, jax {jax.__version__}, batch {given.batch}")
+  for k, file in enumerate(given.configs):
+    experiment = load(file, given.batch)
+    taken, flops, most = training(experiment)
+    print(
+      f"{file}: {1e3 * taken:.1f} ms a step, {given.batch / taken:,.0f} images/s, "
+      f"{flops / 1e12:.2f} TFLOP, {1e3 * flops / peak:.1f} ms at the peak, "
+      f"{flops / peak / taken:.1%} of it, {most / 1e9:.1f} GB",
+      flush=True,
+    )
+    counts = [int(n) for n in given.rows.split(",") if n and not k]
+    for n, taken in rows(experiment, counts).items():
+      print(
+        f"  {n} rows: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} a row", flush=True
+      )
+
+
+if __name__ == "__main__":
+  main()
