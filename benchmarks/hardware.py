@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sdiff_jax import pods, sharding, step
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import programs, sampling, train
+from sdiff_jax.jobs import objective, programs, sampling
 
 REPEATS = 20
 
@@ -61,12 +61,12 @@ def noise(shapes: Any) -> Any:
 def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
   """Returns seconds of a step, the model's operations in it, and the most bytes."""
   config, source, network, mesh, _ = experiment
-  teacher, shapes = programs._teacher(config, source)
+  teacher, shapes = programs.teacher(config, source)
   key = jax.random.key(0)
   frozen = shapes and jax.jit(teacher.init)(key)
-  init, train_step = train.program(config, network, teacher)
+  init, train_step = objective.program(config, network, teacher)
   state = jax.jit(init)(key, frozen)
-  batch = noise(train.batch_shapes(config, source))
+  batch = noise(objective.batch_shapes(config, source))
   lowered = step.jitted(train_step, mesh, state, frozen).lower(
     state, batch, key, frozen
   )

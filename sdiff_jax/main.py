@@ -102,10 +102,15 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; a field that does not exist or has another type is refused."""
+  if "--help" in argv:
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits 1
   given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
   files = [name.partition(".py")[0] + ".py" for name in given]
   if missing := [file for file in files if not os.path.exists(file)]:
     _refuse(f"--config={missing[0]}: no such file")
+  fields = [a for a in argv if a.startswith("--config.")]
+  if fields and not given and "--config" not in argv:
+    _refuse(f"{fields[0]}: name the file of the config as well, --config=configs/X.py")
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:  # of a config without that field

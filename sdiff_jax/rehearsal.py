@@ -21,10 +21,10 @@ from sdiff_jax.collectives import Collective
 FOLDER = "~/.cache/sdiff_jax/rehearsals"
 TICK = 30  # seconds between signs of life
 # What programs are made of; a change there makes another program.
-SOURCES = ("jobs/programs.py", "jobs/train.py", "jobs/sampling.py", "collectives.py")
-SOURCES += ("losses/*.py", "models/*.py", "samplers/*.py", "kernels/*.py", "step.py")
-SOURCES += ("sharding.py", "optim.py", "ema.py", "state.py", "trigflow.py", "times.py")
-SOURCES += ("guidance.py",)
+SOURCES = ("jobs/programs.py", "jobs/objective.py", "jobs/sampling.py", "step.py")
+SOURCES += ("losses/*.py", "models/*.py", "samplers/*.py", "kernels/*.py")
+SOURCES += ("collectives.py", "sharding.py", "optim.py", "ema.py", "state.py")
+SOURCES += ("trigflow.py", "times.py", "guidance.py")
 NOTE = "modelled, not measured"
 
 

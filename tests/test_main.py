@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sdiff_jax import checkpoint, state
-from sdiff_jax.jobs import experiment, train
+from sdiff_jax.jobs import experiment, objective
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Small enough to take seconds, with every part of the road in it.
@@ -80,7 +80,7 @@ def teacher(cache, tmp_path_factory) -> pathlib.Path:
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
   built = experiment.build(experiment.read(str(workdir)))
-  _, optimizer, _ = train.optimisation(built.config)
+  _, optimizer, _ = objective.optimisation(built.config)
   profiles = tuple(built.config.ema.profiles)
 
   def create(key):
@@ -98,6 +98,13 @@ def test_help_teaches():
   for text in ("--config=configs/digits_scd.py", "evaluate", "report", "--workdir"):
     assert text in done.stdout
   assert "Traceback" not in done.stderr
+  assert done.returncode == 0
+
+
+def test_fields_need_the_file_of_the_config(cache, tmp_path):
+  done = call(cache, f"--workdir={tmp_path}", "--job=sample", "--config.sample.num=3")
+  assert done.returncode == 2
+  assert "error: --config.sample.num=3: name the file of the config" in done.stderr
 
 
 def test_training_leaves_metrics_grids_and_a_summary(teacher):

@@ -15,7 +15,7 @@ from test_config import CONFIGS, load
 
 from sdiff_jax import config, lookup, state, step
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import convert, experiment, sampling, train
+from sdiff_jax.jobs import convert, experiment, objective, sampling, train
 
 ALL = ("S", "M", "L", "XL", "XXL")
 DATA = {"imagenet64": ALL[:4], "imagenet512": ALL}
@@ -220,9 +220,9 @@ def test_two_steps(name):
     of_teacher = get(name.replace("scd", "diffusion"), word(name))
     frozen = random_params(experiment.build(of_teacher).network, 1, "float32")
     assert jax.tree.structure(frozen) != jax.tree.structure(params)  # guidance
-  rate, optimizer, betas = train.optimisation(c)
+  rate, optimizer, betas = objective.optimisation(c)
   teacher = experiment.network(of_teacher, built.source) if frozen else None
-  loss = train._loss(c, net, teacher)
+  loss = objective.loss(c, net, teacher)
   run = jax.jit(
     step.build(loss, optimizer, betas, rate, net.normalize, c.train.loss_scale)
   )
@@ -253,7 +253,7 @@ def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
       net.normalize(random_params(net, seed, "float32")) for seed in (0, 1)
     )
     params["logvar"] = jax.tree.map(jnp.zeros_like, params["logvar"])
-    loss = train._loss(c, net, net)
+    loss = objective.loss(c, net, net)
     x0 = 0.5 * jax.random.normal(jax.random.key(1), (8, 64, 64, 3))
     batch = {"x0": x0, "cond": {"label": jnp.arange(8)}}
     rest = (batch, jax.random.key(0), jnp.int32(10_000), frozen)

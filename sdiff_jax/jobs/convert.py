@@ -12,7 +12,7 @@ from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import trajectories
 from sdiff_jax.interfaces import Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import train
+from sdiff_jax.jobs import objective
 from sdiff_jax.models import unet1d
 
 
@@ -50,7 +50,7 @@ def write(experiment: experiments.Experiment, workdir: str, params: Params) -> N
   What samples, measures, distils or goes on training takes it for a run's.
   """
   config = experiment.config
-  _, optimizer, _ = train.optimisation(config)
+  _, optimizer, _ = objective.optimisation(config)
   experiments.claim(config, workdir, experiment.source)
 
   def create(params: Params) -> state.TrainState:

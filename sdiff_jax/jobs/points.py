@@ -11,7 +11,7 @@ from sdiff_jax import sharding, times, trigflow
 from sdiff_jax.data import pipeline
 from sdiff_jax.interfaces import Array, Denoiser, Params
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling, train
+from sdiff_jax.jobs import objective, sampling
 from sdiff_jax.losses import scm, velocities
 from sdiff_jax.samplers import comparison, sequential
 
@@ -27,7 +27,7 @@ def tangent(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]
   """
   experiment, params = experiments.trained(config, workdir)
   config, loss = experiment.config, experiment.config.loss
-  teacher, frozen = train.teacher(experiment)
+  teacher, frozen = objective.teacher(experiment)
   sigma_d = config.sigma_d
   velocity_of = velocities.build("teacher", teacher.apply, sigma_d=sigma_d)
   size, over_batch = config.train.batch_size, sharding.batch(experiment.mesh)

@@ -22,7 +22,7 @@ from sdiff_jax import (
 from sdiff_jax.data.pipeline import Source
 from sdiff_jax.interfaces import Network, Params, UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import published, sampling, train
+from sdiff_jax.jobs import objective, published, sampling
 from sdiff_jax.samplers import plans
 
 KINDS = ("train", "sample")
@@ -101,18 +101,18 @@ def training(experiment: experiments.Experiment) -> Program:
   size = config.train.batch_size
   parts = config.train.accumulate
   sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
-  teacher, frozen = _teacher(config, source)
-  init, train_step = train.program(config, network, teacher)
+  taught, frozen = teacher(config, source)
+  init, train_step = objective.program(config, network, taught)
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(init, key, frozen)
-  batch = train.batch_shapes(config, source)
+  batch = objective.batch_shapes(config, source)
   jitted = step.jitted(train_step, mesh, state, frozen)
 
   def flops(remat: bool) -> float:
     plain = config.copy_and_resolve_references()
     if "remat" in plain.model and not remat:
       plain.model.remat = ""
-    return train.flops(plain, source, teacher, state, key, frozen)
+    return objective.flops(plain, source, taught, state, key, frozen)
 
   of_state = sharding.state(state, mesh)
   held = {
@@ -257,7 +257,7 @@ def _teacher_config(
   return experiments.unrolled(theirs)
 
 
-def _teacher(
+def teacher(
   config: ml_collections.ConfigDict, source: Source
 ) -> tuple[Network | None, Params]:
   """Returns the teacher's network and abstract parameters, None where there is none."""

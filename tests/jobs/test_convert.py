@@ -13,7 +13,7 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax import trigflow
 from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import convert, sampling, train
+from sdiff_jax.jobs import convert, objective, sampling
 from sdiff_jax.jobs import experiment as experiments
 from sdiff_jax.models import unet1d
 from sdiff_jax.samplers import paths
@@ -82,11 +82,11 @@ def test_it_is_a_teacher(converted, files):
   config = config_of(files)
   config.teacher.workdir = str(converted)
   student = experiments.build(config)
-  network, frozen = train.teacher(student)
+  network, frozen = objective.teacher(student)
   assert network is not None
   shapes = jax.eval_shape(student.network.init, jax.random.key(0))
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  params = train._start_from(frozen, fresh)
+  params = objective.start_from(frozen, fresh)
   jax.tree.map(np.testing.assert_array_equal, params["net"], frozen["net"])
   assert jnp.std(frozen["net"]["dec_16x16_aux_conv"]["kernel"]) > 0
 

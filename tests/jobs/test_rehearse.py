@@ -18,7 +18,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import diffusers_folder, pods, rehearsal, sharding
 from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import programs, rehearse, train
+from sdiff_jax.jobs import objective, programs, rehearse
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   theirs = experiments.network(theirs, source)
   key = jax.random.key(0)
   frozen = jax.eval_shape(theirs.init, key)
-  init, _ = train.program(config, network, theirs)
+  init, _ = objective.program(config, network, theirs)
   state = jax.eval_shape(init, key, frozen)
 
   def nbytes(tree):
