@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import ml_collections
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
@@ -205,6 +206,23 @@ def axes_of(x: str, panels: tuple[Panel, ...]) -> list[tuple[str, str]]:
   return [(x, panel) if isinstance(panel, str) else tuple(panel) for panel in panels]
 
 
+def _number(
+  axes: Axes, text: str, at: tuple[float, float], corner: int, colour: str
+) -> None:
+  """Writes at a point, in one of its corners, so that near curves keep theirs apart."""
+  right, above = corner % 2 == 0, corner < 2
+  axes.annotate(
+    text,
+    at,
+    (3 if right else -3, 3 if above else -3),
+    textcoords="offset points",
+    horizontalalignment="left" if right else "right",
+    verticalalignment="bottom" if above else "top",
+    fontsize=7,
+    color=colour,
+  )
+
+
 def draw(
   rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
 ) -> Figure:
@@ -225,7 +243,7 @@ def draw(
   labels, looks = {}, _looks(shown)
   for k, (across, y) in enumerate(all_axes):
     axes = figure.add_subplot(lines, columns, k + 1)
-    for series, c in curves(rows, across, y).items():
+    for n, (series, c) in enumerate(curves(rows, across, y).items()):
       colour, line, marker = looks[series]
       style = {"color": colour, "linestyle": line, "markersize": 4}
       style["marker"] = marker if len(c.x) < 30 else None
@@ -233,10 +251,7 @@ def draw(
       axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
       labels.setdefault(series, line)
       for at, value, name in zip(c.x, c.mean, c.names, strict=False):
-        steps = name.rpartition("/")[2]
-        axes.annotate(
-          steps, (at, value), (3, 3), textcoords="offset points", fontsize=7
-        )
+        _number(axes, name.rpartition("/")[2], (at, value), n % 4, colour)
     axes.set(xlabel=NAMES.get(across, across), ylabel=NAMES.get(y, y.replace("_", " ")))
     for name in set(log) & {"x", "y"}:
       getattr(axes, f"set_{name}scale")("log")
