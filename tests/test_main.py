@@ -119,7 +119,8 @@ def test_training_leaves_metrics_grids_and_a_summary(teacher):
 
 
 @pytest.mark.parametrize(
-  "student", ["scd", "sct", pytest.param("scd.py:guided", marks=pytest.mark.slow)]
+  "student",
+  ["scd", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sct", "scd.py:guided"))],
 )
 def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
   file, _, word = student.partition(".py")
@@ -149,6 +150,7 @@ def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
   assert "data:image/png" in page
 
 
+@pytest.mark.slow
 def test_the_baselines_of_a_teacher(cache, teacher):
   quick = ("--config.evaluate.num=100", "--config.evaluate.batch_size=50")
   config = "--config=configs/digits_diffusion.py"
@@ -163,6 +165,7 @@ def test_the_baselines_of_a_teacher(cache, teacher):
   assert 0 < half < found["Gaussian per class", "full covariance"]["frechet"]
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_alone(cache, teacher):
   config = ("--config=configs/digits_diffusion.py", *TINY)
   config += (f"--workdir={teacher}", "--job=sample")
@@ -184,6 +187,7 @@ def test_an_image_depends_on_its_seed_alone(cache, teacher):
   assert np.abs(one[:4] - later).max() > 50
 
 
+@pytest.mark.slow
 def test_the_road_on_eight_devices(cache, teacher, tmp_path):
   config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path}", *TINY)
   config += (f"--config.teacher.workdir={teacher}", "--config.mesh.fsdp=2")

@@ -102,6 +102,7 @@ def test_two_processes_train_like_one_device(alone, together):
     assert (together / name).exists()
 
 
+@pytest.mark.slow
 def test_eight_devices_of_one_process_train_like_one(cache, alone, tmp_path):
   works(cache, *CONFIG, f"--workdir={tmp_path}", devices=8)
   same(tmp_path, alone)
@@ -128,6 +129,7 @@ def test_a_student_of_two_processes_and_its_samples(cache, together, tmp_path):
   assert np.abs(np.subtract(*images, dtype=int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_and_one_device_goes_on(cache, alone, tmp_path):
   config = (*CONFIG, f"--workdir={tmp_path}", "--config.checkpoint.every=1")
   both = start(cache, *config)

@@ -91,6 +91,7 @@ def test_a_workdir_below_a_file_is_refused(cache, tmp_path):
   assert line.startswith(f"error: --workdir={workdir}: {tmp_path}/file is not a direc")
 
 
+@pytest.mark.slow
 def test_missing_permission_is_one_line(cache, tmp_path):
   drop = ()
   if os.getuid() == 0:  # root without the right to ignore permissions
@@ -129,6 +130,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(cache, disk):
   assert not (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(cache, disk):
   folder = disk(4)
   run = folder / "run"

@@ -231,6 +231,7 @@ def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   assert 32 > program.repeats > 100 / 64
 
 
+@pytest.mark.slow
 def test_a_published_model_needs_no_weights(tmp_path):
   """The pass of a window over 8 devices, by config files alone."""
   folder = tmp_path / "sd2"

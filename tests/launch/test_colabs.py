@@ -186,6 +186,7 @@ def test_pod_rehearsal_without_a_compiler(
   assert f"v5e:2x2: 4 chips of 16 GB, a step in {names['least'] * 1e3:.2f} ms" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="needs libtpu, the compiler for TPUs: pip install -e '.[test,rehearse]'",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from closed_forms import MIXTURE, MIXTURE_F, MIXTURE_T, MIXTURE_X, Gaussian
 
 from sdiff_jax import ema, optim, state, step, trigflow
@@ -82,6 +83,7 @@ def rmse(f: Denoiser, truth: Callable, xt: np.ndarray, t: np.ndarray) -> float:
   return float(np.sqrt(np.mean((np.asarray(found) - truth(xt, t)) ** 2)))
 
 
+@pytest.mark.slow
 def test_gaussian():
   """Means off 0, deviations of 0.3 to 1.6 sigma_d: RMSE of 0.02 sigma_d."""
   mean, std = np.array([[0.3, -0.2, 0.0, 0.5]]), np.array([[0.3, 0.5, 0.8, 0.15]])
