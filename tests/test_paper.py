@@ -207,7 +207,10 @@ def unoptimised():
 
 
 @pytest.mark.usefixtures("unoptimised")
-@pytest.mark.parametrize("name", ["cifar10_diffusion", "imagenet512_scd"])
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param("cifar10_diffusion", marks=pytest.mark.slow), "imagenet512_scd"],
+)
 def test_two_steps(name):
   """A step of the tiny network, from random weights, moves all of them."""
   c = get(name, word(name))
