@@ -11,7 +11,7 @@ network are timed at numbers of rows: what a pass of a parallel sampler costs.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,20 +82,20 @@ def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
   return median(call), programs.training(experiment).flops(False), most
 
 
-def rows(experiment: experiments.Experiment, counts: list[int]) -> dict[int, float]:
-  """Returns seconds of a call of the network by the number of its rows."""
+def rows(
+  experiment: experiments.Experiment, counts: list[int]
+) -> Iterator[tuple[int, float]]:
+  """Yields numbers of rows and the seconds of a call of the network with as many."""
   params = jax.jit(experiment.network.init)(jax.random.key(0))
 
   @jax.jit
   def call(params: Any, x: Any, t: Any, label: Any) -> Any:
     return sampling.denoiser(experiment, params)(x, t, {"label": label})
 
-  taken = {}
   for n in counts:
     x = jax.random.normal(jax.random.key(0), (n, *experiment.source.shape))
     given = params, x, jnp.linspace(0.1, 1.5, n), jnp.zeros(n, jnp.int32)
-    taken[n] = median(lambda given=given: call(*given))
-  return taken
+    yield n, median(lambda given=given: call(*given))
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def main() -> None:
   given = parser.parse_args()
   peak, kind = pods.CHIPS[given.chip].peak, jax.devices()[0].device_kind
   print(f"{kind}, jax {jax.__version__}, batch {given.batch}")
-  for k, file in enumerate(given.configs):
+  for file in given.configs:
     experiment = load(file, given.batch)
     taken, flops, most = training(experiment)
     print(
@@ -116,11 +116,9 @@ def main() -> None:
       f"{flops / peak / taken:.1%} of it, {most / 1e9:.1f} GB",
       flush=True,
     )
-    counts = [int(n) for n in given.rows.split(",") if n and not k]
-    for n, taken in rows(experiment, counts).items():
-      print(
-        f"  {n} rows: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} a row", flush=True
-      )
+  experiment = load(given.configs[0], given.batch)
+  for n, taken in rows(experiment, [int(n) for n in given.rows.split(",")]):
+    print(f"  {n} rows: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} a row", flush=True)
 
 
 if __name__ == "__main__":

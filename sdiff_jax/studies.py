@@ -238,14 +238,13 @@ def draw(
   lines = -(-len(panels) // columns)
   size = (4.2 * columns + 1.6, 3.4 * lines)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
-  all_axes = axes_of(x, panels)
-  shown = [name for keys in all_axes for name in curves(rows, *keys)]
-  labels, looks = {}, _looks(shown)
-  for k, (across, y) in enumerate(all_axes):
+  drawn = [(keys, curves(rows, *keys)) for keys in axes_of(x, panels)]
+  labels, looks = {}, _looks([name for _, found in drawn for name in found])
+  for k, ((across, y), found) in enumerate(drawn):
     axes = figure.add_subplot(lines, columns, k + 1)
-    for n, (series, c) in enumerate(curves(rows, across, y).items()):
-      colour, line, marker = looks[series]
-      style = {"color": colour, "linestyle": line, "markersize": 4}
+    for n, (series, c) in enumerate(found.items()):
+      colour, dashes, marker = looks[series]
+      style = {"color": colour, "linestyle": dashes, "markersize": 4}
       style["marker"] = marker if len(c.x) < 30 else None
       (line,) = axes.plot(c.x, c.mean, **style)
       axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)

@@ -64,11 +64,13 @@ def _evaluate(*args: Array, shape: Shape, impl: str, tangent: bool) -> tuple:
   chunked = functools.partial(attention_chunked.one_pass, shape)
   if impl == "chunked":
     return chunked(qkv, mask, dqkv)
-  on_tpu = functools.partial(attention_pallas.one_pass, shape)
-  if impl == "interpret":
-    on_tpu = functools.partial(on_tpu, interpret=True)
-    return _on_each_device(on_tpu)(qkv, mask, dqkv)
-  kernels = {"tpu": _on_each_device(on_tpu)}
+  interpret = impl == "interpret"
+  on_tpu = _on_each_device(
+    functools.partial(attention_pallas.one_pass, shape, interpret=interpret)
+  )
+  if interpret:
+    return on_tpu(qkv, mask, dqkv)
+  kernels = {"tpu": on_tpu}
   if attention_triton.takes(qkv[0]):
     on_gpu = functools.partial(attention_triton.one_pass, shape)
     kernels["cuda"] = _on_each_device(on_gpu)

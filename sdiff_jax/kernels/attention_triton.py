@@ -20,7 +20,7 @@ from sdiff_jax.kernels.attention_pallas import cost, like
 BLOCK = 64  # of registers there are few: not the blocks of the other kernels
 WARPS, STAGES = 4, 2
 TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-LARGEST = 256  # bytes of a query: six blocks of the next power fill a GPU's memory
+LARGEST = 256  # bytes of a query: a power of two more is too much for shared memory
 
 
 def takes(q: Array) -> bool:
