@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.kernels.attention_jvp import attention
-from sdiff_jax.pods import H100
+from sdiff_jax.capacity.chips import H100
+from sdiff_jax.kernels.attention import attention
 
 HEADS, SIZE = 8, 64
 IMPLS = ("plain", "chunked", "fused")
@@ -134,7 +134,7 @@ def table(lengths: list[int], repeats: int) -> None:
 
 def whole_step(pairs: int) -> None:
   """Prints memory and paired times of an sCD step with plain and chunked attention."""
-  from sdiff_jax import lookup
+  from sdiff_jax import registry
   from sdiff_jax.models import dit
 
   def program(impl: str) -> tuple:
@@ -142,7 +142,7 @@ def whole_step(pairs: int) -> None:
       shape=(64, 64, 4), classes=0, patch=1, width=128, depth=2, heads=2, attention=impl
     )
     given = {"network": network, "teacher": network.apply, "sigma_d": 0.5}
-    loss = lookup.build("losses", {"name": "scm"}, **given)
+    loss = registry.build("losses", {"name": "scm"}, **given)
     params = jax.jit(network.init)(jax.random.key(0))
     x0 = jax.random.normal(jax.random.key(1), (1, 64, 64, 4))
 

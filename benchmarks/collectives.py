@@ -29,8 +29,9 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
-  from sdiff_jax import collectives, sharding
-  from sdiff_jax.samplers import paradigms, sequential, tables
+  from sdiff_jax.capacity import hlo
+  from sdiff_jax.distributed import sharding
+  from sdiff_jax.samplers import paradigms, sequential, solvers
 
   mesh = sharding.make_mesh(data=1, fsdp=1, window=args.devices)
   shape = tuple(int(n) for n in args.shape.split(","))
@@ -48,17 +49,17 @@ def main() -> None:
   print("| table | way | kind | in a pass | bytes | in states |")
   print("|---|---|---|---|---|---|")
   for name in ("ddpm", "dpmpp2m", "heun"):
-    table = tables.build(sigma_d=0.5, name=name, steps=100)
+    table = solvers.build(sigma_d=0.5, name=name, steps=100)
     for way, (net, over) in ways.items():
       call = functools.partial(
         paradigms.sample, net, table, window=args.window, tolerance=0.1, sharding=over
       )
       x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-      keys = jax.eval_shape(lambda: sequential.keys_of(jnp.arange(1)))
+      keys = jax.eval_shape(lambda: sequential.keys_from_seeds(jnp.arange(1)))
       run = jax.jit(lambda x, k, f=call: f(x, k, None)).lower(x, keys).compile()
-      found = [c for c in collectives.read(run.as_text()) if c.loop]
+      found = [c for c in hlo.read(run.as_text()) if c.loop]
       kinds = [c._replace(dtype="") for c in found]
-      for (kind, _), (number, size, _) in collectives.total(kinds).items():
+      for (kind, _), (number, size, _) in hlo.total(kinds).items():
         states = size / 4 / math.prod(shape)
         row = (name, way, kind, str(number), f"{size:,}", f"{states:.1f}")
         print("|", " | ".join(row), "|")

@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import pods, sharding, step
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import objective, programs, sampling
+from sdiff_jax.capacity import chips, lowering
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.training import step
 
 REPEATS = 20
 
@@ -30,8 +32,8 @@ def load(file: str, batch: int) -> experiments.Experiment:
   config.train.batch_size = batch
   if config.model.get("dtype") == "float16":
     config.model.dtype = "bfloat16"
-  config = experiments.unrolled(config)
-  source, mesh = programs.source_of(config), sharding.make_mesh()
+  config = experiments.for_flop_count(config)
+  source, mesh = lowering.source_of(config), sharding.make_mesh()
   network = experiments.network(config, source)
   return experiments.Experiment(config, source, network, mesh)
 
@@ -61,7 +63,7 @@ def noise(shapes: Any) -> Any:
 def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
   """Returns seconds of a step, the model's operations in it, and the most bytes."""
   config, source, network, mesh, _ = experiment
-  teacher, shapes = programs.teacher(config, source)
+  teacher, shapes = lowering.teacher(config, source)
   key = jax.random.key(0)
   frozen = shapes and jax.jit(teacher.init)(key)
   init, train_step = objective.program(config, network, teacher)
@@ -79,7 +81,7 @@ def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
 
   memory = compiled.memory_analysis()
   most = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  return median(call), programs.training(experiment).flops(False), most
+  return median(call), lowering.training(experiment).flops(False), most
 
 
 def rows(
@@ -103,9 +105,9 @@ def main() -> None:
   parser.add_argument("configs", nargs="+")
   parser.add_argument("--batch", type=int, default=32)
   parser.add_argument("--rows", default="1,8,16,48,80")
-  parser.add_argument("--chip", choices=[*pods.CHIPS], default="h100")
+  parser.add_argument("--chip", choices=[*chips.CHIPS], default="h100")
   given = parser.parse_args()
-  peak, kind = pods.CHIPS[given.chip].peak, jax.devices()[0].device_kind
+  peak, kind = chips.CHIPS[given.chip].peak, jax.devices()[0].device_kind
   print(f"{kind}, jax {jax.__version__}, batch {given.batch}")
   for file in given.configs:
     experiment = load(file, given.batch)

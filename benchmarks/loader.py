@@ -27,8 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdiff_jax import config, ema, lookup, optim, sharding, state, step
+from sdiff_jax import config, registry
 from sdiff_jax.data import pipeline
+from sdiff_jax.distributed import sharding
+from sdiff_jax.training import ema, optimizers, state, step
 
 SIGMA_D, SEED, CLASSES = 0.5, 0, 4
 PREFETCHED = 8 + 2  # batches that wait in the pipeline, or are in its threads
@@ -40,7 +42,7 @@ class Case(NamedTuple):
   """A row of the table."""
 
   title: str
-  source: pipeline.Source
+  source: pipeline.Dataset
   model: dict
   batch_size: int
 
@@ -107,7 +109,7 @@ def write_records(folder: pathlib.Path, count: int, side: int) -> None:
 
 def cases(folder: pathlib.Path, count: int) -> list[Case]:
   """Returns the rows, their files made."""
-  build = lambda name, **fields: lookup.build("data", {"name": name} | fields)  # noqa: E731
+  build = lambda name, **fields: registry.build("data", {"name": name} | fields)  # noqa: E731
   out = [Case("`idx`, Fashion-MNIST", build("idx"), MLP, 256)]
   for side, size, batch_size in ((64, 32, 64), (256, 64, 32)):
     files = folder / f"jpeg{side}"
@@ -124,12 +126,12 @@ def cases(folder: pathlib.Path, count: int) -> list[Case]:
 def teacher_step(case: Case, batch: dict) -> Callable[[int], float]:
   """Returns (count) -> seconds of so many steps."""
   given = {"shape": case.source.shape, "classes": case.source.classes}
-  network = lookup.build("models", case.model, **given)
-  loss = config.use("losses", "diffusion").to_dict()
-  loss = lookup.build("losses", loss, network=network, sigma_d=SIGMA_D)
+  network = registry.build("models", case.model, **given)
+  loss = config.component("losses", "diffusion").to_dict()
+  loss = registry.build("losses", loss, network=network, sigma_d=SIGMA_D)
   rate = lambda n: jnp.float32(1e-4)  # noqa: E731
   moments = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "clip": 0.0}
-  optimizer = optim.build(rate, name="adam", **moments)
+  optimizer = optimizers.build(rate, name="adam", **moments)
   betas = ema.betas(("power/0.1",), case.batch_size)
   key = jax.random.key(0)
   current = state.create(network.init(key), optimizer, tuple(betas))
@@ -175,7 +177,9 @@ def row(case: Case, rounds: int, over_batch: jax.sharding.NamedSharding) -> list
   """Returns images a second of loader, one thread and step, and the ratio."""
   options = {"seed": SEED, "batch_size": case.batch_size, "sigma_d": SIGMA_D}
   read = pipeline.batches(case.source, **options)
-  batches = (sharding.put(batch, over_batch, case.batch_size) for batch in read)
+  batches = (
+    sharding.make_global_batch(batch, over_batch, case.batch_size) for batch in read
+  )
   training = teacher_step(case, next(batches))
   steps = enough(training, 1.0)
   reads = enough(lambda n: alone(case, n), 1.0)

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sdiff_jax import ema, lookup, loop, optim, sharding, state, step, writer
-from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax import registry
 from sdiff_jax.data import pipeline
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.training import ema, loop, metric_writer, optimizers, state, step
+from sdiff_jax.training.checkpoints import Checkpoints
 
 # Steps a chunk: some seconds.
 CHUNKS = {"configs/fashion_diffusion.py": 10, "configs/digits_diffusion.py": 100}
@@ -39,7 +41,7 @@ def training_step(experiment: experiments.Experiment) -> tuple:
   """Returns the compiled step, and a function that makes a first state."""
   config = experiment.config
   chosen, size = config.optim, config.train.batch_size
-  rate = optim.schedule(
+  rate = optimizers.schedule(
     name=chosen.schedule,
     learning_rate=chosen.learning_rate,
     steps=config.train.steps,
@@ -49,9 +51,9 @@ def training_step(experiment: experiments.Experiment) -> tuple:
     reference_steps=chosen.reference_steps,
   )
   moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}
-  optimizer, profiles = optim.build(rate, **moments), tuple(config.ema.profiles)
+  optimizer, profiles = optimizers.build(rate, **moments), tuple(config.ema.profiles)
   network = experiment.network
-  loss = lookup.build(
+  loss = registry.build(
     "losses", config.loss.to_dict(), network=network, sigma_d=config.sigma_d
   )
 
@@ -59,7 +61,7 @@ def training_step(experiment: experiments.Experiment) -> tuple:
     return state.create(network.init(jax.random.key(0)), optimizer, profiles)
 
   abstract = jax.eval_shape(init)
-  placed = experiments.place(abstract, experiment.mesh)
+  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
   train_step = step.build(loss, optimizer, ema.betas(profiles, size), rate)
   jitted = step.jitted(train_step, experiment.mesh, abstract, None)
   batch = {
@@ -86,7 +88,7 @@ def device_batches(experiment: experiments.Experiment) -> Iterator[Any]:
     flip=config.train.flip,
     rows=sharding.rows(over_batch, size),
   )
-  return (sharding.put(batch, over_batch, size) for batch in batches)
+  return (sharding.make_global_batch(batch, over_batch, size) for batch in batches)
 
 
 def clocks() -> np.ndarray:
@@ -144,7 +146,7 @@ def measure(
   with (
     tempfile.TemporaryDirectory() as workdir,
     Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
-    writer.Writer(workdir, total=last) as metrics,
+    metric_writer.Writer(workdir, total=last) as metrics,
   ):
     turns = Turns(train_step, bare, next(source), chunk, checkpoints)
     loop.run(

@@ -23,9 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from sdiff_jax import trigflow
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.samplers import comparison, mixture, plans, sequential, tables
+from sdiff_jax.diffusion import trigflow
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.samplers import (
+  _gaussian_mixture,
+  comparison,
+  sampler,
+  sequential,
+  solvers,
+)
 
 # solver, steps, window, error
 CASES = (
@@ -60,7 +66,7 @@ def trained(workdir: str) -> Data:
 
 
 def toy() -> Data:
-  net = mixture.denoiser(sigma_d=0.5)
+  net = _gaussian_mixture.denoiser(sigma_d=0.5)
   return Data(lambda params, *args: net(*args), {}, (16,), 0)
 
 
@@ -76,10 +82,10 @@ def at_error(errors: np.ndarray, values: np.ndarray, wanted: float) -> float:
 def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
   """Returns (passes, evaluations, tolerance) of every rule, and of speculation."""
   name, steps, window, wanted = case
-  table = tables.build(sigma_d=0.5, name=name, steps=steps)
+  table = solvers.build(sigma_d=0.5, name=name, steps=steps)
   numbers = np.arange(seeds * samples)
-  keys = sequential.keys_of(numbers)
-  x = sequential.initial(table, keys, data.shape)
+  keys = sequential.keys_from_seeds(numbers)
+  x = sequential.sample_prior(table, keys, data.shape)
   cond = {"label": jnp.asarray(numbers % max(data.classes, 1), jnp.int32)}
 
   def bound(params):
@@ -89,7 +95,7 @@ def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
   found = {}
   for rule in RULES:
     rows = []
-    plan = plans.of_table("para", table, window=window, rule=rule)
+    plan = sampler.from_tableau("para", table, window=window, rule=rule)
     for tau, taken in zip(TAUS, sweep(plan, TAUS), strict=False):
       rows.append([*taken, np.log(tau)])
       if taken.error < wanted / 10:
@@ -99,7 +105,7 @@ def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
     passes, evaluations, tau = (at_error(errors, v, wanted) for v in values)
     found[rule] = passes, evaluations, float(np.exp(tau))
   if (table.s[:-1] > 0).all():
-    (taken,) = sweep(plans.of_table("spec", table, window=window), [0.0])
+    (taken,) = sweep(sampler.from_tableau("spec", table, window=window), [0.0])
     found["speculative"] = taken.passes, taken.evaluations, 0.0
   return found
 

@@ -17,9 +17,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import policy
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import sampling
+from sdiff_jax.policies import policy
 
 # float32 matrix products in FLOP/s (TF32 on the H100, 6 passes of bf16 on TPU v5e and
 # v6e), bytes/s of memory, seconds a launch (CUDA graphs; steps of a TPU program).

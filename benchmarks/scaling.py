@@ -6,7 +6,7 @@ Three tables in Markdown: operations of a step of sCD beside the teacher's; the 
 a step of each size of network on 8 to 512 chips, and where more stop paying; and what a
 window of ParaDiGMS brings on 1, 4 and 8 chips. Operations are those of the lowered
 steps. Bytes are those of programs that --job=rehearse compiled (the commands stand at
-the constants). The formulas are in sdiff_jax/roofline.py.
+the constants). The formulas are in sdiff_jax/capacity/roofline.py.
 """
 
 import argparse
@@ -17,11 +17,12 @@ import sys
 
 import jax
 
-from sdiff_jax import pods, roofline, sharding
-from sdiff_jax.collectives import Collective
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import programs
-from sdiff_jax.samplers import plans
+from sdiff_jax.capacity import chips as chips_lib
+from sdiff_jax.capacity import lowering, roofline
+from sdiff_jax.capacity.hlo import Collective
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.samplers import sampler
 
 SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
@@ -67,7 +68,7 @@ def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
     config.loss.guidance = ()
     config.model.guidance = False
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  program = programs.build(config, mesh)
+  program = lowering.build(config, mesh)
   say(f"{kind} {size}")
   return program.flops(False) / 8, program.parameters
 
@@ -90,7 +91,7 @@ def operations() -> tuple[str, dict]:
   return "\n".join(lines), found
 
 
-def step(chip: pods.Chip, chips: int, ops: float, count: int, width: int):
+def step(chip: chips_lib.Chip, chips: int, ops: float, count: int, width: int):
   """Returns the modelled time of a step of BATCH images, and the parts it takes.
 
   The state on every chip, and the gradients' sum over all of them, in float32. Where
@@ -111,7 +112,7 @@ def step(chip: pods.Chip, chips: int, ops: float, count: int, width: int):
 
 def training(name: str, found: dict) -> str:
   """Returns a table of sCD's steps; in each cell ms overlapped / in turn, and parts."""
-  chip = pods.CHIPS[name]
+  chip = chips_lib.CHIPS[name]
   lines = [f"| size | {' | '.join(map(str, CHIPS))} | pays up to |"]
   lines += ["|---" * (len(CHIPS) + 2) + "|"]
   for size, width in SIZES.items():
@@ -134,7 +135,7 @@ def training(name: str, found: dict) -> str:
   return "\n".join(lines)
 
 
-def one_pass(chip: pods.Chip, chips: int, rows: int) -> roofline.Time:
+def one_pass(chip: chips_lib.Chip, chips: int, rows: int) -> roofline.Time:
   """Returns the modelled time of a pass over a window of so many rows."""
   each = math.ceil(rows / chips)
   edges = [Collective("collective-permute", "f32", SENT, chips, 1, False)]
@@ -149,13 +150,16 @@ def one_pass(chip: pods.Chip, chips: int, rows: int) -> roofline.Time:
 
 def windows(name: str) -> str:
   """Returns a table of windows: passes, and modelled speed-ups."""
-  chip = pods.CHIPS[name]
+  chip = chips_lib.CHIPS[name]
   alone = one_pass(chip, 1, 1)
   lines = ["| window | passes, published rule | secant | 1 chip | 4 chips | 8 chips |"]
   lines += ["|---" * 6 + "|"]
   for window in WINDOWS:
-    plan = plans.build(sigma_d=0.5, name="paraddpm", steps=ROWS, window=window)
-    passes = [plans.passes(plan._replace(rule=r)) for r in ("published", "secant")]
+    plan = sampler.build(sigma_d=0.5, name="paraddpm", steps=ROWS, window=window)
+    passes = [
+      sampler.expected_iterations(plan._replace(rule=r))
+      for r in ("published", "secant")
+    ]
     cells = []
     for chips in (1, 4, 8):
       time = one_pass(chip, chips, window)
@@ -219,9 +223,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--out", default="", help="file; none prints")
-  parser.add_argument("--chip", default="v5p", choices=[*pods.CHIPS])
+  parser.add_argument("--chip", default="v5p", choices=[*chips_lib.CHIPS])
   args = parser.parse_args()
-  pods.start()
+  chips_lib.start()
   table, found = operations()
   text = PAGE.format(
     command=" ".join(["python", *sys.argv]),

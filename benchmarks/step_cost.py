@@ -15,7 +15,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import config, ema, lookup, optim, state, step
+from sdiff_jax import config, registry
+from sdiff_jax.training import ema, optimizers, state, step
 
 SIZES = {
   "mlp": {"width": 256, "depth": 4, "unroll": 4},
@@ -28,14 +29,14 @@ SHAPES = {"mlp": (8, 8, 1), "dit": (16, 16, 1), "edm2": (16, 16, 1)}
 def compiled(model: str, loss: str, batch_size: int) -> tuple:
   """Returns the compiled step and its arguments."""
   shape, classes = SHAPES[model], 10
-  section = config.use("models", model, **SIZES[model]).to_dict()
-  network = lookup.build("models", section, shape=shape, classes=classes, sigma_d=0.5)
-  chosen = config.use("losses", loss).to_dict()
-  objective = lookup.build(
+  section = config.component("models", model, **SIZES[model]).to_dict()
+  network = registry.build("models", section, shape=shape, classes=classes, sigma_d=0.5)
+  chosen = config.component("losses", loss).to_dict()
+  objective = registry.build(
     "losses", chosen, network=network, teacher=network.apply, sigma_d=0.5
   )
   rate = lambda n: jnp.float32(1e-4)  # noqa: E731
-  optimizer = optim.build(
+  optimizer = optimizers.build(
     rate, name="adam", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=0.0
   )
   betas = ema.betas(("power/0.1",), batch_size)

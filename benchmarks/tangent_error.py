@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.models import edm2
-from sdiff_jax.trigflow import expand
 
 SIGMA_D, BATCH, SHAPE, CLASSES = 0.5, 16, (16, 16, 4), 10
 SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attention_at": (8,)}

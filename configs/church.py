@@ -6,7 +6,8 @@ Words: ddpm (the default) or ddim, with 1000 and 500 steps. DIR is a folder of t
 diffusers format with a U-Net without text, such as google/ddpm-church-256.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 # Sampler, steps, window, tolerance (the paper's, whose unit is the noise of a step).
 SAMPLERS = {
@@ -16,7 +17,7 @@ SAMPLERS = {
 
 
 def get_config(given: str = ""):
-  chosen, _ = words.parse(given, "configs/church.py", SAMPLERS)
+  chosen, _ = variants.parse_variant(given, "configs/church.py", SAMPLERS)
   name, steps, window, tolerance = SAMPLERS[chosen]
   c = config.base()
   c.job = "generate"

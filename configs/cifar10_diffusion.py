@@ -3,18 +3,23 @@
 `configs/cifar10_diffusion.py:tiny` runs on a laptop, on digits. Not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 
 def get_config(given: str = ""):
-  _, tiny = words.parse(given, "configs/cifar10_diffusion.py")
+  _, tiny = variants.parse_variant(given, "configs/cifar10_diffusion.py")
   c = config.base()
-  c.data = config.use("data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,))
+  c.data = config.component(
+    "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
+  )
   c.rehearse.update(shape=(32, 32, 3), classes=10)
   c.conditional = False
-  c.model = config.use("models", "ddpmpp", dropout=0.13)
+  c.model = config.component("models", "ddpmpp", dropout=0.13)
   # The paper gives no proposal; this is EDM's, whose settings it says it takes.
-  c.loss = config.use("losses", "diffusion", p_mean=-1.2, p_std=1.2, label_dropout=0.0)
+  c.loss = config.component(
+    "losses", "diffusion", p_mean=-1.2, p_std=1.2, label_dropout=0.0
+  )
   # Ours: mirror images, where EDM augments them more and tells the network how.
   c.train.update(steps=400_000, batch_size=512, flip=True, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)
@@ -24,5 +29,5 @@ def get_config(given: str = ""):
   c.sampler.update(name="heun", steps=18)  # 35 evaluations
   c.evaluate.update(num=50_000, samplers=("heun/18",))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

@@ -3,18 +3,21 @@
 `configs/cifar10_scd.py:tiny` runs on a laptop, on digits. Not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 
 def get_config(given: str = ""):
-  _, tiny = words.parse(given, "configs/cifar10_scd.py")
+  _, tiny = variants.parse_variant(given, "configs/cifar10_scd.py")
   c = config.base()
-  c.teacher.update(words.teacher("configs/cifar10_diffusion.py", given))
-  c.data = config.use("data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,))
+  c.teacher.update(variants.teacher("configs/cifar10_diffusion.py", given))
+  c.data = config.component(
+    "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
+  )
   c.rehearse.update(shape=(32, 32, 3), classes=10)
   c.conditional = False
-  c.model = config.use("models", "ddpmpp", dropout=0.0)
-  c.loss = config.use("losses", "scm", velocity="teacher", p_mean=-1.0, p_std=1.4)
+  c.model = config.component("models", "ddpmpp", dropout=0.0)
+  c.loss = config.component("losses", "scm", velocity="teacher", p_mean=-1.0, p_std=1.4)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
   c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
   # Ours: 400,000 steps, which the paper leaves open, and mirrored images.
@@ -25,5 +28,5 @@ def get_config(given: str = ""):
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

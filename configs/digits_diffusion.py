@@ -5,8 +5,8 @@ from sdiff_jax import config
 
 def get_config():
   c = config.base()
-  c.model = config.use("models", "mlp", width=256, depth=4)
-  c.loss = config.use("losses", "diffusion")
+  c.model = config.component("models", "mlp", width=256, depth=4)
+  c.loss = config.component("losses", "diffusion")
   c.train.update(steps=6000, batch_size=128, log_every=100, sample_every=1000)
   c.checkpoint.every = 2000
   c.optim.update(learning_rate=2e-3, schedule="cosine", final=0.02)

@@ -5,7 +5,7 @@ it; pick the scale when sampling, --config.sample.guidance=1.5.
 """
 
 from sdiff_jax import config
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 
 def get_config(words: str = ""):
@@ -15,9 +15,9 @@ def get_config(words: str = ""):
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
   c.teacher.workdir = "runs/digits_diffusion"
-  c.model = config.use("models", "mlp", width=256, depth=4, guidance=guided)
+  c.model = config.component("models", "mlp", width=256, depth=4, guidance=guided)
   # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
-  c.loss = config.use(
+  c.loss = config.component(
     "losses", "scm", velocity="teacher", warmup_steps=1600, adaptive_weight=False
   )
   c.loss.guidance = (1.0, 2.0) if guided else ()

@@ -7,9 +7,9 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
   c.teacher.workdir = "runs/digits_diffusion"
-  c.model = config.use("models", "mlp", width=256, depth=4)
+  c.model = config.component("models", "mlp", width=256, depth=4)
   # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
-  c.loss = config.use(
+  c.loss = config.component(
     "losses", "scm", velocity="data", warmup_steps=1600, adaptive_weight=False
   )
   c.train.update(steps=8000, batch_size=128, log_every=100, sample_every=2000)

@@ -5,10 +5,10 @@ from sdiff_jax import config
 
 def get_config():
   c = config.base()
-  c.data = config.use("data", "idx")
-  c.reference = config.use("data", "idx", split="test")
-  c.model = config.use("models", "mlp", width=1024, depth=4)
-  c.loss = config.use("losses", "diffusion")
+  c.data = config.component("data", "idx")
+  c.reference = config.component("data", "idx", split="test")
+  c.model = config.component("models", "mlp", width=1024, depth=4)
+  c.loss = config.component("losses", "diffusion")
   c.train.update(steps=2500, batch_size=256, log_every=50, sample_every=500)
   c.optim.update(learning_rate=1e-3, schedule="cosine", final=0.02)
   c.ema.profiles = ("power/0.1",)

@@ -7,10 +7,10 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/fashion_diffusion.py"
   c.teacher.workdir = "runs/fashion_diffusion"
-  c.data = config.use("data", "idx")
-  c.reference = config.use("data", "idx", split="test")
-  c.model = config.use("models", "mlp", width=1024, depth=4)
-  c.loss = config.use(
+  c.data = config.component("data", "idx")
+  c.reference = config.component("data", "idx", split="test")
+  c.model = config.component("models", "mlp", width=1024, depth=4)
+  c.loss = config.component(
     "losses", "scm", velocity="data", warmup_steps=300, adaptive_weight=False
   )
   c.train.update(steps=1500, batch_size=256, log_every=50, sample_every=300)

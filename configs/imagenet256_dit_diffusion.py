@@ -6,22 +6,23 @@ tokens. `configs/imagenet256_dit_diffusion.py:tiny` runs on a laptop, on digits.
 in full; sizes and rate are those of DiT-B (arXiv:2212.09748).
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 
 def get_config(given: str = ""):
-  _, tiny = words.parse(given, "configs/imagenet256_dit_diffusion.py")
+  _, tiny = variants.parse_variant(given, "configs/imagenet256_dit_diffusion.py")
   c = config.base()
-  c.data = config.use("data", "tfds", tfds_name="imagenet2012", image_size=256)
+  c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)
-  c.model = config.use("models", "dit", patch=8, width=768, depth=12, heads=12)
+  c.model = config.component("models", "dit", patch=8, width=768, depth=12, heads=12)
   c.model.update(remat="full", dtype="bfloat16", attention="fused")
-  c.loss = config.use("losses", "diffusion")
+  c.loss = config.component("losses", "diffusion")
   c.train.update(steps=400_000, batch_size=256, flip=True, log_every=100)
   c.checkpoint.every = 5000
   c.optim.update(name="adamw", learning_rate=1e-4, rampup_images=1_000_000, clip=1.0)
   c.sampler.update(name="heun", steps=32)
   c.evaluate.samplers = ("heun/32",)
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

@@ -4,7 +4,8 @@ Words: S, M, L, XL or XXL, and tiny, `configs/imagenet512_diffusion.py:S,tiny`, 
 runs on a laptop, on digits. Not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 # Steps, learning rate, dropout, relative width of the average that is used.
 SIZES = {
@@ -17,15 +18,19 @@ SIZES = {
 
 
 def get_config(given: str = ""):
-  size, tiny = words.parse(given, "configs/imagenet512_diffusion.py", SIZES)
+  size, tiny = variants.parse_variant(given, "configs/imagenet512_diffusion.py", SIZES)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
-  c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
+  c.data = config.component(
+    "data", "latents", dir="runs/imagenet512_latents", scale="scm"
+  )
   c.rehearse.update(shape=(64, 64, 4), classes=1000)
   # Dropout at every resolution, as in EDM2. With remat="full" it takes less memory.
-  c.model = config.use("models", "edm2", preset=size, dropout=dropout)
+  c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16")
-  c.loss = config.use("losses", "diffusion", p_mean=-0.4, p_std=1.0, label_dropout=0.1)
+  c.loss = config.component(
+    "losses", "diffusion", p_mean=-0.4, p_std=1.0, label_dropout=0.1
+  )
   # Ours: a loss scale of the number of elements, as if their sum was the loss.
   c.train.update(steps=steps, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=50_000)
@@ -37,5 +42,5 @@ def get_config(given: str = ""):
   c.sample.guidance = 1.4 if size == "S" else 1.2
   c.evaluate.update(num=50_000, samplers=("heun/32",))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

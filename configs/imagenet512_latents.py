@@ -11,5 +11,5 @@ from sdiff_jax import config
 def get_config():
   c = config.base()
   c.job = "encode"
-  c.data = config.use("data", "folder", dir="data/imagenet", image_size=512)
+  c.data = config.component("data", "folder", dir="data/imagenet", image_size=512)
   return c

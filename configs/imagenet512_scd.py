@@ -4,7 +4,8 @@ It distils configs/imagenet512_diffusion.py. Words: S, M, L, XL or XXL, and tiny
 `configs/imagenet512_scd.py:S,tiny`, which runs on a laptop, on digits. Not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 # Learning rate, dropout.
 SIZES = {
@@ -17,15 +18,17 @@ SIZES = {
 
 
 def get_config(given: str = ""):
-  size, tiny = words.parse(given, "configs/imagenet512_scd.py", SIZES)
+  size, tiny = variants.parse_variant(given, "configs/imagenet512_scd.py", SIZES)
   rate, dropout = SIZES[size]
   c = config.base()
-  c.teacher.update(words.teacher("configs/imagenet512_diffusion.py", given))
-  c.data = config.use("data", "latents", dir="runs/imagenet512_latents", scale="scm")
+  c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", given))
+  c.data = config.component(
+    "data", "latents", dir="runs/imagenet512_latents", scale="scm"
+  )
   c.rehearse.update(shape=(64, 64, 4), classes=1000)
-  c.model = config.use("models", "edm2", preset=size, dropout=dropout)
+  c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(guidance=True, dropout_resolution=16, dtype="float16")
-  c.loss = config.use("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)
+  c.loss = config.component("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
   c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000, guidance=(1.0, 2.0))
   # Ours: a loss scale of the number of elements, as if their sum was the loss.
@@ -40,5 +43,5 @@ def get_config(given: str = ""):
   c.sample.guidance = 1.4 if size == "S" else 1.2
   c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

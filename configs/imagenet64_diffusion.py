@@ -4,7 +4,8 @@ Words: S, M, L or XL, and tiny, `configs/imagenet64_diffusion.py:S,tiny`, which 
 a laptop, on digits. Not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 # Steps, learning rate, dropout, relative width of the average that is used.
 SIZES = {
@@ -16,17 +17,19 @@ SIZES = {
 
 
 def get_config(given: str = ""):
-  size, tiny = words.parse(given, "configs/imagenet64_diffusion.py", SIZES)
+  size, tiny = variants.parse_variant(given, "configs/imagenet64_diffusion.py", SIZES)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
   # ImageNet's folder of a folder for each class; larger images are cropped as EDM2's.
-  c.data = config.use("data", "folder", dir="data/imagenet64", image_size=64)
+  c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
   # Dropout at every resolution, as in EDM2. With remat="full" it takes less memory.
-  c.model = config.use("models", "edm2", preset=size, dropout=dropout)
+  c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16")
   # There is no guidance on this data, so labels are kept.
-  c.loss = config.use("losses", "diffusion", p_mean=-0.8, p_std=1.6, label_dropout=0.0)
+  c.loss = config.component(
+    "losses", "diffusion", p_mean=-0.8, p_std=1.6, label_dropout=0.0
+  )
   # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
   c.train.update(steps=steps, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=50_000)
@@ -37,5 +40,5 @@ def get_config(given: str = ""):
   c.sampler.update(name="heun", steps=32)  # 63 evaluations
   c.evaluate.update(num=50_000, samplers=("heun/32",))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

@@ -4,20 +4,21 @@ Words: S, M, L or XL, and tiny, `configs/imagenet64_sct.py:S,tiny`, which runs o
 laptop, on digits. Settings of appendix G; not run in full.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 RATES = {"S": 1e-4, "M": 9e-5, "L": 8e-5, "XL": 7e-5}
 
 
 def get_config(given: str = ""):
-  size, tiny = words.parse(given, "configs/imagenet64_sct.py", RATES)
+  size, tiny = variants.parse_variant(given, "configs/imagenet64_sct.py", RATES)
   c = config.base()
-  c.teacher.update(words.teacher("configs/imagenet64_diffusion.py", given))
-  c.data = config.use("data", "folder", dir="data/imagenet64", image_size=64)
+  c.teacher.update(variants.teacher("configs/imagenet64_diffusion.py", given))
+  c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
-  c.model = config.use("models", "edm2", preset=size, dropout=0.45)
+  c.model = config.component("models", "edm2", preset=size, dropout=0.45)
   c.model.update(dropout_resolution=16, dtype="float16")
-  c.loss = config.use("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.6)
+  c.loss = config.component("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.6)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
   c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
   # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
@@ -30,5 +31,5 @@ def get_config(given: str = ""):
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
   if tiny:
-    words.shrink(c)
+    variants.make_tiny(c)
   return c

@@ -11,7 +11,7 @@ def get_config():
   c = config.base()
   c.sigma_d = 1.0
   # Numbers that barely change are not blown up.
-  c.data = config.use(
+  c.data = config.component(
     "data",
     "trajectories",
     path="data/kitchen/kitchen_demos_multitask",
@@ -19,8 +19,8 @@ def get_config():
     least=5e-2,
     std=1.0,
   )
-  c.model = config.use("models", "unet1d", process="ddpm")
-  c.loss = config.use("losses", "ddpm")
+  c.model = config.component("models", "unet1d", process="ddpm")
+  c.loss = config.component("losses", "ddpm")
   # 5000 epochs of about 130,000 windows.
   c.train.update(steps=2_500_000, batch_size=256, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)

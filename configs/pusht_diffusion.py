@@ -10,7 +10,7 @@ keypoints and targets in the square, the 1-D U-Net, DDPM.
 """
 
 from sdiff_jax import config
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 
 def get_config(words: str = ""):
@@ -26,12 +26,12 @@ def get_config(words: str = ""):
 
 
 def small(c):
-  c.data = config.use("data", "trajectories", path="runs/pusht/block.npz")
+  c.data = config.component("data", "trajectories", path="runs/pusht/block.npz")
   # Chunks go on to an episode's end, where the last alignment is.
   c.data.update(n_obs_steps=1, n_action_steps=16)
   c.data.update(observation_range="percentile", action_range="percentile")
-  c.model = config.use("models", "mlp", width=256, depth=4, embed=256)
-  c.loss = config.use("losses", "diffusion")
+  c.model = config.component("models", "mlp", width=256, depth=4, embed=256)
+  c.loss = config.component("losses", "diffusion")
   c.train.update(steps=6000, batch_size=256, log_every=100)
   c.checkpoint.every = 1000
   c.ema.profiles = ("power/0.1",)
@@ -42,11 +42,11 @@ def small(c):
 def published(c):
   c.sigma_d = 1.0
   c.demos.view = "keypoints"
-  c.data = config.use("data", "trajectories", path="runs/pusht/keypoints.npz")
+  c.data = config.component("data", "trajectories", path="runs/pusht/keypoints.npz")
   # As many episodes as its authors took; actions in [-1, 1] are not scaled again.
   c.data.update(episodes=90, held_out=0.02, std=1.0)
-  c.model = config.use("models", "unet1d", process="ddpm")
-  c.loss = config.use("losses", "ddpm")
+  c.model = config.component("models", "unet1d", process="ddpm")
+  c.loss = config.component("losses", "ddpm")
   # 5000 epochs of about 11,200 windows.
   c.train.update(steps=219_000, batch_size=256, log_every=100)
   c.checkpoint.every = 10_000

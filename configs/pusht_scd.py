@@ -7,11 +7,11 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/pusht_diffusion.py"
   c.teacher.workdir = "runs/pusht_diffusion"
-  c.data = config.use("data", "trajectories", path="runs/pusht/block.npz")
+  c.data = config.component("data", "trajectories", path="runs/pusht/block.npz")
   c.data.update(n_obs_steps=1, n_action_steps=16)
   c.data.update(observation_range="percentile", action_range="percentile")
-  c.model = config.use("models", "mlp", width=256, depth=4, embed=256)
-  c.loss = config.use(
+  c.model = config.component("models", "mlp", width=256, depth=4, embed=256)
+  c.loss = config.component(
     "losses", "scm", velocity="teacher", warmup_steps=1200, adaptive_weight=False
   )
   c.train.update(steps=12_000, batch_size=128, log_every=100)

@@ -5,7 +5,7 @@ of robomimic, low_dim.hdf5 or, of poses, low_dim_abs.hdf5.
 """
 
 from sdiff_jax import config
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 FILES = {"": "low_dim.hdf5", "absolute": "low_dim_abs.hdf5"}
 
@@ -16,7 +16,7 @@ def get_config(words: str = ""):
   c = config.base()
   c.sigma_d = 1.0
   # Motions are in [-1, 1] already; of poses the places are brought there.
-  c.data = config.use(
+  c.data = config.component(
     "data",
     "trajectories",
     path=f"data/robomimic/datasets/square/ph/{FILES[words]}",
@@ -26,8 +26,8 @@ def get_config(words: str = ""):
     absolute=bool(words),
     std=1.0,
   )
-  c.model = config.use("models", "unet1d", process="ddpm")
-  c.loss = config.use("losses", "ddpm")
+  c.model = config.component("models", "unet1d", process="ddpm")
+  c.loss = config.component("losses", "ddpm")
   # 5000 epochs of about 30,000 windows.
   c.train.update(steps=590_000, batch_size=256, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)

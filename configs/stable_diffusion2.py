@@ -8,7 +8,8 @@ after the other, --config.sampler.name=ddim. Any folder of the diffusers format 
 U-Net, an autoencoder and CLIP's text encoder will do.
 """
 
-from sdiff_jax import config, words
+from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 # Sampler, steps, window.
 SAMPLERS = {
@@ -19,7 +20,7 @@ SAMPLERS = {
 
 
 def get_config(given: str = ""):
-  chosen, _ = words.parse(given, "configs/stable_diffusion2.py", SAMPLERS)
+  chosen, _ = variants.parse_variant(given, "configs/stable_diffusion2.py", SAMPLERS)
   name, steps, window = SAMPLERS[chosen]
   c = config.base()
   c.job = "generate"

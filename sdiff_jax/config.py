@@ -4,14 +4,14 @@ from typing import Any
 
 import ml_collections
 
-from sdiff_jax import lookup
-from sdiff_jax.interfaces import UserError
+from sdiff_jax import registry
+from sdiff_jax.types import UserError
 
 # Sections that name a piece, and the package that the piece is looked up in.
 PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 
 
-def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
+def component(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
   """Returns the section of a piece: its name and every field of its `build`.
 
   Args:
@@ -22,8 +22,8 @@ def use(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
   Raises:
     UserError: an unknown piece or field.
   """
-  section = {"name": name} | lookup.fields(package, name)
-  lookup.check(package, {"name": name, **changed}, package)
+  section = {"name": name} | registry.fields(package, name)
+  registry.check(package, {"name": name, **changed}, package)
   return ml_collections.ConfigDict(section | changed)
 
 
@@ -33,12 +33,12 @@ def base() -> ml_collections.ConfigDict:
   c.job = "train"  # what is done without --job
   c.seed = 0
   c.sigma_d = 0.5  # standard deviation that the data are scaled to
-  c.data = use("data", "digits")
+  c.data = component("data", "digits")
   # What `evaluate` compares with, a section like data; without a name, data itself.
   c.reference = ml_collections.ConfigDict({"name": ""})
   c.conditional = True  # the network is told the classes, if the data have some
-  c.model = use("models", "mlp")
-  c.loss = use("losses", "diffusion")
+  c.model = component("models", "mlp")
+  c.loss = component("losses", "diffusion")
   c.teacher = ml_collections.ConfigDict(
     {
       "workdir": "",  # trained run to start from and to distil; "" for none
@@ -95,7 +95,7 @@ def base() -> ml_collections.ConfigDict:
   )
   c.sampler = ml_collections.ConfigDict(
     {
-      # A solver of samplers/tables.py: heun, ddim, ddpm, dpmpp2m, ...; many of its rows
+      # A solver of samplers/solvers.py: heun, ddim, ddpm, dpmpp2m, ...; many steps
       # at a time with para (ParaDiGMS), spec (speculation, exact in law) or srds
       # (parareal) in front: paraddpm, paraddim, paradpmpp2m, specddpm, srdsddim, ...
       "name": "heun",
@@ -184,7 +184,7 @@ def base() -> ml_collections.ConfigDict:
       "filmed": 4,  # episodes shown in rollout/SAMPLER.gif
     }
   )
-  # The job `study`, see sdiff_jax/studies.py; filled by the files of configs/studies.
+  # The job `study`, see reports/studies.py; filled by the files of configs/studies.
   c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
   # That the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
   # with commas between them, for one table.
@@ -211,7 +211,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   for section, package in PIECES.items():
     if config[section].name or section != "reference":
-      lookup.check(package, config[section].to_dict(), f"config.{section}")
+      registry.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
   positive += ["train.loss_scale", "train.accumulate"]

@@ -43,8 +43,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, pods, processes, words
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.capacity import chips
+from sdiff_jax.distributed import processes
+from sdiff_jax.experiment import variants
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.types import UserError
 
 JOBS = (
   "demos",
@@ -77,26 +80,26 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
     config, workdir = _CONFIG.value, os.path.abspath(_workdir())
-    disk.check_writable(workdir)
+    workdir_lib.check_writable(workdir)
     name = _job(config)
     # A rehearsal is a compiler alone, whatever machine it runs on.
-    pods.start() if name == "rehearse" else processes.start()
+    chips.start() if name == "rehearse" else processes.start()
     job = importlib.import_module(f"sdiff_jax.jobs.{name}")
     if config is None and name in FIRST:
       raise UserError("--config is missing: name a file of configs/")
     if config is None and name != "report":
-      config = importlib.import_module("sdiff_jax.jobs.experiment").read(workdir)
+      config = importlib.import_module("sdiff_jax.experiment.build").read(workdir)
     if config is not None:
       configs.validate(config)
     _cache_compilations()
-    with disk.errors(workdir):
+    with workdir_lib.errors(workdir):
       made = job.run(config, workdir)
     if jax.process_index() == 0:
       print(made)
   except UserError as error:
     _refuse(str(error))
   except Exception:
-    processes.leave(1)
+    processes.exit_now(1)
     raise
 
 
@@ -135,7 +138,7 @@ def _workdir() -> str:
     return _WORKDIR.value
   if _CONFIG.value is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
-  return words.workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+  return variants.workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
 
 
 def _job(config: ml_collections.ConfigDict | None) -> str:

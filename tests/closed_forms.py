@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from sdiff_jax.interfaces import Array, Cond, Network
-from sdiff_jax.trigflow import expand
+from sdiff_jax.diffusion.trigflow import expand
+from sdiff_jax.types import Array, Cond, Network
 
 
 class Gaussian(NamedTuple):

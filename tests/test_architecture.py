@@ -11,28 +11,26 @@ from sdiff_jax import main
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"interfaces", "lookup", "config", "words", "disk", "processes"}
-  | {"weights", "unpickle", "fields", "collectives", "pods", "roofline"},
-  {"trigflow", "times", "guidance"},
-  {"losses", "samplers", "kernels", "models", "metrics", "data", "sharding"}
-  | {"robotics"},
-  {"diffusers_folder", "policy_folder", "optim", "ema", "state", "checkpoint"}
-  | {"writer"},
-  {"step", "loop", "page", "report", "rehearsal", "studies"},
-  {"jobs", "policy"},
+  {"types", "registry", "io"},
+  {"config", "diffusion", "distributed"},
+  {"losses", "kernels", "samplers", "contrib"},
+  {"models", "data", "metrics"},
+  {"pretrained", "training", "capacity", "reports"},
+  {"experiment", "policies"},
+  {"jobs"},
   {"main"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What only some may import.
 ALONE = {
-  "orbax": {"checkpoint.py"},
-  "tensorboardX": {"writer.py"},
-  "flax": {"models", "metrics/features", "state.py"},
+  "orbax": {"training/checkpoints.py"},
+  "tensorboardX": {"training/metric_writer.py"},
+  "flax": {"models", "metrics/features", "pretrained/diffusers"},
 }
 EXPERIMENTAL = {
-  ("processes.py", "jax.experimental.multihost_utils"),
-  ("sharding.py", "jax.experimental.mesh_utils"),
-  ("pods.py", "jax.experimental.topologies"),
+  ("distributed/processes.py", "jax.experimental.multihost_utils"),
+  ("distributed/sharding.py", "jax.experimental.mesh_utils"),
+  ("capacity/chips.py", "jax.experimental.topologies"),
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import config, lookup, main
+from sdiff_jax import config, main, registry
 from sdiff_jax.data import digits, pipeline
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment, objective, sampling
+from sdiff_jax.experiment import build, objective, sampling
+from sdiff_jax.types import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -55,11 +55,11 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
     c.data.path = str(tmp_path / "episodes.npz")
     arrays = {"state": np.ones((40, 20)), "action": np.ones((40, 2))}
     np.savez(c.data.path, **arrays, episode_ends=[40])
-  built = experiment.build(c)
+  built = build.build(c)
   network = built.network
   of_teacher = c.copy_and_resolve_references()
   of_teacher.model.update({k: False for k in c.model if k == "guidance"})
-  teacher = experiment.network(of_teacher, built.source)
+  teacher = build.network(of_teacher, built.source)
   loss = objective.loss(c, network, teacher)
   params, frozen = (
     jax.eval_shape(net.init, jax.random.key(0)) for net in (network, teacher)
@@ -90,29 +90,29 @@ def test_an_unconditional_network_is_not_told_the_classes():
   c = config.base()
   source = digits.build()
   for c.conditional in (True, False):
-    shapes = jax.eval_shape(experiment.network(c, source).init, jax.random.key(0))
+    shapes = jax.eval_shape(build.network(c, source).init, jax.random.key(0))
     paths = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(shapes)]
     assert any("label" in path for path in paths) == c.conditional
 
 
 def test_fields_are_the_defaults_of_build():
-  section = config.use("models", "mlp", width=32)
+  section = config.component("models", "mlp", width=32)
   assert section.name == "mlp"
   assert section.width == 32
-  assert set(section) == {"name"} | set(lookup.fields("models", "mlp"))
+  assert set(section) == {"name"} | set(registry.fields("models", "mlp"))
   assert "shape" not in section  # given by the job
 
 
 def test_unknown_piece_lists_what_exists():
   with pytest.raises(UserError, match="models: no 'mpl'; there are .*dit, .*mlp"):
-    config.use("models", "mpl")
+    config.component("models", "mpl")
   with pytest.raises(UserError, match="losses: no 'weighting'"):
-    config.use("losses", "weighting")  # a module without build
+    config.component("losses", "weighting")  # a module without build
 
 
 def test_unknown_field_names_the_nearest():
   with pytest.raises(UserError, match="models.widht: .*did you mean width"):
-    config.use("models", "mlp", widht=3)
+    config.component("models", "mlp", widht=3)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_validation_names_field_and_value(field, value, message):
 
 
 def test_a_refusal_of_a_piece_is_the_users_error():
-  section = config.use("models", "dit", patch=3).to_dict()
+  section = config.component("models", "dit", patch=3).to_dict()
   with pytest.raises(UserError, match="model.patch=3: must divide"):
-    lookup.build("models", section, shape=(8, 8, 1), classes=0)
+    registry.build("models", section, shape=(8, 8, 1), classes=0)
 
 
 def test_name_and_number():

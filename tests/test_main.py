@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdiff_jax import checkpoint, state
-from sdiff_jax.jobs import experiment, objective
+from sdiff_jax.experiment import build, objective
+from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import state
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Small enough to take seconds, with every part of the road in it.
@@ -79,7 +80,7 @@ def teacher(cache, tmp_path_factory) -> pathlib.Path:
 
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
-  built = experiment.build(experiment.read(str(workdir)))
+  built = build.build(build.read(str(workdir)))
   _, optimizer, _ = objective.optimisation(built.config)
   profiles = tuple(built.config.ema.profiles)
 
@@ -87,8 +88,8 @@ def weights(workdir: pathlib.Path) -> state.TrainState:
     return state.create(built.network.init(key), optimizer, profiles)
 
   abstract = jax.eval_shape(create, jax.random.key(0))
-  with checkpoint.Checkpoints(str(workdir)) as checkpoints:
-    return checkpoints.restore(experiment.place(abstract, built.mesh))
+  with checkpoints_lib.Checkpoints(str(workdir)) as checkpoints:
+    return checkpoints.restore(build.abstract_with_sharding(abstract, built.mesh))
 
 
 def test_help_teaches():

@@ -13,9 +13,11 @@ import pytest
 from closed_forms import random_params
 from test_config import CONFIGS, load
 
-from sdiff_jax import config, lookup, state, step
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import convert, experiment, objective, sampling, train
+from sdiff_jax import config, registry
+from sdiff_jax.experiment import build, objective, sampling
+from sdiff_jax.jobs import convert, train
+from sdiff_jax.training import state, step
+from sdiff_jax.types import UserError
 
 ALL = ("S", "M", "L", "XL", "XXL")
 DATA = {"imagenet64": ALL[:4], "imagenet512": ALL}
@@ -154,7 +156,7 @@ def test_objectives(name):
 def parameters(c, shape: tuple[int, ...], **changed) -> int:
   classes = 1000 if c.conditional else 0
   given = {"shape": shape, "classes": classes, "sigma_d": c.sigma_d}
-  net = lookup.build("models", c.model.to_dict() | changed, **given)
+  net = registry.build("models", c.model.to_dict() | changed, **given)
   shapes = jax.eval_shape(net.init, jax.random.key(0))["net"]
   return sum(x.size for x in jax.tree.leaves(shapes))
 
@@ -215,16 +217,16 @@ def test_two_steps(name):
   """A step of the tiny network, from random weights, moves all of them."""
   c = get(name, word(name))
   c.optim.rampup_images = 0
-  built = experiment.build(c)
+  built = build.build(c)
   net = built.network
   params = net.normalize(random_params(net, dtype="float32"))
   frozen = None
   if c.loss.name == "scm":
     of_teacher = get(name.replace("scd", "diffusion"), word(name))
-    frozen = random_params(experiment.build(of_teacher).network, 1, "float32")
+    frozen = random_params(build.build(of_teacher).network, 1, "float32")
     assert jax.tree.structure(frozen) != jax.tree.structure(params)  # guidance
   rate, optimizer, betas = objective.optimisation(c)
-  teacher = experiment.network(of_teacher, built.source) if frozen else None
+  teacher = build.network(of_teacher, built.source) if frozen else None
   loss = objective.loss(c, net, teacher)
   run = jax.jit(
     step.build(loss, optimizer, betas, rate, net.normalize, c.train.loss_scale)
@@ -251,7 +253,7 @@ def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
 
   def gradient(dtype: str, scale: float) -> np.ndarray:
     model = c.model.to_dict() | small | {"dtype": dtype, "remat": ""}
-    net = lookup.build("models", model, **given)
+    net = registry.build("models", model, **given)
     params, frozen = (
       net.normalize(random_params(net, seed, "float32")) for seed in (0, 1)
     )
@@ -280,7 +282,7 @@ def test_the_tiny_runs(name, tmp_path: pathlib.Path):
   """The job `train` as a user starts it, from a teacher of random weights."""
   c = get(name, word(name))
   if c.teacher.config:
-    teacher = experiment.build(get(f"{name.split('_')[0]}_diffusion", word(name)))
+    teacher = build.build(get(f"{name.split('_')[0]}_diffusion", word(name)))
     params = random_params(teacher.network, dtype="float32")
     c.teacher.workdir = str(tmp_path / "teacher")
     convert.write(teacher, c.teacher.workdir, teacher.network.normalize(params))

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.samplers import paradigms, paths, predictions, sequential, tables
+from sdiff_jax.diffusion import noise_schedules, parameterizations
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.samplers import paradigms, sequential, solvers
 
 HALF = pathlib.Path(__file__).with_name("diffusers_half.py")
-SOLVERS = {"ddpm": tables.ddpm, "ddim": tables.ddim}
+SOLVERS = {"ddpm": solvers.ddpm, "ddim": solvers.ddim}
 OURS = {"published": 0.1, "secant": 0.1}  # rule -> tolerance
 # solver, training steps, steps, window
 LOOPS = (("ddpm", 100, 100, 20), ("ddpm", 1000, 1000, 48), ("ddim", 1000, 50, 25))
@@ -40,18 +41,18 @@ CASES = [
 
 def ours(case: dict, rule: str, net, shape: tuple[int, ...]) -> dict:
   """Returns passes and evaluations, their means, median seconds and the error."""
-  abar = paths.alphas_cumprod("cosine", case["train_steps"])
-  at = paths.timesteps(case["train_steps"], case["steps"], "leading")
-  table = SOLVERS[case["kind"]](paths.vp(abar, at))
-  level = predictions.vp(abar)
+  abar = noise_schedules.alphas_cumprod("cosine", case["train_steps"])
+  at = noise_schedules.timesteps(case["train_steps"], case["steps"], "leading")
+  table = SOLVERS[case["kind"]](noise_schedules.vp(abar, at))
+  level = parameterizations.vp(abar)
 
   def predict(x, time, cond):
     alpha, sigma = level(time)
     return net(x, jnp.arctan2(sigma, alpha), cond)
 
-  denoiser = predictions.denoiser(predict, "v", level)
-  keys = sequential.keys_of(np.arange(case["batch"]))
-  x = sequential.initial(table, keys, shape)
+  denoiser = parameterizations.denoiser(predict, "v", level)
+  keys = sequential.keys_from_seeds(np.arange(case["batch"]))
+  x = sequential.sample_prior(table, keys, shape)
   cond = {"label": jnp.arange(case["batch"]) % 10}
   options = {"window": case["window"], "tolerance": OURS[rule], "rule": rule}
   call = jax.jit(lambda x: paradigms.sample(denoiser, table, x, keys, cond, **options))

@@ -1,4 +1,4 @@
-"""Makes tests/fixtures/weights: small files in forms that `sdiff_jax.weights` reads.
+"""Makes tests/fixtures/weights: small files that `pretrained.state_dict` reads.
 
 Run in an environment with PyTorch and safetensors, from the root of the repository:
   python third_party/torch_files.py tests/fixtures/weights

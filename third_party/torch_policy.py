@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import policy
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.policies import policy
 
 HALF = pathlib.Path(__file__).with_name("torch_policy_half.py")
 SAMPLERS = ("ddpm/100", "paraddpm/100", "specddpm/100", "ddim/15", "paraddim/15")

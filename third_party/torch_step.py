@@ -32,7 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import config, ema, guidance, lookup, optim, state, step, times
+from sdiff_jax import config, registry
+from sdiff_jax.diffusion import guidance, time_grids
+from sdiff_jax.training import ema, optimizers, state, step
 
 CLASSES, SIGMA_D, PROFILE = 10, 0.5, "power/0.1"
 SIZES = {"fashion": ((28, 28, 1), 256, 1024), "digits": ((8, 8, 1), 128, 256)}
@@ -59,12 +61,12 @@ def setup(of: str) -> Setup:
   The parameters are not those of a start: F is 0 there, and hides mistakes.
   """
   shape, batch_size, width = SIZES[of]
-  model = config.use("models", "mlp", width=width, depth=4).to_dict()
-  network = lookup.build("models", model, shape=shape, classes=CLASSES)
+  model = config.component("models", "mlp", width=width, depth=4).to_dict()
+  network = registry.build("models", model, shape=shape, classes=CLASSES)
   losses = {
-    name: lookup.build(
+    name: registry.build(
       "losses",
-      config.use("losses", loss).to_dict(),
+      config.component("losses", loss).to_dict(),
       network=network,
       teacher=network.apply,
       sigma_d=SIGMA_D,
@@ -85,14 +87,14 @@ def setup(of: str) -> Setup:
 
 def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
   """Returns the t, z and labels that a loss draws from a key."""
-  chosen = config.use("losses", LOSSES[name])
+  chosen = config.component("losses", LOSSES[name])
   key_t, key_z, key_label, _ = jax.random.split(key, 4)
   spread = {"p_mean": chosen.p_mean, "p_std": chosen.p_std}
   cond = batch["cond"]
   if name == "teacher":
     cond = guidance.drop_labels(key_label, cond, chosen.label_dropout)
   return {
-    "t": times.log_normal(key_t, len(batch["x0"]), **spread, sigma_d=SIGMA_D),
+    "t": time_grids.log_normal(key_t, len(batch["x0"]), **spread, sigma_d=SIGMA_D),
     "z": SIGMA_D * jax.random.normal(key_z, batch["x0"].shape),
     "label": cond["label"],
   }
@@ -101,7 +103,7 @@ def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
 def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   """Writes what the other half needs, and returns F and dF/dt of it."""
   params, batch = of.params, of.batch
-  network = lookup.build("models", of.model, shape=of.shape, classes=CLASSES)
+  network = registry.build("models", of.model, shape=of.shape, classes=CLASSES)
   rng = np.random.default_rng(1)
   x, dx = rng.standard_normal((2, *batch["x0"].shape), np.float32)
   t, dt = rng.uniform(0.1, 1.5, (2, len(x))).astype(np.float32)
@@ -114,7 +116,9 @@ def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   for path, leaf in jax.tree.leaves_with_path(params):
     arrays[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
   np.savez(folder / "ours.npz", **arrays)
-  settings = {name: config.use("losses", k).to_dict() for name, k in LOSSES.items()}
+  settings = {
+    name: config.component("losses", k).to_dict() for name, k in LOSSES.items()
+  }
   settings |= {k: of.model[k] for k in ("width", "depth", "embed")}
   settings |= {"shape": of.shape, "classes": CLASSES, "sigma_d": SIGMA_D, "step": AT}
   adam = {"lr": RATE, "betas": (ADAM["b1"], ADAM["b2"]), "eps": ADAM["eps"]}
@@ -127,7 +131,7 @@ def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
 def training(loss: Callable, params: dict, batch: dict) -> Callable[[int], float]:
   """Returns (count) -> seconds of so many of our steps."""
   rate = lambda n: jnp.float32(RATE)  # noqa: E731
-  optimizer = optim.build(rate, name="adam", weight_decay=0.0, clip=0.0, **ADAM)
+  optimizer = optimizers.build(rate, name="adam", weight_decay=0.0, clip=0.0, **ADAM)
   betas = ema.betas((PROFILE,), len(batch["x0"]))
   student = jax.tree.map(jnp.copy, params["student"])
   current = state.create(student, optimizer, tuple(betas))

@@ -1,6 +1,6 @@
 """Quality against the share of the teacher's compute."""
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 

@@ -1,6 +1,6 @@
 """What tames the tangent: figure 5a and b of arXiv:2410.11081."""
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 

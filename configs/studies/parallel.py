@@ -1,6 +1,6 @@
 """Parallel samplers over tolerances and windows, beside one row after the other."""
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 SOLVERS = {  # series -> sampler, steps
   "ParaDDPM, 100": ("paraddpm", 100),

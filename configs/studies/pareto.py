@@ -1,6 +1,6 @@
 """Quality against time: solvers, parallel samplers and distillation in one picture."""
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 SOLVERS = {  # series -> samplers of the teacher
   "Heun": ("heun/8", "heun/16", "heun/32"),

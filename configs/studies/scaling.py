@@ -1,6 +1,6 @@
 """Distance against training FLOPs over sizes: figure 6 of arXiv:2410.11081."""
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 
 def get_config(given: str = ""):

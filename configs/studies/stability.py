@@ -4,7 +4,7 @@ Each variant goes without one of the three, and has a teacher of its own kind. T
 paper's word takes EDM2's modulation and features, of scale 1, for the plain ones.
 """
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 ONE = "evaluate.samplers=('consistency/1',)"

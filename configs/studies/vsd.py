@@ -2,7 +2,7 @@
 
 import itertools
 
-from sdiff_jax import studies
+from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 

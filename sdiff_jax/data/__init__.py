@@ -1,1 +1,1 @@
-"""Data sets; each file exports build(...) -> Source."""
+"""Data sets, one a file, and the loader of batches."""

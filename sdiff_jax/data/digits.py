@@ -3,12 +3,12 @@
 import numpy as np
 from sklearn import datasets
 
-from sdiff_jax.data.pipeline import Source, checked
+from sdiff_jax.data.pipeline import Dataset, checked
 
 
 def build(
   *, mean: tuple[float, ...] = (-0.39,), std: tuple[float, ...] = (0.75,)
-) -> Source:
+) -> Dataset:
   """Returns the digits.
 
   Args:
@@ -22,4 +22,4 @@ def build(
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     return images[chosen], {"label": labels[chosen]}
 
-  return checked(Source(take, len(images), images.shape[1:], 10, mean, std))
+  return checked(Dataset(take, len(images), images.shape[1:], 10, mean, std))

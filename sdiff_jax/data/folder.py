@@ -6,8 +6,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from sdiff_jax.data.pipeline import Source, checked
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.types import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 # What PIL raises on files that are no images, or damaged ones.
@@ -21,7 +21,7 @@ def build(
   channels: int = 3,
   mean: tuple[float, ...] = (0.0,),
   std: tuple[float, ...] = (0.5,),
-) -> Source:
+) -> Dataset:
   """Returns the images below a folder; its sub-folders, sorted, are the classes.
 
   Args:
@@ -56,7 +56,7 @@ def build(
         raise UserError(message) from error
     return images, {"label": labels[chosen]}
 
-  return checked(Source(take, len(paths), shape, len(classes), mean, std))
+  return checked(Dataset(take, len(paths), shape, len(classes), mean, std))
 
 
 def files(dir: str) -> list[str]:

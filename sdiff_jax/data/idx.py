@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from sdiff_jax.data.pipeline import Source, checked
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.types import UserError
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
 PREFIX = {"train": "train", "test": "t10k"}
@@ -23,7 +23,7 @@ def build(
   image_size: int = 0,
   mean: tuple[float, ...] = (-0.428,),
   std: tuple[float, ...] = (0.706,),
-) -> Source:
+) -> Dataset:
   """Returns MNIST, Fashion-MNIST or another data set in their format.
 
   Args:
@@ -59,7 +59,7 @@ def build(
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     return images[chosen], {"label": labels[chosen]}
 
-  return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
+  return checked(Dataset(take, len(images), images.shape[1:], classes, mean, std))
 
 
 def _read(folder: str, name: str, axes: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sdiff_jax.data.pipeline import Source, checked
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.types import UserError
 
 ABOUT = "latents.json"
 LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
@@ -29,7 +29,7 @@ SCALES = {
 LOW = {"scm": -1.0, "edm2": 0.0}  # the lowest pixel
 
 
-def build(*, dir: str = "", scale: str = "scm") -> Source:
+def build(*, dir: str = "", scale: str = "scm") -> Dataset:
   """Returns latents; a batch draws each anew, mean + std eps of its image's posterior.
 
   Args:
@@ -68,7 +68,7 @@ def build(*, dir: str = "", scale: str = "scm") -> Source:
 
   take(np.array([0, size - 1]))  # files of another form show now
   of_latents = (*shape[:2], shape[2] // 2)
-  source = Source(take, size, of_latents, about["classes"], *SCALES[scale])
+  source = Dataset(take, size, of_latents, about["classes"], *SCALES[scale])
   return checked(source._replace(latent=True, low=LOW[scale]))
 
 

@@ -5,8 +5,8 @@ import zlib
 
 import numpy as np
 
-from sdiff_jax.data.pipeline import Source, checked
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.types import UserError
 
 
 def build(
@@ -14,7 +14,7 @@ def build(
   path: str = "",
   mean: tuple[float, ...] = (0.0,),
   std: tuple[float, ...] = (0.5,),
-) -> Source:
+) -> Dataset:
   """Returns the images of a file; their classes are the labels up to the largest.
 
   Args:
@@ -56,7 +56,7 @@ def build(
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     return images[chosen], {"label": labels[chosen]}
 
-  return checked(Source(take, len(images), images.shape[1:], classes, mean, std))
+  return checked(Dataset(take, len(images), images.shape[1:], classes, mean, std))
 
 
 def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.data.normaliser import Normaliser
-from sdiff_jax.interfaces import Array, UserError
+from sdiff_jax.data.normalizer import Normalizer
+from sdiff_jax.types import Array, UserError
 
 
-class Source(NamedTuple):
+class Dataset(NamedTuple):
   """A data set with random access.
 
   Attributes:
@@ -41,10 +41,10 @@ class Source(NamedTuple):
   latent: bool = False
   low: float = -1.0
   observation: int = 0
-  normaliser: Normaliser | None = None
+  normaliser: Normalizer | None = None
 
 
-def conditions(source: Source, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+def conditions(source: Dataset, count: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns shapes and types of the conditions of `count` samples."""
   if source.observation:
     shape = (count, source.observation)
@@ -52,7 +52,7 @@ def conditions(source: Source, count: int) -> dict[str, jax.ShapeDtypeStruct]:
   return {"label": jax.ShapeDtypeStruct((count,), jnp.int32)}
 
 
-def check_pixels(source: Source) -> None:
+def check_pixels(source: Dataset) -> None:
   """Raises a UserError if a source has latents or trajectories."""
   if source.normaliser:
     raise UserError(
@@ -65,7 +65,7 @@ def check_pixels(source: Source) -> None:
     )
 
 
-def checked(source: Source) -> Source:
+def checked(source: Dataset) -> Dataset:
   """Returns a source whose `mean` and `std` fit its images.
 
   Raises:
@@ -83,7 +83,7 @@ def checked(source: Source) -> Source:
   return source
 
 
-def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
+def encode(source: Dataset, images: np.ndarray, sigma_d: float) -> np.ndarray:
   """Returns x0 = (x - mean) sigma_d / std, float32, of what `take` returned."""
   pixels = images.dtype == np.uint8
   values = images.astype(np.float32) / 127.5 - 1 if pixels else images
@@ -91,7 +91,7 @@ def encode(source: Source, images: np.ndarray, sigma_d: float) -> np.ndarray:
   return (values - mean) * scale
 
 
-def decode(source: Source, x0: Array, sigma_d: float) -> Array:
+def decode(source: Dataset, x0: Array, sigma_d: float) -> Array:
   """Returns uint8 images of x0, the inverse of `encode`, clipped.
 
   Raises:
@@ -101,7 +101,7 @@ def decode(source: Source, x0: Array, sigma_d: float) -> Array:
   return pixels(unscaled(source, x0, sigma_d))
 
 
-def unscaled(source: Source, x0: Array, sigma_d: float) -> Array:
+def unscaled(source: Dataset, x0: Array, sigma_d: float) -> Array:
   """Returns the pixels in [-1, 1], or latents, of x0."""
   mean, scale = _affine(source, sigma_d)
   return x0 / scale + mean
@@ -113,7 +113,7 @@ def pixels(values: Array, low: float = -1.0) -> Array:
   return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)
 
 
-def _affine(source: Source, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:
+def _affine(source: Dataset, sigma_d: float) -> tuple[np.ndarray, np.ndarray]:
   ones = (1,) * len(source.shape)
   mean, std = (np.float32(a).reshape(*ones, -1) for a in (source.mean, source.std))
   return mean, np.float32(sigma_d) / std
@@ -147,7 +147,9 @@ def flips(seed: int, k: int, batch_size: int) -> np.ndarray:
   return coins.random(batch_size) < 0.5
 
 
-def drawn(moments: np.ndarray, seed: int, k: int, rows: np.ndarray) -> np.ndarray:
+def sample_posterior(
+  moments: np.ndarray, seed: int, k: int, rows: np.ndarray
+) -> np.ndarray:
   """Returns latents mean + std eps, float32 [n, H, W, C], for the rows of batch k.
 
   Args:
@@ -165,7 +167,7 @@ def drawn(moments: np.ndarray, seed: int, k: int, rows: np.ndarray) -> np.ndarra
 
 
 def batches(
-  source: Source,
+  source: Dataset,
   *,
   seed: int,
   batch_size: int,
@@ -197,7 +199,7 @@ def batches(
       mirrored = flips(seed, start + k, batch_size)[mine][:, None, None, None]
       images = np.where(mirrored, images[:, :, ::-1], images)
     if source.latent:
-      images = drawn(images, seed, start + k, mine)
+      images = sample_posterior(images, seed, start + k, mine)
     return {"x0": encode(source, images, sigma_d), "cond": cond}
 
   # An element is a whole batch, so threads work on batches and no state is needed.

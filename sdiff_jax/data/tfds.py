@@ -6,8 +6,8 @@ from types import ModuleType
 import numpy as np
 
 from sdiff_jax.data import folder
-from sdiff_jax.data.pipeline import Source, checked
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.types import UserError
 
 
 def build(
@@ -18,7 +18,7 @@ def build(
   image_size: int = 0,
   mean: tuple[float, ...] = (-0.017, -0.036, -0.107),
   std: tuple[float, ...] = (0.494, 0.487, 0.523),
-) -> Source:
+) -> Dataset:
   """Returns a data set with features `image` and, if it has classes, `label`.
 
   Args:
@@ -65,7 +65,7 @@ def build(
 
   take(np.array([0, len(examples) - 1]))  # files that are missing show now
   shape = (height, width, channels)
-  return checked(Source(take, len(examples), shape, classes, mean, std))
+  return checked(Dataset(take, len(examples), shape, classes, mean, std))
 
 
 def _builder(tfds: ModuleType, name: str, data_dir: str) -> object:

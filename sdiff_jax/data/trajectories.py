@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from sdiff_jax.data import episodes as recorded
-from sdiff_jax.data import normaliser as maps
-from sdiff_jax.data import robomimic
-from sdiff_jax.data.episodes import Episodes
-from sdiff_jax.data.normaliser import Normaliser
-from sdiff_jax.data.pipeline import Source
-from sdiff_jax.interfaces import Array, UserError
+from sdiff_jax.data import normalizer as maps
+from sdiff_jax.data.episodes import reader as recorded
+from sdiff_jax.data.episodes import robomimic
+from sdiff_jax.data.episodes.reader import Episodes
+from sdiff_jax.data.normalizer import Normalizer
+from sdiff_jax.data.pipeline import Dataset
+from sdiff_jax.types import Array, UserError
 
 
 def build(
@@ -25,7 +25,7 @@ def build(
   std: float = 0.0,
   keys: tuple[str, ...] = robomimic.KEYS,
   absolute: bool = False,
-) -> Source:
+) -> Dataset:
   """Returns windows of episodes: x0 are actions, the condition is what was observed.
 
   A window starts at an observation, To - 1 before it is the first that the policy is
@@ -58,7 +58,7 @@ def build(
   if std < 0:
     raise UserError(f"config.data.std={std}: must be above 0, or 0 to measure it")
   found = recorded.read(path, keys=tuple(keys), absolute=absolute)
-  mask = recorded.chosen(len(found.ends), held_out, episodes)
+  mask = recorded.split_mask(len(found.ends), held_out, episodes)
   at = windows(
     found.ends, mask, horizon, before=n_obs_steps - 1, after=n_action_steps - 1
   )
@@ -72,27 +72,27 @@ def build(
   per_step = found.frame is not None or action_range == "percentile"
   everything = chunks(found, at, n_obs_steps) if per_step else found.action
   action = maps.fit(everything, action_range, least)
-  rms = np.sqrt(np.mean(maps.normalise(action, everything) ** 2, dtype=np.float64))
+  rms = np.sqrt(np.mean(maps.normalize(action, everything) ** 2, dtype=np.float64))
   shape = (horizon, found.action.shape[1])
-  fitted = Normaliser(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)
+  fitted = Normalizer(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)
 
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     rows = at[chosen]
     seen = found.observation[rows[:, :n_obs_steps]]
-    x = maps.normalise(action, chunks(found, rows, n_obs_steps))
+    x = maps.normalize(action, chunks(found, rows, n_obs_steps))
     return x, {"observation": observed(fitted, seen)}
 
-  return without_data(fitted)._replace(take=take, size=len(at))
+  return metadata_only(fitted)._replace(take=take, size=len(at))
 
 
-def without_data(fitted: Normaliser) -> Source:
+def metadata_only(fitted: Normalizer) -> Dataset:
   """Returns a source that knows shapes and scales, and has no episodes."""
 
   def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
     raise UserError("config.data.path: the episodes are not here; only to sample from")
 
   width = fitted.steps * len(fitted.observation.centre)
-  return Source(
+  return Dataset(
     take,
     size=0,
     shape=fitted.shape,
@@ -145,12 +145,12 @@ def out_of_frame(frame: np.ndarray, actions: np.ndarray) -> np.ndarray:
   return actions @ R + o[:, None]
 
 
-def observed(fitted: Normaliser, observations: Array) -> Array:
+def observed(fitted: Normalizer, observations: Array) -> Array:
   """Returns the condition "observation" [n, To Do] of observations [n, To, Do]."""
-  normal = maps.normalise(fitted.observation, observations)
+  normal = maps.normalize(fitted.observation, observations)
   return normal.reshape(len(normal), -1)
 
 
-def actions(fitted: Normaliser, x0: Array, sigma_d: float) -> Array:
+def actions(fitted: Normalizer, x0: Array, sigma_d: float) -> Array:
   """Returns actions [n, H, Da], in the data's units, of samples x0."""
-  return maps.denormalise(fitted.action, x0 * (fitted.std / sigma_d))
+  return maps.denormalize(fitted.action, x0 * (fitted.std / sigma_d))

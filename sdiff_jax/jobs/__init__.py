@@ -1,1 +1,1 @@
-"""Jobs of the command line; each file exports run(config, workdir)."""
+"""Jobs of the command line, one a file; each exports run(config, workdir)."""

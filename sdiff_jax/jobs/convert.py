@@ -7,13 +7,16 @@ import ml_collections
 import numpy as np
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, lookup, policy_folder, state, weights
-from sdiff_jax.checkpoint import Checkpoints
+from sdiff_jax import registry
 from sdiff_jax.data import trajectories
-from sdiff_jax.interfaces import Params, UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import objective
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
+from sdiff_jax.pretrained import policies, state_dict
+from sdiff_jax.training import state
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import Params, UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -40,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def check_empty(workdir: str) -> None:
   """Raises a UserError if a work directory has checkpoints."""
-  if disk.newest(workdir) is not None:
+  if workdir_lib.newest(workdir) is not None:
     raise UserError(f"{workdir} has checkpoints already; take another --workdir")
 
 
@@ -51,13 +54,13 @@ def write(experiment: experiments.Experiment, workdir: str, params: Params) -> N
   """
   config = experiment.config
   _, optimizer, _ = objective.optimisation(config)
-  experiments.claim(config, workdir, experiment.source)
+  experiments.save_or_check_config(config, workdir, experiment.source)
 
   def create(params: Params) -> state.TrainState:
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
   abstract = jax.eval_shape(create, params)
-  placed = experiments.place(abstract, experiment.mesh)
+  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, placed)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.check_disk(abstract, [0])
@@ -67,12 +70,12 @@ def write(experiment: experiments.Experiment, workdir: str, params: Params) -> N
 def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
   """Returns the parameters that the file holds for the network of a config."""
   chosen = config.model.to_dict()
-  reader = getattr(lookup.lookup("models", chosen["name"]), "from_state_dict", None)
+  reader = getattr(registry.lookup("models", chosen["name"]), "from_state_dict", None)
   if reader is None:
     raise UserError(f"config.model.name={chosen['name']!r}: no file is known for it")
   wanted = inspect.signature(reader).parameters
   fields = {k: v for k, v in chosen.items() if k in wanted}
-  return reader(weights.read(config.convert.file), like, **fields)
+  return reader(state_dict.read(config.convert.file), like, **fields)
 
 
 def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, Params]:
@@ -82,7 +85,7 @@ def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, 
     UserError: its process is not that of the U-Net's `ddpm`.
   """
   fields = {k: config.data[k] for k in ("horizon", "n_action_steps")}
-  policy = policy_folder.load(config.convert.file, **fields)
+  policy = policies.load(config.convert.file, **fields)
   abar, wanted = policy.schedule.abar, unet1d.noise()
   if policy.schedule.kind != "eps" or not np.array_equal(abar, wanted):
     raise UserError(
@@ -91,14 +94,14 @@ def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, 
     )
   config = config.copy_and_resolve_references()
   config.sigma_d = 1.0
-  config.model = configs.use("models", "unet1d", process="ddpm", **policy.fields)
+  config.model = configs.component("models", "unet1d", process="ddpm", **policy.fields)
   config.data.update(
     horizon=policy.normaliser.shape[0],
     n_obs_steps=policy.normaliser.steps,
     n_action_steps=policy.executed,
     std=1.0,
   )
-  source = trajectories.without_data(policy.normaliser)
-  experiment = experiments.of_source(config, source)
+  source = trajectories.metadata_only(policy.normaliser)
+  experiment = experiments.from_dataset(config, source)
   fresh = jax.jit(experiment.network.init)(jax.random.key(0))
   return experiment, {"net": policy.params, "logvar": fresh["logvar"]}

@@ -15,9 +15,9 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import disk
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.robotics import expert, frames, pusht
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.policies.pusht import env, expert, observations
+from sdiff_jax.types import UserError
 
 NEAR = 3  # every so many-th episode starts near the goal
 _envs: list[Any] = []  # of a worker process
@@ -35,14 +35,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   del workdir
   path, demos = config.data.path, config.demos
-  if demos.view not in frames.VIEWS:
-    raise UserError(f"config.demos.view={demos.view!r}: take one of {[*frames.VIEWS]}")
+  if demos.view not in observations.FRAMES:
+    raise UserError(
+      f"config.demos.view={demos.view!r}: take one of {[*observations.FRAMES]}"
+    )
   if not path.endswith(".npz"):
     raise UserError(f"config.data.path={path!r}: name the .npz file to write")
   if os.path.exists(path):
     return f"the episodes are there already; remove the file for others: {path}"
   folder = f"{path}.parts"
-  with disk.errors(folder):
+  with workdir_lib.errors(folder):
     os.makedirs(folder, exist_ok=True)
     seeds = range(demos.seed, demos.seed + demos.episodes)
     missing = [s for s in seeds if not os.path.exists(_part(folder, s))]
@@ -54,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def start(seed: int) -> np.ndarray:
   """Returns the first state of an episode, float64 [5]."""
-  return pusht.near_goal(seed) if seed % NEAR == 0 else pusht.initial(seed)
+  return env.near_goal(seed) if seed % NEAR == 0 else env.initial(seed)
 
 
 def _make(folder: str, seeds: list[int], total: int) -> None:
@@ -74,7 +76,7 @@ def _make(folder: str, seeds: list[int], total: int) -> None:
 def _episode(folder: str, seed: int) -> None:
   """Makes one episode and writes it, whole or not at all."""
   if not _envs:
-    _envs.extend([pusht.make(), pusht.make()])
+    _envs.extend([env.make(), env.make()])
   episode = expert.demonstrate(*_envs, start(seed), seed)
   path = _part(folder, seed)
   with open(f"{path}.tmp", "wb") as file:
@@ -99,7 +101,7 @@ def _join(folder: str, seeds: range, path: str, view: str) -> int:
   states, actions = (a.astype(np.float32) for a in joined)
   ends = np.cumsum([len(action) for _, action in parts.values()])
   # Each episode shows the same task a second time, in its mirror.
-  image = (np.asarray(a) for a in frames.mirror(states, actions))
+  image = (np.asarray(a) for a in observations.mirror(states, actions))
   states, actions = (
     np.concatenate([a, b]) for a, b in zip((states, actions), image, strict=True)
   )
@@ -108,7 +110,7 @@ def _join(folder: str, seeds: range, path: str, view: str) -> int:
   first[np.append(0, ends[:-1])] = True
   before = np.where(first[:, None], states, np.roll(states, 1, axis=0))
   arrays = {"state": states, "action": actions, "episode_ends": ends}
-  observe, frame = frames.VIEWS[view]
+  observe, frame = observations.FRAMES[view]
   arrays["observation"] = np.asarray(observe(states, before))
   if frame:
     arrays["frame"] = np.asarray(frame(states))

@@ -18,11 +18,14 @@ import numpy as np
 import tqdm
 
 from sdiff_jax import config as configs
-from sdiff_jax import diffusers_folder, lookup, sharding, writer
+from sdiff_jax import registry
 from sdiff_jax.data import latents, pipeline
-from sdiff_jax.interfaces import Array, Params, UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.models.vae import Autoencoder
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.io import file_io
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.pretrained.diffusers.vae import Autoencoder
+from sdiff_jax.types import Array, Params, UserError
 
 # (uint8 images [n, H, W, C]) -> means and standard deviations, float32 [n, h, w, 2C]
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -36,13 +39,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   chosen = config.encode
   latents.check_scale("encode.scale", chosen.scale)
-  source = lookup.build("data", config.data.to_dict())
+  source = registry.build("data", config.data.to_dict())
   pipeline.check_pixels(source)
   if not config.vae:
     raise UserError("config.vae is empty: name the folder of an autoencoder")
   mesh, local = sharding.make_mesh(**config.mesh), sharding.local()
   sharding.check_batch(chosen.batch_size, local, "encode.batch_size")
-  vae, params = diffusers_folder.autoencoder(config.vae)
+  vae, params = loading.autoencoder(config.vae)
   about = _about(config, source, vae)
   files = latents.paths(workdir, about)
   _claim(workdir, about)
@@ -55,14 +58,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     rows = np.arange(first, min(first + chosen.shard_size, source.size))
     latents.write(files[k], *_shard(source, encode, rows, chosen.batch_size))
     done += len(rows)
-  sharding.agreed(np.ones(1, bool), mesh)
+  sharding.all_processes(np.ones(1, bool), mesh)
   rate = done / (time.perf_counter() - begin)
   took = f" ({rate:.4g} images/s a process)" if done else ""
   return f"encoded {source.size} images in {len(files)} files{took}: {workdir}"
 
 
 def _about(
-  config: ml_collections.ConfigDict, source: pipeline.Source, vae: Autoencoder
+  config: ml_collections.ConfigDict, source: pipeline.Dataset, vae: Autoencoder
 ) -> dict[str, Any]:
   """Returns what latents.json is to say.
 
@@ -105,7 +108,7 @@ def _claim(workdir: str, about: dict[str, Any]) -> None:
     return
   os.makedirs(workdir, exist_ok=True)
   if jax.process_index() == 0:
-    writer.save_text(path, json.dumps(about, indent=2))
+    file_io.write_text(path, json.dumps(about, indent=2))
 
 
 def _encoder(
@@ -116,7 +119,7 @@ def _encoder(
   params = jax.device_put(params, everywhere)
 
   @functools.partial(jax.jit, in_shardings=(everywhere, local), out_shardings=local)
-  @functools.partial(sharding.over, local.mesh)
+  @functools.partial(sharding.with_mesh, local.mesh)
   def encode(params: Params, images: Array) -> Array:
     images = jnp.broadcast_to(images, (*images.shape[:3], 3))  # grey, too
     x = images.astype(jnp.float32) * ((1 - low) / 255) + low
@@ -126,7 +129,7 @@ def _encoder(
 
 
 def _shard(
-  source: pipeline.Source, encode: Encode, rows: np.ndarray, batch_size: int
+  source: pipeline.Dataset, encode: Encode, rows: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns moments and labels of images, encoded a full batch at a time."""
   moments, labels = [], []

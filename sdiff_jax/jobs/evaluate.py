@@ -11,14 +11,15 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import report, writer
 from sdiff_jax.data import folder, npz, pipeline
-from sdiff_jax.interfaces import Params, UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import measuring, sampling
-from sdiff_jax.metrics import baselines, summary
-from sdiff_jax.samplers.plans import Plan
-from sdiff_jax.samplers.windows import Result
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import evaluation, sampling
+from sdiff_jax.io import image_io
+from sdiff_jax.metrics import baselines, streaming
+from sdiff_jax.reports import runs
+from sdiff_jax.samplers._sliding_window import Samples
+from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.types import Params, UserError
 
 ALONE = 16  # images that are timed one by one
 
@@ -42,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if jax.process_index() == 0:
     with open(path, "w", encoding="utf-8") as file:
       json.dump(rows, file, indent=2)
-    print(report.table(rows))
+    print(runs.table(rows))
   return f"measured {len(rows)} rows: {path}"
 
 
@@ -59,17 +60,17 @@ def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
     raise UserError(
       "config.evaluate: nothing to measure; give features=inception:PATH or clip=DIR"
     )
-  measured, real = {}, measuring.real(config) if chosen.features else None
+  measured, real = {}, evaluation.real(config) if chosen.features else None
   if path.endswith(".npz"):
     source = npz.build(path=path)
   else:
     side, channels = (*real.shape[1:],) if real else (folder.side(path), 3)
     source = folder.build(dir=path, image_size=side, channels=channels)
   if chosen.features:
-    meter = measuring.meter(config, mesh, real, source.shape)
-    measured |= meter([measuring.of_source(source)], source.size)
+    meter = evaluation.metric_fn(config, mesh, real, source.shape)
+    measured |= meter([evaluation.dataset_images(source)], source.size)
   if chosen.clip:
-    measured["clip_score"] = measuring.clip_score(config, mesh, source, path)
+    measured["clip_score"] = evaluation.clip_score(config, mesh, source, path)
   return _row(os.path.basename(path), "given images", measured, source.size)
 
 
@@ -80,10 +81,10 @@ def _trained(
   experiment, params = experiments.trained(config, workdir)
   samplers = [(s, sampling.plan(config, s)) for s in config.evaluate.samplers]
   config = experiment.config
-  real, shape = measuring.real(config), experiment.source.shape
-  meter = measuring.meter(config, experiment.mesh, real, shape)
+  real, shape = evaluation.real(config), experiment.source.shape
+  meter = evaluation.metric_fn(config, experiment.mesh, real, shape)
   rows = _baselines(experiment, meter) if config.evaluate.baselines else []
-  model, share = report.title(config.loss.to_dict()), _compute(workdir, config)
+  model, share = runs.title(config.loss.to_dict()), _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
@@ -92,8 +93,8 @@ def _trained(
       grid = name.replace("/", "-") + ".png"
       _, columns = sampling.grid_size(experiment)
       if jax.process_index() == 0:
-        picture = writer.grid(images, columns)
-        writer.save_png(os.path.join(folder, grid), picture)
+        picture = image_io.grid(images, columns)
+        image_io.save_png(os.path.join(folder, grid), picture)
       row = _row(model, name + guided, measured, config.evaluate.num)
       row |= {"compute": share, "grid": grid}
       # A teacher's other solvers are what its students have to beat.
@@ -110,7 +111,7 @@ def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Any]:
 
 
 def _baselines(
-  experiment: experiments.Experiment, meter: measuring.Meter
+  experiment: experiments.Experiment, meter: evaluation.MetricFn
 ) -> list[dict]:
   """Returns the rows of training images and of a Gaussian for each class.
 
@@ -127,11 +128,11 @@ def _baselines(
   else:
     some, other = np.array_split(order, 2)
     rest = source._replace(take=lambda k: source.take(other[k]), size=len(other))
-    against = measuring.meter(config, experiment.mesh, rest, source.shape)
+    against = evaluation.metric_fn(config, experiment.mesh, rest, source.shape)
     name = "one half to the other"
   drawn = baselines.class_gaussian(images, cond["label"], num)
   real, gaussian = (
-    measure([measuring.of_array(x)], len(x))
+    measure([evaluation.array_images(x)], len(x))
     for measure, x in ((against, images[some]), (meter, drawn))
   )
   rows = [
@@ -143,9 +144,9 @@ def _baselines(
 
 def _sample(
   experiment: experiments.Experiment,
-  chosen: Plan,
+  chosen: Sampler,
   params: Params,
-  meter: measuring.Meter,
+  meter: evaluation.MetricFn,
 ) -> tuple[dict[str, float], np.ndarray]:
   """Returns measures of evaluate.num images and what they took, and the first of them.
 
@@ -156,12 +157,12 @@ def _sample(
   first, results, seconds = [], [], []
   shown, _ = sampling.grid_size(experiment)
 
-  def batches() -> Iterator[summary.Images]:
+  def batches() -> Iterator[streaming.Images]:
     for images, result, took in _timed(experiment, chosen, params, num, batch_size):
       seconds.append(took)
       results.append(result)
       first.extend(images[: max(shown - len(first), 0)])
-      yield measuring.of_array(images)
+      yield evaluation.array_images(images)
 
   measured = meter(batches(), num)
   measured["images_per_second"] = num / sum(seconds)
@@ -178,11 +179,11 @@ def _sample(
 
 def _timed(
   experiment: experiments.Experiment,
-  chosen: Plan,
+  chosen: Sampler,
   params: Params,
   num: int,
   batch_size: int,
-) -> Iterator[tuple[np.ndarray, Result, float]]:
+) -> Iterator[tuple[np.ndarray, Samples, float]]:
   """Yields images, what they took, and the seconds, batch by batch, once compiled."""
   settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
   chosen = sampling.with_window(experiment, chosen, params, batch_size)

@@ -6,10 +6,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax import lookup
+from sdiff_jax import registry
 from sdiff_jax.data import pipeline
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.metrics.features import classifier
+from sdiff_jax.types import UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -18,7 +18,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Raises:
     UserError: the data have fewer than two classes, or are latents.
   """
-  source = lookup.build("data", config.data.to_dict())
+  source = registry.build("data", config.data.to_dict())
   if source.classes < 2:
     raise UserError(
       f"config.data: {source.classes} classes; features come from telling classes apart"
@@ -31,13 +31,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   os.makedirs(workdir, exist_ok=True)
   classifier.save(path, weights)
   if config.reference.name:
-    images, labels = _all(lookup.build("data", config.reference.to_dict()))
+    images, labels = _all(registry.build("data", config.reference.to_dict()))
   accuracy = np.mean(classifier.predict(weights, images)[1].argmax(axis=1) == labels)
   of = "reference" if config.reference.name else "training"
   return f"accuracy on {len(labels)} {of} images {accuracy:.4f}: {path}"
 
 
-def _all(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
+def _all(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
   pipeline.check_pixels(source)
   images, cond = source.take(np.arange(source.size))
   return images, cond["label"]

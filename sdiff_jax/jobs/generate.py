@@ -20,20 +20,23 @@ import tqdm
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import sharding, writer
-from sdiff_jax.data import captions, folder
-from sdiff_jax.diffusers_folder import Model
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import published, timing
-from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.data import folder
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import text_to_image
+from sdiff_jax.io import file_io, image_io
+from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
+from sdiff_jax.pretrained.diffusers.loading import Model
+from sdiff_jax.samplers import autotune
+from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.types import UserError
 
-TOOK = ("passes", "evaluations", "error")  # of a Result, one an image
+STATS = ("passes", "evaluations", "error")  # of a Result, one an image
 SHOWN = 16  # images of the picture
 WRITERS = 4  # threads
 
 
-class Work(NamedTuple):
+class PendingImages(NamedTuple):
   """What is to be made, and by what.
 
   Attributes:
@@ -49,7 +52,7 @@ class Work(NamedTuple):
   folder: str
   wanted: list[dict[str, Any]]
   model: Model
-  chosen: Plan
+  chosen: Sampler
   mesh: Mesh
   scale: float
   negative: str
@@ -67,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   missing = [k for k, found in enumerate(there) if not found]
   compiled = None
   if missing or compare:
-    params = sharding.spread(
+    params = sharding.device_put_global(
       work.model.params, sharding.state(work.model.params, work.mesh)
     )
     work = _with_window(work, params, size)
@@ -79,24 +82,26 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     alone = _compiled(work, work.chosen._replace(loop=""), params, size)
     inputs = _inputs(work, [k % len(there) for k in range(size)])
     calls = ((lambda c=c: c(params, *inputs)[0]) for c in (call, alone))
-    line = timing.beside(work.mesh, size, *calls)
+    line = autotune.compare_with_sequential(work.mesh, size, *calls)
     if jax.process_index() == 0:
       print(line, file=sys.stderr)
   took = _finish(work, workdir, compiled) if jax.process_index() == 0 else ""
   return f"made {len(missing)} of {len(there)} images ({took}): {work.folder}"
 
 
-def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list]:
+def _prepare(
+  config: ml_collections.ConfigDict, images: str
+) -> tuple[PendingImages, list]:
   """Returns the work, and what is there of it (see `_there`)."""
   chosen, scale = config.generate, config.sample.guidance
-  prompts = captions.read(chosen.prompts) if chosen.prompts else []
+  prompts = prompts_lib.read(chosen.prompts) if chosen.prompts else []
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(
     config.sample.batch_size, sharding.samples(mesh), "sample.batch_size"
   )
-  model, plan = published.of_config(config)
+  model, plan = text_to_image.from_config(config)
   prompts = _check_texts(model, chosen, prompts, scale)
-  fields = {k: config.sampler[k] for k in published.SOLVER}
+  fields = {k: config.sampler[k] for k in text_to_image.SOLVER}
   sections = {"sampler": fields, "generate": chosen.to_dict()}
   del sections["generate"]["prompts"]
   settings = configs.flat(sections) | {"sample.guidance": scale}
@@ -104,12 +109,12 @@ def _prepare(config: ml_collections.ConfigDict, images: str) -> tuple[Work, list
     {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | settings
     for k in range(config.sample.num)
   ]
-  work = Work(images, wanted, model, plan, mesh, scale, chosen.negative)
+  work = PendingImages(images, wanted, model, plan, mesh, scale, chosen.negative)
   there = _there(work)
   return work._replace(chosen=_go_on(plan, there, images)), there
 
 
-def _go_on(plan: Plan, there: list[dict[str, Any] | None], images: str) -> Plan:
+def _go_on(plan: Sampler, there: list[dict[str, Any] | None], images: str) -> Sampler:
   """Returns the plan with the window of the images that are there.
 
   Raises:
@@ -143,14 +148,14 @@ def _check_texts(
     raise UserError(
       "config.generate.negative: has no effect with config.sample.guidance=1"
     )
-  return prompts or captions.read(chosen.prompts)
+  return prompts or prompts_lib.read(chosen.prompts)
 
 
 def _path(images: str, k: int) -> str:
   return os.path.join(images, f"{k:05d}.png")
 
 
-def _there(work: Work) -> list[dict[str, Any] | None]:
+def _there(work: PendingImages) -> list[dict[str, Any] | None]:
   """Returns what the images that are there say of themselves, None for the others.
 
   Raises:
@@ -174,14 +179,14 @@ def _facts(path: str) -> dict[str, Any] | None:
   if not os.path.exists(path):
     return None
   try:
-    found = json.loads(writer.about(path))
+    found = json.loads(image_io.about(path))
     return found if "sampler.window" in found else None
   except (*folder.UNREADABLE, TypeError) as error:
     print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
     return None
 
 
-def _with_window(work: Work, params: dict, size: int) -> Work:
+def _with_window(work: PendingImages, params: dict, size: int) -> PendingImages:
   """Returns the work with a window, timed where none was given."""
   model = work.model
 
@@ -191,38 +196,38 @@ def _with_window(work: Work, params: dict, size: int) -> Work:
       shape = (model.tokenizer.length, model.unet.text)
       empty = jnp.zeros(shape)
       cond = {"text": jnp.zeros((len(x), *shape))}
-    net = published.denoiser(model, work.chosen, params, empty, work.scale)
+    net = text_to_image.denoiser(model, work.chosen, params, empty, work.scale)
     return net(x, jnp.ones(len(x)), cond)
 
   shape = (size, *model.unet.shape)
-  chosen = timing.window(work.chosen, work.mesh, denoise, params, shape)
+  chosen = autotune.window(work.chosen, work.mesh, denoise, params, shape)
   if chosen.loop:
     sharding.check_window(chosen.window, work.mesh)
   return work._replace(chosen=chosen)
 
 
-def _compiled(work: Work, chosen: Plan, params: dict, size: int) -> Any:
-  call = published.sampler(work.model, chosen, work.mesh, scale=work.scale)
-  shapes = published.shapes(work.model, size, work.mesh)
+def _compiled(work: PendingImages, chosen: Sampler, params: dict, size: int) -> Any:
+  call = text_to_image.sampler(work.model, chosen, work.mesh, scale=work.scale)
+  shapes = text_to_image.shapes(work.model, size, work.mesh)
   return call.lower(*shapes).compile()
 
 
-def _inputs(work: Work, chosen: list[int]) -> tuple:
+def _inputs(work: PendingImages, chosen: list[int]) -> tuple:
   """Returns seeds, tokens and negative tokens of images, over the devices."""
   over_samples = sharding.samples(work.mesh)
   seeds = np.array([work.wanted[k]["seed"] for k in chosen], np.int32)
   if work.model.text_encoder is None:
-    return sharding.spread(seeds, over_samples), None, None
+    return sharding.device_put_global(seeds, over_samples), None, None
   encode = work.model.tokenizer.encode
   tokens = encode([work.wanted[k]["prompt"] for k in chosen])
   where = over_samples, over_samples, sharding.replicated(work.mesh)
-  return sharding.spread((seeds, tokens, encode([work.negative])), where)
+  return sharding.device_put_global((seeds, tokens, encode([work.negative])), where)
 
 
-def _make(work: Work, call: Any, missing: list[int], size: int) -> None:
+def _make(work: PendingImages, call: Any, missing: list[int], size: int) -> None:
   """Makes the images that are missing, and waits for the other processes."""
   # All look at what is there before one writes.
-  sharding.agreed(np.ones(1, bool), work.mesh)
+  sharding.all_processes(np.ones(1, bool), work.mesh)
   quiet, total = jax.process_index() > 0, len(work.wanted)
   with (
     tqdm.tqdm(
@@ -240,7 +245,7 @@ def _make(work: Work, call: Any, missing: list[int], size: int) -> None:
       begin = time.perf_counter()
       images, result = jax.block_until_ready(call(*inputs))
       seconds = time.perf_counter() - begin
-      took = {name: np.asarray(getattr(result, name)).tolist() for name in TOOK}
+      took = {name: np.asarray(getattr(result, name)).tolist() for name in STATS}
       facts = [
         work.wanted[k]
         | {"sampler.window": work.chosen.window, "seconds": seconds}
@@ -251,9 +256,9 @@ def _make(work: Work, call: Any, missing: list[int], size: int) -> None:
       rows = [r for r in _rows(images) if r[0] < len(chosen)]
       paths = [_path(work.folder, chosen[row]) for row, _ in rows]
       about = [json.dumps(facts[row]) for row, _ in rows]
-      list(pool.map(writer.save_png, paths, [image for _, image in rows], about))
+      list(pool.map(image_io.save_png, paths, [image for _, image in rows], about))
       bar.update(len(chosen))
-  sharding.agreed(np.ones(1, bool), work.mesh)
+  sharding.all_processes(np.ones(1, bool), work.mesh)
 
 
 def _rows(images: jax.Array) -> list[tuple[int, np.ndarray]]:
@@ -266,7 +271,7 @@ def _rows(images: jax.Array) -> list[tuple[int, np.ndarray]]:
   ]
 
 
-def _finish(work: Work, workdir: str, compiled: float | None) -> str:
+def _finish(work: PendingImages, workdir: str, compiled: float | None) -> str:
   """Writes images.json and images.png; returns what the images took, in words."""
   there = _there(work)
   lost = [k for k, found in enumerate(there) if found is None]
@@ -283,9 +288,9 @@ def _finish(work: Work, workdir: str, compiled: float | None) -> str:
     "images": [{"file": n} | found for n, found in zip(names, there, strict=True)],
   }
   path = os.path.join(workdir, "images.json")
-  writer.save_text(path, json.dumps(summary, indent=2))
+  file_io.write_text(path, json.dumps(summary, indent=2))
   shown = [folder.decode(_path(work.folder, k)) for k in range(len(there))[:SHOWN]]
-  writer.save_png(os.path.join(workdir, "images.png"), writer.grid(np.stack(shown)))
+  image_io.save_png(os.path.join(workdir, "images.png"), image_io.grid(np.stack(shown)))
   passes, evaluations = (
     np.mean([found[name] for found in there]) for name in ("passes", "evaluations")
   )

@@ -6,8 +6,9 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import lookup, writer
+from sdiff_jax import registry
 from sdiff_jax.data import pipeline
+from sdiff_jax.io import image_io
 
 IMAGES = 100  # of the picture
 BATCH = 256
@@ -21,7 +22,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Raises:
     UserError: the data set refuses its fields or a file, or has latents.
   """
-  source = lookup.build("data", config.data.to_dict())
+  source = registry.build("data", config.data.to_dict())
   pipeline.check_pixels(source)
   labels, counts = _walk(source)
   print("\n".join(_describe(source, config, labels, counts)))
@@ -30,11 +31,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   x0 = pipeline.encode(source, source.take(chosen.clip(0))[0], config.sigma_d)
   images = np.array(pipeline.decode(source, x0, config.sigma_d))
   images[chosen < 0] = 0
-  writer.save_png(path, writer.grid(images, columns))
+  image_io.save_png(path, image_io.grid(images, columns))
   return f"inspected {source.size} images: {path}"
 
 
-def _walk(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
+def _walk(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
   """Returns all labels [N], and how often each level occurs, int [256, C]."""
   labels, counts = [], np.zeros((256, source.shape[-1]), np.int64)
   starts = range(0, source.size, BATCH)
@@ -49,7 +50,7 @@ def _walk(source: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _describe(
-  source: pipeline.Source,
+  source: pipeline.Dataset,
   config: ml_collections.ConfigDict,
   labels: np.ndarray,
   counts: np.ndarray,

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from sdiff_jax import pods, rehearsal, sharding, writer
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import programs
-from sdiff_jax.pods import Pod
+from sdiff_jax.capacity import chips as chips_lib
+from sdiff_jax.capacity import lowering, report
+from sdiff_jax.capacity.chips import Pod
+from sdiff_jax.distributed import sharding
+from sdiff_jax.io import file_io
+from sdiff_jax.types import UserError
 
 # Compiled as far as a run needs, a step takes longer than anyone waits; its memory,
 # collectives and operations are the same.
@@ -34,10 +36,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: an unknown pod, a compiler that is missing, or a batch that does not
       divide over it.
   """
-  if config.rehearse.what not in programs.KINDS:
-    kinds = " or ".join(programs.KINDS)
+  if config.rehearse.what not in lowering.KINDS:
+    kinds = " or ".join(lowering.KINDS)
     raise UserError(f"config.rehearse.what={config.rehearse.what!r}: take {kinds}")
-  wanted = [pods.parse(name) for name in config.pod.split(",")]
+  wanted = [chips_lib.parse(name) for name in config.pod.split(",")]
   if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in wanted):
     _say("TPUs have no units for float16; take --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
@@ -46,11 +48,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   for pod in wanted:
     found.append(_rehearse(config, pod))
     path = os.path.join(folder, f"{_file(pod.name)}{_suffix(config)}.json")
-    writer.save_text(path, json.dumps(found[-1], indent=2))
+    file_io.write_text(path, json.dumps(found[-1], indent=2))
   name = _file(wanted[0].name) if len(wanted) == 1 else "pods"
   path = os.path.join(folder, f"{name}{_suffix(config)}.html")
-  writer.save_text(path, rehearsal.html(found, sys.argv[1:]))
-  print(rehearsal.table(found))
+  file_io.write_text(path, report.html(found, sys.argv[1:]))
+  print(report.table(found))
   return f"rehearsed: {path}"
 
 
@@ -68,14 +70,14 @@ def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
   for changes, on in _attempts(config, pod):
     program, facts = _attempt(config, changes, on)
     tried.append(facts | {"changes": changes})
-    if fits := rehearsal.fits(facts):
+    if fits := report.fits(facts):
       break
     _say(f"{on.name}, {_words(changes)}: does not fit")
     if not config.rehearse.fit:
       break
   if not fits:
     _say(f"{pod.name}: nothing that was tried makes it fit")
-  return rehearsal.modelled(config.rehearse.what, config.train.steps, program, tried)
+  return report.modelled(config.rehearse.what, config.train.steps, program, tried)
 
 
 def _attempts(
@@ -96,7 +98,7 @@ def _attempts(
       divides = config.train.batch_size % (parts * chips) == 0
       if divides and parts > config.train.accumulate:
         yield changes | {"train.accumulate": parts}, pod
-  while pod := pods.larger(pod):
+  while pod := chips_lib.larger(pod):
     if config.rehearse.what == "train" and config.train.batch_size % pod.chips:
       return
     yield dict(changes), pod
@@ -109,20 +111,20 @@ def _attempt(
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(changes)
   level = "" if pod.chip == "h100" else LEVEL
-  key = rehearsal.key(programs.described(config), pod.name, level)
-  if (kept := rehearsal.load(key)) is not None:
+  key = report.key(lowering.cache_key(config), pod.name, level)
+  if (kept := report.load(key)) is not None:
     return kept["program"], kept["facts"]
-  devices = pods.devices(pod)
+  devices = chips_lib.devices(pod)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  made = programs.build(config, mesh)
+  made = lowering.build(config, mesh)
   program = made.summary()
   facts = {"pod": pod.name, "devices": len(devices), "held": made.held}
-  if sum(made.held.values()) > rehearsal.capacity(pod.name, len(devices)):
+  if sum(made.held.values()) > report.capacity(pod.name, len(devices)):
     return program, facts | {"refused": "what is held from step to step is too much"}
-  with rehearsal.progress(f"{pod.name}, {_words(changes)}", _say):
+  with report.progress(f"{pod.name}, {_words(changes)}", _say):
     jax.config.update("jax_optimization_level", level or "UNKNOWN")
-    facts |= programs.compiled(made, len(devices), gpu=pod.chip == "h100")
-  rehearsal.keep(key, {"program": program, "facts": facts})
+    facts |= lowering.compiled(made, len(devices), gpu=pod.chip == "h100")
+  report.keep(key, {"program": program, "facts": facts})
   return program, facts
 
 

@@ -5,9 +5,9 @@ import os
 
 import ml_collections
 
-from sdiff_jax import report
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.reports import runs as runs_lib
+from sdiff_jax.types import UserError
 
 
 def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
@@ -26,6 +26,6 @@ def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
       runs.insert(0, teacher)
   if not runs:
     raise UserError(f"{workdir}: no run there; make one with --job=train")
-  path = report.write(runs, os.path.join(workdir, "report.html"))
-  print(report.table(report.rows(runs)))
+  path = runs_lib.write(runs, os.path.join(workdir, "report.html"))
+  print(runs_lib.table(runs_lib.rows(runs)))
   return f"report: {path}"

@@ -10,13 +10,15 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import policy as policies
-from sdiff_jax import report, writer
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling
-from sdiff_jax.policy import Policy
-from sdiff_jax.robotics import episodes, pusht
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import sampling
+from sdiff_jax.io import file_io, image_io
+from sdiff_jax.policies import policy as policies
+from sdiff_jax.policies.policy import Policy
+from sdiff_jax.policies.pusht import env
+from sdiff_jax.policies.pusht import rollout as rollout_lib
+from sdiff_jax.reports import runs
+from sdiff_jax.types import UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -39,21 +41,21 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   }
   build = functools.partial(Policy, experiment, params)
   path = os.path.join(folder, "results.json")
-  envs = [pusht.make() for _ in range(rollout.episodes)]
+  envs = [env.make() for _ in range(rollout.episodes)]
   rows, histories = [], []
   for name, plan in plans.items():
     act = build(plan, batch_size=rollout.episodes)
     film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
     made = _episodes(rollout, act, envs, name, film)
     histories.append(made.histories)
-    rows.append(_row(report.title(experiment.config.loss.to_dict()), name, made))
+    rows.append(_row(runs.title(experiment.config.loss.to_dict()), name, made))
     rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
-    writer.save_text(path, json.dumps(rows, indent=2))  # times are to come
+    file_io.write_text(path, json.dumps(rows, indent=2))  # times are to come
   seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
   for row in rows:
     row |= seconds[row["sampler"]]
-  writer.save_text(path, json.dumps(rows, indent=2))
-  print(report.table(rows, report.ROLLOUT))
+  file_io.write_text(path, json.dumps(rows, indent=2))
+  print(runs.table(rows, runs.ROLLOUT))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
 
 
@@ -63,9 +65,9 @@ def _episodes(
   envs: list[Any],
   name: str,
   film: str,
-) -> episodes.Episodes:
+) -> rollout_lib.Episodes:
   """Returns the episodes of one sampler, and writes a film of the first few."""
-  starts = np.array([pusht.initial(rollout.seed + k) for k in range(rollout.episodes)])
+  starts = np.array([env.initial(rollout.seed + k) for k in range(rollout.episodes)])
 
   def do(states: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, dict]:
     actions, result = act.many(states, seeds)
@@ -78,8 +80,8 @@ def _episodes(
     if episode < len(shown):
       shown[episode].append(envs[episode].render())
 
-  with tqdm.tqdm(total=pusht.STEPS, unit="step", desc=name, disable=None) as bar:
-    made = episodes.run(
+  with tqdm.tqdm(total=env.STEPS, unit="step", desc=name, disable=None) as bar:
+    made = rollout_lib.run(
       do,
       envs,
       starts,
@@ -89,7 +91,7 @@ def _episodes(
       watch=watch,
     )
   if shown:
-    writer.save_gif(film, shown, pusht.RATE)
+    image_io.save_gif(film, shown, env.RATE)
   return made
 
 
@@ -102,7 +104,7 @@ def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
   return {"difference": float(gained.mean()), "difference_error": float(error)}
 
 
-def _row(model: str, sampler: str, made: episodes.Episodes) -> dict[str, Any]:
+def _row(model: str, sampler: str, made: rollout_lib.Episodes) -> dict[str, Any]:
   """Returns a row of results; see report.ROLLOUT."""
   count = len(made.reward)
   return {

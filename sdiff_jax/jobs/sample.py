@@ -21,14 +21,17 @@ import numpy as np
 import tqdm
 
 from sdiff_jax import config as configs
-from sdiff_jax import disk, sharding, writer
-from sdiff_jax.interfaces import Params, UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sampling, timing
-from sdiff_jax.samplers.plans import Plan
-from sdiff_jax.samplers.windows import Result
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.io import file_io, image_io
+from sdiff_jax.samplers import autotune
+from sdiff_jax.samplers._sliding_window import Samples
+from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.types import Params, UserError
 
-TOOK = ("passes", "evaluations", "error", "variation")  # of a Result, one an image
+STATS = ("passes", "evaluations", "error", "variation")  # of a Result, one an image
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -67,7 +70,7 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
   settings = configs.flat(sections) | {"vae": config.vae}
-  settings["checkpoint"] = disk.newest(workdir)
+  settings["checkpoint"] = workdir_lib.newest(workdir)
   for name in ("sample.num", "sample.compare"):
     del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read
@@ -85,7 +88,7 @@ def _claim(folder: str, settings: dict[str, Any]) -> None:
       )
   elif jax.process_index() == 0:
     path = os.path.join(folder, "settings.json")
-    writer.save_text(path, json.dumps(settings, indent=2))
+    file_io.write_text(path, json.dumps(settings, indent=2))
 
 
 def _read(folder: str) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _make_parts(
     for made, _ in itertools.pairwise(itertools.chain(batches, [None])):
       _write_part(folder, *made)
       bar.update(min(size, num - made[0]))
-  sharding.agreed(np.ones(1, bool), experiment.mesh)
+  sharding.all_processes(np.ones(1, bool), experiment.mesh)
   seconds = time.perf_counter() - begin
   return f"{len(missing) * size / seconds:.4g} images/s, " if missing else ""
 
@@ -135,11 +138,11 @@ def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
   if jax.process_index() == 0:
     found = _collect(folder, len(firsts) * size, sampling.image_shape(experiment))
     there = found.there.reshape(-1, size).all(axis=1)
-  there = sharding.agreed(there, experiment.mesh)
+  there = sharding.all_processes(there, experiment.mesh)
   return list(itertools.compress(firsts, ~there))
 
 
-def _write_part(folder: str, first: int, images: jax.Array, result: Result) -> None:
+def _write_part(folder: str, first: int, images: jax.Array, result: Samples) -> None:
   """Writes the rows of a batch that this process holds, if it holds any."""
   indices = np.arange(first, first + len(images))
   # Where several devices hold the same rows, one of them has replica 0.
@@ -151,7 +154,7 @@ def _write_part(folder: str, first: int, images: jax.Array, result: Result) -> N
     os.path.join(folder, f"{first:08d}-p{jax.process_index()}.npz"),
     indices=np.concatenate([indices[rows] for rows in held]),
     images=np.concatenate([s.data for s in shards]),
-    **{name: _rows(getattr(result, name), held) for name in TOOK},
+    **{name: _rows(getattr(result, name), held) for name in STATS},
   )
 
 
@@ -169,7 +172,7 @@ def _save(path: str, **arrays: np.ndarray) -> None:
   os.replace(temporary, path)
 
 
-class Found(NamedTuple):
+class PartsOnDisk(NamedTuple):
   """What the parts hold of images 0 to n, what each took, and which are there."""
 
   images: np.ndarray
@@ -177,17 +180,17 @@ class Found(NamedTuple):
   there: np.ndarray
 
 
-def _collect(folder: str, num: int, shape: tuple[int, ...]) -> Found:
+def _collect(folder: str, num: int, shape: tuple[int, ...]) -> PartsOnDisk:
   """Returns images 0 to num of the parts.
 
   A part that cannot be read is named on stderr and removed, to be made again.
   """
   images, there = np.empty((num, *shape), np.uint8), np.zeros(num, bool)
-  took = {name: np.zeros(num) for name in TOOK}
+  took = {name: np.zeros(num) for name in STATS}
   for path in _parts(folder):
     try:
       with np.load(path) as part:
-        part = {name: part[name] for name in ("indices", "images", *TOOK)}
+        part = {name: part[name] for name in ("indices", "images", *STATS)}
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
       print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
       os.remove(path)
@@ -198,11 +201,11 @@ def _collect(folder: str, num: int, shape: tuple[int, ...]) -> Found:
     for name, values in took.items():
       values[indices] = part[name][wanted]
     there[indices] = True
-  return Found(images, took, there)
+  return PartsOnDisk(images, took, there)
 
 
 def _finish(
-  folder: str, path: str, experiment: experiments.Experiment, chosen: Plan
+  folder: str, path: str, experiment: experiments.Experiment, chosen: Sampler
 ) -> str:
   """Writes samples.npz and samples.png from the parts, and removes them.
 
@@ -216,15 +219,15 @@ def _finish(
   _, labels = sampling.seeds_and_labels(experiment, 0, sample.num)
   _save(path, arr_0=found.images, arr_1=labels)
   count, columns = sampling.grid_size(experiment)
-  picture = writer.grid(found.images[:count], columns)
-  writer.save_png(path.replace(".npz", ".png"), picture)
+  picture = image_io.grid(found.images[:count], columns)
+  image_io.save_png(path.replace(".npz", ".png"), picture)
   for part in _parts(folder):  # before settings.json, without which they mean nothing
     os.remove(part)
   shutil.rmtree(folder)
   return _took(found.took, chosen)
 
 
-def _took(took: dict[str, np.ndarray], chosen: Plan) -> str:
+def _took(took: dict[str, np.ndarray], chosen: Sampler) -> str:
   """Returns passes and evaluations of an image, and what is known of its error."""
   mean = {name: values.mean() for name, values in took.items()}
   line = f"{mean['evaluations']:.4g} evaluations each"
@@ -242,7 +245,10 @@ def _took(took: dict[str, np.ndarray], chosen: Plan) -> str:
 
 
 def _compare(
-  experiment: experiments.Experiment, chosen: Plan, call: sampling.Call, params: Params
+  experiment: experiments.Experiment,
+  chosen: Sampler,
+  call: sampling.Call,
+  params: Params,
 ) -> None:
   """Prints the time of a batch beside the sequential sampler's, and the difference."""
   size = experiment.config.sample.batch_size
@@ -253,6 +259,6 @@ def _compare(
     return sampling.start_batch(experiment, each, params, 0, size)[0]
 
   thunks = (functools.partial(start, each) for each in (call, alone))
-  line = timing.beside(experiment.mesh, size, *thunks)
+  line = autotune.compare_with_sequential(experiment.mesh, size, *thunks)
   if jax.process_index() == 0:
     print(line, file=sys.stderr)

@@ -5,10 +5,10 @@ import os
 import jax
 import ml_collections
 
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import measuring
-from sdiff_jax.metrics import frechet, reference
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import evaluation
+from sdiff_jax.metrics import frechet, reference_statistics
+from sdiff_jax.types import UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -19,14 +19,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   if config.evaluate.reference:
     raise UserError("config.evaluate.reference: empty it; it is what this job makes")
-  source = measuring.real(config)
-  found = measuring.networks(config, experiments.mesh(config), source.shape)
+  source = evaluation.real(config)
+  found = evaluation.networks(config, experiments.mesh(config), source.shape)
   made = {
-    one[0].metric: frechet.estimated(measuring.summary_of(one, source, 0).moments)
+    one[0].metric: frechet.estimated(evaluation.summary_of(one, source, 0).moments)
     for one in found
   }
   path = os.path.join(workdir, "statistics.npz")
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
-    reference.save(path, made)
+    reference_statistics.save(path, made)
   return f"{', '.join(made)} of {source.size} images: {path}"

@@ -17,10 +17,13 @@ import jax
 import ml_collections
 
 from sdiff_jax import config as configs
-from sdiff_jax import page, studies, writer
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import evaluate, points, train
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import probes
+from sdiff_jax.io import file_io
+from sdiff_jax.jobs import evaluate, train
+from sdiff_jax.reports import html, studies
+from sdiff_jax.training import metric_writer
+from sdiff_jax.types import UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -86,7 +89,7 @@ def assign(config: ml_collections.ConfigDict, change: str) -> None:
   except (ValueError, SyntaxError):
     value = text
   if field in configs.PIECES:
-    piece = configs.use(configs.PIECES[field], value)
+    piece = configs.component(configs.PIECES[field], value)
     old = config[field].to_dict()
     piece.update({k: old[k] for k in piece if k in old and k != "name"})
     config[field] = piece
@@ -121,10 +124,10 @@ def _points(
   known = {"seed": seed, "run": name, "guidance": entry["guidance"]}
   named = known | {"series": entry["series"] or name}
   if study["source"] == "log":
-    return [named | row for row in writer.read_metrics(weights)]
+    return [named | row for row in metric_writer.read_metrics(weights)]
   if study["source"] == "parallel":
     path = os.path.join(weights, f"parallel-{name}.json")
-    found = _kept(path, points.parallel, config, weights)
+    found = _kept(path, probes.parallel_sampling, config, weights)
     return [named | row for row in found]
   with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
     known["flops"] = json.load(file)["flops"]
@@ -135,7 +138,7 @@ def _points(
     more = {"step": step or config.train.steps}
     if study["source"] == "tangent" and entry["teacher"]:
       path = os.path.join(weights, evaluate.folder_of(at), "tangent.json")
-      more |= _kept(path, points.tangent, at, weights)
+      more |= _kept(path, probes.tangent_terms, at, weights)
     for row in _measured(at, weights):
       row = known | row | more
       row["series"] = entry["series"] or f"{name}, {row['sampler']}"
@@ -167,7 +170,7 @@ def _kept(
   jax.clear_caches()
   if jax.process_index() == 0:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    writer.save_text(path, json.dumps(found, indent=1))
+    file_io.write_text(path, json.dumps(found, indent=1))
   return found
 
 
@@ -206,16 +209,16 @@ def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> N
   for kind, content in drawn.items():
     with open(f"{path}.{kind}", "wb") as file:
       file.write(content)
-  writer.save_text(f"{path}.json", json.dumps(rows, indent=1))
+  file_io.write_text(f"{path}.json", json.dumps(rows, indent=1))
   tables = studies.tables(rows, x, panels)
   for lines in tables:
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-  uri = page.uri(drawn["svg"], "svg+xml")
+  uri = html.uri(drawn["svg"], "svg+xml")
   body = f'<img src="{uri}" alt="{escape(study["title"])}">\n'
-  body += "".join(page.table(head, lines) for head, *lines in tables)
+  body += "".join(html.table(head, lines) for head, *lines in tables)
   runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)
   body += f"<h2>Runs</h2>\n<pre>{escape(runs)}</pre>"
-  text = page.TEMPLATE.substitute(
+  text = html.TEMPLATE.substitute(
     title=escape(study["title"]), lead=escape(study["lead"]), body=body
   )
-  writer.save_text(f"{path}.html", text)
+  file_io.write_text(f"{path}.html", text)

@@ -9,13 +9,15 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from sdiff_jax import loop, processes, sharding, state, step, writer
-from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import pipeline
-from sdiff_jax.interfaces import Params, UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import objective, sampling
-from sdiff_jax.samplers.plans import Plan
+from sdiff_jax.distributed import processes, sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.io import file_io, image_io
+from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.training import loop, metric_writer, state, step
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import Params, UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -33,11 +35,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   chosen = sampling.plan(config)
   network, frozen = objective.teacher(experiment)
   init, train_step = objective.program(config, experiment.network, network)
-  experiments.claim(config, workdir, experiment.source)
+  experiments.save_or_check_config(config, workdir, experiment.source)
   everywhere = sharding.replicated(experiment.mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = jax.eval_shape(init, key, frozen)
-  placed = experiments.place(abstract, experiment.mesh)
+  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:
@@ -58,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     # A run that was killed after its last step has no summary yet.
     if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
       if network:  # as its operations are counted
-        theirs = experiments.unrolled(experiments.read(config.teacher.workdir))
+        theirs = experiments.for_flop_count(experiments.read(config.teacher.workdir))
         network = experiments.network(theirs, experiment.source)
       cost = objective.flops(config, experiment.source, network, abstract, key, frozen)
       _summary(config, workdir, abstract, cost)
@@ -67,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _fit(
   experiment: experiments.Experiment,
-  chosen: Plan,
+  chosen: Sampler,
   workdir: str,
   checkpoints: Checkpoints,
   jitted: Any,
@@ -88,7 +90,7 @@ def _fit(
     flip=config.train.flip,
     rows=sharding.rows(over_batch, size),
   )
-  on_device = (sharding.put(batch, over_batch, size) for batch in batches)
+  on_device = (sharding.make_global_batch(batch, over_batch, size) for batch in batches)
   shapes = objective.batch_shapes(config, experiment.source)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
   call = None
@@ -102,12 +104,14 @@ def _fit(
     made = sampling.generate(
       experiment, call, current.ema[profile], num=num, batch_size=batch_size
     )
-    return writer.grid(next(made)[0], columns)
+    return image_io.grid(next(made)[0], columns)
 
-  earlier = [r["seconds"] for r in writer.read_metrics(workdir) if r["step"] <= start]
+  earlier = [
+    r["seconds"] for r in metric_writer.read_metrics(workdir) if r["step"] <= start
+  ]
   active, steps = jax.process_index() == 0, config.train.steps
   with (
-    writer.Writer(workdir, total=steps, start=start, active=active) as metrics,
+    metric_writer.Writer(workdir, total=steps, start=start, active=active) as metrics,
     processes.sigterm() as stopping,
   ):
     state_after = loop.run(
@@ -131,7 +135,7 @@ def _fit(
 
 
 def _check_conditions(
-  config: ml_collections.ConfigDict, source: pipeline.Source
+  config: ml_collections.ConfigDict, source: pipeline.Dataset
 ) -> None:
   """Raises a UserError if a field needs images or labels, and the data have none."""
   if not source.observation:
@@ -160,14 +164,14 @@ def _summary(
   overview = parameter_overview.get_parameter_overview(
     abstract.params, include_stats=False
   )
-  writer.save_text(os.path.join(workdir, "parameters.txt"), overview + "\n")
+  file_io.write_text(os.path.join(workdir, "parameters.txt"), overview + "\n")
   steps = config.train.steps
   parameters = sum(x.size for x in jax.tree.leaves(abstract.params["net"]))
   summary = {
     "steps": steps,
     "images": steps * config.train.batch_size,
-    "seconds": writer.read_metrics(workdir)[-1]["seconds"],
+    "seconds": metric_writer.read_metrics(workdir)[-1]["seconds"],
     "parameters": parameters,
     "flops": flops * steps,
   }
-  writer.save_text(_summary_path(workdir), json.dumps(summary, indent=2))
+  file_io.write_text(_summary_path(workdir), json.dumps(summary, indent=2))

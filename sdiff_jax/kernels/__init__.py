@@ -1,1 +1,1 @@
-"""Kernels, each beside its twin in plain JAX."""
+"""Attention kernels with a tangent."""

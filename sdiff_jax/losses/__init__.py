@@ -1,1 +1,1 @@
-"""Training objectives; each file exports build(...) -> LossFn."""
+"""Training objectives, one a file; each exports build."""

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
-from sdiff_jax.losses import velocities
+from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.losses import _velocity
+from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
 
 
 def consistency(
@@ -34,14 +34,14 @@ def consistency(
     cond: conditions of the network.
     sigma_d: standard deviation of the data.
   """
-  above = sigma - times.SIGMA_MIN
+  above = sigma - time_grids.SIGMA_MIN
   length = jnp.sqrt(sigma**2 + sigma_d**2)
   skip = sigma_d**2 / (above**2 + sigma_d**2)
   F = net(x / trigflow.expand(length, x), jnp.arctan(sigma / sigma_d), cond)
   return trigflow.expand(skip, x) * x - trigflow.expand(sigma_d * above / length, x) * F
 
 
-def pair(
+def adjacent_times(
   key: PRNGKey, batch: int, n: Array, *, p_mean: float, p_std: float
 ) -> tuple[Array, Array]:
   """Draws neighbouring levels of EDM's grid of n + 1, higher and lower, [B] each.
@@ -49,8 +49,10 @@ def pair(
   A pair has the mass of ln(sigma) ~ N(p_mean, p_std^2) between its levels
   (arXiv:2310.14189, section 3.5), on [0.002, 80].
   """
-  low, high = (s ** (1 / 7) for s in (times.SIGMA_MIN, times.SIGMA_MAX))
-  edges = [(math.log(s) - p_mean) / p_std for s in (times.SIGMA_MIN, times.SIGMA_MAX)]
+  low, high = (s ** (1 / 7) for s in (time_grids.SIGMA_MIN, time_grids.SIGMA_MAX))
+  edges = [
+    (math.log(s) - p_mean) / p_std for s in (time_grids.SIGMA_MIN, time_grids.SIGMA_MAX)
+  ]
   tau = p_mean + p_std * jax.random.truncated_normal(key, *edges, (batch,), jnp.float32)
   ramp = (jnp.exp(tau / 7) - low) / (high - low)
   n = n.astype(jnp.float32)
@@ -98,7 +100,9 @@ def build(
   if double_every < 1:
     raise ValueError(f"loss.double_every={double_every}: must be above 0")
   guidance = tuple(guidance)
-  velocity_of = velocities.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
+  velocity_of = _velocity.velocity_target(
+    velocity, teacher, sigma_d=sigma_d, guidance=guidance
+  )
 
   def loss(
     params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
@@ -107,9 +111,9 @@ def build(
     key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)
     doublings = jnp.minimum(step // double_every, math.ceil(math.log2(last / first)))
     n = jnp.minimum(first * 2**doublings, last)
-    sigma, lower = pair(key_t, x0.shape[0], n, p_mean=p_mean, p_std=p_std)
+    sigma, lower = adjacent_times(key_t, x0.shape[0], n, p_mean=p_mean, p_std=p_std)
     z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
-    cond = velocities.with_scales(key_v, sigma, batch["cond"], guidance)
+    cond = _velocity.sample_guidance_scale(key_v, sigma, batch["cond"], guidance)
     wide = functools.partial(trigflow.expand, x=x0)
 
     def slope(x: Array, sigma: Array) -> Array:

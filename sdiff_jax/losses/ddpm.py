@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import guidance, trigflow
-from sdiff_jax.interfaces import Array, LossFn, Network, Params, PRNGKey
-from sdiff_jax.losses import weighting
-from sdiff_jax.samplers import paths
+from sdiff_jax.diffusion import guidance, noise_schedules, trigflow
+from sdiff_jax.losses import _weighting
+from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
 def build(
@@ -30,7 +29,7 @@ def build(
     timesteps: T.
     label_dropout: share of samples trained without their label, for guidance.
   """
-  abar = paths.alphas_cumprod(schedule, timesteps)
+  abar = noise_schedules.alphas_cumprod(schedule, timesteps)
   angles = trigflow.angle(abar**0.5, (1 - abar) ** 0.5, sigma_d)
 
   def loss(
@@ -47,7 +46,7 @@ def build(
     F = network.apply(params, xt / sigma_d, t, cond, key=key_dropout)
     error = F - trigflow.velocity(x0, z, t) / sigma_d
     error *= trigflow.expand(jnp.cos(t), error)
-    value, mse = weighting.adaptive(error, None)
+    value, mse = _weighting.adaptive(error, None)
     return jnp.mean(value), {"mse": jnp.mean(mse)}
 
   return loss

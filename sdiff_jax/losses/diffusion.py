@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import guidance, times, trigflow
-from sdiff_jax.interfaces import Array, LossFn, Network, Params, PRNGKey
-from sdiff_jax.losses import weighting
+from sdiff_jax.diffusion import guidance, time_grids, trigflow
+from sdiff_jax.losses import _weighting
+from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
 def build(
@@ -37,7 +37,7 @@ def build(
     del step, frozen
     x0 = batch["x0"]
     key_t, key_z, key_label, key_dropout = jax.random.split(key, 4)
-    t = times.log_normal(
+    t = time_grids.log_normal(
       key_t, x0.shape[0], p_mean=p_mean, p_std=p_std, sigma_d=sigma_d
     )
     z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
@@ -46,7 +46,7 @@ def build(
     F = network.apply(params, xt / sigma_d, t, cond, key=key_dropout)
     error = F - trigflow.velocity(x0, z, t) / sigma_d
     w = network.logvar(params, t) if adaptive_weight else None
-    weighted, mse = weighting.adaptive(error, w)
+    weighted, mse = _weighting.adaptive(error, w)
     return jnp.mean(weighted), {"mse": jnp.mean(mse)}
 
   return loss

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
-from sdiff_jax.losses import velocities, weighting
+from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.losses import _velocity, _weighting
+from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
 
 
 def tangent(
@@ -63,7 +63,7 @@ def tangent(
   return F, jax.lax.stop_gradient(g)
 
 
-def parts(
+def tangent_terms(
   net: NetFn, xt: Array, t: Array, v: Array, cond: Cond, *, sigma_d: float
 ) -> dict[str, Array]:
   """Returns the terms of the tangent g = cos(t) df/dt, [B, ...] each.
@@ -117,7 +117,7 @@ def _none(g: Array, u: Array, c: float) -> Array:
 
 
 # How g = cos(u) df/dt [B, ...] is tamed, given u [B] and c (section 4.2).
-STABILISERS: dict[str, Callable[[Array, Array, float], Array]] = {
+TANGENT_NORMALIZERS: dict[str, Callable[[Array, Array, float], Array]] = {
   "rms": _rms,
   "l2": _l2,
   "clip": _clip,
@@ -150,11 +150,15 @@ def objective(
   Raises:
     ValueError: an unknown velocity or stabiliser, or guidance without a teacher.
   """
-  if stabiliser not in STABILISERS:
-    raise ValueError(f"loss.stabiliser={stabiliser!r}: take one of {[*STABILISERS]}")
+  if stabiliser not in TANGENT_NORMALIZERS:
+    raise ValueError(
+      f"loss.stabiliser={stabiliser!r}: take one of {[*TANGENT_NORMALIZERS]}"
+    )
   guidance = tuple(guidance)
-  velocity_of = velocities.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
-  tame = STABILISERS[stabiliser]
+  velocity_of = _velocity.velocity_target(
+    velocity, teacher, sigma_d=sigma_d, guidance=guidance
+  )
+  tame = TANGENT_NORMALIZERS[stabiliser]
 
   def loss(
     params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
@@ -164,14 +168,14 @@ def objective(
     t, s, u = draw(key_t, x0.shape[0])
     z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
     xt = trigflow.perturb(x0, z, t)
-    cond = velocities.with_scales(key_v, t, batch["cond"], guidance)
+    cond = _velocity.sample_guidance_scale(key_v, t, batch["cond"], guidance)
     v = velocity_of(frozen, x0, z, xt, t, cond)
     net = functools.partial(network.apply, params, key=key_dropout)
-    r = times.warmup(step, warmup_steps)
+    r = time_grids.warmup(step, warmup_steps)
     F, g = tangent_of(net, xt, t, v, cond, sigma_d=sigma_d, r=r, s=s)
     error = F - jax.lax.stop_gradient(F) - tame(g, u, c)
     w = network.logvar(params, t) if adaptive_weight else None
-    weighted, mse = weighting.adaptive(error, w)
+    weighted, mse = _weighting.adaptive(error, w)
     tangent_norm = jnp.mean(norm(g, rms=True))
     return jnp.mean(weighted), {"mse": jnp.mean(mse), "tangent_norm": tangent_norm}
 
@@ -219,7 +223,7 @@ def build(
   ends = np.float32([0.0, *sorted(segments)])
 
   def draw(key: PRNGKey, batch: int) -> tuple[Array, Array, Array]:
-    t = times.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
+    t = time_grids.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
     s = jnp.asarray(ends)[jnp.searchsorted(ends, t, side="right") - 1]
     return t, s, t - s
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Array, Cond, LossFn, NetFn, Network, PRNGKey
+from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import scm
+from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
 
 def tangent(
@@ -95,10 +95,10 @@ def build(
   """
   if n < 2:
     raise ValueError(f"loss.n={n}: a grid has 2 levels at least")
-  grid = np.float32(np.append(0.0, times.karras_angles(n, sigma_d)[-2::-1]))
+  grid = np.float32(np.append(0.0, time_grids.karras_angles(n, sigma_d)[-2::-1]))
 
   def draw(key: PRNGKey, batch: int) -> tuple[Array, Array, Array]:
-    t = times.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
+    t = time_grids.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
     i = jnp.clip(jnp.searchsorted(grid, t), 1, n)  # each cell by its mass
     above, below = jnp.asarray(grid)[i], jnp.asarray(grid)[i - 1]
     return above, below, above

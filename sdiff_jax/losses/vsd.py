@@ -11,12 +11,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Array, LossFn, Network, Params, PRNGKey
-from sdiff_jax.losses import scm, velocities, weighting
+from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.losses import _velocity, _weighting, scm
+from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
-def grow(params: Params) -> Params:
+def init_extra_params(params: Params) -> Params:
   """Returns the parameters with those of the fake network, which start as they are."""
   return params | {"fake": jax.tree.map(jnp.copy, params)}
 
@@ -46,7 +46,7 @@ def build(
     L_fake = E[|F_fake(x'_t) - v'_t / sigma_d|^2 / D].
 
   Args:
-    network: the model to train; its parameters have been through `grow`.
+    network: the model to train; its parameters have been through `init_extra_params`.
     teacher: (frozen, x, t, cond) -> F of the teacher.
     sigma_d: standard deviation of the data.
     consistency: whether L_sCD is part of it; otherwise VSD alone.
@@ -78,15 +78,15 @@ def build(
     guidance=guidance,
   )
   guidance = tuple(guidance)
-  velocity_of = velocities.build("teacher", teacher, sigma_d=sigma_d)
+  velocity_of = _velocity.velocity_target("teacher", teacher, sigma_d=sigma_d)
   noisy = functools.partial(_noisy, sigma_d=sigma_d)
 
   def loss(
     params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
   ) -> tuple[Array, dict[str, Array]]:
     key_scd, key_s, key_start, key_net, key_vsd, key_fake = jax.random.split(key, 6)
-    start = jnp.full(len(batch["x0"]), jnp.arctan(times.SIGMA_MAX / sigma_d))
-    cond = velocities.with_scales(key_s, start, batch["cond"], guidance)
+    start = jnp.full(len(batch["x0"]), jnp.arctan(time_grids.SIGMA_MAX / sigma_d))
+    cond = _velocity.sample_guidance_scale(key_s, start, batch["cond"], guidance)
     z = sigma_d * jax.random.normal(key_start, batch["x0"].shape, jnp.float32)
     F = network.apply(params, z / sigma_d, start, cond, key=key_net)
     made = trigflow.denoise(z, F, start, sigma_d)
@@ -103,7 +103,7 @@ def build(
     ours = network.apply(fake, xt / sigma_d, t, cond)
     w = network.logvar(fake, t) if adaptive_weight else None
     residual = made - fixed + jax.lax.stop_gradient(theirs - ours)
-    weighted, mse = weighting.adaptive(residual, w)
+    weighted, mse = _weighting.adaptive(residual, w)
     aux = {"vsd_mse": jnp.mean(mse), "fake_mse": of_fake}
     total = jnp.mean(weighted) + of_fake
     if consistency:
@@ -119,6 +119,6 @@ def _noisy(
 ) -> tuple[Array, Array, Array]:
   """Returns z, t and x_t."""
   key_t, key_z = jax.random.split(key)
-  t = times.log_normal(key_t, len(x0), p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
+  t = time_grids.log_normal(key_t, len(x0), p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
   z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
   return z, t, trigflow.perturb(x0, z, t)

@@ -1,1 +1,1 @@
-"""Metrics of sample sets, computed on arrays of features."""
+"""Distances between sets of images."""

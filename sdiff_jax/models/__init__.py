@@ -1,1 +1,1 @@
-"""Networks; each file exports build(...) -> Network."""
+"""Networks, one a file; each exports build."""

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import weights
-from sdiff_jax.interfaces import Array, Cond, Network, Params, UserError
-from sdiff_jax.kernels.attention_jvp import attention
-from sdiff_jax.models import layers, network
+from sdiff_jax.kernels.attention import attention
+from sdiff_jax.models.layers import common, linen
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.types import Array, Cond, Network, Params, UserError
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
-Dense = functools.partial(layers.Dense, kernel_init=xavier)
-Conv = functools.partial(layers.Conv, kernel_size=(3, 3), kernel_init=xavier)
+Dense = functools.partial(common.Dense, kernel_init=xavier)
+Conv = functools.partial(common.Conv, kernel_size=(3, 3), kernel_init=xavier)
 
 
 def resample(
@@ -50,11 +50,11 @@ def resample(
 
 def group_norm(x: Array) -> Array:
   """Returns x of mean 0 and variance 1 in min(32, C / 4) groups of channels."""
-  w = layers.wide(x)
+  w = common.to_accumulation_dtype(x)
   groups = min(32, x.shape[-1] // 4)
   w = w.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
   w -= jnp.mean(w, (1, 3), keepdims=True)
-  w *= jax.lax.rsqrt(jnp.mean(jnp.square(w), (1, 3), keepdims=True) + layers.EPS)
+  w *= jax.lax.rsqrt(jnp.mean(jnp.square(w), (1, 3), keepdims=True) + common.EPS)
   return w.reshape(x.shape).astype(x.dtype)
 
 
@@ -91,24 +91,24 @@ class Embedding(nn.Module):
   def __call__(self, t: Array, cond: Cond) -> Array:
     cond, size = cond or {}, self.features
     if self.kind == "positional":
-      waves = layers.positional(t, size)
+      waves = common.positional(t, size)
     else:
-      normal = nn.initializers.normal(layers.FOURIER_SCALE)
+      normal = nn.initializers.normal(common.FOURIER_SCALE)
       # A constant among the parameters, since a published network brings its own.
       rows = jax.lax.stop_gradient(self.param("frequencies", normal, (size // 2,)))
       angles = 2 * np.pi * t[:, None] * rows[None]
       waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     emb = jnp.roll(waves, size // 2, axis=-1)  # sines first
     if self.classes:
-      labels = layers.class_weights(cond["label"], self.classes, emb.dtype)
+      labels = common.class_weights(cond["label"], self.classes, emb.dtype)
       emb += Dense(size, use_bias=False, name="label")(labels)
       emb += self.param("label_bias", zeros, (size,))[None].astype(emb.dtype)
     if self.augment:
       given = cond.get("augment", jnp.zeros((t.shape[0], self.augment), emb.dtype))
       emb += Dense(size, use_bias=False, name="augment")(given)
     if self.guidance:
-      scale = layers.positional(cond["guidance"], size)
-      emb += layers.from_zero(size, "guidance")(scale)
+      scale = common.positional(cond["guidance"], size)
+      emb += common.from_zero(size, "guidance")(scale)
     emb = nn.silu(Dense(self.width, name="layer0")(emb))
     return nn.silu(Dense(self.width, name="layer1")(emb)).astype(self.dtype)
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
       shift = Dense(self.features, dtype=self.dtype, name="affine")(emb)
       h = GroupNorm(self.dtype, name="norm1")(h + shift[:, None, None])
     else:
-      h = layers.AdaptiveDoubleNorm(self.dtype, group_norm, name="norm1")(h, emb)
+      h = common.AdaptiveDoubleNorm(self.dtype, group_norm, name="norm1")(h, emb)
     h = nn.Dropout(self.dropout, deterministic=self.deterministic)(nn.silu(h))
     h = Conv(self.features, dtype=self.dtype, kernel_init=zeros, name="conv1")(h)
     if self.resample or x.shape[-1] != self.features:
@@ -152,11 +152,11 @@ class Block(nn.Module):
     B, H, W, C = x.shape
     quiet = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
     h = GroupNorm(self.dtype, name="norm2")(x)
-    h = layers.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
+    h = common.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
     # Query, key and value of a channel lie beside one another.
     q, k, v = jnp.moveaxis(h.reshape(B, H * W, 1, C, 3), -1, 0)
     h = attention(q, k, v).reshape(x.shape)
-    return layers.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
+    return common.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
 
 
 class Unet(nn.Module):
@@ -326,7 +326,7 @@ def build(
     taps=tuple(resample_filter),
     modulation=modulation,
     dropout=dropout,
-    block=layers.remat(Block, remat),
+    block=common.remat(Block, remat),
     embedding=Embedding(
       features=channels * noise_mult,
       width=channels * emb_mult,
@@ -338,8 +338,8 @@ def build(
     ),
     dtype=jnp.dtype(dtype),
   )
-  net = network.from_module(module, shape=shape, classes=classes, guidance=guidance)
-  return network.of_edm(net, sigma_d) if process == "edm" else net
+  net = linen.as_network(module, shape=shape, classes=classes, guidance=guidance)
+  return linen.trigflow_from_edm(net, sigma_d) if process == "edm" else net
 
 
 def from_state_dict(
@@ -368,7 +368,7 @@ def from_state_dict(
       )
   rest = {k: v for k, v in tensors.items() if k not in filters}
   fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
-  return {"net": weights.fitted(rest, like["net"], _name), "logvar": fixed}
+  return {"net": state_dict.match_params(rest, like["net"], _name), "logvar": fixed}
 
 
 def _name(keys: tuple[str, ...]) -> str:

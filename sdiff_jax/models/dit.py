@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.interfaces import Array, Cond, Network
-from sdiff_jax.kernels.attention_jvp import IMPLS, attention
-from sdiff_jax.models import layers, network
+from sdiff_jax.kernels.attention import IMPLS, attention
+from sdiff_jax.models.layers import common, linen
+from sdiff_jax.types import Array, Cond, Network
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:
@@ -29,20 +29,20 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     size = x.shape[-1] // self.heads
     q, k, v = (
-      layers.DenseGeneral((self.heads, size), dtype=self.dtype, name=name)(x)
+      common.DenseGeneral((self.heads, size), dtype=self.dtype, name=name)(x)
       for name in ("query", "key", "value")
     )
-    q, k = layers.rms_norm(q), layers.rms_norm(k)
+    q, k = common.rms_norm(q), common.rms_norm(k)
     y = attention(q, k, v, impl=self.impl)
     return _residual_out(x.shape[-1], self.dtype)(y.reshape(x.shape))
 
 
 def _residual_out(width: int, dtype: jnp.dtype) -> nn.Dense:
   # Residual branches start at 0: each block starts as the identity.
-  return layers.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
+  return common.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
   """Two layers, four times as wide inside, [B, L, C] -> [B, L, C]."""
 
   dropout: float
@@ -51,7 +51,7 @@ class Perceptron(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    h = nn.gelu(layers.Dense(4 * x.shape[-1], dtype=self.dtype, name="in")(x))
+    h = nn.gelu(common.Dense(4 * x.shape[-1], dtype=self.dtype, name="in")(x))
     h = nn.Dropout(self.dropout, deterministic=self.deterministic)(h)
     return _residual_out(x.shape[-1], self.dtype)(h)
 
@@ -67,10 +67,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
-    y = layers.AdaptiveDoubleNorm(self.dtype, name="attention_norm")(h, emb)
+    y = common.AdaptiveDoubleNorm(self.dtype, name="attention_norm")(h, emb)
     h += Attention(self.heads, self.dtype, self.impl, name="attention")(y)
-    y = layers.AdaptiveDoubleNorm(self.dtype, name="mlp_norm")(h, emb)
-    h += Perceptron(self.dropout, self.deterministic, self.dtype, name="mlp")(y)
+    y = common.AdaptiveDoubleNorm(self.dtype, name="mlp_norm")(h, emb)
+    h += MLP(self.dropout, self.deterministic, self.dtype, name="mlp")(y)
     return h, None
 
 
@@ -93,11 +93,11 @@ class Dit(nn.Module):
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     B, H, W, C = x.shape
     p, rows, columns = self.patch, H // self.patch, W // self.patch
-    embed = layers.Embedding(self.width, self.classes, self.guidance, self.dtype)
+    embed = common.Embedding(self.width, self.classes, self.guidance, self.dtype)
     emb = embed(t, cond)
     h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
     h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
-    h = layers.Dense(self.width, dtype=self.dtype, name="in")(h)
+    h = common.Dense(self.width, dtype=self.dtype, name="in")(h)
     h += positions(rows, columns, self.width).astype(self.dtype)[None]
     blocks = nn.scan(
       self.block,
@@ -115,7 +115,7 @@ class Dit(nn.Module):
       name="blocks",
     )
     h, _ = blocks(h, emb)
-    h = layers.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
+    h = common.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
     h = _residual_out(p * p * C, self.dtype)(h)
     h = h.reshape(B, rows, columns, p, p, C).swapaxes(2, 3)
     return h.reshape(x.shape)
@@ -171,9 +171,9 @@ def build(
     classes,
     guidance,
     dropout,
-    layers.remat(Block, remat, in_loop=True),
+    common.remat(Block, remat, in_loop=True),
     unroll,
     jnp.dtype(dtype),
     attention,
   )
-  return network.from_module(module, shape=shape, classes=classes, guidance=guidance)
+  return linen.as_network(module, shape=shape, classes=classes, guidance=guidance)

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import weights
-from sdiff_jax.interfaces import Array, Cond, Network, Params
-from sdiff_jax.models import layers, network
-from sdiff_jax.models import magnitude as mp
-from sdiff_jax.models.edm2_blocks import Block, Embedding
+from sdiff_jax.models.layers import common, linen
+from sdiff_jax.models.layers import magnitude_preserving as mp
+from sdiff_jax.models.layers.edm2_blocks import Block, Embedding
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.types import Array, Cond, Network, Params
 
 # Channels of the published sizes; nothing else differs between them.
 PRESETS = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -81,7 +81,9 @@ class UNet(nn.Module):
       for i in range(self.blocks + 1):
         h = make(level, "dec", f"block{i}", size)(h, emb, skips.pop())
     gain = self.param("gain", nn.initializers.zeros, ())
-    return layers.wide(mp.Conv(colours, self.dtype, name="out")(h)) * gain
+    return (
+      common.to_accumulation_dtype(mp.Conv(colours, self.dtype, name="out")(h)) * gain
+    )
 
 
 class LogVar(nn.Module):
@@ -178,18 +180,18 @@ def build(
     dropout,
     dropout_resolution,
     clip,
-    layers.remat(Block, remat),
+    common.remat(Block, remat),
     jnp.dtype(dtype),
   )
   edm = process == "edm"
-  net = network.from_module(
+  net = linen.as_network(
     module,
     shape=shape,
     classes=classes,
     guidance=guidance,
-    head=LogVar() if edm else layers.LogVar(),
+    head=LogVar() if edm else common.LogVar(),
   )._replace(normalize=mp.normalize_weights)
-  return network.of_edm(net, sigma_d) if edm else net
+  return linen.trigflow_from_edm(net, sigma_d) if edm else net
 
 
 # Our names -> those of published files, to be replaced in this order.
@@ -236,4 +238,4 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
 
     return re.sub(r"(enc|dec)_(\d+)_", side, path)
 
-  return weights.fitted(tensors, like, name_of)
+  return state_dict.match_params(tensors, like, name_of)

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sdiff_jax.interfaces import Array, Cond, Network
-from sdiff_jax.models import layers, network
+from sdiff_jax.models.layers import common, linen
+from sdiff_jax.types import Array, Cond, Network
 
-NORMS = {"double": layers.AdaptiveDoubleNorm, "single": layers.AdaptiveNorm}
+NORMS = {"double": common.AdaptiveDoubleNorm, "single": common.AdaptiveNorm}
 
 
 class Block(nn.Module):
@@ -21,9 +21,9 @@ class Block(nn.Module):
   def __call__(self, h: Array, emb: Array) -> tuple[Array, None]:
     width = h.shape[-1]
     y = self.norm(self.dtype)(h, emb)
-    y = layers.Dense(width, dtype=self.dtype)(nn.silu(y))
+    y = common.Dense(width, dtype=self.dtype)(nn.silu(y))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(nn.silu(y))
-    return h + layers.Dense(width, dtype=self.dtype)(y), None
+    return h + common.Dense(width, dtype=self.dtype)(y), None
 
 
 class Mlp(nn.Module):
@@ -44,7 +44,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
-    embed = layers.Embedding(
+    embed = common.Embedding(
       self.embed,
       self.classes,
       self.guidance,
@@ -53,7 +53,7 @@ class Mlp(nn.Module):
       self.embedding,
     )
     emb = embed(t, cond)
-    h = layers.Dense(self.width, dtype=self.dtype, name="in")(flat)
+    h = common.Dense(self.width, dtype=self.dtype, name="in")(flat)
     blocks = nn.scan(
       Block,
       variable_axes={"params": 0},
@@ -69,7 +69,7 @@ class Mlp(nn.Module):
     # A filter of the input that depends on its content: what the image does not
     # decide, noise above all, passes by the hidden layers pixel by pixel.
     gain, shift = (
-      layers.Dense(
+      common.Dense(
         flat.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name=name
       )(h)
       for name in ("gain", "shift")
@@ -135,11 +135,11 @@ def build(
     dtype=jnp.dtype(dtype),
     observation=bool(observation),
   )
-  net = network.from_module(
+  net = linen.as_network(
     module,
     shape=shape,
     classes=classes,
     guidance=guidance,
     observation=observation,
   )
-  return network.of_edm(net, sigma_d) if process == "edm" else net
+  return linen.trigflow_from_edm(net, sigma_d) if process == "edm" else net

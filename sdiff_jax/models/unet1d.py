@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import weights
-from sdiff_jax.interfaces import Array, Cond, Network, Params, PRNGKey
-from sdiff_jax.models import layers, network, published
-from sdiff_jax.models.published import Predictor
-from sdiff_jax.models.unet_blocks import GroupNorm
-from sdiff_jax.samplers import paths
+from sdiff_jax.diffusion import noise_schedules
+from sdiff_jax.models.layers import common, linen
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained.diffusers import networks
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.unet_blocks import GroupNorm
+from sdiff_jax.types import Array, Cond, Network, Params, PRNGKey
 
 GROUPS = 8  # of the last norm, whatever the others have
 STEPS = 100  # of DDPM, with the cosine schedule
@@ -115,7 +116,7 @@ class Unet1d(nn.Module):
 
   def _features(self, time: Array, cond: Cond) -> Array:
     """Returns the embedding of the time with the observation behind it."""
-    emb = layers.positional(time, self.embed)
+    emb = common.positional(time, self.embed)
     emb = jnp.roll(emb, self.embed // 2, axis=-1)  # sines first
     emb = nn.Dense(4 * self.embed, name="diffusion_step_encoder.1")(emb)
     emb = nn.Dense(self.embed, name="diffusion_step_encoder.3")(jax.nn.mish(emb))
@@ -174,15 +175,15 @@ def build(
   if process not in ("trigflow", "ddpm"):
     raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")
   module = _module(shape, channels, embed, kernel, groups, scale, dtype)
-  net = network.from_module(
+  net = linen.as_network(
     module, shape=shape, classes=0, guidance=False, observation=observation
   )
-  return network.of_ddpm(net, sigma_d, noise()) if process == "ddpm" else net
+  return linen.trigflow_from_ddpm(net, sigma_d, noise()) if process == "ddpm" else net
 
 
 def noise() -> np.ndarray:
   """Returns alpha^2 at the timesteps of "ddpm", float64 [100]."""
-  return paths.alphas_cumprod("cosine", STEPS)
+  return noise_schedules.alphas_cumprod("cosine", STEPS)
 
 
 def predictor(
@@ -205,7 +206,7 @@ def predictor(
     return module.init(key, x, time, cond if observation else None)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
-    return layers.wide(module.apply({"params": params}, x, time, cond))
+    return common.to_accumulation_dtype(module.apply({"params": params}, x, time, cond))
 
   return Predictor(init, apply, shape, None)
 
@@ -247,11 +248,13 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
     UserError: tensors that are missing, left over or of another shape.
   """
   fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
-  net = weights.fitted(of_policy(tensors), like["net"], published.in_torch)
+  net = state_dict.match_params(
+    from_policy(tensors), like["net"], networks.to_state_dict
+  )
   return {"net": net, "logvar": fixed}
 
 
-def of_policy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def from_policy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns the U-Net's tensors of a policy, averaged ones if it has them, renamed."""
   for prefix in ("ema_model.model.", "diffusion.unet.", "model."):
     found = {k: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,1 +1,1 @@
-"""Samplers: solvers are tables of coefficients, run by a loop over a denoiser."""
+"""Samplers: solvers as tables of coefficients, and the loops that run them."""

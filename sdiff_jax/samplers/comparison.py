@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sdiff_jax.interfaces import Array, Cond, Denoiser, Params, PRNGKey
-from sdiff_jax.samplers import plans, sequential
-from sdiff_jax.samplers.plans import Plan
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers import sampler, sequential
+from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, Params, PRNGKey
 
 
-class Taken(NamedTuple):
+class SamplingStats(NamedTuple):
   """Means over samples.
 
   Attributes:
@@ -31,13 +31,13 @@ class Taken(NamedTuple):
 def sweep(
   bound: Callable[[Params], Denoiser],
   params: Params,
-  table: Table,
+  table: SolverTableau,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
   *,
   sharding: NamedSharding | None = None,
-) -> Callable[[Plan, Iterable[float]], Iterator[Taken]]:
+) -> Callable[[Sampler, Iterable[float]], Iterator[SamplingStats]]:
   """Returns (plan of that table, tolerances) -> what each takes, one after the other.
 
   Args:
@@ -60,15 +60,15 @@ def sweep(
     off = np.asarray(found).reshape(len(x), -1) - truth
     return float(np.mean(np.sqrt(np.mean(off**2, 1) / np.mean(truth**2, 1))))
 
-  def of(plan: Plan, tolerances: Iterable[float]) -> Iterator[Taken]:
+  def of(plan: Sampler, tolerances: Iterable[float]) -> Iterator[SamplingStats]:
     @jax.jit
-    def run(params: Params, tolerance: Array) -> plans.Result:
+    def run(params: Params, tolerance: Array) -> sampler.Result:
       chosen = plan._replace(tolerance=tolerance)
-      return plans.run(chosen, bound(params), x, keys, cond, sharding=sharding)
+      return sampler.run(chosen, bound(params), x, keys, cond, sharding=sharding)
 
     for tolerance in tolerances:
       result = run(params, jnp.float32(tolerance))
       means = (float(n.mean()) for n in (result.passes, result.evaluations))
-      yield Taken(*means, error(result.x))
+      yield SamplingStats(*means, error(result.x))
 
   return of

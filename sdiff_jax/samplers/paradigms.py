@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
-from sdiff_jax.samplers import windows
-from sdiff_jax.samplers.ring import Ring
-from sdiff_jax.samplers.tables import UNIT, Table
-from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
+from sdiff_jax.samplers import _sliding_window
+from sdiff_jax.samplers._ring_buffer import RingBuffer
+from sdiff_jax.samplers._sliding_window import Callback, Iteration, Samples, UpdateRule
+from sdiff_jax.samplers.solvers import TOLERANCE_UNIT, SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 ULPS = 4  # changes of so many units in the last place count as none
 
@@ -24,13 +24,13 @@ def check(tolerance: float | Array, rule: str) -> None:
   """Raises a ValueError for a tolerance or a rule that does not exist."""
   if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
     raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
-  if rule not in RULES:
-    raise ValueError(f"sampler.rule={rule!r}: take one of {[*RULES]}")
+  if rule not in UPDATE_RULES:
+    raise ValueError(f"sampler.rule={rule!r}: take one of {[*UPDATE_RULES]}")
 
 
 def sample(
   denoiser: Denoiser,
-  table: Table,
+  table: SolverTableau,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
@@ -41,7 +41,7 @@ def sample(
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
   max_passes: int = 0,
-) -> Result:
+) -> Samples:
   """Returns the last state of the recurrence of `tables`, found in parallel.
 
   Args:
@@ -64,12 +64,12 @@ def sample(
     ValueError: a window, tolerance or rule that does not exist.
   """
   check(tolerance, rule)
-  ring, published = Ring(window, sharding), rule == "published"
+  ring, published = RingBuffer(window, sharding), rule == "published"
   unit = jnp.asarray(_unit(table, published), x.dtype)
   noise = jnp.asarray(np.append(table.scale, 0.0), x.dtype)
 
-  def improve(now: Pass) -> tuple[Array, Array, Array, Array]:
-    new = windows.carry_on(ring, now.factors, now.phi, now.old)
+  def improve(now: Iteration) -> tuple[Array, Array, Array, Array]:
+    new = _sliding_window.propagate_change(ring, now.factors, now.phi, now.old)
     state = jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)
     allowed = unit[state]
     change = _mean_square(new - now.old)
@@ -83,12 +83,12 @@ def sample(
     variation = jnp.where(counts, norm / (2 * noise[state]), 0).sum(axis=1)
     return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
 
-  method = Method(RULES[rule], improve, published)
+  method = UpdateRule(UPDATE_RULES[rule], improve, published)
   given = (x, keys, cond, ring, method, callback, max_passes)
-  return windows.run(denoiser, table, *given)
+  return _sliding_window.sliding_window(denoiser, table, *given)
 
 
-def _unit(table: Table, published: bool) -> np.ndarray:
+def _unit(table: SolverTableau, published: bool) -> np.ndarray:
   """Returns the unit of errors of states 0 to R, float64 [R + 1].
 
   UNIT sigma_d. Published: the standard deviation of the noise that leaves the state,
@@ -96,7 +96,7 @@ def _unit(table: Table, published: bool) -> np.ndarray:
   """
   if published:
     return np.append(np.maximum(table.scale, 1e-10), 0.0)
-  return np.full(table.evaluations + 1, UNIT * table.sigma_d)
+  return np.full(table.evaluations + 1, TOLERANCE_UNIT * table.sigma_d)
 
 
 def _mean_square(x: Array) -> Array:
@@ -119,7 +119,7 @@ def secant(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 # How a change of a state carries on to those after it (see windows.Method.factors).
-RULES: dict[str, Callable[..., Array]] = {
+UPDATE_RULES: dict[str, Callable[..., Array]] = {
   "published": _picard,
   "picard": _picard,
   "linear": _linear,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
-from sdiff_jax.samplers.tables import Table
+from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
 def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
@@ -22,18 +22,20 @@ def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
   return jax.lax.optimization_barrier(jax.vmap(draw)(keys))
 
 
-def initial(table: Table, keys: PRNGKey, shape: tuple[int, ...]) -> Array:
+def sample_prior(table: SolverTableau, keys: PRNGKey, shape: tuple[int, ...]) -> Array:
   """Returns the first state, N(0, init_std^2), [B, *shape]."""
   return table.init_std * noise(keys, -1, shape)
 
 
-def apart(denoiser: Denoiser, x: Array, time: Array, cond: Cond) -> Array:
+def with_optimization_barrier(
+  denoiser: Denoiser, x: Array, time: Array, cond: Cond
+) -> Array:
   """Returns denoiser(x, time, cond), compiled alike in every program."""
   x, time, cond = jax.lax.optimization_barrier((x, time, cond))
   return jax.lax.optimization_barrier(denoiser(x, time, cond))
 
 
-def advance(row: dict[str, Array], **state: Array | None) -> Array:
+def apply_step(row: dict[str, Array], **state: Array | None) -> Array:
   """Returns a x + p x_1 + b d + c d_1 + e d_2 + s z, rounded alike in every program.
 
   A compiler may fuse a product into the sum that follows, which rounds once instead
@@ -52,14 +54,14 @@ def advance(row: dict[str, Array], **state: Array | None) -> Array:
 
 
 def sample(
-  denoiser: Denoiser, table: Table, x: Array, keys: PRNGKey, cond: Cond
+  denoiser: Denoiser, table: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
 ) -> Array:
   """Returns the last state of the recurrence of `tables`, [B, ...].
 
   Args:
     denoiser: (x [B, ...], time [B], cond) -> d [B, ...].
     table: the solver.
-    x: first state, [B, ...] (see `initial`).
+    x: first state, [B, ...] (see `sample_prior`).
     keys: one key a sample, [B]; unused by a table without noise.
     cond: conditions, leading [B].
   """
@@ -71,8 +73,8 @@ def sample(
   def row(carry: tuple[Array, ...], inputs: tuple) -> tuple:
     x, x_1, d_1, d_2 = carry
     row, times, i = inputs
-    d = apart(denoiser, x, times, cond)
-    new = advance(
+    d = with_optimization_barrier(denoiser, x, times, cond)
+    new = apply_step(
       row,
       x=x,
       x_1=x_1 if table.uses("p") else None,
@@ -88,6 +90,6 @@ def sample(
   return x
 
 
-def keys_of(seeds: np.ndarray) -> PRNGKey:
+def keys_from_seeds(seeds: np.ndarray) -> PRNGKey:
   """Returns one key for each integer seed [B]."""
   return jax.vmap(jax.random.key)(seeds)

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from sdiff_jax.interfaces import Array, Cond, Denoiser, PRNGKey
-from sdiff_jax.samplers import windows
+from sdiff_jax.samplers import _sliding_window
+from sdiff_jax.samplers._ring_buffer import RingBuffer, wide
+from sdiff_jax.samplers._sliding_window import Callback, Iteration, Samples, UpdateRule
 from sdiff_jax.samplers.paradigms import secant
-from sdiff_jax.samplers.ring import Ring, wide
-from sdiff_jax.samplers.tables import Table
-from sdiff_jax.samplers.windows import Callback, Method, Pass, Result
+from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
-def check(table: Table) -> None:
+def check(table: SolverTableau) -> None:
   """Raises a ValueError for a table without noise."""
   if not (table.s[:-1] > 0).all():
     raise ValueError(
@@ -32,7 +32,7 @@ def check(table: Table) -> None:
 
 def sample(
   denoiser: Denoiser,
-  table: Table,
+  table: SolverTableau,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
@@ -41,7 +41,7 @@ def sample(
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
   max_passes: int = 0,
-) -> Result:
+) -> Samples:
   """Returns a draw with the law of `sequential.sample`; `error` is 0.
 
   Args:
@@ -59,14 +59,14 @@ def sample(
     ValueError: a window that does not exist, or a table without noise.
   """
   check(table)
-  ring = Ring(window, sharding)
+  ring = RingBuffer(window, sharding)
 
   def uniform(key: PRNGKey, i: Array) -> Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i + 1), 1))
 
-  def improve(now: Pass) -> tuple[Array, Array, Array, Array]:
+  def improve(now: Iteration) -> tuple[Array, Array, Array, Array]:
     u = jax.vmap(jax.vmap(uniform, in_axes=(None, 0)))(keys, now.begin[:, None] + now.k)
-    accepted, made = couple(now.phi, now.old, now.row["s"], now.z, u)
+    accepted, made = reflection_coupling(now.phi, now.old, now.row["s"], now.z, u)
     last = jnp.minimum(window, table.evaluations - now.begin)[:, None] - 1
     # The last row has made no draft yet: its Phi is a draw from the table.
     made = jnp.where(wide(now.k == last, made.ndim), now.phi, made)
@@ -74,16 +74,16 @@ def sample(
     ahead = wide(now.k - (stride - 1)[:, None], made.ndim)  # of the last row done
     factors = [jnp.where(ahead > 0, factor, 0) for factor in now.factors]
     phi = jnp.where(ahead > 0, now.phi, jnp.where(ahead == 0, made, now.old))
-    new = windows.carry_on(ring, factors, phi, now.old)
+    new = _sliding_window.propagate_change(ring, factors, phi, now.old)
     none = jnp.zeros(len(stride), x.dtype)
     return new, stride, none, none
 
-  method = Method(secant, improve)
+  method = UpdateRule(secant, improve)
   given = (x, keys, cond, ring, method, callback, max_passes)
-  return windows.run(denoiser, table, *given)
+  return _sliding_window.sliding_window(denoiser, table, *given)
 
 
-def couple(
+def reflection_coupling(
   phi: Array, draft: Array, s: Array, z: Array, u: Array
 ) -> tuple[Array, Array]:
   """Reflection coupling of N(phi - s z, s^2) with the draft, a draw by the same z.

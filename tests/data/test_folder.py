@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from sdiff_jax.data import folder, pipeline
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 

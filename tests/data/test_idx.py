@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax.data import idx, pipeline
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 8, 4), dtype=np.uint8)

@@ -8,8 +8,8 @@ import pytest
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import latents, pipeline
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import features, inspect, train
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 MOMENTS = RNG.standard_normal((7, 4, 6, 8)).astype(np.float16)
@@ -68,14 +68,14 @@ def test_a_batch_draws_the_posterior(tmp_path):
   mean, std = np.full(shape, 3.0), np.full(shape, 2.0)
   moments = np.broadcast_to(np.concatenate([mean, std], -1), (8, 16, 32, 8))
   moments = moments.astype(np.float32)
-  z = pipeline.drawn(moments, 0, 0, rows)
+  z = pipeline.sample_posterior(moments, 0, 0, rows)
   assert z.dtype == np.float32
   assert abs(z.mean() - 3) < 5 * 2 / z.size**0.5
   assert abs(z.std() / 2 - 1) < 5 / (2 * z.size) ** 0.5
   product = (z[0] - 3).ravel() @ (z[1] - 3).ravel() / 4  # rows are independent
   assert abs(product) < 5 * z[0].size ** 0.5
   for other in ((1, 0), (0, 1)):  # seed, batch
-    assert (pipeline.drawn(moments, *other, rows) != z).mean() > 0.99
+    assert (pipeline.sample_posterior(moments, *other, rows) != z).mean() > 0.99
 
 
 def test_rows_of_a_process_are_those_of_the_whole_batch(folder):
@@ -91,7 +91,7 @@ def test_rows_of_a_process_are_those_of_the_whole_batch(folder):
 
 def test_what_needs_pixels_is_refused(folder, tmp_path):
   c = configs.base()
-  c.data = configs.use("data", "latents", dir=str(folder))
+  c.data = configs.component("data", "latents", dir=str(folder))
   c.train.sample_every = 10
   for job in (inspect, features, train):
     with pytest.raises(UserError, match="config.data are latents"):

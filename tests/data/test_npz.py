@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax.data import npz
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
 LABELS = np.array([4, 0, 1, 1, 0])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import digits, pipeline
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import train
+from sdiff_jax.types import UserError
 
 
 @hypothesis.given(

@@ -12,7 +12,7 @@ import tensorflow_datasets
 from PIL import Image
 
 from sdiff_jax.data import pipeline, tfds
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -14,17 +14,11 @@ import zarr
 from hypothesis import strategies as st
 
 from sdiff_jax import config as configs
-from sdiff_jax.data import (
-  episodes,
-  kitchen,
-  normaliser,
-  pipeline,
-  robomimic,
-  trajectories,
-)
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.data import normalizer, pipeline, trajectories
+from sdiff_jax.data.episodes import kitchen, reader, robomimic
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.jobs import train
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 ENDS = np.array([5, 25, 60])
@@ -49,8 +43,8 @@ def npz(tmp_path):
   return write
 
 
-def read(path) -> episodes.Episodes:
-  return episodes.read(str(path), keys=robomimic.KEYS, absolute=False)
+def read(path) -> reader.Episodes:
+  return reader.read(str(path), keys=robomimic.KEYS, absolute=False)
 
 
 # Windows.
@@ -86,10 +80,10 @@ def test_first_windows_of_an_episode(npz):
   x, cond = source.take(np.array([4, 0, 5]))
   assert x.dtype == cond["observation"].dtype == np.float32
   steps = np.array([[2, 3, 4, 4], [0, 0, 0, 1], [5, 5, 5, 6]])
-  actions = normaliser.denormalise(source.normaliser.action, x)
+  actions = normalizer.denormalize(source.normaliser.action, x)
   np.testing.assert_allclose(actions, ARRAYS["action"][steps], atol=1e-4)
   seen = cond["observation"].reshape(3, 3, 5)
-  seen = normaliser.denormalise(source.normaliser.observation, seen)
+  seen = normalizer.denormalize(source.normaliser.observation, seen)
   np.testing.assert_allclose(seen, ARRAYS["state"][steps[:, :3]], atol=1e-5)
   again = trajectories.observed(source.normaliser, ARRAYS["state"][steps[:, :3]])
   np.testing.assert_array_equal(again, cond["observation"])
@@ -126,7 +120,7 @@ def test_actions_in_the_frame_of_the_last_observation(npz):
   source = trajectories.build(path=npz(frame=frame), action_range="percentile")
   x, _ = source.take(np.array([20]))
   assert source.normaliser.action.centre.shape == source.shape
-  relative = normaliser.denormalise(source.normaliser.action, x)
+  relative = normalizer.denormalize(source.normaliser.action, x)
   at = trajectories.windows(ENDS, np.ones(3, bool), 16, before=1, after=7)[20]
   expected = np.stack(
     [R[at[1]] @ (ARRAYS["action"][k] - frame[at[1], :, 2]) for k in at]
@@ -153,28 +147,28 @@ def test_batches_are_functions_of_seed_and_number(npz):
 def test_ranges(npz):
   x = RNG.normal(size=(500, 4)).astype(np.float32) * [1, 10, 1e-6, 1] + [0, 3, 7, 5]
   x = x.astype(np.float32)
-  affine = normaliser.fit(x, "range")
-  y = normaliser.normalise(affine, x)
+  affine = normalizer.fit(x, "range")
+  y = normalizer.normalize(affine, x)
   np.testing.assert_allclose(y.min(0)[[0, 1, 3]], -1, atol=1e-5)
   np.testing.assert_allclose(y.max(0)[[0, 1, 3]], 1, atol=1e-5)
   assert affine.scale[2] == 1  # centred only
   assert np.abs(y[:, 2]).max() < 1e-4
-  np.testing.assert_allclose(normaliser.denormalise(affine, y), x, atol=1e-5)
-  assert normaliser.fit(x, "range", least=8.0).scale.tolist()[0] == 1
-  position = normaliser.normalise(normaliser.fit(x, "position"), x)
+  np.testing.assert_allclose(normalizer.denormalize(affine, y), x, atol=1e-5)
+  assert normalizer.fit(x, "range", least=8.0).scale.tolist()[0] == 1
+  position = normalizer.normalize(normalizer.fit(x, "position"), x)
   np.testing.assert_array_equal(position[:, 3], x[:, 3])
   np.testing.assert_allclose(position[:, :2], y[:, :2])
-  largest = normaliser.normalise(normaliser.fit(x, "max_abs"), x)
+  largest = normalizer.normalize(normalizer.fit(x, "max_abs"), x)
   assert np.abs(largest).max() == pytest.approx(1)
   np.testing.assert_allclose(largest, x / np.abs(x).max(), rtol=1e-6)
-  np.testing.assert_array_equal(normaliser.normalise(normaliser.fit(x, "none"), x), x)
+  np.testing.assert_array_equal(normalizer.normalize(normalizer.fit(x, "none"), x), x)
 
 
 def test_percentiles_of_each_step():
   """Of a straight line of 1001 numbers they are 0.3 and 99.7 % of the way."""
   line = np.linspace(0, 1, 1001)
   x = np.stack([line, 10 * line + 3], 1)[..., None].astype(np.float32)
-  affine = normaliser.fit(x, "percentile")
+  affine = normalizer.fit(x, "percentile")
   low, high = affine.centre - affine.scale, affine.centre + affine.scale
   np.testing.assert_allclose(low, [[0.003], [3.03]], atol=1e-5)
   np.testing.assert_allclose(high, [[0.997], [12.97]], atol=1e-5)
@@ -183,8 +177,8 @@ def test_percentiles_of_each_step():
 def test_a_saved_normaliser_is_the_same(npz, tmp_path):
   source = trajectories.build(path=npz(), action_range="percentile")
   path = str(tmp_path / "normaliser.npz")
-  normaliser.save(path, source.normaliser)
-  again = trajectories.without_data(normaliser.load(path))
+  normalizer.save(path, source.normaliser)
+  again = trajectories.metadata_only(normalizer.load(path))
   jax.tree.map(np.testing.assert_array_equal, again.normaliser, source.normaliser)
   for name in ("shape", "classes", "mean", "std", "observation"):
     assert getattr(again, name) == getattr(source, name)
@@ -192,7 +186,7 @@ def test_a_saved_normaliser_is_the_same(npz, tmp_path):
     again.take(np.arange(2))
   (tmp_path / "normaliser.npz").write_bytes(b"no")
   with pytest.raises(UserError, match="normaliser.npz is no normaliser, or damaged"):
-    normaliser.load(path)
+    normalizer.load(path)
 
 
 # Files.
@@ -254,7 +248,7 @@ def test_square(tmp_path):
   actions = np.concatenate([d["actions"] for d in demos.values()])
   np.testing.assert_allclose(found.action, actions, rtol=1e-6)
   np.testing.assert_array_equal(found.ends, np.cumsum([len(p) for p in parts]))
-  poses = episodes.read(str(path), keys=("object",), absolute=True)
+  poses = reader.read(str(path), keys=("object",), absolute=True)
   assert (poses.observation.shape[1], poses.action.shape[1]) == (14, 10)
   np.testing.assert_allclose(poses.action[:, :3], actions[:, :3], rtol=1e-6)
   np.testing.assert_allclose(poses.action[:, 9], actions[:, 6], rtol=1e-6)
@@ -328,14 +322,14 @@ def test_kitchen_logs(tmp_path):
 
 def test_episodes_are_drawn_as_published():
   """206 episodes of PushT: 4 held out, 90 of the others, always the same."""
-  mask = episodes.chosen(206, 0.02, 90)
+  mask = reader.split_mask(206, 0.02, 90)
   assert mask.sum() == 90
-  held = ~episodes.chosen(206, 0.02, 0)
+  held = ~reader.split_mask(206, 0.02, 0)
   assert held.sum() == 4
   assert not (mask & held).any()
   # numpy's own draw of seed 42, of which the published split is made.
   assert np.flatnonzero(held).tolist() == [18, 90, 134, 157]
-  assert episodes.chosen(206, 0.0, 0).all()
+  assert reader.split_mask(206, 0.0, 0).all()
 
 
 @pytest.mark.parametrize(
@@ -387,7 +381,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     read(tmp_path / "b.hdf5")
   square(tmp_path / "c.hdf5")
   with pytest.raises(UserError, match="obs of image .*image"):
-    episodes.read(str(tmp_path / "c.hdf5"), keys=("image",), absolute=False)
+    reader.read(str(tmp_path / "c.hdf5"), keys=("image",), absolute=False)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +403,9 @@ def test_fields_that_do_not_fit_are_refused(npz, fields, message):
 
 def config(path: str, **fields):
   c = configs.base()
-  c.data = configs.use("data", "trajectories", path=path, horizon=4, n_action_steps=2)
+  c.data = configs.component(
+    "data", "trajectories", path=path, horizon=4, n_action_steps=2
+  )
   c.model.update(width=16, depth=1, embed=16)
   c.train.update(steps=2, batch_size=8, log_every=1)
   c.update_from_flattened_dict(fields)
@@ -422,7 +418,7 @@ def config(path: str, **fields):
     ({"train.flip": True}, "config.train.flip=True: for images"),
     ({"model.guidance": True}, "config.loss.guidance=True: for images"),
     ({"train.sample_every": 1}, "config.data are trajectories, not images"),
-    ({"model": configs.use("models", "dit")}, "'dit': takes no observations"),
+    ({"model": configs.component("models", "dit")}, "'dit': takes no observations"),
   ],
 )
 def test_what_is_for_images_is_refused(npz, tmp_path, fields, message):
@@ -435,7 +431,7 @@ def test_a_policy_is_trained_and_distilled(npz, tmp_path):
   path, teacher, student = npz(), str(tmp_path / "t"), str(tmp_path / "s")
   train.run(config(path), teacher)
   c = config(path)
-  c.loss = configs.use("losses", "scm", velocity="teacher", warmup_steps=0)
+  c.loss = configs.component("losses", "scm", velocity="teacher", warmup_steps=0)
   c.teacher.workdir = teacher
   c.optim.learning_rate = 1e-12
   train.run(c, student)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config as configs
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import convert, objective, sampling
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.diffusion import noise_schedules, trigflow
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.jobs import convert
 from sdiff_jax.models import unet1d
-from sdiff_jax.samplers import paths
+from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 LABELS = np.array([1, 3, -1])  # rows 0, 1 and 3 of the fixture
@@ -130,7 +130,7 @@ def test_mistakes(converted, files, tmp_path):
   config.convert.file = ""
   refused(r"config.convert.file is empty", config)
   config.convert.file = "x"
-  config.model = configs.use("models", "mlp")
+  config.model = configs.component("models", "mlp")
   refused("config.model.name='mlp': no file is known for it", config)
 
 
@@ -144,7 +144,7 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
     file |= {f"{head}.scale": np.full(n, 0.5), f"{head}.offset": np.arange(float(n))}
   np.savez(tmp_path / "policy.npz", **file)
   config = configs.base()
-  config.data = configs.use("data", "trajectories", path="none")
+  config.data = configs.component("data", "trajectories", path="none")
   config.convert.file = str(tmp_path / "policy.npz")
   workdir = str(tmp_path / "run")
   convert.run(config, workdir)
@@ -153,7 +153,7 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   np.testing.assert_array_equal(fitted.action.centre, [0, -2])
   assert (fitted.steps, fitted.shape, fitted.std) == (2, (16, 2), 1.0)
   assert experiment.config.model.channels == (16, 32, 48)
-  abar, n = paths.alphas_cumprod("cosine", 100), 31
+  abar, n = noise_schedules.alphas_cumprod("cosine", 100), 31
   t = jnp.full(4, np.arctan((1 / abar[n] - 1) ** 0.5), jnp.float32)
   cond = {"observation": jnp.asarray(arrays["global_cond"])}
   x = jnp.asarray(arrays["sample"])

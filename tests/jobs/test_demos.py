@@ -7,16 +7,17 @@ import pytest
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import trajectories
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import demos
-from sdiff_jax.robotics import expert, pusht
+from sdiff_jax.policies.pusht import env as env_lib
+from sdiff_jax.policies.pusht import expert
+from sdiff_jax.types import UserError
 
 pytest.importorskip("gym_pusht")
 
 
 @pytest.fixture(scope="module")
 def made() -> dict[int, expert.Episode]:
-  envs = pusht.make(), pusht.make()
+  envs = env_lib.make(), env_lib.make()
   return {k: expert.demonstrate(*envs, demos.start(k), k) for k in (0, 3, 6)}
 
 
@@ -24,7 +25,7 @@ def made() -> dict[int, expert.Episode]:
 def config(tmp_path, monkeypatch, made):
   """A config whose episodes are at hand, and made in this process."""
   c = configs.base()
-  c.data = configs.use("data", "trajectories", path=str(tmp_path / "demos.npz"))
+  c.data = configs.component("data", "trajectories", path=str(tmp_path / "demos.npz"))
   c.data.update(n_obs_steps=1, action_range="percentile")
   c.demos.update(episodes=3, seed=0)
   known = dict(zip(range(3), made.values(), strict=True))

@@ -11,11 +11,12 @@ from conftest import FIXTURES
 from PIL import Image
 
 from sdiff_jax import config as configs
-from sdiff_jax import diffusers_folder, lookup
+from sdiff_jax import registry
 from sdiff_jax.data import latents
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.jobs import encode, evaluate, sample, train
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.types import UserError
 
 SD2 = FIXTURES / "tiny-sd2"
 RNG = np.random.default_rng(0)
@@ -25,7 +26,7 @@ LABELS = np.arange(21) % 3
 
 @functools.cache
 def autoencoder():
-  return diffusers_folder.autoencoder(str(SD2))
+  return loading.autoencoder(str(SD2))
 
 
 def settings(tmp_path, images=IMAGES, **fields):
@@ -33,7 +34,7 @@ def settings(tmp_path, images=IMAGES, **fields):
   path = tmp_path / "images.npz"
   np.savez(path, images=images, labels=LABELS[: len(images)])
   config = configs.base()
-  config.data = configs.use("data", "npz", path=str(path))
+  config.data = configs.component("data", "npz", path=str(path))
   config.vae = str(SD2)
   config.encode.update(batch_size=8, shard_size=8)
   config.update_from_flattened_dict(
@@ -133,7 +134,7 @@ def test_images_that_do_not_fit_and_other_latents_are_refused(tmp_path):
   ):
     encode.run(settings(tmp_path), str(tmp_path))
   of_latents = configs.base()
-  of_latents.data = configs.use("data", "latents", dir=str(tmp_path / "run"))
+  of_latents.data = configs.component("data", "latents", dir=str(tmp_path / "run"))
   with pytest.raises(UserError, match="config.data are latents: this needs images"):
     encode.run(of_latents, str(tmp_path / "again"))
 
@@ -142,8 +143,8 @@ def latent_run(tmp_path, **fields):
   """Returns the config of a small network on latents, which are made for it."""
   encode.run(settings(tmp_path), str(tmp_path / "latents"))
   config = configs.base()
-  config.data = configs.use("data", "latents", dir=str(tmp_path / "latents"))
-  config.model = configs.use("models", "mlp", width=16, depth=1)
+  config.data = configs.component("data", "latents", dir=str(tmp_path / "latents"))
+  config.model = configs.component("models", "mlp", width=16, depth=1)
   config.train.update(steps=3, batch_size=8, log_every=1, sample_every=3)
   config.sampler.update(name="ddim", steps=2)
   config.sample.update(num=10, batch_size=8)
@@ -177,16 +178,16 @@ def test_from_images_to_latents_to_a_network_to_images(tmp_path):
 def test_an_autoencoder_decodes_what_the_network_makes(tmp_path):
   """Where the network's x0 is a latent, the image is that of the autoencoder."""
   from sdiff_jax.data import pipeline
-  from sdiff_jax.jobs import sampling
+  from sdiff_jax.experiment import sampling
 
   encode.run(settings(tmp_path, encode__scale="edm2"), str(tmp_path / "latents"))
   config = configs.base()
   where = {"dir": str(tmp_path / "latents"), "scale": "edm2"}
-  config.data, config.vae = configs.use("data", "latents", **where), str(SD2)
+  config.data, config.vae = configs.component("data", "latents", **where), str(SD2)
   experiment = experiments.build(config)
   vae, params = autoencoder()
   moments = experiment.source.take(np.arange(8))[0]
-  z = pipeline.drawn(moments, 0, 0, np.arange(8))
+  z = pipeline.sample_posterior(moments, 0, 0, np.arange(8))
   x0 = pipeline.encode(experiment.source, z, config.sigma_d)
   found = jax.jit(functools.partial(sampling._decoded, experiment))(params, x0)
   decoded = np.asarray(jax.jit(vae.decode)(params, z))
@@ -200,13 +201,13 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path, monkeypatch):
   about = tmp_path / "latents" / "latents.json"
   assert json.loads(about.read_text())["vae"] == str(SD2)
   config = configs.base()
-  config.data = configs.use("data", "latents", dir=str(tmp_path / "latents"))
+  config.data = configs.component("data", "latents", dir=str(tmp_path / "latents"))
   config.vae = str(SD2)
   vae, params = autoencoder()
   wider = lambda folder: (vae._replace(channels=8), params)  # noqa: E731
-  monkeypatch.setattr(diffusers_folder, "autoencoder", wider)
+  monkeypatch.setattr(loading, "autoencoder", wider)
   with pytest.raises(
     UserError, match="latents have 8 channels, those of config.data 4"
   ):
     experiments.build(config)
-  assert lookup.build("data", config.data.to_dict()).size == 21
+  assert registry.build("data", config.data.to_dict()).size == 21

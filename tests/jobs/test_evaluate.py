@@ -10,15 +10,15 @@ from PIL import Image
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import digits, idx
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import evaluate, features, statistics
-from sdiff_jax.metrics import frechet, inception_score, reference
-from sdiff_jax.metrics.features import classifier, dinov2, named, network
+from sdiff_jax.metrics import frechet, inception_score, reference_statistics
+from sdiff_jax.metrics.features import base, classifier, dinov2, loading
+from sdiff_jax.types import UserError
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-  monkeypatch.setattr(reference, "FOLDER", str(tmp_path / "references"))
+  monkeypatch.setattr(reference_statistics, "FOLDER", str(tmp_path / "references"))
   return tmp_path / "references"
 
 
@@ -73,7 +73,7 @@ def test_another_reference_is_measured_and_both_are_kept(tmp_path, images, folde
   config = configs.base()
   config.evaluate.images = str(tmp_path / "real.npz")
   against_all = row(config, tmp_path)["frechet"]
-  config.reference = configs.use("data", "npz", path=str(tmp_path / "real.npz"))
+  config.reference = configs.component("data", "npz", path=str(tmp_path / "real.npz"))
   assert row(config, tmp_path)["frechet"] == pytest.approx(0, abs=1e-6)
   assert against_all > 0.1
   kept = sorted(folder.iterdir())
@@ -95,7 +95,7 @@ def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
   labels = digits.build().take(np.arange(1797))[1]["label"]
   np.savez(tmp_path / "data.npz", images[:200], labels[:200])
   config = configs.base()
-  config.data = configs.use("data", "npz", path=str(tmp_path / "data.npz"))
+  config.data = configs.component("data", "npz", path=str(tmp_path / "data.npz"))
   fit = classifier.fit
   few = {"steps": 10, "progress": False}
   monkeypatch.setattr(classifier, "fit", lambda *args: fit(*args, **few))
@@ -109,7 +109,7 @@ def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
 def test_features_need_classes(tmp_path, images):
   np.savez(tmp_path / "data.npz", images)
   config = configs.base()
-  config.data = configs.use("data", "npz", path=str(tmp_path / "data.npz"))
+  config.data = configs.component("data", "npz", path=str(tmp_path / "data.npz"))
   with pytest.raises(UserError, match="0 classes"):
     features.run(config, str(tmp_path / "run"))
 
@@ -131,7 +131,7 @@ def config_for(tmp_path, images, **fields):
   np.savez(tmp_path / "fake.npz", images[1000:1400])
   np.savez(tmp_path / "real.npz", images[:900])
   config = configs.base()
-  config.data = configs.use("data", "npz", path=str(tmp_path / "real.npz"))
+  config.data = configs.component("data", "npz", path=str(tmp_path / "real.npz"))
   config.evaluate.images = str(tmp_path / "fake.npz")
   config.evaluate.update(batch_size=64, **fields)
   return config
@@ -207,9 +207,9 @@ def test_the_inception_score_is_measured(tmp_path, images, monkeypatch):
   def load(path):
     head = np.array([[1.0, -1.0]], np.float32)
     mean = lambda params, x: x.astype(np.float32).mean((1, 2)) - params  # noqa: E731
-    return network.FeatureNetwork("fid", mean, np.float32(80), head)
+    return base.FeatureNetwork("fid", mean, np.float32(80), head)
 
-  monkeypatch.setitem(named.KINDS, "bright", load)
+  monkeypatch.setitem(loading.FEATURE_NETWORKS, "bright", load)
   found = row(config_for(tmp_path, images, features="bright:x"), tmp_path)
   bright = images[1000:1400].astype(np.float64).mean((1, 2, 3)) - 80
   logits = np.stack([bright, -bright], axis=1)

@@ -15,10 +15,13 @@ from conftest import FIXTURES
 from PIL import Image
 
 from sdiff_jax import config as configs
-from sdiff_jax import diffusers_folder, main, processes, sharding
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import generate, published
-from sdiff_jax.samplers import plans, sequential
+from sdiff_jax import main
+from sdiff_jax.distributed import processes, sharding
+from sdiff_jax.experiment import text_to_image
+from sdiff_jax.jobs import generate
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.samplers import sampler, sequential
+from sdiff_jax.types import UserError
 
 SD2, CHURCH = FIXTURES / "tiny-sd2", FIXTURES / "tiny-ddpm-church"
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,13 +52,13 @@ def images(workdir: pathlib.Path) -> np.ndarray:
 
 
 @functools.cache
-def sd2() -> diffusers_folder.Model:
-  return diffusers_folder.load(str(SD2))
+def sd2() -> loading.Model:
+  return loading.load(str(SD2))
 
 
 def planned(**fields):
   """Returns the model with its schedule as it is solved, and the plan."""
-  schedule, chosen = published.plan(sd2().schedule, **fields)
+  schedule, chosen = text_to_image.plan(sd2().schedule, **fields)
   return sd2()._replace(schedule=schedule), chosen
 
 
@@ -71,11 +74,11 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
 
   @jax.jit
   def run(params, x, tokens, negative):
-    keys = sequential.keys_of(jnp.arange(8))
+    keys = sequential.keys_from_seeds(jnp.arange(8))
     settings = {"scale": 7.5, "mesh": mesh}
     args = keys, jnp.tile(tokens, (8, 1)), negative
-    made = published.latents(model, chosen, params, x, *args, **settings).x
-    return made, published.pixels(model, params, made, mesh)
+    made = text_to_image.latents(model, chosen, params, x, *args, **settings).x
+    return made, text_to_image.pixels(model, params, made, mesh)
 
   x = jnp.asarray(np.moveaxis(wanted["latents_in"], 1, -1))
   latents, pixels = run(model.params, jnp.tile(x, (8, 1, 1, 1)), tokens, negative)
@@ -102,11 +105,11 @@ def test_in_parallel_at_tolerance_0(name):
 
   @jax.jit
   def run(params, tokens):
-    keys = sequential.keys_of(jnp.arange(2))
-    x = sequential.initial(chosen.table, keys, model.unet.shape)
+    keys = sequential.keys_from_seeds(jnp.arange(2))
+    x = sequential.sample_prior(chosen.table, keys, model.unet.shape)
     args = params, x, keys, tokens, tokens[:1] * 0
     return [
-      published.latents(model, plan, *args, scale=7.5, mesh=mesh)
+      text_to_image.latents(model, plan, *args, scale=7.5, mesh=mesh)
       for plan in (chosen, chosen._replace(loop=""))
     ]
 
@@ -181,8 +184,10 @@ def test_images_of_other_settings_are_refused(copy):
 
 
 def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
-  choose = lambda chosen, cost, multiple: [plans.Choice(2 * multiple, 3.0, 1.0)]  # noqa: E731
-  monkeypatch.setattr(plans, "choose", choose)
+  def choose(chosen, cost, multiple):
+    return [sampler.WindowEstimate(2 * multiple, 3.0, 1.0)]
+
+  monkeypatch.setattr(sampler, "autotune_window", choose)
   fields = {"sampler__name": "paraddpm", "sampler__steps": 8, "sample__num": 2}
   fields |= {"sample__guidance": 1.0}
   generate.run(settings(**fields), str(tmp_path))
@@ -212,19 +217,21 @@ def test_a_model_without_text(tmp_path, capsys):
 
 def test_the_program_of_a_real_model_without_its_weights():
   """From config files alone, for devices that need not be here."""
-  found = diffusers_folder.configs(str(SD2))
+  found = loading.configs(str(SD2))
   assert [*found] == ["unet", "vae", "text_encoder", "scheduler"]
-  model = diffusers_folder.abstract(found, dtype="bfloat16")
-  schedule, chosen = published.plan(model.schedule, name="paraddpm", steps=9, window=4)
+  model = loading.abstract(found, dtype="bfloat16")
+  schedule, chosen = text_to_image.plan(
+    model.schedule, name="paraddpm", steps=9, window=4
+  )
   model, mesh = model._replace(schedule=schedule), sharding.make_mesh(window=4)
-  call = published.sampler(model, chosen, mesh, scale=7.5)
-  shapes = published.shapes(model, 2, mesh)
+  call = text_to_image.sampler(model, chosen, mesh, scale=7.5)
+  shapes = text_to_image.shapes(model, 2, mesh)
   images, took = jax.eval_shape(call, *shapes)
   assert (images.shape, images.dtype) == ((2, 16, 16, 3), jnp.uint8)
   assert took.passes.shape == (2,)
   assert "while" in call.lower(*shapes).as_text()
   with pytest.raises(UserError, match="scheduler: _class_name='Euler'"):
-    diffusers_folder.abstract(found | {"scheduler": {"_class_name": "Euler"}})
+    loading.abstract(found | {"scheduler": {"_class_name": "Euler"}})
 
 
 # --- Mistakes, through the command line ---------------------------------------------

@@ -8,8 +8,8 @@ from PIL import Image
 
 from sdiff_jax import config as configs
 from sdiff_jax import main
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import inspect
+from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 CELL, GAP = 32, 2  # pixels of the picture
@@ -21,7 +21,7 @@ def experiment(tmp_path, images, labels=None, **fields):
   arrays = {"images": images} | ({} if labels is None else {"labels": labels})
   np.savez(path, **arrays)
   config = configs.base()
-  config.data = configs.use("data", "npz", path=str(path), **fields)
+  config.data = configs.component("data", "npz", path=str(path), **fields)
   return config
 
 
@@ -66,7 +66,7 @@ def test_classes_without_images_are_counted(tmp_path, capsys):
   labels = bytes((0, 0, 8, 1, 0, 0, 0, 4)) + bytes((0, 0, 1, 1))
   (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
   config = configs.base()
-  config.data = configs.use("data", "idx", dir=str(tmp_path), classes=3)
+  config.data = configs.component("data", "idx", dir=str(tmp_path), classes=3)
   inspect.run(config, str(tmp_path / "run"))
   assert "3 classes of 0 to 2 images" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_other_numbers_of_classes_fill_rows_of_ten(tmp_path, classes):
 
 def test_a_data_set_that_cannot_be_read_is_refused(tmp_path):
   config = experiment(tmp_path, RNG.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
-  config.data = configs.use("data", "folder", dir=str(tmp_path / "images"))
+  config.data = configs.component("data", "folder", dir=str(tmp_path / "images"))
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "bad.png").write_text("no image")
   with pytest.raises(UserError, match=r"bad\.png cannot be read"):

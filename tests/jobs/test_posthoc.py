@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config as configs
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.jobs import ema, train
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def config_of(*profiles: str):
   config = configs.base()
-  config.model = configs.use("models", "mlp", width=16, depth=1)
+  config.model = configs.component("models", "mlp", width=16, depth=1)
   config.train.update(steps=48, batch_size=16, log_every=48)
   config.checkpoint.update(every=4, keep_every=4)
   config.ema.profiles = profiles

@@ -15,10 +15,13 @@ import pytest
 from conftest import FIXTURES
 
 from sdiff_jax import config as configs
-from sdiff_jax import diffusers_folder, pods, rehearsal, sharding
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import objective, programs, rehearse
+from sdiff_jax.capacity import chips, lowering, report
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective
+from sdiff_jax.jobs import rehearse
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,8 +52,8 @@ def config_of(teacher):
   """An sCD of one layer, whose data and teacher's run are not there."""
   config = configs.base()
   config.model.update(width=16, depth=1)
-  config.data = configs.use("data", "latents", dir="nowhere")
-  config.loss = configs.use("losses", "scm", velocity="teacher")
+  config.data = configs.component("data", "latents", dir="nowhere")
+  config.loss = configs.component("losses", "scm", velocity="teacher")
   config.teacher.update(config=teacher, workdir="nowhere")
   config.rehearse.update(shape=(8, 8, 1), classes=10)
   config.pod = "v5e:2x4"
@@ -61,8 +64,8 @@ def config_of(teacher):
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
   """Takes the eight devices of this machine for a pod's, and an empty cache."""
-  monkeypatch.setattr(pods, "devices", lambda pod: np.array(jax.devices()))
-  monkeypatch.setattr(rehearsal, "FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(chips, "devices", lambda pod: np.array(jax.devices()))
+  monkeypatch.setattr(report, "FOLDER", str(tmp_path / "cache"))
   monkeypatch.setattr(rehearse, "LEVEL", "")
 
 
@@ -71,16 +74,16 @@ def found(teacher):
   """The facts of a step, compiled once."""
   config = config_of(teacher)
   mesh = sharding.make_mesh(**config.mesh)
-  program = programs.build(config, mesh)
+  program = lowering.build(config, mesh)
   facts = {"pod": config.pod, "devices": 8, "held": program.held, "changes": {}}
-  return program, facts | programs.compiled(program, 8)
+  return program, facts | lowering.compiled(program, 8)
 
 
 def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   """All of it is small, so every device holds it whole: nbytes of arrays."""
   program, _ = found
   config = config_of(teacher)
-  source = programs.source_of(config)
+  source = lowering.source_of(config)
   network = experiments.network(config, source)
   theirs = experiments.load(config.teacher.config, "missing")
   theirs = experiments.network(theirs, source)
@@ -110,7 +113,7 @@ def test_arguments_are_what_is_held(found):
 def test_an_array_over_devices_is_a_part_on_each():
   mesh = sharding.make_mesh(2, 4, 1)
   large = jax.ShapeDtypeStruct((2048, 1024), np.float32)
-  held = programs.on_device([large], [sharding.state(large, mesh)])
+  held = lowering.bytes_per_device([large], [sharding.state(large, mesh)])
   assert held == large.size * 4 // 4
 
 
@@ -136,18 +139,18 @@ def test_every_block_counts():
   config.rehearse.update(shape=(8, 8, 4), classes=10)
   config.train.batch_size = 8
   config.model.update(depth=4, unroll=1, attention="plain", remat="")
-  program = programs.build(config, sharding.make_mesh(**config.mesh))
-  facts = programs.compiled(program, 8)
+  program = lowering.build(config, sharding.make_mesh(**config.mesh))
+  facts = lowering.compiled(program, 8)
   assert 0.95 < facts["flops"] * 8 / facts["model_flops"] < 1.3
 
 
 def test_what_is_modelled_follows_from_the_facts(found):
   program, facts = found
-  summary, chip = program.summary(), pods.CHIPS["v5e"]
-  out = rehearsal.modelled("train", 1000, summary, [facts])
+  summary, chip = program.summary(), chips.CHIPS["v5e"]
+  out = report.modelled("train", 1000, summary, [facts])
   assert out["fits"]
   assert out["seconds"]["compute"] == pytest.approx(facts["flops"] / chip.peak)
-  for roof in rehearsal.ROOFS:
+  for roof in report.ROOFS:
     t = out["seconds"][roof]
     assert out["images_per_second"][roof] == pytest.approx(16 / t)
     assert out["days"][roof] == pytest.approx(1000 * t / 86400)
@@ -165,12 +168,12 @@ def test_the_second_run_compiles_nothing(tmp_path, monkeypatch, capsys, teacher)
   text, numbers = page.read_text(), page.with_suffix(".json").read_text()
   found = json.loads(numbers)
   assert "src=" not in text
-  for cell in rehearsal.cells(found):
+  for cell in report.cells(found):
     assert cell in text
   for value in found["held"].values():
     assert f"{value:,}" in text
   assert "modelled, not measured" in text
-  monkeypatch.setattr(programs, "compiled", None)
+  monkeypatch.setattr(lowering, "compiled", None)
   rehearse.run(config, str(tmp_path))
   assert page.with_suffix(".json").read_text() == numbers
   config.optim.b1 = 0.5  # another program
@@ -190,7 +193,7 @@ def invented(monkeypatch):
     facts = {"memory": memory, "flops": 1.0, "bytes": 1.0, "collectives": []}
     return facts | {"model_flops": 8.0, "compile_seconds": 0.0}
 
-  monkeypatch.setattr(programs, "compiled", compiled)
+  monkeypatch.setattr(lowering, "compiled", compiled)
 
 
 def test_what_makes_it_fit_is_named(tmp_path, invented, teacher):
@@ -198,7 +201,7 @@ def test_what_makes_it_fit_is_named(tmp_path, invented, teacher):
   found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
   assert [t["fits"] for t in found["tried"]] == [False, True]
   assert found["tried"][1]["changes"] == {"mesh.fsdp": 8}
-  assert "mesh.fsdp=8" in rehearsal.cells(found)
+  assert "mesh.fsdp=8" in report.cells(found)
 
 
 def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
@@ -207,7 +210,7 @@ def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
   rehearse.run(config, str(tmp_path))
   found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
   assert not found["fits"]
-  assert rehearsal.cells(found)[3].startswith("no, 100.00 of 16.0")
+  assert report.cells(found)[3].startswith("no, 100.00 of 16.0")
 
 
 def test_a_table_of_pods(tmp_path, capsys, invented, teacher):
@@ -224,8 +227,8 @@ def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   config.sample.batch_size = 1
   config.sampler.update(name="paraddpm", steps=100, window=64)
   config.mesh.update(data=1, window=8)
-  program = programs.build(config, sharding.make_mesh(**config.mesh))
-  facts = programs.compiled(program, 8)
+  program = lowering.build(config, sharding.make_mesh(**config.mesh))
+  facts = lowering.compiled(program, 8)
   sent = sum(c["times"] * c["bytes"] for c in facts["collectives"] if c["loop"])
   assert 0 < sent <= 64 * 64 * 4
   assert 32 > program.repeats > 100 / 64
@@ -248,7 +251,7 @@ def test_a_published_model_needs_no_weights(tmp_path):
   rehearse.run(config, str(tmp_path))
   (path,) = (tmp_path / "rehearsal").glob("*.json")
   found = json.loads(path.read_text())
-  model = diffusers_folder.load(str(FIXTURES / "tiny-sd2"))
+  model = loading.load(str(FIXTURES / "tiny-sd2"))
   of_loop = {k: v for k, v in model.params.items() if k != "vae"}
   count = sum(x.size for x in jax.tree.leaves(of_loop))
   assert found["program"]["parameters"] == count
@@ -258,11 +261,11 @@ def test_a_published_model_needs_no_weights(tmp_path):
   # Twice the operations of 64 rows without guidance, and little else.
   config.sample.guidance = 1.0
   mesh = sharding.make_mesh(**config.mesh)
-  alone = programs.build(config, mesh).flops(False)
+  alone = lowering.build(config, mesh).flops(False)
   assert found["model_flops"] == pytest.approx(2 * alone, rel=0.01)
   config.sampler.window = 0
   with pytest.raises(UserError, match="window=0: name one"):
-    programs.build(config, mesh)
+    lowering.build(config, mesh)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_a_published_model_needs_no_weights(tmp_path):
 )
 def test_config_files_of_published_models(name, millions):
   folder = ROOT / "configs" / "published" / name
-  model = diffusers_folder.abstract(diffusers_folder.configs(str(folder)))
+  model = loading.abstract(loading.configs(str(folder)))
   counts = {
     k: sum(x.size for x in jax.tree.leaves(v)) / 1e6 for k, v in model.params.items()
   }

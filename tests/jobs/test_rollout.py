@@ -10,12 +10,15 @@ import pytest
 from closed_forms import random_params
 
 from sdiff_jax import config as configs
-from sdiff_jax import policy, state
-from sdiff_jax.checkpoint import Checkpoints
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.jobs import rollout
-from sdiff_jax.robotics import episodes, frames, pusht
+from sdiff_jax.policies import policy
+from sdiff_jax.policies.pusht import env as env_lib
+from sdiff_jax.policies.pusht import observations
+from sdiff_jax.policies.pusht import rollout as rollout_lib
+from sdiff_jax.training import state
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import UserError
 
 pytest.importorskip("gym_pusht")
 
@@ -28,20 +31,20 @@ def trained(tmp_path_factory) -> str:
   states = np.float32(random.uniform(100, 400, (60, 5)))
   np.savez(
     folder / "demos.npz",
-    observation=np.asarray(frames.block(states, states)),
-    frame=np.asarray(frames.frame(states)),
+    observation=np.asarray(observations.block(states, states)),
+    frame=np.asarray(observations.frame(states)),
     action=np.float32(random.uniform(0, 512, (60, 2))),
     episode_ends=np.array([30, 60]),
   )
   c = configs.base()
-  c.data = configs.use("data", "trajectories", path=str(folder / "demos.npz"))
+  c.data = configs.component("data", "trajectories", path=str(folder / "demos.npz"))
   c.data.update(n_obs_steps=1, action_range="percentile")
-  c.model = configs.use("models", "mlp", width=16, depth=1)
+  c.model = configs.component("models", "mlp", width=16, depth=1)
   c.sampler.update(name="ddim", steps=2, window=5)
   c.rollout.update(samplers=("ddim/2", "paraddpm/5"), episodes=2, timed=2, filmed=1)
   workdir = str(folder / "run")
   built = experiments.build(c)
-  experiments.claim(c, workdir, built.source)
+  experiments.save_or_check_config(c, workdir, built.source)
   params = random_params(built.network, dtype="float32")
   with Checkpoints(workdir, keep=1) as checkpoints:
     created = state.create(params, optax.identity(), tuple(c.ema.profiles))
@@ -53,14 +56,14 @@ def trained(tmp_path_factory) -> str:
 @pytest.fixture
 def short(monkeypatch):
   """Episodes of 20 steps."""
-  make = pusht.make
+  make = env_lib.make
 
   def limited():
     env = make()
     env._max_episode_steps = 20
     return env
 
-  monkeypatch.setattr(pusht, "make", limited)
+  monkeypatch.setattr(env_lib, "make", limited)
 
 
 @pytest.mark.usefixtures("short")
@@ -103,7 +106,7 @@ def test_episode_ends_with_the_reward_of_its_best_step(short):
     given.append(history.copy())
     return np.zeros((1, 2, 2)), {"passes": np.ones(1)}
 
-  made = episodes.run(act, [env], np.zeros((1, 5)), states=3, seed=0)
+  made = rollout_lib.run(act, [env], np.zeros((1, 5)), states=3, seed=0)
   assert made.reward.tolist() == [0.7]
   assert made.solved.tolist() == [True]
   assert made.took["passes"].tolist() == [1, 1]
@@ -130,7 +133,7 @@ def test_failures_are_one_line(change, message):
     return np.full((1, 1, 2), change.get("action", 0.0)), {"passes": np.ones(1)}
 
   with pytest.raises(UserError, match=message):
-    episodes.run(act, [env], np.zeros((1, 5)), states=2, seed=0)
+    rollout_lib.run(act, [env], np.zeros((1, 5)), states=2, seed=0)
 
 
 def test_actions_depend_on_their_own_states_and_seed_alone(trained):

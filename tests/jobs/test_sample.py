@@ -17,12 +17,13 @@ import optax
 import pytest
 
 from sdiff_jax import config as configs
-from sdiff_jax import state
-from sdiff_jax.checkpoint import Checkpoints
 from sdiff_jax.data import digits
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
-from sdiff_jax.jobs import sample, sampling
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import sampling
+from sdiff_jax.jobs import sample
+from sdiff_jax.training import state
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 8  # images a batch
@@ -64,11 +65,11 @@ def save(config, workdir: pathlib.Path, step: int) -> None:
 def trained(tmp_path_factory):
   """A work directory to copy."""
   config = configs.base()
-  config.model = configs.use("models", "mlp", width=16, depth=1)
+  config.model = configs.component("models", "mlp", width=16, depth=1)
   config.sampler.update(name="ddim", steps=2)
   config.sample.update(num=30, batch_size=SIZE)
   workdir = tmp_path_factory.mktemp("sample") / "run"
-  experiments.claim(config, str(workdir), digits.build())
+  experiments.save_or_check_config(config, str(workdir), digits.build())
   save(config, workdir, 3)
   return workdir
 

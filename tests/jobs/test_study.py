@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from sdiff_jax import studies
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.jobs import experiment as experiments
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.jobs import study, train
+from sdiff_jax.reports import studies
+from sdiff_jax.types import UserError
 
 CHANGES = (
   "model.width=16",

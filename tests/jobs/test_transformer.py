@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.jobs import train
+from sdiff_jax.types import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 

@@ -28,7 +28,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from sdiff_jax import sharding
-from sdiff_jax.kernels.attention_jvp import attention
+from sdiff_jax.kernels.attention import attention
 
 chip, L, dtype, work, chips, batch, heads, size = json.loads(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices

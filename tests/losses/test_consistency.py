@@ -9,9 +9,9 @@ import pytest
 from closed_forms import Gaussian
 from scipy.stats import truncnorm
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import consistency
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.5
 x64 = pytest.mark.usefixtures("x64")
@@ -33,7 +33,7 @@ def swirl(x, t, cond=None):
 def test_f_is_the_identity_at_the_least_noise():
   x = jnp.array([[0.2, -1.0], [3.0, 0.5]])
   f = consistency.consistency(
-    swirl, x, jnp.full(2, times.SIGMA_MIN), None, sigma_d=SIGMA_D
+    swirl, x, jnp.full(2, time_grids.SIGMA_MIN), None, sigma_d=SIGMA_D
   )
   np.testing.assert_array_equal(f, x)
 
@@ -52,10 +52,10 @@ def test_f_is_that_of_trigflow_but_for_the_least_noise():
 
 @pytest.mark.parametrize("n", [3, 1280])
 def test_pairs_are_neighbours_with_the_mass_between_them(n):
-  above, below = consistency.pair(
+  above, below = consistency.adjacent_times(
     jax.random.key(0), 20_000, jnp.int32(n), p_mean=-1.1, p_std=2.0
   )
-  sigma = times.karras(n + 1)[-2::-1]
+  sigma = time_grids.karras(n + 1)[-2::-1]
   i = np.argmin(np.abs(np.log(sigma[1:]) - np.log(np.asarray(above))[:, None]), 1)
   np.testing.assert_allclose(above, sigma[i + 1], rtol=1e-5)
   np.testing.assert_allclose(below, sigma[i], rtol=1e-5)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.losses import ddpm
-from sdiff_jax.models import network as networks
-from sdiff_jax.samplers import paths
+from sdiff_jax.models.layers import linen as networks
+from sdiff_jax.types import Network
 
-ABAR = paths.alphas_cumprod("cosine", 100)
+ABAR = noise_schedules.alphas_cumprod("cosine", 100)
 
 
 def noise_net(sigma_d: float, seen: list) -> Network:
@@ -25,7 +24,7 @@ def noise_net(sigma_d: float, seen: list) -> Network:
     return eps
 
   inner = Network(lambda key: None, apply, lambda params, t: t)
-  return networks.of_ddpm(inner, sigma_d, ABAR)
+  return networks.trigflow_from_ddpm(inner, sigma_d, ABAR)
 
 
 @pytest.mark.parametrize("sigma_d", [1.0, 0.5])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from closed_forms import Gaussian, random_params
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import diffusion, scm
 from sdiff_jax.models import mlp
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.6
 DATA = Gaussian(jnp.array([[0.3, -0.5]]), jnp.array([[0.2, 0.9]]), SIGMA_D)
@@ -134,7 +134,7 @@ def test_consistency_training_starts_as_diffusion(key, monkeypatch, stabiliser, 
   z = SIGMA_D * jax.random.normal(key, (1, 2))
   t = jnp.full(1, angle)
   # Both draw the same angle and noise.
-  monkeypatch.setattr(times, "log_normal", lambda *args, **options: t)
+  monkeypatch.setattr(time_grids, "log_normal", lambda *args, **options: t)
   monkeypatch.setattr(jax.random, "normal", lambda *args: z / SIGMA_D)
   common = {"network": net, "sigma_d": SIGMA_D, "adaptive_weight": False}
   consistency = scm.build(

@@ -10,10 +10,10 @@ import pytest
 from closed_forms import Gaussian, central, random_params
 from hypothesis import strategies as st
 
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import Network
-from sdiff_jax.losses import scm, weighting
+from sdiff_jax.diffusion import trigflow
+from sdiff_jax.losses import _weighting, scm
 from sdiff_jax.models import mlp
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.6
 SHAPE = (2, 3)
@@ -71,7 +71,7 @@ def test_tangent_is_the_derivative_of_f_along_the_trajectory(cond):
 def test_parts_are_the_terms_of_the_tangent():
   xt, t, v = states()
   net = bound()
-  parts = scm.parts(net, xt, t, v, None, sigma_d=SIGMA_D)
+  parts = scm.tangent_terms(net, xt, t, v, None, sigma_d=SIGMA_D)
   _, g = scm.tangent(net, xt, t, v, None, sigma_d=SIGMA_D)
   np.testing.assert_allclose(sum(parts.values()), g, rtol=1e-6, atol=1e-9)
   c, s = column(jnp.cos(t), xt), column(jnp.sin(t), xt)
@@ -182,7 +182,7 @@ def test_dropout_has_one_mask_for_the_network_and_its_tangent():
 # Stabilisers.
 
 
-@pytest.mark.parametrize("name", scm.STABILISERS)
+@pytest.mark.parametrize("name", scm.TANGENT_NORMALIZERS)
 def test_stabilisers(name):
   rng = np.random.default_rng(0)
   scale = 10.0 ** rng.uniform(-3, 3, (7, 1, 1))
@@ -197,12 +197,12 @@ def test_stabilisers(name):
     "clip": np.clip(g / cos, -1, 1) * cos,
     "none": g,
   }[name]
-  found = scm.STABILISERS[name](jnp.asarray(g), jnp.asarray(t), c)
+  found = scm.TANGENT_NORMALIZERS[name](jnp.asarray(g), jnp.asarray(t), c)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_stabilisers_allow_a_zero_tangent():
-  for tame in scm.STABILISERS.values():
+  for tame in scm.TANGENT_NORMALIZERS.values():
     np.testing.assert_array_equal(tame(jnp.zeros((2, 3)), jnp.ones(2), 0.1), 0)
 
 
@@ -268,7 +268,7 @@ def oracle(params, call, stabiliser, c=0.3):
     cos, sin = column(jnp.cos(t), xt), column(jnp.sin(t), xt)
     slope = xt + SIGMA_D * central(F, at, along)
     g = -(cos**2) * (SIGMA_D * F(*at) - v) - float(call["r"]) * cos * sin * slope
-    g = np.asarray(scm.STABILISERS[stabiliser](g, t, c))
+    g = np.asarray(scm.TANGENT_NORMALIZERS[stabiliser](g, t, c))
   return g
 
 
@@ -411,7 +411,7 @@ def test_best_weight_is_the_inverse_of_the_mean_square(seed):
   error = jnp.asarray(rng.normal(size=(16, 3)) * rng.uniform(0.1, 10), jnp.float32)
 
   def value(w):
-    return jnp.mean(weighting.adaptive(error, jnp.full(16, w))[0])
+    return jnp.mean(_weighting.adaptive(error, jnp.full(16, w))[0])
 
   mean = float(jnp.mean(error**2))
   best = -np.log(mean)
@@ -423,9 +423,9 @@ def test_best_weight_is_the_inverse_of_the_mean_square(seed):
 
 def test_without_a_weight_the_loss_is_the_mean_square():
   error = jnp.arange(24.0).reshape(2, 3, 4)
-  loss, mse = weighting.adaptive(error, None)
+  loss, mse = _weighting.adaptive(error, None)
   np.testing.assert_allclose(loss, np.mean(np.square(error), (1, 2)))
   np.testing.assert_array_equal(loss, mse)
-  half = weighting.adaptive(error.astype(jnp.float16) * 100, jnp.zeros(2))
+  half = _weighting.adaptive(error.astype(jnp.float16) * 100, jnp.zeros(2))
   assert half[0].dtype == jnp.float32
   np.testing.assert_allclose(half[1], 1e4 * mse, rtol=1e-2)

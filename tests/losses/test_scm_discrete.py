@@ -9,10 +9,10 @@ import pytest
 from closed_forms import random_params
 from scipy.stats import norm
 
-from sdiff_jax import times, trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import scm, scm_discrete
 from sdiff_jax.models import mlp
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.6
 x64 = pytest.mark.usefixtures("x64")
@@ -78,7 +78,7 @@ def drawn(monkeypatch, n, batch):
 
 def test_levels_are_drawn_with_the_mass_of_their_cells(monkeypatch):
   t, s = drawn(monkeypatch, 6, 20_000)
-  sigma = times.karras(6)[::-1]  # 0, 0.002, ..., 80
+  sigma = time_grids.karras(6)[::-1]  # 0, 0.002, ..., 80
   grid = np.arctan(sigma / SIGMA_D).astype("float32")
   i = np.searchsorted(grid, t)
   np.testing.assert_array_equal(t, grid[i])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from closed_forms import Gaussian, central, random_params
 
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import scm
 from sdiff_jax.models import mlp
-from sdiff_jax.samplers import sequential, tables
+from sdiff_jax.samplers import sequential, solvers
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.6
 x64 = pytest.mark.usefixtures("x64")
@@ -74,9 +74,9 @@ def test_ddim_from_end_to_end_samples_it():
   """Each step of DDIM is one evaluation of f, so the ends are on the flow."""
   angles = (1.5, 1.0, 0.4)
   ends = np.array([0.0, 0.4, 1.0])
-  table = tables.build(sigma_d=SIGMA_D, name="ddim", steps=3, angles=angles)
+  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=3, angles=angles)
   xt = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)))
-  keys = sequential.keys_of(np.arange(4))
+  keys = sequential.keys_from_seeds(np.arange(4))
   denoiser = trigflow.denoiser(flow_net(ends), SIGMA_D)
   found = sequential.sample(denoiser, table, xt, keys, None)
   expected = DATA.flow(xt, jnp.full(4, 1.5), jnp.zeros(4))

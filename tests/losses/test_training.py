@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from closed_forms import MIXTURE, MIXTURE_F, MIXTURE_T, MIXTURE_X, Gaussian
 
-from sdiff_jax import ema, optim, state, step, trigflow
-from sdiff_jax.interfaces import Array, Denoiser
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import scm
 from sdiff_jax.models import mlp
+from sdiff_jax.training import ema, optimizers, state, step
+from sdiff_jax.types import Array, Denoiser
 
 SIGMA_D = 0.5
 START = np.arctan(80 / SIGMA_D)  # the angle of one-step sampling
@@ -38,7 +39,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     warmup_steps=0,
     adaptive_weight=False,
   )
-  rate = optim.schedule(
+  rate = optimizers.schedule(
     name="cosine",
     learning_rate=3e-3,
     steps=STEPS,
@@ -47,7 +48,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     final=0.0,
     reference_steps=1,
   )
-  optimizer = optim.build(
+  optimizer = optimizers.build(
     rate, name="adam", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=0.0
   )
   profile = "power/0.1"

@@ -7,10 +7,10 @@ import optax
 import pytest
 from closed_forms import Gaussian, random_params
 
-from sdiff_jax import trigflow
-from sdiff_jax.interfaces import Network
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import scm, vsd
 from sdiff_jax.models import mlp
+from sdiff_jax.types import Network
 
 SIGMA_D = 0.5
 START = float(np.arctan(80 / SIGMA_D))
@@ -64,7 +64,7 @@ def test_alone_it_finds_the_distribution():
       start = (params, optimizer.init(params))
       return jax.lax.scan(body, start, jnp.arange(1500))[0][0]
 
-  end = train(vsd.grow(GAUSSIAN.init(None)))
+  end = train(vsd.init_extra_params(GAUSSIAN.init(None)))
   for found in (end["net"], end["fake"]["net"]):
     assert float(found["mean"]) == pytest.approx(0.4, abs=0.02)
     assert float(jnp.exp(found["log_std"])) == pytest.approx(0.3, abs=0.02)
@@ -74,7 +74,7 @@ def test_alone_it_finds_the_distribution():
 def case():
   network = mlp.build(shape=(3,), classes=2, guidance=True, width=8, depth=1)
   rng = np.random.default_rng(0)
-  params = vsd.grow(random_params(network, dtype="float32"))
+  params = vsd.init_extra_params(random_params(network, dtype="float32"))
   params["fake"] = jax.tree.map(lambda p: p + 0.1, params["fake"])
 
   def teacher(frozen, x, t, cond):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from sdiff_jax.interfaces import UserError
 from sdiff_jax.metrics.features import classifier
+from sdiff_jax.types import UserError
 
 
 @pytest.fixture(scope="module")

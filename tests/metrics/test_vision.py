@@ -11,11 +11,12 @@ from conftest import FIXTURES
 from PIL import Image
 
 from sdiff_jax import config as configs
-from sdiff_jax import sharding, writer
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.distributed import sharding
+from sdiff_jax.io import image_io
 from sdiff_jax.jobs import evaluate
 from sdiff_jax.metrics import inception_score
-from sdiff_jax.metrics.features import clip, dinov2, inception, network, resize
+from sdiff_jax.metrics.features import base, clip, dinov2, inception, resize
+from sdiff_jax.types import UserError
 
 TOLERANCE = 1e-4  # of the largest; measured below 1e-6
 
@@ -156,7 +157,7 @@ def test_clip_score_of_made_images(tmp_path, peers):
   made = tmp_path / "run" / "images"
   for k, (image, prompt) in enumerate(zip(images, prompts, strict=False)):
     about = json.dumps({"prompt": prompt})
-    writer.save_png(made / f"{k:05}.png", image, about)
+    image_io.save_png(made / f"{k:05}.png", image, about)
   prompts = prompts[: len(images)]
   evaluate.run(config, str(tmp_path / "run"))
   (row,) = json.loads((tmp_path / "run/evaluate/images.json").read_text())
@@ -164,7 +165,7 @@ def test_clip_score_of_made_images(tmp_path, peers):
   expected = clip.score(run(found.image, images), found.text(prompts))
   assert row["clip_score"] == pytest.approx(expected, rel=1e-5)
   assert row["clip_score"] > 0
-  writer.save_png(made / "x.png", images[0])
+  image_io.save_png(made / "x.png", images[0])
   with pytest.raises(UserError, match=r"x.png holds no prompt: the CLIP score is of"):
     evaluate.run(config, str(tmp_path / "run"))
   config.evaluate.clip = ""
@@ -198,7 +199,7 @@ G_14 = {
 )
 def test_sizes_of_clip(config, count):
   """Those published, of which one is the temperature, which is not used."""
-  params = jax.eval_shape(clip.of_config(config).init, jax.random.key(0))
+  params = jax.eval_shape(clip.from_config(config).init, jax.random.key(0))
   assert sum(x.size for x in jax.tree.leaves(params)) + 1 == count
 
 
@@ -222,11 +223,11 @@ def test_resizing_keeps_constants_and_one_size(size):
   np.testing.assert_allclose(cubic.sum(1), 1, atol=1e-6)
 
 
-def _mean_network() -> network.FeatureNetwork:
+def _mean_network() -> base.FeatureNetwork:
   def apply(params, images):
     return images.astype(np.float32).mean(axis=(1, 2)) * params
 
-  return network.FeatureNetwork("mean", apply, np.float32(2))
+  return base.FeatureNetwork("mean", apply, np.float32(2))
 
 
 @pytest.mark.parametrize("size", [1, 8, 15, 17])
@@ -238,7 +239,7 @@ def test_batches_over_all_devices(size):
     asked.append(rows)
     return images[rows]
 
-  extract = network.spread(_mean_network(), mesh, batch_size=9)
+  extract = base.shard_extractor(_mean_network(), mesh, batch_size=9)
   parts = [*extract(take, size)]
   assert {len(rows) for rows in asked} == {8}
   np.testing.assert_allclose(

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from closed_forms import central, random_params
 
-from sdiff_jax import trigflow, weights
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.models import ddpmpp, network
+from sdiff_jax.diffusion import trigflow
+from sdiff_jax.models import ddpmpp
+from sdiff_jax.models.layers import linen
+from sdiff_jax.pretrained import state_dict as state_dict_lib
+from sdiff_jax.types import UserError
 
 SIGMA_D = 0.5
 LABELS = np.array([1, 3, 0, -1])  # of edm_ddpmpp; the third is a mixture there
@@ -78,7 +80,7 @@ def inputs(arrays: dict, dtype: str) -> dict:
 def denoised(net, params, x, sigma, cond):
   """D(x, sigma) of EDM, through the TrigFlow form of its network."""
   t = jnp.arctan(sigma / SIGMA_D)
-  apply = functools.partial(network.of_edm(net, SIGMA_D).apply, params)
+  apply = functools.partial(linen.trigflow_from_edm(net, SIGMA_D).apply, params)
   xt = jnp.cos(trigflow.expand(t, x)) * x
   return trigflow.denoiser(apply, SIGMA_D)(xt, t, cond)
 
@@ -257,7 +259,7 @@ def test_what_does_not_fit_is_listed(fixture):
   ):
     ddpmpp.from_state_dict(tensors, like, resample_filter=(1, 3, 3, 1))
   with pytest.raises(UserError, match=r"missing: .* and \d+ more; left over"):
-    weights.fitted({"other": np.zeros(2)}, like["net"], ddpmpp._name)
+    state_dict_lib.match_params({"other": np.zeros(2)}, like["net"], ddpmpp._name)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import optax
 import pytest
 from closed_forms import central, random_params
 
-from sdiff_jax import ema, state, step, trigflow
-from sdiff_jax.interfaces import UserError
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import diffusion, scm
-from sdiff_jax.models import edm2, edm2_blocks
-from sdiff_jax.models import magnitude as mp
+from sdiff_jax.models import edm2
+from sdiff_jax.models.layers import edm2_blocks
+from sdiff_jax.models.layers import magnitude_preserving as mp
+from sdiff_jax.training import ema, state, step
+from sdiff_jax.types import UserError
 
 SIGMA_D = 0.5
 RAW = {"process": "edm", "embedding": "fourier", "norm": "scale"}

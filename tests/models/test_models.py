@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from closed_forms import central, random_params
 
-from sdiff_jax import lookup
-from sdiff_jax.models import dit, layers, mlp
+from sdiff_jax import registry
+from sdiff_jax.models import dit, mlp
+from sdiff_jax.models.layers import common as common_lib
 
 # name -> arguments of build; a new model needs a line here and nothing else.
 CASES = {
@@ -47,11 +48,11 @@ WAYS = [
   (name, {field: value})
   for name in CASES
   for field, value in (("unroll", 2), ("remat", "dots"), ("remat", "full"))
-  if field in lookup.fields("models", name)
+  if field in registry.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
 POLICIES = [name for name in CASES if "observation" in CASES[name]]
-LABELLED = [name for name in CASES if "classes" in lookup.given("models", name)]
+LABELLED = [name for name in CASES if "classes" in registry.given("models", name)]
 labelled = pytest.mark.parametrize("name", LABELLED)
 x64 = pytest.mark.usefixtures("x64")
 
@@ -60,7 +61,7 @@ x64 = pytest.mark.usefixtures("x64")
 def build(name: str, **options):
   """Returns a small network, compiled once, all of whose options are on."""
   common = COMMON if name in LABELLED else {}
-  net = lookup.lookup("models", name).build(**CASES[name] | common | options)
+  net = registry.lookup("models", name).build(**CASES[name] | common | options)
   return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
 
 
@@ -81,7 +82,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def test_every_model_has_a_case():
-  assert lookup.names("models") == sorted(CASES)
+  assert registry.names("models") == sorted(CASES)
 
 
 @models
@@ -373,7 +374,9 @@ def test_sizes_that_do_not_divide(options, message):
 def test_embedding_of_the_angle_is_slow():
   """Frequencies fall from 1 to 1e-4, so |d/dt| <= 1: nothing explodes in dF/dt."""
   t = jnp.linspace(0, np.pi / 2, 50)
-  value, slope = jax.jvp(lambda t: layers.positional(t, 16), (t,), (jnp.ones_like(t),))
+  value, slope = jax.jvp(
+    lambda t: common_lib.positional(t, 16), (t,), (jnp.ones_like(t),)
+  )
   assert value.shape == (50, 16)
   assert jnp.max(jnp.abs(slope)) <= 1
   close(slope[0, 8:], 10_000.0 ** (-np.arange(8) / 7))
@@ -383,10 +386,10 @@ def test_embedding_of_the_angle_is_slow():
 def test_norms():
   rng = np.random.default_rng(0)
   x = jnp.asarray(5 + 3 * rng.normal(size=(4, 64)), jnp.float32)
-  close(layers.rms_norm(x), x / np.sqrt(np.mean(np.square(x), 1, keepdims=True)))
+  close(common_lib.rms_norm(x), x / np.sqrt(np.mean(np.square(x), 1, keepdims=True)))
   centred = np.asarray(x) - np.mean(x, 1, keepdims=True)
-  close(layers.layer_norm(x), centred / np.std(x, 1, keepdims=True))
-  assert layers.rms_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+  close(common_lib.layer_norm(x), centred / np.std(x, 1, keepdims=True))
+  assert common_lib.rms_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_adaptive_double_norm():
@@ -394,14 +397,14 @@ def test_adaptive_double_norm():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
   emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
-  norm = layers.AdaptiveDoubleNorm(jnp.dtype("float32"))
+  norm = common_lib.AdaptiveDoubleNorm(jnp.dtype("float32"))
   params = norm.init(jax.random.key(0), x, emb)
   scale, shift = (
-    layers.rms_norm(emb @ p["kernel"] + p["bias"][None])[:, None]
+    common_lib.rms_norm(emb @ p["kernel"] + p["bias"][None])[:, None]
     for p in (params["params"][k] for k in ("scale", "shift"))
   )
   y = norm.apply(params, x, emb)
-  close(y, layers.layer_norm(x) * scale + shift)
+  close(y, common_lib.layer_norm(x) * scale + shift)
   close(norm.apply(params, x[:, 2], emb), y[:, 2])
   assert jnp.min(jnp.mean(scale**2, -1)) > 0.9
 
@@ -411,8 +414,8 @@ def test_adaptive_norm_without_the_second_norm():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
   emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
-  norm = layers.AdaptiveNorm(jnp.dtype("float32"))
-  double = layers.AdaptiveDoubleNorm(jnp.dtype("float32"))
+  norm = common_lib.AdaptiveNorm(jnp.dtype("float32"))
+  double = common_lib.AdaptiveDoubleNorm(jnp.dtype("float32"))
   params = norm.init(jax.random.key(0), x, emb)
   assert jax.tree.all(
     jax.tree.map(jnp.array_equal, params, double.init(jax.random.key(0), x, emb))
@@ -421,14 +424,16 @@ def test_adaptive_norm_without_the_second_norm():
     (emb @ p["kernel"] + p["bias"][None])[:, None]
     for p in (params["params"][k] for k in ("scale", "shift"))
   )
-  close(norm.apply(params, x, emb), layers.layer_norm(x) * (1 + scale) + shift)
+  close(norm.apply(params, x, emb), common_lib.layer_norm(x) * (1 + scale) + shift)
 
 
 @x64
 def test_fourier_features_are_fast():
   """cos and sin of 2 pi 16 n t with normal n, one draw for all."""
   t = jnp.linspace(0, np.pi / 2, 50)
-  value, slope = jax.jvp(lambda t: layers.fourier(t, 512), (t,), (jnp.ones_like(t),))
+  value, slope = jax.jvp(
+    lambda t: common_lib.fourier(t, 512), (t,), (jnp.ones_like(t),)
+  )
   cos, sin = np.split(value, 2, axis=1)
   close(cos**2 + sin**2, 1)
   frequencies = slope[0, 256:]  # those of the sines, at 0
@@ -437,7 +442,7 @@ def test_fourier_features_are_fast():
   close(sin, np.sin(angles))
   assert np.std(frequencies) == pytest.approx(2 * np.pi * 16, rel=0.15)
   assert abs(np.mean(frequencies)) < 20
-  np.testing.assert_array_equal(layers.fourier(t, 512), value)
+  np.testing.assert_array_equal(common_lib.fourier(t, 512), value)
 
 
 # The perceptron without one of what steadies the tangent.
@@ -495,8 +500,8 @@ def test_the_perceptrons_parameters_keep_their_names():
 
 def test_wide_keeps_what_is_wide():
   for narrow in ("bfloat16", "float16"):
-    assert layers.wide(jnp.zeros(2, narrow)).dtype == jnp.float32
-  assert layers.wide(jnp.zeros(2)).dtype == jnp.float32
+    assert common_lib.to_accumulation_dtype(jnp.zeros(2, narrow)).dtype == jnp.float32
+  assert common_lib.to_accumulation_dtype(jnp.zeros(2)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "dit", "edm2"])

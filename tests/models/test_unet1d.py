@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from closed_forms import random_params
 
-from sdiff_jax import trigflow, weights
-from sdiff_jax.interfaces import UserError
-from sdiff_jax.models import published, unet1d
-from sdiff_jax.samplers import paths, predictions, schedules, sequential
+from sdiff_jax.diffusion import noise_schedules, parameterizations, trigflow
+from sdiff_jax.models import unet1d
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained.diffusers import networks, scheduler
+from sdiff_jax.samplers import sequential
+from sdiff_jax.types import UserError
 
 NAMES = ("dp_unet1d", "dp_unet1d_nofilmscale_nocond")
 SCHEDULE = {
@@ -54,7 +56,9 @@ def build(fields: dict, tensors: dict, dtype: str):
     lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)),
     jax.eval_shape(net.init, jax.random.key(0)),
   )
-  params = weights.fitted(unet1d.of_policy(tensors), like, published.in_torch)
+  params = state_dict.match_params(
+    unet1d.from_policy(tensors), like, networks.to_state_dict
+  )
   return functools.partial(jax.jit(net.apply), params)
 
 
@@ -92,9 +96,9 @@ def test_chain_of_ddpm(peer):
   """100 steps with the noise of the peer, x0 clipped."""
   fields, tensors, arrays = peer("dp_unet1d")
   predict, cond = build(fields, tensors, "float32"), condition(arrays, "float32")
-  schedule = schedules.of_config(SCHEDULE)
-  table = schedules.table(schedule, 100)
-  denoiser = schedules.denoiser(predict, schedule, table)
+  schedule = scheduler.from_config(SCHEDULE)
+  table = scheduler.table(schedule, 100)
+  denoiser = scheduler.denoiser(predict, schedule, table)
   x = jnp.asarray(arrays["sample"])
   for i in range(100):
     row = {k: float(getattr(table, k)[i]) for k in ("a", "b", "s", "time")}
@@ -109,11 +113,11 @@ def test_chain_of_ddpm(peer):
 def test_chain_of_ddim(peer):
   fields, tensors, arrays = peer("dp_unet1d")
   predict, cond = build(fields, tensors, "float32"), condition(arrays, "float32")
-  schedule = schedules.of_config(SCHEDULE | {"_class_name": "DDIMScheduler"})
-  table = schedules.table(schedule, 15)
+  schedule = scheduler.from_config(SCHEDULE | {"_class_name": "DDIMScheduler"})
+  table = scheduler.table(schedule, 15)
   np.testing.assert_array_equal(table.time, arrays["ddim15_timesteps"])
-  denoiser = schedules.denoiser(predict, schedule, table)
-  keys = sequential.keys_of(np.arange(4))
+  denoiser = scheduler.denoiser(predict, schedule, table)
+  keys = sequential.keys_from_seeds(np.arange(4))
   x = sequential.sample(denoiser, table, jnp.asarray(arrays["sample"]), keys, cond)
   assert error(x, arrays["ddim15_final"]) < 1e-4
 
@@ -128,11 +132,11 @@ def test_change_of_variables_is_exact(peer, sigma_d):
   like = jax.eval_shape(net.init, jax.random.key(0))
   wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float64), like)
   params = unet1d.from_state_dict(tensors, wide)
-  abar = paths.alphas_cumprod("cosine", 100)
+  abar = noise_schedules.alphas_cumprod("cosine", 100)
   n = np.array([0, 31, 70, 98])
   alpha, sigma = (jnp.asarray(a[n] ** 0.5) for a in (abar, 1 - abar))
   x = jnp.asarray(arrays["sample"], "float64")
-  denoiser = predictions.denoiser(predict, "eps", predictions.vp(abar))
+  denoiser = parameterizations.denoiser(predict, "eps", parameterizations.vp(abar))
   wanted = denoiser(x, jnp.asarray(n, "float64"), cond)
   t = trigflow.angle(alpha, sigma, sigma_d)
   xt = trigflow.from_process(x, alpha, sigma, sigma_d)

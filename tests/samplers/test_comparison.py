@@ -4,14 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax.samplers import comparison, mixture, plans, sequential, tables
+from sdiff_jax.samplers import (
+  _gaussian_mixture,
+  comparison,
+  sampler,
+  sequential,
+  solvers,
+)
 
 
 def sweep(name, steps):
-  table = tables.build(sigma_d=0.5, name=name, steps=steps)
-  keys = sequential.keys_of(np.arange(4))
-  x = sequential.initial(table, keys, (16,))
-  net = mixture.denoiser(sigma_d=0.5)
+  table = solvers.build(sigma_d=0.5, name=name, steps=steps)
+  keys = sequential.keys_from_seeds(np.arange(4))
+  x = sequential.sample_prior(table, keys, (16,))
+  net = _gaussian_mixture.denoiser(sigma_d=0.5)
 
   def bound(scale):
     return lambda x, t, cond: scale * net(x, t, cond)
@@ -21,7 +27,7 @@ def sweep(name, steps):
 
 def test_error_falls_and_passes_rise_with_the_tolerance():
   table, measure = sweep("ddim", 12)
-  plan = plans.of_table("para", table, window=6)
+  plan = sampler.from_tableau("para", table, window=6)
   exact, fine, rough = measure(plan, (0.0, 0.1, 3.0))
   assert exact.error < 1e-6 < fine.error < rough.error < 1
   assert 12 >= exact.passes > fine.passes > rough.passes >= 2
@@ -31,6 +37,6 @@ def test_error_falls_and_passes_rise_with_the_tolerance():
 @pytest.mark.parametrize("loop", ["", "para", "spec"])
 def test_one_row_at_a_time_is_the_sequential_sampler(loop):
   table, measure = sweep("ddpm", 5)
-  (taken,) = measure(plans.of_table(loop, table, window=1), (0.1,))
+  (taken,) = measure(sampler.from_tableau(loop, table, window=1), (0.1,))
   assert (taken.passes, taken.evaluations) == (5, 5)
   assert taken.error < 1e-6

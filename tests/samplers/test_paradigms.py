@@ -12,8 +12,9 @@ import pytest
 from closed_forms import random_params
 from hypothesis import strategies as st
 
-from sdiff_jax import lookup, trigflow
-from sdiff_jax.samplers import paradigms, paths, sequential, tables
+from sdiff_jax import registry
+from sdiff_jax.diffusion import noise_schedules, trigflow
+from sdiff_jax.samplers import paradigms, sequential, solvers
 
 FILE = pathlib.Path(__file__).parents[1] / "fixtures" / "picard.npz"
 with np.load(FILE) as arrays:
@@ -52,12 +53,12 @@ def mixture(means, stds, weights, level):
 def published(name: str):
   """Returns the peer's case as (denoiser, table, x, keys, noise)."""
   case, (size, _, _) = CASES[name], name.partition("/")
-  abar = paths.alphas_cumprod(
+  abar = noise_schedules.alphas_cumprod(
     SCHEDULES[case["beta"]], case["T"], start=0.00085, end=0.012
   )
   at = PEER[f"{name}/timesteps"]
-  path = paths.vp(abar, at, ends=at - case["T"] // case["N"])
-  table = (tables.ddpm if case["kind"] == "ddpm" else tables.ddim)(path)
+  path = noise_schedules.vp(abar, at, ends=at - case["T"] // case["N"])
+  table = (solvers.ddpm if case["kind"] == "ddpm" else solvers.ddim)(path)
   means, stds, weights = (PEER[f"{size}/{k}"] for k in ("means", "stds", "weights"))
 
   def level(time):
@@ -138,13 +139,13 @@ def trigflow_mixture():
   return mixture(means, (0.1, 0.2, 0.3), (0.5, 0.3, 0.2), level)
 
 
-SOLVERS = [*tables.SOLVERS]
+SOLVERS = [*solvers.SOLVERS]
 
 
 def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2), denoiser=None):
-  table = tables.build(sigma_d=0.5, name=name, steps=steps)
-  keys = sequential.keys_of(np.array(seeds))
-  x = sequential.initial(table, keys, (4,))
+  table = solvers.build(sigma_d=0.5, name=name, steps=steps)
+  keys = sequential.keys_from_seeds(np.array(seeds))
+  x = sequential.sample_prior(table, keys, (4,))
   denoiser = denoiser or trigflow_mixture()
   alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
   options = {"window": window, "tolerance": tolerance, "rule": rule}
@@ -155,7 +156,7 @@ def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2), denoiser=None):
 @pytest.mark.parametrize(
   ("name", "window", "rule"),
   [(name, window, "secant") for name in SOLVERS for window in (1, 3, 9)]
-  + [("ddpm", 4, rule) for rule in paradigms.RULES],
+  + [("ddpm", 4, rule) for rule in paradigms.UPDATE_RULES],
 )
 def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch):
   monkeypatch.setattr(paradigms, "ULPS", 0)
@@ -181,13 +182,13 @@ def test_small_tolerances_are_kept(name, rule):
 
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(
-  name=st.sampled_from([*tables.SOLVERS]),
+  name=st.sampled_from([*solvers.SOLVERS]),
   steps=st.integers(2, 7),
   share=st.floats(0, 1),
   batch=st.integers(2, 4),
 )
 def test_tolerance_zero_of_any_table_window_and_batch(name, steps, share, batch):
-  rows = tables.build(sigma_d=0.5, name=name, steps=steps).evaluations
+  rows = solvers.build(sigma_d=0.5, name=name, steps=steps).evaluations
   window = 1 + int(share * (rows - 1))
   for denoiser, atol in ((exact, 0.0), (trigflow_mixture(), 2e-6)):
     with pytest.MonkeyPatch.context() as patch:
@@ -201,15 +202,15 @@ def test_tolerance_zero_of_any_table_window_and_batch(name, steps, share, batch)
 
 def test_networks_to_1e_5_and_in_fewer_passes():
   """Matmuls round by their batch, so no change is 0: a few ulps count as none."""
-  model = lookup.build(
+  model = registry.build(
     "models", {"name": "mlp", "width": 32, "depth": 2}, shape=(4, 4, 1), classes=3
   )
   params = random_params(model, dtype="float32")
   net = lambda x, t, cond: model.apply(params, x, t, cond)  # noqa: E731
   denoiser = trigflow.denoiser(net, 0.5)
-  table = tables.build(sigma_d=0.5, name="ddim", steps=40)
-  keys, cond = sequential.keys_of(np.arange(4)), {"label": jnp.arange(4) % 3}
-  x = sequential.initial(table, keys, (4, 4, 1))
+  table = solvers.build(sigma_d=0.5, name="ddim", steps=40)
+  keys, cond = sequential.keys_from_seeds(np.arange(4)), {"label": jnp.arange(4) % 3}
+  x = sequential.sample_prior(table, keys, (4, 4, 1))
   alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, cond)
   call = functools.partial(paradigms.sample, denoiser, table, window=40, tolerance=0.0)
   parallel = jax.jit(call)(x, keys, cond)
@@ -242,7 +243,7 @@ def test_samples_of_a_batch_do_not_know_of_each_other():
 @hypothesis.given(
   window=st.integers(1, 24),
   tolerance=st.sampled_from([0.0, 1e-4, 0.1, 10.0]),
-  rule=st.sampled_from([*paradigms.RULES]),
+  rule=st.sampled_from([*paradigms.UPDATE_RULES]),
   name=st.sampled_from(["ddim", "ddpm", "dpmpp3m"]),
 )
 def test_counts_are_possible(window, tolerance, rule, name):
@@ -266,8 +267,8 @@ def test_counts_are_possible(window, tolerance, rule, name):
 )
 def test_mistakes_are_refused(changes, message):
   options = {"window": 2, "tolerance": 0.1} | changes
-  table = tables.build(sigma_d=0.5, name="ddim", steps=5)
-  keys = sequential.keys_of(np.arange(1))
+  table = solvers.build(sigma_d=0.5, name="ddim", steps=5)
+  keys = sequential.keys_from_seeds(np.arange(1))
   with pytest.raises(ValueError, match=message):
     paradigms.sample(
       trigflow_mixture(), table, jnp.zeros((1, 4)), keys, None, **options

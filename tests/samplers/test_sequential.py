@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from closed_forms import Gaussian
 
-from sdiff_jax import guidance, times, trigflow
-from sdiff_jax.samplers import paths, sequential, tables
+from sdiff_jax.diffusion import guidance, noise_schedules, time_grids, trigflow
+from sdiff_jax.samplers import sequential, solvers
 
 SIGMA_D = 0.5
 
@@ -46,13 +46,13 @@ def edm(fixture, x64):
 
 def sample(denoiser, table, x, cond=None):
   return sequential.sample(
-    denoiser, table, x, sequential.keys_of(np.arange(len(x))), cond
+    denoiser, table, x, sequential.keys_from_seeds(np.arange(len(x))), cond
   )
 
 
 @pytest.mark.parametrize(("case", "steps"), [("edm1_18", 18), ("edm2_32", 32)])
 def test_heun_of_edm(edm, case, steps):
-  table = tables.heun(paths.edm(times.karras(steps)))
+  table = solvers.heun(noise_schedules.edm(time_grids.karras(steps)))
   x = table.init_std * jnp.asarray(edm["latents"])
   found = sample(mixture(edm), table, x)
   np.testing.assert_allclose(found, edm[f"{case}/final"], rtol=1e-9, atol=1e-9)
@@ -60,7 +60,7 @@ def test_heun_of_edm(edm, case, steps):
 
 @pytest.mark.parametrize(("case", "steps"), [("edm1_18", 18), ("edm2_32", 32)])
 def test_heun_of_edm_on_trigflow(edm, case, steps):
-  table = tables.build(sigma_d=SIGMA_D, name="heun", steps=steps)
+  table = solvers.build(sigma_d=SIGMA_D, name="heun", steps=steps)
   x = table.init_std * jnp.asarray(edm["latents"])
   found = sample(trigflow.denoiser(as_net(mixture(edm)), SIGMA_D), table, x)
   np.testing.assert_allclose(found, edm[f"{case}/final"], rtol=1e-9, atol=1e-9)
@@ -74,7 +74,7 @@ def test_guided_heun_of_edm2(edm):
     labelled = (cond["label"] >= 0)[:, None]
     return jnp.where(labelled, with_label(x, t, None), without(x, t, None))
 
-  table = tables.build(sigma_d=SIGMA_D, name="heun", steps=16)
+  table = solvers.build(sigma_d=SIGMA_D, name="heun", steps=16)
   x = table.init_std * jnp.asarray(edm["latents"])
   guided = trigflow.denoiser(guidance.classifier_free(net, 1.7), SIGMA_D)
   found = sample(guided, table, x, {"label": jnp.zeros(len(x), jnp.int32)})
@@ -101,7 +101,7 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
   noises, outputs = (jnp.asarray(data[k]) for k in ("noises", "model_outputs"))
   monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: noises[i])
   angles = data["timesteps"].astype(np.float64)
-  table = tables.consistency(paths.trigflow(angles, sigma_d))
+  table = solvers.consistency(noise_schedules.trigflow(angles, sigma_d))
 
   def denoiser(x, t, cond):
     row = jnp.argmin(jnp.abs(jnp.asarray(table.time, t.dtype) - t[0]))
@@ -109,7 +109,9 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
 
   state = jnp.asarray(data["sample"])
   for k in range(table.evaluations):
-    part = tables.Table(*(column[: k + 1] for column in table[:-2]), *table[-2:])
+    part = solvers.SolverTableau(
+      *(column[: k + 1] for column in table[:-2]), *table[-2:]
+    )
     found = sample(denoiser, part, state)
     np.testing.assert_allclose(found, data["prev_samples"][k], atol=2e-6)
   np.testing.assert_allclose(found, data["pred_x0"][-1], atol=2e-6)
@@ -119,10 +121,10 @@ def test_consistency_sampling_has_the_law_of_the_data():
   """Monte Carlo of the loop, noise included; `test_tables` has the exact law."""
   gaussian = Gaussian(jnp.array([[0.3]]), jnp.array([[0.2]]), SIGMA_D)
   n = 40_000
-  keys = sequential.keys_of(np.arange(n))
+  keys = sequential.keys_from_seeds(np.arange(n))
   angles = (np.pi / 2, 1.3, 0.8, 0.3)
-  table = tables.build(sigma_d=SIGMA_D, name="consistency", steps=1, angles=angles)
-  x = sequential.initial(table, keys, (1,))
+  table = solvers.build(sigma_d=SIGMA_D, name="consistency", steps=1, angles=angles)
+  x = sequential.sample_prior(table, keys, (1,))
   assert float(jnp.std(x)) == pytest.approx(SIGMA_D, rel=0.02)
   x0 = np.asarray(sequential.sample(gaussian.consistency, table, x, keys, None))
   assert x0.mean() == pytest.approx(0.3, abs=4 * 0.2 / n**0.5)
@@ -132,7 +134,7 @@ def test_consistency_sampling_has_the_law_of_the_data():
 
 
 def test_noise_of_rows_and_samples_is_independent():
-  keys = sequential.keys_of(np.arange(300))
+  keys = sequential.keys_from_seeds(np.arange(300))
   rows = np.stack([sequential.noise(keys, i, (40,)) for i in (-1, 0, 1)])
   correlation = np.corrcoef(rows.reshape(3, -1))
   np.testing.assert_allclose(correlation, np.eye(3), atol=4 / 12_000**0.5)
@@ -157,9 +159,11 @@ def test_heun_through_the_wrapper_is_edms():
     skip, out = SIGMA_D**2 / total**2, sigma[:, None] * SIGMA_D / total
     return (D(x, sigma) - skip * x) / out
 
-  sigmas = times.karras(18)
-  at_sigma = tables.heun(paths.edm(sigmas, SIGMA_D))
-  at_angle = tables.heun(paths.trigflow(np.arctan(sigmas / SIGMA_D), SIGMA_D))
+  sigmas = time_grids.karras(18)
+  at_sigma = solvers.heun(noise_schedules.edm(sigmas, SIGMA_D))
+  at_angle = solvers.heun(
+    noise_schedules.trigflow(np.arctan(sigmas / SIGMA_D), SIGMA_D)
+  )
   z = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
   mean, std = jnp.float32(mean), jnp.float32(std)
   expected = sample(D, at_sigma, jnp.float32(80 * z))
@@ -172,15 +176,15 @@ def test_heun_through_the_wrapper_is_edms():
 
 def test_a_sample_depends_on_its_own_key_alone():
   """Sample 3 of five is, bit for bit, the sample of its seed drawn alone."""
-  table = tables.build(sigma_d=SIGMA_D, name="consistency", steps=4)
+  table = solvers.build(sigma_d=SIGMA_D, name="consistency", steps=4)
 
   def denoiser(x, t, cond):
     t = trigflow.expand(t, x)
     return 0.5 * x * (1 - 0.2 * t) + 0.1 * jnp.abs(x)
 
   def draw(seeds):
-    keys = sequential.keys_of(np.array(seeds))
-    x = sequential.initial(table, keys, (2, 3))
+    keys = sequential.keys_from_seeds(np.array(seeds))
+    x = sequential.sample_prior(table, keys, (2, 3))
     return np.asarray(sequential.sample(denoiser, table, x, keys, None))
 
   five, one = draw([11, 5, 7, 42, 0]), draw([42])
@@ -190,7 +194,7 @@ def test_a_sample_depends_on_its_own_key_alone():
 
 def test_condition_and_time_reach_the_denoiser():
   """d = label at the first angle, and twice it after: a sum that shows both."""
-  table = tables.build(sigma_d=SIGMA_D, name="ddim", steps=2, angles=(1.5, 0.5))
+  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=2, angles=(1.5, 0.5))
   label = jnp.arange(4)
 
   def denoiser(x, t, cond):

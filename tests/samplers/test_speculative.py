@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from sdiff_jax.samplers import mixture, sequential, speculative, tables
+from sdiff_jax.samplers import _gaussian_mixture, sequential, solvers, speculative
 
 
 def energy_p_value(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
@@ -30,12 +30,12 @@ def energy_p_value(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> fl
 
 def draws(name: str, window: int, seeds: np.ndarray, steps: int = 16) -> tuple:
   """Returns samples one after the other, and by speculation, from other seeds."""
-  table = tables.build(sigma_d=0.5, name=name, steps=steps)
-  denoiser = mixture.denoiser(0.5, dimensions=4)
+  table = solvers.build(sigma_d=0.5, name=name, steps=steps)
+  denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
 
   def start(seeds):
-    keys = sequential.keys_of(seeds)
-    return sequential.initial(table, keys, (4,)), keys
+    keys = sequential.keys_from_seeds(seeds)
+    return sequential.sample_prior(table, keys, (4,)), keys
 
   alone = jax.jit(functools.partial(sequential.sample, denoiser, table))
   x, keys = start(seeds)
@@ -55,23 +55,23 @@ def test_the_law_is_that_of_the_sequential_sampler(name, window):
 
 
 def test_accepting_everything_is_caught(monkeypatch):
-  couple = speculative.couple
+  couple = speculative.reflection_coupling
 
   def careless(*args):
     accepted, made = couple(*args)
     return jnp.ones_like(accepted), made
 
-  monkeypatch.setattr(speculative, "couple", careless)
+  monkeypatch.setattr(speculative, "reflection_coupling", careless)
   truth, found = draws("ddpm", 8, np.arange(4000))
   rng = np.random.default_rng(0)
   assert energy_p_value(truth, np.asarray(found.x), rng) < 0.01
 
 
 def test_one_row_at_a_time_is_the_sequential_sampler():
-  table = tables.build(sigma_d=0.5, name="ddpm", steps=7)
-  keys = sequential.keys_of(np.arange(3))
-  x = sequential.initial(table, keys, (4,))
-  denoiser = mixture.denoiser(0.5, dimensions=4)
+  table = solvers.build(sigma_d=0.5, name="ddpm", steps=7)
+  keys = sequential.keys_from_seeds(np.arange(3))
+  x = sequential.sample_prior(table, keys, (4,))
+  denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
   alone = sequential.sample(denoiser, table, x, keys, None)
   found = speculative.sample(denoiser, table, x, keys, None, window=1)
   np.testing.assert_allclose(found.x, alone, atol=1e-5)
@@ -83,7 +83,7 @@ def test_coupling_draws_from_the_target():
   count, s, mean, draft = 200_000, 0.7, np.array([0.3, -0.2]), np.array([-0.4, 0.1])
   rng = np.random.default_rng(1)
   z, u = rng.standard_normal((count, 1, 2)), rng.random((count, 1))
-  accepted, made = speculative.couple(
+  accepted, made = speculative.reflection_coupling(
     jnp.float32(mean + s * z),
     jnp.float32(draft + s * z),
     jnp.full((count, 1, 1), s),
@@ -100,8 +100,8 @@ def test_coupling_draws_from_the_target():
 
 
 def test_tables_without_noise_are_refused():
-  table = tables.build(sigma_d=0.5, name="ddim", steps=5)
-  keys = sequential.keys_of(np.arange(1))
-  denoiser = mixture.denoiser(0.5, dimensions=4)
+  table = solvers.build(sigma_d=0.5, name="ddim", steps=5)
+  keys = sequential.keys_from_seeds(np.arange(1))
+  denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
   with pytest.raises(ValueError, match="noise in every row but the last: specddpm"):
     speculative.sample(denoiser, table, jnp.zeros((1, 4)), keys, None, window=2)

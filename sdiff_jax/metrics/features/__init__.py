@@ -1,1 +1,1 @@
-"""Networks that turn images into the features which metrics compare."""
+"""Feature networks that metrics compare images in."""

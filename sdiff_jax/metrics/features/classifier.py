@@ -13,8 +13,8 @@ import optax
 import tqdm
 from flax import traverse_util
 
-from sdiff_jax.interfaces import Array, Params, PRNGKey, UserError
-from sdiff_jax.metrics.features.network import FeatureNetwork
+from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax.types import Array, Params, PRNGKey, UserError
 
 Weights = dict[str, np.ndarray]
 FOLDER = pathlib.Path(__file__).parent

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import fields, weights
-from sdiff_jax.data import tokens
-from sdiff_jax.interfaces import Array, Params, PRNGKey, UserError
-from sdiff_jax.metrics.features import clip_names, resize
-from sdiff_jax.metrics.features.network import FeatureNetwork
-from sdiff_jax.models import clip_text, published
-from sdiff_jax.models.unet_blocks import LayerNorm
+from sdiff_jax.metrics.features import clip_weights, resize
+from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax.pretrained import config_fields, state_dict
+from sdiff_jax.pretrained.diffusers import clip_text, networks
+from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
+from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.types import Array, Params, PRNGKey, UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -125,11 +125,11 @@ def load(folder: str) -> Clip:
   opened = os.path.exists(os.path.join(folder, "open_clip_config.json"))
   config = _json(os.path.join(folder, f"{'open_clip_' if opened else ''}config.json"))
   try:
-    towers = of_config(clip_names.config(config["model_cfg"]) if opened else config)
+    towers = from_config(clip_weights.config(config["model_cfg"]) if opened else config)
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f"{folder}: config of no CLIP that is known: {error}") from error
   params = _fitted(folder, towers, OPEN_FILES if opened else FILES)
-  tokenizer = tokens.load(folder, towers.length)
+  tokenizer = tokenizer_lib.load(folder, towers.length)
   text = jax.jit(towers.text)
   params_text = jax.device_put(params["text"])
 
@@ -144,16 +144,16 @@ def load(folder: str) -> Clip:
   return Clip(FeatureNetwork("clip", towers.image, params["vision"]), encode)
 
 
-def of_config(config: dict[str, Any]) -> Towers:
+def from_config(config: dict[str, Any]) -> Towers:
   """Returns the networks of a config.json of transformers' CLIPModel.
 
   Raises:
     ValueError: sizes that do not fit, or values that are not supported.
   """
   known = {k: v for k, v in config["text_config"].items() if k in clip_text.DEFAULTS}
-  encoder, out = clip_text.of_config(known), config.get("projection_dim", 512)
+  encoder, out = clip_text.from_config(known), config.get("projection_dim", 512)
   given = {k: v for k, v in config["vision_config"].items() if k in VISION}
-  c = fields.chosen(given, VISION, {})
+  c = config_fields.validated_config(given, VISION, {})
   width, side = c["hidden_size"], c["image_size"]
   if c["hidden_act"] not in clip_text.ACTIVATIONS or width % c["num_attention_heads"]:
     raise ValueError(f"vision_config={given}: unknown activation, or heads do not fit")
@@ -208,9 +208,9 @@ def _fitted(folder: str, towers: Towers, files: Sequence[str]) -> Params:
   found = [p for p in (os.path.join(folder, f) for f in files) if os.path.exists(p)]
   if not found:
     raise UserError(f"{folder} has no weights: there is none of {', '.join(files)}")
-  tensors = clip_names.parts(weights.read(found[0]))
+  tensors = clip_weights.convert_open_clip(state_dict.read(found[0]))
   return {
-    part: published.fitted(
+    part: networks.load_state_dict(
       tensors[part],
       lambda key, part=part: towers.init(key)[part],
       dtype="float32",

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import weights
-from sdiff_jax.interfaces import Array, Params, UserError
-from sdiff_jax.kernels.attention_jvp import attention
+from sdiff_jax.kernels.attention import attention
 from sdiff_jax.metrics.features import resize
-from sdiff_jax.metrics.features.network import FeatureNetwork
-from sdiff_jax.models import published
-from sdiff_jax.models.unet_blocks import LayerNorm
+from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained.diffusers import networks
+from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.types import Array, Params, UserError
 
 SIDE, PATCH = 224, 14
 GRID = SIDE // PATCH
@@ -118,7 +118,7 @@ def load(path: str) -> FeatureNetwork:
 
   Reference: Oquab et al., arXiv:2304.07193; Stein et al., arXiv:2306.04675.
   """
-  tensors = _hub_names(weights.read(path))
+  tensors = _hub_names(state_dict.read(path))
   tensors.pop("mask_token", None)
   what = f"DINOv2 ({path})"
   if "cls_token" not in tensors or tensors.get("pos_embed", np.zeros(0)).ndim != 3:
@@ -138,7 +138,7 @@ def load(path: str) -> FeatureNetwork:
   place = positions(tensors["pos_embed"])
   first = tensors["cls_token"].reshape(-1) + place[0]
   tensors |= {"cls_token": first, "pos_embed": place[1:].T}
-  params = published.fitted(tensors, init, dtype="float32", what=what)
+  params = networks.load_state_dict(tensors, init, dtype="float32", what=what)
   return FeatureNetwork("fd_dinov2", apply, params)
 
 

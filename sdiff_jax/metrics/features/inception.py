@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax import weights
-from sdiff_jax.interfaces import Array, Params
 from sdiff_jax.metrics.features import resize
-from sdiff_jax.metrics.features.network import FeatureNetwork
-from sdiff_jax.models import published
+from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained.diffusers import networks
+from sdiff_jax.types import Array, Params
 
 SIDE, WIDTH, CLASSES = 299, 2048, 1008
 EPS = 1e-3
@@ -232,8 +232,8 @@ def load(path: str, pixels: Callable[[Array], Array] = original) -> FeatureNetwo
     with jax.default_matmul_precision("highest"):
       return net.apply({"params": params}, pixels(images))[0]
 
-  tensors = weights.read(path)
+  tensors = state_dict.read(path)
   tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
   what = f"FID's Inception-v3 ({path})"
-  params = published.fitted(tensors, init, dtype="float32", what=what)
+  params = networks.load_state_dict(tensors, init, dtype="float32", what=what)
   return FeatureNetwork("fid", apply, params, params["fc"]["kernel"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.interfaces import Array
+from sdiff_jax.types import Array
 
 
 def tensorflow_bilinear(out: int, size: int) -> np.ndarray:

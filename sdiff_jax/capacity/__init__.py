@@ -1,0 +1,1 @@
+"""What a program needs on devices that are not here."""

@@ -1,0 +1,204 @@
+"""Pods that are not here: their chips as data, and devices to compile for.
+
+A pod's name is v5e:16x16, v5p:4x4x8, tpu7x:4x4x4, ... (chips along each axis of its
+torus) or h100x64. Compiling for TPUs needs libtpu, for GPUs JAX's CUDA plugin; neither
+needs a device.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from sdiff_jax.types import UserError
+
+
+class Chip(NamedTuple):
+  """What a chip can do, as its maker says.
+
+  Attributes:
+    peak: bfloat16 operations in a second.
+    memory: bytes.
+    memory_rate: bytes between memory and chip in a second.
+    link: bytes that leave a chip in a second along one link.
+    links: those that a ring uses at once: both ways along one axis of a torus, or one
+      connection to a switch.
+    island: chips that these links join; beyond it, `network`.
+    network: bytes that leave a chip in a second beyond the island.
+    sizes: pods that can be asked for, smallest first.
+    source: where the numbers are from.
+  """
+
+  peak: float
+  memory: float
+  memory_rate: float
+  link: float
+  links: int
+  island: int
+  network: float
+  sizes: tuple[str, ...]
+  source: str
+
+
+_GIB, _DOCS = 2**30, "docs.cloud.google.com/tpu/docs/"
+# A link's rate is the documented bidirectional rate of a chip, over 2, over its ports.
+CHIPS = {
+  "v4": Chip(
+    *(275e12, 32 * _GIB, 1200e9, 50e9, 2, 4096, 3e9),
+    ("2x2x1", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    _DOCS + "v4; links: arXiv:2304.01433",
+  ),
+  "v5e": Chip(
+    *(197e12, 16e9, 819e9, 50e9, 2, 256, 3e9),
+    ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    _DOCS + "v5e: 400 GB/s through 4 ports",
+  ),
+  "v5p": Chip(
+    *(459e12, 95 * _GIB, 2765e9, 100e9, 2, 8960, 6e9),
+    ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    _DOCS + "tpu7x: 1200 GB/s through 6 ports",
+  ),
+  "v6e": Chip(
+    *(918e12, 32 * _GIB, 1638e9, 100e9, 2, 256, 12e9),
+    ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    _DOCS + "tpu7x: 800 GB/s through 4 ports",
+  ),
+  "tpu7x": Chip(
+    *(2307e12, 192 * _GIB, 7380e9, 100e9, 2, 9216, 12e9),
+    ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    _DOCS + "tpu7x: 1200 GB/s through 6 ports",
+  ),
+  "h100": Chip(
+    *(989e12, 80e9, 3350e9, 450e9, 1, 8, 50e9),
+    ("1", "8", "16", "32", "64", "128", "256"),
+    "NVIDIA H100 SXM data sheet (dense); one 400 Gb/s adapter a GPU, as in DGX H100",
+  ),
+}
+# What XLA asks about a GPU that it compiles for.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+"""
+# Neither a TPU nor its neighbours are looked for, and a GPU is not missed.
+ALONE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TF_CPP_MIN_LOG_LEVEL": "2",
+  "CUDA_VISIBLE_DEVICES": "-1",
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+
+
+class Pod(NamedTuple):
+  """A pod: its name, its kind of chip and how many of them."""
+
+  name: str
+  chip: str
+  chips: int
+
+
+def parse(name: str) -> Pod:
+  """Returns the pod of a name.
+
+  Raises:
+    UserError: there is no such pod; the message lists the names of the chip.
+  """
+  chip, _, size = (
+    name.partition("x") if name.startswith("h100") else name.partition(":")
+  )
+  if chip not in CHIPS:
+    raise UserError(
+      f"config.pod={name!r}: take one of {', '.join(CHIPS)} with a size, such as "
+      "v5e:16x16, v5p:4x4x8 or h100x64"
+    )
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size) or (
+    size.count("x") != CHIPS[chip].sizes[-1].count("x")
+  ):
+    known = ", ".join(_name(chip, size) for size in CHIPS[chip].sizes)
+    raise UserError(f"config.pod={name!r}: such as {known}")
+  return Pod(name, chip, math.prod(int(n) for n in size.split("x")))
+
+
+def larger(pod: Pod) -> Pod | None:
+  """Returns the next larger pod of the same chip, None if there is none."""
+  every = [parse(_name(pod.chip, size)) for size in CHIPS[pod.chip].sizes]
+  return next((p for p in every if p.chips > pod.chips), None)
+
+
+def _name(chip: str, size: str) -> str:
+  return f"{chip}{'x' if chip == 'h100' else ':'}{size}"
+
+
+def start() -> None:
+  """Makes this process a compiler on the CPU; before JAX asks for a device."""
+  os.environ.update(ALONE)
+  jax.config.update("jax_platforms", "cpu")
+  # Programs of other machines cannot be kept, nor run here.
+  jax.config.update("jax_enable_compilation_cache", False)
+
+
+def devices(pod: Pod) -> np.ndarray:
+  """Returns the devices of a pod, to compile for.
+
+  Raises:
+    UserError: the compiler is not installed, or knows no such pod.
+  """
+  gpu = pod.chip == "h100"
+  needed, extra = ("jax_plugins.xla_cuda12", "cuda") if gpu else ("libtpu", "rehearse")
+  if not _found(needed):
+    raise UserError(
+      f"config.pod={pod.name}: its compiler is not installed: "
+      f"pip install -e '.[{extra}]'; no {pod.chip} is needed"
+    )
+  try:
+    if gpu:
+      hosts = max(pod.chips // 8, 1)
+      found = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=H100,
+        topology=f"{hosts}x1x{pod.chips // hosts}",
+      )
+    else:
+      _, _, size = pod.name.partition(":")
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{pod.chip}:{size}"
+      )
+  except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    known = ", ".join(_name(pod.chip, size) for size in CHIPS[pod.chip].sizes)
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(f"config.pod={pod.name}: {reason}; such as {known}") from error
+  return np.array(found.devices)
+
+
+def compiler(pod: str) -> str:
+  """Returns the version of the compiler for a pod, "" if it is not installed."""
+  package = "jax-cuda12-plugin" if parse(pod).chip == "h100" else "libtpu"
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+
+
+def _found(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:
+    return False

@@ -1,0 +1,313 @@
+"""Programs of the other jobs on abstract arrays, and what their compiled form says."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from sdiff_jax import registry
+from sdiff_jax.capacity import hlo, roofline
+from sdiff_jax.data.pipeline import Dataset
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective, sampling, text_to_image
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.samplers import sampler
+from sdiff_jax.training import step
+from sdiff_jax.types import Network, Params, UserError
+
+KINDS = ("train", "sample")
+NO_WINDOW = "config.sampler.window=0: name one, there is no machine to time"
+
+
+class Program(NamedTuple):
+  """A program of shapes alone.
+
+  Attributes:
+    lower: () -> lowered for the devices of its mesh.
+    flops: remat -> operations over all devices, with those that are done again in the
+      backward pass or without them.
+    held: kind of array -> bytes of it on one device, from call to call.
+    parameters: of the network.
+    images: that a run of the program makes or learns from.
+    turns: of the loop that the compiler's counts hold once (parts of a batch).
+    repeats: runs that one batch takes (evaluations of a sampler, or expected passes).
+  """
+
+  lower: Callable
+  flops: Callable
+  held: dict[str, int]
+  parameters: int
+  images: int
+  turns: int
+  repeats: float
+
+  def summary(self) -> dict[str, Any]:
+    """Returns the numbers of a program that need no compiler."""
+    return {n: getattr(self, n) for n in ("parameters", "images", "repeats")}
+
+
+def cache_key(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields that decide the program, with the teacher's."""
+  fields = config.to_dict()
+  for name in ("pod", "checkpoint", "evaluate", "convert", "reference"):
+    del fields[name]
+  del fields["rehearse"]["fit"]
+  fields["train"]["steps"] = 0
+  teacher = _teacher_config(config)
+  fields["teacher"] = teacher and teacher.to_dict()
+  if config.job == "generate":
+    fields["folder"] = loading.configs(config.generate.folder)
+  return fields
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+  """Returns the program that config.rehearse.what names.
+
+  Raises:
+    UserError: the batch does not divide over the mesh, or a piece refuses its fields.
+  """
+  if config.job == "generate":
+    return generated(config, mesh)
+  config, source = experiments.for_flop_count(config), source_of(config)
+  network = experiments.network(config, source)
+  experiment = experiments.Experiment(config, source, network, mesh)
+  kind = {"train": training, "sample": sampled}[config.rehearse.what]
+  return kind(experiment)
+
+
+def source_of(config: ml_collections.ConfigDict) -> Dataset:
+  """Returns a source without images where the config says their shape."""
+  if not config.rehearse.shape:
+    return registry.build("data", config.data.to_dict())
+  take, mean, std = None, (0.0,), (0.5,)
+  return Dataset(
+    take, 0, tuple(config.rehearse.shape), config.rehearse.classes, mean, std
+  )
+
+
+def training(experiment: experiments.Experiment) -> Program:
+  """Returns the step of training."""
+  config, source, network, mesh, _ = experiment
+  size = config.train.batch_size
+  parts = config.train.accumulate
+  sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
+  taught, frozen = teacher(config, source)
+  init, train_step = objective.program(config, network, taught)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(init, key, frozen)
+  batch = objective.batch_shapes(config, source)
+  jitted = step.jitted(train_step, mesh, state, frozen)
+
+  def flops(remat: bool) -> float:
+    plain = config.copy_and_resolve_references()
+    if "remat" in plain.model and not remat:
+      plain.model.remat = ""
+    return objective.flops(plain, source, taught, state, key, frozen)
+
+  of_state = sharding.state(state, mesh)
+  held = {
+    "parameters": bytes_per_device(state.params, of_state.params),
+    "optimiser": bytes_per_device(state.opt_state, of_state.opt_state),
+    "EMA": bytes_per_device(state.ema, of_state.ema),
+    "teacher": bytes_per_device(frozen, sharding.state(frozen, mesh)),
+    "batch": bytes_per_device(batch, sharding.batch(mesh)),
+  }
+  return Program(
+    lambda: jitted.lower(state, batch, key, frozen),
+    flops,
+    held,
+    sum(x.size for x in jax.tree.leaves(state.params)),
+    size,
+    parts,
+    1.0,
+  )
+
+
+def sampled(experiment: experiments.Experiment) -> Program:
+  """Returns a batch of samples, whose loop is counted once: an evaluation or a pass."""
+  config, source, network, mesh, _ = experiment
+  size = config.sample.batch_size
+  over = sharding.samples(mesh)
+  sharding.check_batch(size, over, "sample.batch_size")
+  chosen = sampling.plan(config)
+  if chosen.loop and not chosen.window:
+    raise UserError(NO_WINDOW)
+  everywhere = sharding.replicated(mesh)
+  params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+  placed = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params
+  )
+  row = jax.ShapeDtypeStruct((size,), jnp.int32)
+  call = sampling.sampler(experiment, chosen)
+  rows = size * max(chosen.window, 1)
+
+  def flops(remat: bool) -> float:
+    del remat  # nothing goes backward
+    x = jax.ShapeDtypeStruct((rows, *source.shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    label = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def denoise(params: Params, x: Any, t: Any, label: Any) -> Any:
+      return sampling.denoiser(experiment, params)(x, t, {"label": label})
+
+    return roofline.operations(denoise, params, x, t, label)
+
+  return Program(
+    lambda: call.func.lower(*call.args, placed, row, row),
+    flops,
+    {"parameters": bytes_per_device(params, everywhere)},
+    sum(x.size for x in jax.tree.leaves(params)),
+    size,
+    1,
+    sampler.expected_iterations(chosen),
+  )
+
+
+def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+  """Returns a batch by a model of the diffusers format, whose loop is counted once.
+
+  Of its folder the config files alone are read. The decoder is left out: it runs once,
+  the U-Net in every pass.
+
+  Raises:
+    UserError: the batch or the window does not divide over the mesh, or there is no
+      window, or the folder does not fit.
+  """
+  size, scale = config.sample.batch_size, config.sample.guidance
+  sharding.check_batch(size, sharding.samples(mesh), "sample.batch_size")
+  model, chosen = text_to_image.from_config(config, abstract=True)
+  if chosen.loop and not chosen.window:
+    raise UserError(NO_WINDOW)
+  sharding.check_window(chosen.window, mesh)
+  weights = {k: v for k, v in model.params.items() if k != "vae"}
+  model = model._replace(vae=None, params=weights)
+  call = text_to_image.sampler(model, chosen, mesh, scale=scale)
+  arguments = text_to_image.shapes(model, size, mesh)
+  rows = size * max(chosen.window, 1)
+
+  def flops(remat: bool) -> float:
+    del remat  # nothing goes backward
+    shapes = {"x": (rows, *model.unet.shape), "t": (rows,)}
+    if model.unet.text:
+      length = model.text_encoder.length
+      shapes |= {
+        "text": (rows, length, model.unet.text),
+        "empty": (length, model.unet.text),
+      }
+    arrays = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+    def denoise(params: Any, arrays: dict[str, Any]) -> Any:
+      text, empty = arrays.get("text"), arrays.get("empty")
+      net = text_to_image.denoiser(model, chosen, params, empty, scale)
+      return net(arrays["x"], arrays["t"], None if text is None else {"text": text})
+
+    return roofline.operations(denoise, model.params, arrays)
+
+  return Program(
+    lambda: call.lower(*arguments),
+    flops,
+    {"parameters": bytes_per_device(model.params, sharding.state(model.params, mesh))},
+    sum(x.size for x in jax.tree.leaves(model.params)),
+    size,
+    1,
+    sampler.expected_iterations(chosen),
+  )
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """Returns the bytes of arrays that one device holds."""
+  leaves = jax.tree.leaves(tree)
+  if isinstance(shardings, jax.sharding.Sharding):
+    places = [shardings] * len(leaves)
+  else:
+    places = jax.tree.leaves(shardings)
+  return sum(
+    int(np.prod(s.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+    for x, s in zip(leaves, places, strict=True)
+  )
+
+
+def _teacher_config(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict | None:
+  """Returns the config of the teacher's run or, before there is one, of its file.
+
+  The types of a file's are those of the student.
+  """
+  file, workdir = config.teacher.config, config.teacher.workdir
+  if not workdir and not experiments.takes_teacher(config):
+    return None
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    return experiments.for_flop_count(experiments.read(workdir))
+  theirs = experiments.load(
+    file, f"config.teacher.config={file!r}: no such file, and no run there"
+  )
+  if "dtype" in theirs.model and "dtype" in config.model:
+    theirs.model.dtype = config.model.dtype
+  return experiments.for_flop_count(theirs)
+
+
+def teacher(
+  config: ml_collections.ConfigDict, source: Dataset
+) -> tuple[Network | None, Params]:
+  """Returns the teacher's network and abstract parameters, None where there is none."""
+  theirs = _teacher_config(config)
+  if theirs is None:
+    return None, None
+  network = experiments.network(theirs, source)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return network, jax.eval_shape(network.init, key)
+
+
+def compiled(program: Program, devices: int, *, gpu: bool = False) -> dict[str, Any]:
+  """Returns the facts of a program: compiles it.
+
+  Returns:
+    Of one device: `memory` (arguments, temporaries, outputs, peak: bytes), `flops`,
+    `bytes` that it reads and writes, None where the compiler does not say,
+    `collectives`; of all: `model_flops`; or `refused`, the compiler's words where the
+    program does not fit.
+  """
+  begin, cpu = time.monotonic(), time.process_time()
+  facts = {"model_flops": program.flops(False)}
+  lowered = program.lower()
+  options = {"xla_gpu_autotune_level": 0} if gpu else {}
+  try:
+    done = lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return facts | {"refused": " ".join(str(error).split())[:400]}
+  facts |= read(done)
+  if facts["flops"] is None or program.turns > 1:
+    facts["flops"] = program.flops(True) / devices
+  if facts["bytes"] is not None:
+    facts["bytes"] *= program.turns
+  facts["compile_seconds"] = time.monotonic() - begin
+  facts["compile_cpu_seconds"] = time.process_time() - cpu
+  return facts
+
+
+def read(done: jax.stages.Compiled) -> dict[str, Any]:
+  """Returns what a compiled program says of itself."""
+  memory, cost = done.memory_analysis(), done.cost_analysis() or {}
+  every = hlo.read(done.as_text())
+  return {
+    "memory": {
+      "arguments": memory.argument_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+      "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "program": memory.generated_code_size_in_bytes,
+      "peak": memory.peak_memory_in_bytes,
+    },
+    "flops": cost.get("flops"),
+    "bytes": cost.get("bytes accessed"),
+    "collectives": [c._asdict() for c in every],
+  }

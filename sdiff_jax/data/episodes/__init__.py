@@ -1,0 +1,1 @@
+"""Readers of recorded robot episodes, one format a file."""

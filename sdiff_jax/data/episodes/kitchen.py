@@ -1,0 +1,79 @@
+"""Episodes of Franka Kitchen: three .npy files, or the .mjl logs of relay learning."""
+
+import glob
+import os
+
+import numpy as np
+
+from sdiff_jax.types import UserError
+
+FILES = ("observations_seq.npy", "actions_seq.npy", "existence_mask.npy")
+SKIP = 40  # steps of a log to one of an episode
+ROBOT, OBJECTS, GOAL = 9, 21, 30
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+  """Returns observation [N, 60], action [N, 9] and episode_ends [E] of a folder.
+
+  Args:
+    path: with observations_seq.npy [E, T, 60], actions_seq.npy [E, T, 9] and
+      existence_mask.npy [E, T], 1 where there is a step; or with TASK/*.mjl.
+
+  Raises:
+    UserError: files are missing, damaged or of another form.
+  """
+  logs = sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.mjl")))
+  if logs:
+    pairs = [_log(file) for file in logs]
+  elif os.path.exists(os.path.join(path, FILES[0])):
+    pairs = _sequences(path)
+  else:
+    raise UserError(
+      f"config.data.path={path!r} has no .zgroup, no {FILES[0]} and no */*.mjl: name a "
+      "folder of episodes"
+    )
+  observations, actions = zip(*pairs, strict=True)
+  return {
+    "observation": np.concatenate(observations),
+    "action": np.concatenate(actions),
+    "episode_ends": np.cumsum([len(x) for x in actions]),
+  }
+
+
+def _sequences(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+  try:
+    observation, action, mask = (np.load(os.path.join(path, f)) for f in FILES)
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"{path}: a file is missing or damaged ({error})") from error
+  fits = observation.ndim == action.ndim == 3 and mask.ndim == 2 and mask.size
+  if not fits or not observation.shape[:2] == action.shape[:2] == mask.shape:
+    shapes = ", ".join(
+      f"{name} {x.shape}"
+      for name, x in zip(FILES, (observation, action, mask), strict=True)
+    )
+    raise UserError(f"{path}: {shapes}; save [E, T, 60], [E, T, 9] and [E, T]")
+  lengths = mask.sum(axis=1).astype(int)
+  return [
+    (observation[i, :n], action[i, :n]) for i, n in enumerate(lengths.tolist()) if n
+  ]
+
+
+def _log(path: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns observations [n, 60] and actions [n, 9] of a log of MuJoCo.
+
+  Seven int32 (positions, velocities, controls, mocap bodies, sensors, user data, length
+  of the name), the name, then records of float32: the time, and all of these.
+  """
+  with open(path, "rb") as file:
+    data = file.read()
+  sizes = np.frombuffer(data[:28].ljust(28, b"\0"), "<i4").astype(int)
+  nq, nv, nu, mocap, sensors, user, name = sizes.tolist()
+  body = data[28 + max(name, 0) :]
+  record = 1 + nq + nv + nu + 7 * mocap + sensors + user
+  if sizes.min() < 0 or nq < ROBOT + OBJECTS or not body or len(body) % (4 * record):
+    raise UserError(f"{path} is no log of Franka Kitchen, or damaged; fetch it again")
+  steps = np.frombuffer(body, "<f4").reshape(-1, record)[::SKIP]
+  q, start = steps[:, 1 : 1 + nq], 1 + nq + nv
+  goal = np.zeros((len(q), GOAL), np.float32)
+  observation = np.concatenate([q[:, :ROBOT], q[:, -OBJECTS:], goal], axis=1)
+  return observation, steps[:, start : start + nu]

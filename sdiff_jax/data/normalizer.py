@@ -1,0 +1,122 @@
+"""Affine maps that bring observations and actions to a common range."""
+
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from sdiff_jax.types import Array, UserError
+
+PERCENTILES = (0.3, 99.7)
+
+
+class Affine(NamedTuple):
+  """The map x -> (x - centre) / scale of the last axes; float32 arrays of one shape."""
+
+  centre: np.ndarray
+  scale: np.ndarray
+
+
+class Normalizer(NamedTuple):
+  """What a policy needs of the data that it was trained on.
+
+  Attributes:
+    observation: of one observation, [Do].
+    action: of an action [Da], or of those of a chunk [H, Da].
+    steps: To, observations that the policy is given.
+    shape: (H, Da), of a chunk of actions.
+    std: root mean square of the normalised actions; x0 has sigma_d instead.
+  """
+
+  observation: Affine
+  action: Affine
+  steps: int
+  shape: tuple[int, int]
+  std: float
+
+
+def normalize(affine: Affine, x: Array) -> Array:
+  """Returns (x - centre) / scale, [..., *centre.shape]."""
+  centre, scale = (_wide(a, x) for a in affine)
+  return (x - centre) / scale
+
+
+def denormalize(affine: Affine, y: Array) -> Array:
+  """Returns y scale + centre, the inverse of `normalize`."""
+  centre, scale = (_wide(a, y) for a in affine)
+  return y * scale + centre
+
+
+def _wide(a: np.ndarray, x: Array) -> np.ndarray:
+  return a.astype(x.dtype).reshape((1,) * (x.ndim - a.ndim) + a.shape)
+
+
+def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
+  """Returns the affine map of a kind that fits values.
+
+  Args:
+    values: float32 [N, ...].
+    kind: "range": least and largest of each dimension to -1 and 1; "percentile":
+      those of PERCENTILES; "position": the range of the first three dimensions alone;
+      "max_abs": the largest |value| of all to 1; "none": the values as they are.
+    least: dimensions whose range is below it are centred, and not scaled.
+
+  Raises:
+    UserError: another kind.
+  """
+  shape = values.shape[1:]
+  centre, scale = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+  if kind == "max_abs":
+    scale *= np.abs(values).max() or 1
+  elif kind in ("range", "percentile", "position"):
+    if kind == "percentile":
+      low, high = np.percentile(values, PERCENTILES, axis=0)
+    else:
+      low, high = values.min(axis=0), values.max(axis=0)
+    centre += (low + high) / 2
+    scale = np.where(high - low < least, 1, (high - low) / 2).astype(np.float32)
+    if kind == "position":
+      centre[..., 3:], scale[..., 3:] = 0, 1
+  elif kind != "none":
+    raise UserError(
+      f"config.data: normalisation {kind!r}: take range, percentile, position, max_abs "
+      "or none"
+    )
+  return Affine(centre, scale)
+
+
+def allclose(one: Normalizer, two: Normalizer) -> bool:
+  """Returns whether two have the same shapes, and scales within a thousandth."""
+  flat = [[*n.observation, *n.action, n.steps, n.shape, n.std] for n in (one, two)]
+  return all(
+    np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-3, atol=1e-3)
+    for a, b in zip(*flat, strict=True)
+  )
+
+
+def save(path: str, normaliser: Normalizer) -> None:
+  """Writes a normaliser as .npz."""
+  flat = normaliser._asdict()
+  for name in ("observation", "action"):
+    centre, scale = flat.pop(name)
+    flat |= {f"{name}.centre": centre, f"{name}.scale": scale}
+  with open(path, "wb") as file:
+    np.savez(file, **flat)
+
+
+def load(path: str) -> Normalizer:
+  """Returns what `save` wrote.
+
+  Raises:
+    UserError: the file is damaged, or another one.
+  """
+  try:
+    with np.load(path) as arrays:
+      maps = [
+        Affine(arrays[f"{name}.centre"], arrays[f"{name}.scale"])
+        for name in ("observation", "action")
+      ]
+      H, Da = arrays["shape"].tolist()
+      return Normalizer(*maps, int(arrays["steps"]), (H, Da), float(arrays["std"]))
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f"{path} is no normaliser, or damaged ({error})") from error

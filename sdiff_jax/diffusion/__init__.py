@@ -1,0 +1,1 @@
+"""The diffusion process: TrigFlow, noise schedules, time grids, parameterizations."""

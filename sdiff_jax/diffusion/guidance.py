@@ -1,0 +1,66 @@
+"""Classifier-free guidance as a map from network to network."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax.diffusion.trigflow import expand
+from sdiff_jax.types import Array, Cond, NetFn, PRNGKey
+
+NO_LABEL = -1
+
+
+def unlabelled(cond: Cond) -> Cond:
+  """Returns the conditions without their label."""
+  return cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
+
+
+def without_text(empty: Array) -> Callable[[Cond], Cond]:
+  """Returns a map of conditions that puts one text [L, E] in place of each sample's.
+
+  The text is an empty one, or a negative prompt.
+  """
+
+  def free(cond: Cond) -> Cond:
+    return cond | {"text": jnp.broadcast_to(empty[None], cond["text"].shape)}
+
+  return free
+
+
+def classifier_free(
+  net: NetFn, scale: Array | float, free: Callable[[Cond], Cond] = unlabelled
+) -> NetFn:
+  """Returns F_u + scale (F_c - F_u), both halves in one call of the network.
+
+  Args:
+    net: conditional network that knows what `free` returns, such as the label -1
+      (trained with `drop_labels`); what it predicts may be F, eps, v or x0.
+    scale: a scalar or one scale a sample [B]; 1 is no guidance.
+    free: conditions -> those of F_u.
+
+  Returns:
+    A NetFn with the same signature (Ho & Salimans, arXiv:2207.12598, in the
+    convention in which 1 is the conditional model).
+  """
+
+  def guided(x: Array, t: Array, cond: Cond) -> Array:
+    # Each sample beside its twin, so that a batch over devices stays where it is.
+    F = net(_pair(x, x), _pair(t, t), jax.tree.map(_pair, cond, free(cond)))
+    F_c, F_u = jnp.moveaxis(F.reshape(len(x), 2, *F.shape[1:]), 1, 0)
+    s = jnp.broadcast_to(jnp.asarray(scale, F.dtype), t.shape)
+    return F_u + expand(s, F_u) * (F_c - F_u)
+
+  return guided
+
+
+def _pair(a: Array, b: Array) -> Array:
+  return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
+def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
+  """Replaces each label by -1 with probability `rate`, if there are labels."""
+  if cond is None or rate == 0 or "label" not in cond:
+    return cond
+  drop = jax.random.bernoulli(key, rate, cond["label"].shape)
+  return cond | {"label": jnp.where(drop, NO_LABEL, cond["label"])}

@@ -1,0 +1,1 @@
+"""From a config to the pieces of an experiment and its work directory."""

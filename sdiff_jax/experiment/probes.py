@@ -1,0 +1,100 @@
+"""What a study measures of a trained run beside its samples."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from sdiff_jax.data import pipeline
+from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.losses import _velocity, scm
+from sdiff_jax.samplers import comparison, sequential
+from sdiff_jax.types import Array, Denoiser, Params
+
+TOLERANCES = (0.01, 0.03, 0.1, 0.3, 1.0)
+WINDOWS = (4, 8, 16, 32)
+
+
+def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+  """Returns the size of each of `scm.parts` of an sCD run, and of the sum, "tangent".
+
+  Root mean squares over a sample, their means over the first batch of training, by the
+  average that is sampled from; angles and noise are the same for all runs.
+  """
+  experiment, params = experiments.trained(config, workdir)
+  config, loss = experiment.config, experiment.config.loss
+  teacher, frozen = objective.teacher(experiment)
+  sigma_d = config.sigma_d
+  velocity_of = _velocity.velocity_target("teacher", teacher.apply, sigma_d=sigma_d)
+  size, over_batch = config.train.batch_size, sharding.batch(experiment.mesh)
+  sharding.check_batch(size, over_batch, "train.batch_size")
+  options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
+  batches = pipeline.batches(experiment.source, seed=0, sigma_d=sigma_d, **options)
+  batch = sharding.make_global_batch(next(batches), over_batch, size)
+
+  def sizes(params: Params, frozen: Params, batch: dict) -> dict[str, Array]:
+    x0, cond = batch["x0"], batch["cond"]
+    key_t, key_z = jax.random.split(jax.random.key(0))
+    proposal = {"p_mean": loss.p_mean, "p_std": loss.p_std}
+    t = time_grids.log_normal(key_t, size, **proposal, sigma_d=sigma_d)
+    z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
+    xt = trigflow.perturb(x0, z, t)
+    v = velocity_of(frozen, x0, z, xt, t, cond)
+    net = functools.partial(experiment.network.apply, params)
+    found = scm.tangent_terms(net, xt, t, v, cond, sigma_d=sigma_d)
+    found["tangent"] = sum(found.values())
+    return {name: jnp.mean(scm.norm(g, rms=True)) for name, g in found.items()}
+
+  call = jax.jit(
+    sharding.with_mesh(experiment.mesh, sizes),
+    out_shardings=sharding.replicated(experiment.mesh),
+  )
+  return {name: float(x) for name, x in call(params, frozen, batch).items()}
+
+
+def parallel_sampling(
+  config: ml_collections.ConfigDict, workdir: str
+) -> list[dict[str, Any]]:
+  """Returns what config.sampler takes beside one row after the other, see `Taken`.
+
+  For TOLERANCES at sampler.window, then for WINDOWS at sampler.tolerance; of sample.num
+  images. Speculation has no tolerance, and is other samples of the same law.
+  """
+  experiment, params = experiments.trained(config, workdir)
+  mesh, chosen = experiment.mesh, sampling.plan(config)
+  count = config.sample.num
+  sharding.check_batch(count, sharding.samples(mesh), "sample.num")
+  seeds, labels = sampling.seeds_and_labels(experiment, 0, count)
+  keys = sequential.keys_from_seeds(seeds)
+
+  def bound(params: Params) -> Denoiser:
+    return sharding.with_mesh(mesh, sampling.denoiser(experiment, params))
+
+  sweep = comparison.sweep(
+    bound,
+    params,
+    chosen.table,
+    sequential.sample_prior(chosen.table, keys, experiment.source.shape),
+    keys,
+    {"label": jnp.asarray(labels)},
+    sharding=sharding.window(mesh),
+  )
+  rows = []
+  if chosen.loop == "para":
+    taken = sweep(chosen, TOLERANCES)
+    rows += [
+      {"tolerance": tolerance} | row._asdict()
+      for tolerance, row in zip(TOLERANCES, taken, strict=True)
+    ]
+  for window in WINDOWS:
+    if window <= chosen.table.evaluations:
+      (row,) = sweep(chosen._replace(window=window), [chosen.tolerance])
+      rows.append({"window": window} | row._asdict())
+  if chosen.loop == "spec":
+    rows = [row | {"error": None} for row in rows]
+  return rows

@@ -1,0 +1,92 @@
+"""One block of attention: what every kernel and the plain twin do with it.
+
+Scores of a block are s = scale q k^T. Softmax over all keys is made of blocks by a
+running maximum m of the scores and sums that are rescaled by e^(m_old - m_new) when it
+moves (arXiv:2205.14135); its derivative needs two more sums (arXiv:2410.11081, F):
+
+  l = sum e^(s - m)           O = sum e^(s - m) v
+  mu = sum e^(s - m) ds       C = sum e^(s - m) (dv + ds v),   ds = scale (dq k + q dk)
+
+  o = O / l     do = C / l - (mu / l) o     lse = m + ln l     dlse = mu / l
+
+Arrays are q [..., Lq, size], k and v [..., Lk, size], sums and maxima over keys
+[..., Lq, 1] in float32 or wider, `keep` a boolean mask like the scores, or None.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax.types import Array
+
+LOWEST = -1e30  # score of a masked key: finite, so that no inf - inf arises
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+  """Returns the type of scores and sums: float32, or the type itself if wider."""
+  return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def dot(a: Array, b: Array, over: str, dtype: jnp.dtype) -> Array:
+  """Returns a b^T over the "size" or a b over the "keys"; operands in a's type."""
+  last = b.ndim - 1 if over == "size" else b.ndim - 2
+  batch = tuple(range(a.ndim - 2))
+  dims = (((a.ndim - 1,), (last,)), (batch, batch))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+def scores(q: Array, k: Array, keep: Array | None, scale: float) -> Array:
+  """Returns scale q k^T with LOWEST where a key does not count, [..., Lq, Lk]."""
+  s = dot(q, k, "size", accumulation_dtype(q.dtype)) * scale
+  return s if keep is None else jnp.where(keep, s, LOWEST)
+
+
+def start(q: Array, size: int, tangent: bool) -> tuple[Array, ...]:
+  """Returns the sums over no keys: (m, l, O) and, with a tangent, (mu, C)."""
+  dtype = accumulation_dtype(q.dtype)
+  column, row = (*q.shape[:-1], 1), (*q.shape[:-1], size)
+  like = jnp.zeros_like
+  zero = like(q, dtype, shape=column)
+  sums = (jnp.full_like(zero, LOWEST), zero, like(q, dtype, shape=row))
+  return (*sums, zero, like(q, dtype, shape=row)) if tangent else sums
+
+
+def update(
+  sums: tuple[Array, ...],
+  qkv: tuple[Array, Array, Array],
+  dqkv: tuple[Array, Array, Array] | None,
+  keep: Array | None,
+  scale: float,
+) -> tuple[Array, ...]:
+  """Returns the sums with one more block of keys; `dqkv` where there is a tangent."""
+  q, k, v = qkv
+  m, l, O, *tangent = sums
+  dtype = m.dtype
+  s = scores(q, k, keep, scale)
+  m_new = jnp.maximum(m, jnp.max(s, -1, keepdims=True))
+  p = jnp.exp(s - m_new)
+  if keep is not None:  # a row none of whose keys count has s = m
+    p = jnp.where(keep, p, 0)
+  a = jnp.exp(m - m_new)
+  weights = p.astype(v.dtype)
+  l = a * l + jnp.sum(p, -1, keepdims=True)
+  O = a * O + dot(weights, v, "keys", dtype)
+  if dqkv is None:
+    return m_new, l, O
+  dq, dk, dv = dqkv
+  mu, C = tangent
+  ds = (dot(dq, k, "size", dtype) + dot(q, dk, "size", dtype)) * scale
+  r = p * ds
+  mu = a * mu + jnp.sum(r, -1, keepdims=True)
+  C = a * C + dot(weights, dv, "keys", dtype) + dot(r.astype(v.dtype), v, "keys", dtype)
+  return m_new, l, O, mu, C
+
+
+def finish(sums: tuple[Array, ...]) -> tuple[Array, ...]:
+  """Returns (o, lse) and, with a tangent, (do, dlse); 0 for rows without keys."""
+  m, l, O, *tangent = sums
+  l = jnp.where(l == 0, 1, l)
+  o, lse = O / l, m + jnp.log(l)
+  if not tangent:
+    return o, lse
+  mu, C = tangent
+  return o, lse, C / l - (mu / l) * o, mu / l

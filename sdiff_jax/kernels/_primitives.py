@@ -1,0 +1,314 @@
+"""What JAX's transformations do with fused attention.
+
+A `custom_vjp` function refuses `jax.jvp`, and a `custom_jvp` function whose rule calls
+a kernel cannot be transposed. So attention is primitives, which know all of it:
+
+  forward  q, k, v -> o, lse
+  both     q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over keys
+  linear   the derivative of one of them at known q, k, v, o, lse
+
+The jvp of `forward` is `both`. Reverse mode evaluates what it knows, o and lse, and
+transposes what is linear in tangents that it does not know; `both` then falls into
+`forward` and `linear`, whose transpose is the backward pass of FlashAttention. In the
+gradient of a loss that holds a jvp, the step of sCM, all six inputs of `both` are
+values, and it stays in one piece.
+
+Arrays are [B, heads, L, size], log-sums lse [B, heads, L, 1].
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from sdiff_jax.kernels import _chunked, _online_softmax, _pallas_gpu, _pallas_tpu
+from sdiff_jax.kernels._chunked import AttentionSpec
+from sdiff_jax.types import Array
+
+
+def attend(shape: AttentionSpec, impl: str, qkv: tuple, mask: Array | None) -> Array:
+  """Returns softmax(scale q k^T) v, [B, heads, Lq, size].
+
+  Args:
+    shape: masks, scale and blocks.
+    impl: "fused", "chunked" or "interpret".
+    qkv: q [B, heads, Lq, size], k and v [B, heads, Lk, size].
+    mask: which keys count, bool [B, Lk], or None.
+  """
+  operands = _alike(*qkv) if mask is None else _alike(*qkv, mask)
+  return forward_p.bind(*operands, shape=shape, impl=impl)[0]
+
+
+def _alike(*arrays: Array) -> list[Array]:
+  """Returns arrays that vary over the same axes of a surrounding shard_map."""
+  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  every = frozenset().union(*varying)
+  return [
+    jax.lax.pcast(x, tuple(every - mine), to="varying") if every - mine else x
+    for x, mine in zip(arrays, varying, strict=True)
+  ]
+
+
+def _evaluate(*args: Array, shape: AttentionSpec, impl: str, tangent: bool) -> tuple:
+  qkv, mask, dqkv = _parts(args, tangent)
+  chunked = functools.partial(_chunked.one_pass, shape)
+  if impl == "chunked":
+    return chunked(qkv, mask, dqkv)
+  interpret = impl == "interpret"
+  on_tpu = _on_each_device(
+    functools.partial(_pallas_tpu.one_pass, shape, interpret=interpret)
+  )
+  if interpret:
+    return on_tpu(qkv, mask, dqkv)
+  kernels = {"tpu": on_tpu}
+  if _pallas_gpu.takes(qkv[0]):
+    on_gpu = functools.partial(_pallas_gpu.one_pass, shape)
+    kernels["cuda"] = _on_each_device(on_gpu)
+  # By the platform that the program is compiled for, which need not be this one.
+  return jax.lax.platform_dependent(qkv, mask, dqkv, **kernels, default=chunked)
+
+
+def _on_each_device(kernel):
+  """Returns the kernel under shard_map, since XLA cannot partition it.
+
+  B and then heads are spread over the axes of the mesh in the context (jax.set_mesh)
+  that divide them, in the mesh's order.
+  """
+
+  def call(qkv: tuple, mask: Array | None, dqkv: tuple | None) -> tuple:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [
+      a
+      for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if t == AxisType.Auto
+    ]
+    batch, heads = [], []
+    for axis in axes:
+      for names, n in ((batch, qkv[0].shape[0]), (heads, qkv[0].shape[1])):
+        parts = mesh.shape[axis]
+        for name in names:
+          parts *= mesh.shape[name]
+        if n % parts == 0:
+          names.append(axis)
+          break
+    if not axes:
+      return kernel(qkv, mask, dqkv)
+    whole = P(tuple(batch), tuple(heads))
+    return jax.shard_map(
+      kernel,
+      axis_names=set(axes),
+      in_specs=(whole, P(tuple(batch)), whole),
+      out_specs=whole,
+      check_vma=False,
+    )(qkv, mask, dqkv)
+
+  return call
+
+
+def _parts(args: tuple, tangent: bool) -> tuple:
+  """Returns (q, k, v), mask or None, and (dq, dk, dv) or None of operands."""
+  qkv, rest = args[:3], args[3:]
+  dqkv, rest = (rest[-3:], rest[:-3]) if tangent else (None, rest)
+  return qkv, rest[0] if rest else None, dqkv
+
+
+def _primitive(name: str, evaluate: Callable, types: Callable) -> core.Primitive:
+  """Returns a primitive that is evaluated, typed and mapped, but has no derivative.
+
+  Args:
+    name: for programs in print.
+    evaluate: (arrays, parameters) -> arrays, each with leading B.
+    types: the same of abstract values.
+  """
+  primitive = core.Primitive(name)
+  primitive.multiple_results = True
+  primitive.def_impl(evaluate)
+  primitive.def_abstract_eval(types)
+  mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+
+  def mapped(args: tuple, dims: tuple, **params) -> tuple:
+    count = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+
+    def merged(x: Array, d: int | None) -> Array:
+      if d is None:
+        x = jnp.broadcast_to(x[None], (count, *x.shape))
+      else:
+        x = jnp.moveaxis(x, d, 0)
+      return x.reshape(-1, *x.shape[2:])
+
+    outs = primitive.bind(*map(merged, args, dims), **params)
+    return [x.reshape(count, -1, *x.shape[1:]) for x in outs], [0] * len(outs)
+
+  batching.primitive_batchers[primitive] = mapped
+  return primitive
+
+
+def _sums(q, *_, **__) -> list:
+  o = q.update(weak_type=False)
+  return [
+    o,
+    o.update(
+      shape=(*q.shape[:-1], 1), dtype=_online_softmax.accumulation_dtype(q.dtype)
+    ),
+  ]
+
+
+forward_p = _primitive("attention", functools.partial(_evaluate, tangent=False), _sums)
+both_p = _primitive(
+  "attention_jvp",
+  functools.partial(_evaluate, tangent=True),
+  lambda *args, **params: _sums(*args) * 2,
+)
+# Of q, k, v, o, lse and what else `function` reads, then the `count` directions in
+# which it is linear. It is known as a whole or not at all, and transposed as one.
+linear_p = _primitive(
+  "attention_linear",
+  lambda *args, function, count: function(*args),
+  _sums,
+)
+
+
+def _tangent(shape: AttentionSpec, *args: Array) -> tuple:
+  """Returns (do, dlse) of q, k, v, o, lse, mask if any, and dq, dk, dv."""
+  *qkv, o, lse = args[:5]
+  mask = args[5] if len(args) == 9 else None
+  return _chunked.tangent(shape, tuple(qkv), mask, o, lse, args[-3:])
+
+
+def _second(shape: AttentionSpec, *args: Array) -> tuple:
+  """Returns the derivative of `_tangent` along eight more arguments, mask without."""
+  primals, dots = args[:-8], args[-8:]
+  q, k, v, o, lse, *mask, dq, dk, dv = primals
+  return jax.jvp(
+    lambda *x: _tangent(shape, *x[:5], *mask, *x[5:]),
+    (q, k, v, o, lse, dq, dk, dv),
+    dots,
+  )[1]
+
+
+def _linear_jvp(primals: tuple, tangents: tuple, *, function, count) -> tuple:
+  mixed = [i for i, x in enumerate(primals) if x.dtype != bool]
+  dots = [ad.instantiate_zeros(tangents[i]) for i in mixed]
+
+  def of_some(*some: Array) -> tuple:
+    args = list(primals)
+    for i, x in zip(mixed, some, strict=True):
+      args[i] = x
+    return function(*args)
+
+  return jax.jvp(of_some, [primals[i] for i in mixed], dots)
+
+
+def _linear_transpose(cts: list, *args, function, count) -> list:
+  given, directions = args[:-count], args[-count:]
+  linear = [ad.is_undefined_primal(x) for x in directions]
+
+  def of_some(*some: Array) -> tuple:
+    rest = iter(some)
+    return function(
+      *given,
+      *(
+        next(rest) if l else jnp.zeros_like(x)
+        for l, x in zip(linear, directions, strict=True)
+      ),
+    )
+
+  some = [x.aval for x, l in zip(directions, linear, strict=True) if l]
+  back = iter(
+    jax.linear_transpose(of_some, *some)(tuple(map(ad.instantiate_zeros, cts)))
+  )
+  return [None] * len(given) + [next(back) if l else None for l in linear]
+
+
+ad.primitive_jvps[linear_p] = _linear_jvp
+ad.primitive_transposes[linear_p] = _linear_transpose
+
+
+def _linear(
+  function: Callable, shape: AttentionSpec, args: list, directions: list
+) -> list:
+  function = functools.partial(function, shape)
+  return linear_p.bind(*args, *directions, function=function, count=len(directions))
+
+
+def _forward_jvp(primals: tuple, tangents: tuple, **params) -> tuple:
+  dqkv = map(ad.instantiate_zeros, tangents[:3])
+  outs = both_p.bind(*primals, *dqkv, **params)
+  return outs[:2], outs[2:]
+
+
+def _both_jvp(
+  primals: tuple, tangents: tuple, *, shape: AttentionSpec, impl: str
+) -> tuple:
+  outs = both_p.bind(*primals, shape=shape, impl=impl)
+  given = [*primals[:3], *outs[:2], *primals[3:]]  # q, k, v, o, lse, (mask), dq, dk, dv
+  dots = [ad.instantiate_zeros(x) for x in (*tangents[:3], *tangents[-3:])]
+  first = _linear(_tangent, shape, given[:-3], dots[:3])
+  # Nothing of it is computed where the tangent is under stop_gradient.
+  second = _linear(_second, shape, given, [*dots[:3], *first, *dots[3:]])
+  return outs, [*first, *second]
+
+
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_jvps[both_p] = _both_jvp
+
+
+def _partial_eval(trace, *tracers, shape: AttentionSpec, impl: str) -> list:
+  """Splits `both` where q, k, v are known and their tangents are not (grad)."""
+  known = [x.is_known() for x in tracers]
+  params = {"shape": shape, "impl": impl}
+  if all(known) or not all(known[:-3]):
+    return trace.default_process_primitive(both_p, tracers, params)
+  with core.set_current_trace(trace):
+    o, lse = forward_p.bind(*tracers[:-3], **params)
+    given = [*tracers[:3], o, lse, *tracers[3:-3]]
+    return [o, lse, *_linear(_tangent, shape, given, tracers[-3:])]
+
+
+def _equation(eqn: core.JaxprEqn) -> core.JaxprEqn:
+  """Returns the equation of `forward` that gives the first results of a `both`."""
+  return core.new_jaxpr_eqn(
+    eqn.invars[:-3],
+    eqn.outvars[:2],
+    forward_p,
+    eqn.params,
+    eqn.effects,
+    eqn.source_info,
+    eqn.ctx,
+  )
+
+
+def _partial_eval_equation(saveable, unknown: list, there: list, eqn) -> tuple:
+  """The same for an equation under remat, all of which is computed again."""
+  residuals = [
+    x
+    for x, inst in zip(eqn.invars, there, strict=True)
+    if not inst and not isinstance(x, core.Literal)
+  ]
+  if not any(unknown):
+    known, out = eqn, [False] * 4
+  elif not any(unknown[:-3]):
+    known, out = _equation(eqn), [False, False, True, True]
+  else:
+    known, out = None, [True] * 4
+  return known, eqn, out, [True] * 4, residuals
+
+
+def _dead_code(used: list, *rest) -> tuple:
+  """Leaves `forward` of a `both` whose tangent nobody reads."""
+  eqn = rest[-1]  # from 0.12 on, JAX says before it which inputs live
+  if any(used[2:]):
+    return [True] * len(eqn.invars), eqn
+  if any(used):
+    return [True] * (len(eqn.invars) - 3) + [False] * 3, _equation(eqn)
+  return [False] * len(eqn.invars), None
+
+
+partial_eval.custom_partial_eval_rules[both_p] = _partial_eval
+partial_eval.partial_eval_jaxpr_custom_rules[both_p] = _partial_eval_equation
+partial_eval.dce_rules[both_p] = _dead_code

@@ -1,0 +1,110 @@
+"""Attention in O(L) memory that has forward-mode, reverse-mode and mixed derivatives.
+
+Fused kernels elsewhere are `custom_vjp` functions, which refuse `jax.jvp`;
+continuous-time consistency models need the gradient of a loss that holds one.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax.kernels import _online_softmax, _primitives
+from sdiff_jax.kernels._chunked import AttentionSpec
+from sdiff_jax.kernels._pallas_tpu import LANES
+from sdiff_jax.types import Array
+
+IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
+SHORT = 512 * 512  # scores of a head that plain attention may hold
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool = False,
+  key_mask: Array | None = None,
+  scale: float | None = None,
+  impl: str = "auto",
+  block_q: int = 512,
+  block_k: int = 512,
+) -> Array:
+  """Returns softmax(scale q k^T) v, [B, Lq, heads, size].
+
+  Scores and sums are float32 or wider. Jit, grad, jvp, the gradient of a loss that
+  holds a jvp, vmap, remat and shard_map compose with it. Rows that meet no key are 0.
+
+  Args:
+    q: queries, [B, Lq, heads, size], bfloat16, float32 (or, but in kernels, another).
+    k: keys, [B, Lk, heads, size].
+    v: values, [B, Lk, heads, size].
+    causal: let query i meet the keys 0 to i alone.
+    key_mask: which keys count, bool [B, Lk]; None for all.
+    scale: factor of the scores; None for size^-0.5.
+    impl: "plain" holds all scores, [B, heads, Lq, Lk]; "chunked" one block of them at a
+      time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to a size of
+      128 (64 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" takes "plain"
+      where it holds little, else "fused". "interpret" runs the TPU's kernel on any
+      machine, slowly.
+    block_q: queries of a block, at most; a multiple of 128. GPUs have their own.
+    block_k: keys of a block, likewise.
+
+  Raises:
+    ValueError: a shape, type or name that does not fit; it names the argument.
+
+  Source: arXiv:2410.11081, appendix F; arXiv:2205.14135.
+  """
+  _check(q, k, v, key_mask, impl, block_q, block_k)
+  scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+  if not math.isfinite(scale):
+    raise ValueError(f"scale={scale}: must be finite")
+  if impl == "auto":
+    impl = "plain" if q.shape[1] * k.shape[1] <= SHORT else "fused"
+  if impl == "plain":
+    return _plain(q, k, v, causal, key_mask, scale)
+  shape = AttentionSpec(causal, scale, block_q, block_k)
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  o = _primitives.attend(shape, impl, (q, k, v), key_mask)
+  return jnp.swapaxes(o, 1, 2)
+
+
+def _check(q, k, v, key_mask, impl, block_q, block_k) -> None:
+  """Raises a ValueError that names the argument that does not fit."""
+  if impl not in IMPLS:
+    raise ValueError(f"impl={impl!r}: take one of {', '.join(IMPLS)}")
+  for name, block in (("block_q", block_q), ("block_k", block_k)):
+    if block < LANES or block % LANES:
+      raise ValueError(f"{name}={block}: must be a multiple of {LANES}")
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.ndim != 4 or not x.size:
+      raise ValueError(f"{name} is {x.shape}: must be [B, L, heads, size]")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != q.dtype:
+      raise ValueError(f"{name} is {x.dtype}: q, k and v must share one floating type")
+  B, _, heads, size = q.shape
+  if (k.shape[0], *k.shape[2:]) != (B, heads, size):
+    raise ValueError(f"k is {k.shape}: must be [{B}, L, {heads}, {size}] as q")
+  if v.shape != k.shape:
+    raise ValueError(f"v is {v.shape}: must be {k.shape} as k")
+  if key_mask is not None and (key_mask.shape, key_mask.dtype) != (k.shape[:2], bool):
+    raise ValueError(
+      f"key_mask is {key_mask.dtype} {key_mask.shape}: must be bool {k.shape[:2]}"
+    )
+
+
+def _plain(q, k, v, causal, key_mask, scale) -> Array:
+  dtype = _online_softmax.accumulation_dtype(q.dtype)
+  scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=dtype) * scale
+  keep = None
+  if causal:
+    keep = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+  if key_mask is not None:
+    mask = key_mask[:, None, None, :]
+    keep = mask if keep is None else keep & mask
+  if keep is None:
+    weights = jax.nn.softmax(scores)
+  else:
+    # A row that meets no key is 0, and so is its derivative.
+    weights = jax.nn.softmax(jnp.where(keep, scores, _online_softmax.LOWEST))
+    weights = jnp.where(keep, weights, 0)
+  return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v.dtype), v)

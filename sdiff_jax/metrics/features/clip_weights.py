@@ -1,0 +1,100 @@
+"""CLIP's names of tensors and fields: open_clip's as those of transformers."""
+
+import re
+from typing import Any
+
+import numpy as np
+
+from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.diffusers import clip_text
+
+SKIPPED = ("logit_scale", "attn_mask")  # of training, and made anew
+# Fields of open_clip and their defaults, which are those of its code.
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
+TEXT |= {"layers": 12, "mlp_ratio": 4.0}
+VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64}
+VISION |= {"mlp_ratio": 4.0, "patch_size": 16}
+# Patterns of open_clip's names, after those of the network's own layers.
+LAYERS = (
+  (r"ln_1\.", "layer_norm1."),
+  (r"ln_2\.", "layer_norm2."),
+  (r"attn\.out_proj\.", "self_attn.out_proj."),
+  (r"mlp\.c_fc\.", "mlp.fc1."),
+  (r"mlp\.c_proj\.", "mlp.fc2."),
+)
+NAMES = (
+  (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+  (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+  (
+    r"^visual\.positional_embedding$",
+    "vision_model.embeddings.position_embedding.weight",
+  ),
+  (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+  (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+  (r"^visual\.proj$", "visual_projection.weight"),
+  (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+  (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+  (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+  (r"^ln_final\.", "text_model.final_layer_norm."),
+  (r"^text_projection$", "text_projection.weight"),
+  (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+)
+
+
+def config(model: dict[str, Any]) -> dict[str, Any]:
+  """Returns transformers' config of open_clip's, model_cfg of open_clip_config.json.
+
+  Raises:
+    ValueError: fields of networks other than CLIP's own transformers.
+    KeyError: a part is missing.
+  """
+  text = config_fields.validated_config(model["text_cfg"], TEXT, {})
+  vision = config_fields.validated_config(model["vision_cfg"], VISION, {})
+  act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+
+  def both(c: dict[str, Any], heads: int) -> dict[str, Any]:
+    sizes = {"hidden_size": c["width"], "num_hidden_layers": c["layers"]}
+    sizes |= {"intermediate_size": int(c["width"] * c["mlp_ratio"])}
+    return sizes | {"num_attention_heads": heads, "hidden_act": act}
+
+  return {
+    "projection_dim": model["embed_dim"],
+    "text_config": both(text, text["heads"])
+    | {"vocab_size": text["vocab_size"], "eos_token_id": clip_text.OLD_END}
+    | {"max_position_embeddings": text["context_length"]},
+    "vision_config": both(vision, vision["width"] // vision["head_width"])
+    | {"image_size": vision["image_size"], "patch_size": vision["patch_size"]},
+  }
+
+
+def convert_open_clip(
+  tensors: dict[str, np.ndarray],
+) -> dict[str, dict[str, np.ndarray]]:
+  """Returns the tensors of the texts' and of the images' network.
+
+  Args:
+    tensors: by the names of transformers' CLIPModel, or of open_clip.
+  """
+  out = {"text": {}, "vision": {}}
+  for name, x in _open_clip(tensors).items():
+    # published.fitted takes this name for a table's.
+    name = name.replace("embeddings.patch_embedding.", "embeddings.patch.")
+    part = "vision" if name.startswith("vis") else "text"
+    out[part][name.removeprefix("vision_model.")] = x
+  return out
+
+
+def _open_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns open_clip's tensors as transformers names them; others stay as they are."""
+  out = {}
+  for name, x in tensors.items():
+    if name in ("visual.proj", "text_projection"):
+      x = x.T
+    if name not in SKIPPED:
+      for pattern, theirs in NAMES + (LAYERS if "resblocks" in name else ()):
+        name = re.sub(pattern, theirs, name)
+      out[name] = x
+  for name in [k for k in out if ".attn.in_proj_" in k]:
+    for kind, x in zip("qkv", np.split(out.pop(name), 3), strict=True):
+      out[name.replace("attn.in_proj_", f"self_attn.{kind}_proj.")] = x
+  return out

@@ -1,0 +1,219 @@
+"""Layers that the networks share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.distributed import sharding
+from sdiff_jax.kernels import _online_softmax
+from sdiff_jax.types import Array, Cond
+
+EPS = 1e-6
+FOURIER_SCALE = 16  # EDM's
+# What the backward pass of a block keeps of its forward pass: all, the results of
+# products and convolutions, or its inputs alone.
+KEEPS = {
+  "": None,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def to_accumulation_dtype(x: Array) -> Array:
+  """Returns x in the type that sums and statistics of it need."""
+  return x.astype(_online_softmax.accumulation_dtype(x.dtype))
+
+
+def remat(
+  block: type[nn.Module], how: str, *, in_loop: bool = False
+) -> type[nn.Module]:
+  """Returns the block, whose backward pass computes again what it does not keep.
+
+  Args:
+    block: a Linen module.
+    how: "", "dots" or "full", see KEEPS; no number depends on it.
+    in_loop: whether it is the body of a scan, which needs no care that XLA does not
+      undo it.
+
+  Raises:
+    ValueError: another word.
+  """
+  if how not in KEEPS:
+    raise ValueError(f"model.remat={how!r}: take 'dots', 'full' or '' for none")
+  if not how:
+    return block
+  return nn.remat(block, policy=KEEPS[how], prevent_cse=not in_loop)
+
+
+def _rowwise(op: Callable[..., Array]) -> Callable[..., Array]:
+  def call(x: Array, weight: Array, *args: Any, **options: Any) -> Array:
+    return sharding.rowwise(lambda x, w: op(x, w, *args, **options), x, weight)
+
+  return call
+
+
+# Linen's layers, of weights that may be split over devices.
+Dense = functools.partial(nn.Dense, dot_general=_rowwise(jax.lax.dot_general))
+DenseGeneral = functools.partial(
+  nn.DenseGeneral, dot_general=_rowwise(jax.lax.dot_general)
+)
+Conv = functools.partial(
+  nn.Conv, conv_general_dilated=_rowwise(jax.lax.conv_general_dilated)
+)
+
+
+def positional(t: Array, width: int) -> Array:
+  """Returns cos and sin of t at frequencies 10000^(-i / (width/2 - 1)), [B, width].
+
+  The highest frequency is 1, so the embedding of t in [0, pi/2] is slow in t; a fast
+  one (Fourier features of scale 16) makes dF/dt explode (arXiv:2410.11081, 4.1).
+  """
+  return _waves(t, 10_000.0 ** -np.linspace(0, 1, width // 2))
+
+
+def fourier(t: Array, width: int) -> Array:
+  """Returns cos and sin of 2 pi 16 n t, n normal and fixed, [B] -> [B, width].
+
+  Score SDE's and EDM's; their derivative is some 100 times that of `positional`.
+  """
+  normal = np.random.default_rng(0).standard_normal(width // 2)
+  return _waves(t, 2 * np.pi * FOURIER_SCALE * normal)
+
+
+def _waves(t: Array, frequencies: np.ndarray) -> Array:
+  """Returns cos and sin of t [B] at frequencies [W], [B, 2W]."""
+  angles = t[:, None] * frequencies.astype(t.dtype)[None, :]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rms_norm(x: Array) -> Array:
+  """Returns x / sqrt(mean(x^2) + eps) over the last axis (pixel norm, PGGAN).
+
+  The square root of a sum that cannot be 0 keeps its tangent finite at x = 0.
+  """
+  w = to_accumulation_dtype(x)
+  scale = jax.lax.rsqrt(jnp.mean(jnp.square(w), -1, keepdims=True) + EPS)
+  return (w * scale).astype(x.dtype)
+
+
+def layer_norm(x: Array) -> Array:
+  """Returns (x - mean) / sqrt(var + eps) over the last axis, statistics in float32."""
+  w = to_accumulation_dtype(x)
+  return rms_norm(w - jnp.mean(w, -1, keepdims=True)).astype(x.dtype)
+
+
+class AdaptiveDoubleNorm(nn.Module):
+  """y = norm(x) * pnorm(s(emb)) + pnorm(b(emb)) (arXiv:2410.11081, section 4.1).
+
+  norm is without parameters, pnorm the pixel norm, s and b are affine in the
+  embedding. x is [B, ..., C], emb [B, E].
+  """
+
+  dtype: jnp.dtype
+  norm: Callable[[Array], Array] = layer_norm
+
+  @nn.compact
+  def __call__(self, x: Array, emb: Array) -> Array:
+    # s must not start at 0: pnorm's derivative there is 1 / sqrt(eps).
+    s, b = (rms_norm(a) for a in _scale_and_shift(x, emb, self.dtype))
+    return self.norm(x) * _beside(s, x) + _beside(b, x)
+
+
+class AdaptiveNorm(nn.Module):
+  """y = norm(x) (1 + s(emb)) + b(emb): without the second norm, as AdaGN.
+
+  See AdaptiveDoubleNorm; the parameters are the same.
+  """
+
+  dtype: jnp.dtype
+  norm: Callable[[Array], Array] = layer_norm
+
+  @nn.compact
+  def __call__(self, x: Array, emb: Array) -> Array:
+    s, b = _scale_and_shift(x, emb, self.dtype)
+    return self.norm(x) * (1 + _beside(s, x)) + _beside(b, x)
+
+
+def _scale_and_shift(x: Array, emb: Array, dtype: jnp.dtype) -> list[Array]:
+  """Returns s and b of an adaptive norm, affine in the embedding, [B, C] each."""
+  names = ("scale", "shift")
+  return [Dense(x.shape[-1], dtype=dtype, name=name)(emb) for name in names]
+
+
+def _beside(a: Array, x: Array) -> Array:
+  """Returns a [B, C] as [B, 1, ..., C], which broadcasts against x [B, ..., C]."""
+  return a.reshape(a.shape[0], *(1,) * (x.ndim - 2), a.shape[-1])
+
+
+def class_weights(label: Array, classes: int, dtype: jnp.dtype) -> Array:
+  """Returns classes^0.5 times the weights of the classes, [B, classes].
+
+  Args:
+    label: a class, -1 for none, [B], or weights of the classes, [B, classes].
+    classes: their number.
+    dtype: of the result, for classes.
+  """
+  if jnp.issubdtype(label.dtype, jnp.integer):
+    label = jax.nn.one_hot(label, classes, dtype=dtype)
+  return label * classes**0.5
+
+
+def from_zero(width: int, name: str) -> nn.Dense:
+  """Returns a linear layer that starts at 0: what it is added to starts without it."""
+  zeros = nn.initializers.zeros
+  return Dense(width, use_bias=False, kernel_init=zeros, name=name)
+
+
+class Embedding(nn.Module):
+  """Embeds t, and label, guidance scale and observation, if any, as [B, width].
+
+  t enters as it is, c_noise(t) = t, by the features `kind`, "positional" or "fourier".
+  A label -1 adds nothing. The guidance scale goes
+  through the positional embedding and a linear layer that starts at 0, so a student
+  with it starts as its teacher without it.
+  """
+
+  width: int
+  classes: int
+  guidance: bool
+  dtype: jnp.dtype
+  observation: bool = False
+  kind: str = "positional"
+
+  @nn.compact
+  def __call__(self, t: Array, cond: Cond) -> Array:
+    features = fourier if self.kind == "fourier" else positional
+    emb = Dense(self.width, name="time")(features(t, self.width))
+    if self.classes:
+      labels = class_weights(cond["label"], self.classes, emb.dtype)
+      emb += Dense(self.width, use_bias=False, name="label")(labels)
+    if self.guidance:
+      scale = positional(cond["guidance"], self.width)
+      emb += from_zero(self.width, "guidance")(scale)
+    if self.observation:
+      emb += Dense(self.width, name="observation")(cond["observation"])
+    emb = Dense(self.width, name="out")(nn.silu(emb))
+    return nn.silu(emb).astype(self.dtype)
+
+
+class LogVar(nn.Module):
+  """w_phi(t): fixed random Fourier features of t and one linear layer, [B] -> [B]."""
+
+  features: int = 128
+
+  @nn.compact
+  def __call__(self, t: Array) -> Array:
+    rng = np.random.default_rng(0)
+    frequencies = 2 * np.pi * rng.standard_normal(self.features, np.float32)
+    phases = 2 * np.pi * rng.random(self.features, np.float32)
+    frequencies, phases = frequencies.astype(t.dtype), phases.astype(t.dtype)
+    x = jnp.cos(t[:, None] * frequencies[None] + phases[None])
+    # Features of unit norm: an optimiser's step then moves w by some 10 rates, not 100.
+    x *= (2 / self.features) ** 0.5
+    w = Dense(1, kernel_init=nn.initializers.zeros)(x)
+    return w[:, 0]

@@ -1,0 +1,137 @@
+"""Blocks of EDM2's U-Net, and how time and conditions reach them."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sdiff_jax.kernels.attention import attention
+from sdiff_jax.models.layers import common
+from sdiff_jax.models.layers import magnitude_preserving as mp
+from sdiff_jax.types import Array, Cond
+
+BALANCE = 0.3  # share of a residual branch in its sum
+
+
+def halve(x: Array) -> Array:
+  """Returns the means of 2 x 2 pixels, [B, H, W, C] -> [B, H/2, W/2, C]."""
+  B, H, W, C = x.shape
+  return jnp.mean(x.reshape(B, H // 2, 2, W // 2, 2, C), (2, 4))
+
+
+def double(x: Array) -> Array:
+  """Returns each pixel four times, [B, H, W, C] -> [B, 2H, 2W, C]."""
+  B, H, W, C = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
+  return x.reshape(B, 2 * H, 2 * W, C)
+
+
+class Embedding(nn.Module):
+  """Embeds time, label and guidance scale in float32 or wider, [B, width].
+
+  A label is an integer, -1 for none, or a row of weights of the classes. The guidance
+  scale enters as in `layers.Embedding`: a linear layer that starts at 0, and so has no
+  norm to keep.
+  """
+
+  features: int
+  width: int
+  embedding: str
+  classes: int
+  guidance: bool
+
+  @nn.compact
+  def __call__(self, t: Array, cond: Cond) -> Array:
+    if self.embedding == "fourier":
+      features = mp.Fourier(self.features, name="fourier")(t)
+    else:
+      features = common.positional(t, self.features) * 2**0.5
+    emb = mp.Linear(self.width, name="noise")(features)
+    if self.classes:
+      label = common.class_weights(cond["label"], self.classes, emb.dtype)
+      emb = mp.add(emb, mp.Linear(self.width, name="label")(label), 0.5)
+    if self.guidance:
+      scale = common.positional(cond["guidance"], self.features)
+      scale *= (2 / self.features) ** 0.5
+      emb += common.from_zero(self.width, "guidance")(scale)
+    return mp.silu(emb)
+
+
+class Modulation(nn.Module):
+  """EDM2's y (1 + gain s(emb)), or the adaptive double norm; y [B, H, W, C].
+
+  The adaptive double norm is pnorm(y) pnorm(s(emb)) + pnorm(b(emb)), s and b linear
+  (arXiv:2410.11081, section 4.1). The paper does not say where it lands in EDM2; here
+  it takes the place of EDM2's own modulation.
+  """
+
+  norm: str
+
+  @nn.compact
+  def __call__(self, y: Array, emb: Array) -> Array:
+    def linear(name: str) -> Array:
+      return mp.Linear(y.shape[-1], name=name)(emb)[:, None, None]
+
+    if self.norm == "double":
+      s, b = (
+        mp.pixel_norm(linear(name)).astype(y.dtype) for name in ("scale", "shift")
+      )
+      return mp.pixel_norm(y) * s + b
+    gain = self.param("gain", nn.initializers.zeros, ())
+    return y * (1 + gain * linear("scale")).astype(y.dtype)
+
+
+class Attention(nn.Module):
+  """Cosine attention: queries, keys and values of unit norm, [B, H, W, C] -> same."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    B, H, W, C = x.shape
+    y = mp.Linear(3 * C, self.dtype, name="qkv")(x)
+    # Query, key and value are neighbours: the order of published weights.
+    y = y.reshape(B, H * W, self.heads, C // self.heads, 3)
+    q, k, v = jnp.moveaxis(mp.normalize(y, (-2,)), -1, 0)
+    y = attention(q, k, v).reshape(x.shape)
+    return mp.Linear(C, self.dtype, name="proj")(y)
+
+
+class Block(nn.Module):
+  """A residual block: resampling, two convolutions, attention, [B, H, W, C] -> [...].
+
+  The first half of the network normalises the main path, the second half concatenates
+  `skip` to it.
+  """
+
+  features: int
+  encoder: bool
+  resample: str  # "halve", "double" or ""
+  heads: int  # 0 for no attention
+  norm: str
+  dropout: float
+  deterministic: bool
+  clip: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, emb: Array, skip: Array | None = None) -> Array:
+    conv = functools.partial(mp.Conv, self.features, self.dtype)
+    if skip is not None:
+      x = mp.concatenate(x, skip, 0.5)
+    if self.resample:
+      x = {"halve": halve, "double": double}[self.resample](x)
+    main = x
+    if x.shape[-1] != self.features:
+      main = mp.Linear(self.features, self.dtype, name="skip")(x)
+    if self.encoder:
+      main = x = mp.pixel_norm(main)
+    y = conv(name="in")(mp.silu(x))
+    y = mp.silu(Modulation(self.norm, name="modulation")(y, emb))
+    y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
+    x = mp.add(main, conv(name="out")(y), BALANCE)
+    if self.heads:
+      y = Attention(self.heads, self.dtype, name="attention")(x)
+      x = mp.add(x, y, BALANCE)
+    return jnp.clip(x, -self.clip, self.clip)

@@ -1,0 +1,1 @@
+"""The Push-T environment, its scripted expert, observations and rollouts."""

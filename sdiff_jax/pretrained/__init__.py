@@ -1,0 +1,1 @@
+"""Other projects' files: weights, policies, folders of the diffusers format."""

@@ -1,0 +1,1 @@
+"""Models in the diffusers format: networks, text encoder, scheduler."""

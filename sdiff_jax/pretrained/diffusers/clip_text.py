@@ -1,0 +1,159 @@
+"""CLIP's text encoder, CLIPTextModel of the transformers format."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sdiff_jax.kernels.attention import attention
+from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.types import Array, Params, PRNGKey
+
+DEFAULTS = {
+  "vocab_size": 49408,
+  "hidden_size": 512,
+  "intermediate_size": 2048,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 8,
+  "max_position_embeddings": 77,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
+  "eos_token_id": 49407,
+}
+SUPPORTED_VALUES = {"model_type": ("clip_text_model",)}
+IGNORED_FIELDS = (
+  *("architectures", "attention_dropout", "bos_token_id", "dropout", "dtype"),
+  *("initializer_factor", "initializer_range", "pad_token_id", "projection_dim"),
+  *("torch_dtype", "transformers_version"),
+)
+ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+# Configs of before 2023 all name this end of a text; the true one is the largest id.
+OLD_END = 2
+
+
+class Text(NamedTuple):
+  """What the encoder makes of B texts of L tokens.
+
+  Attributes:
+    hidden: after the last norm, [B, L, width].
+    pooled: of these, the one at the end of each text, [B, width].
+  """
+
+  hidden: Array
+  pooled: Array
+
+
+class TextEncoder(NamedTuple):
+  """CLIP's text encoder.
+
+  Attributes:
+    init: (key) -> params.
+    apply: (params, ids int32 [B, L]) -> Text, in float32 or wider.
+    vocabulary: ids are below it.
+    length: L at most.
+    width: of the hidden states.
+  """
+
+  init: Callable[[PRNGKey], Params]
+  apply: Callable[[Params, Array], Text]
+  vocabulary: int
+  length: int
+  width: int
+
+
+class Block(nn.Module):
+  """Attention and an MLP, each after a norm; [B, L, C] -> [B, L, C]."""
+
+  heads: int
+  hidden: int
+  act: str
+  eps: float
+  dtype: jnp.dtype
+  causal: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    B, L, C = x.shape
+    norm = functools.partial(LayerNorm, epsilon=self.eps, dtype=self.dtype)
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    h = norm(name="layer_norm1")(x)
+    q, k, v = (
+      dense(C, name=f"self_attn.{n}_proj")(h).reshape(B, L, self.heads, -1)
+      for n in "qkv"
+    )
+    h = attention(q, k, v, causal=self.causal).reshape(x.shape)
+    x += dense(C, name="self_attn.out_proj")(h)
+    h = dense(self.hidden, name="mlp.fc1")(norm(name="layer_norm2")(x))
+    return x + dense(C, name="mlp.fc2")(ACTIVATIONS[self.act](h))
+
+
+class Encoder(nn.Module):
+  """ids [B, L] -> hidden states after the last norm, [B, L, width]."""
+
+  vocabulary: int
+  length: int
+  width: int
+  depth: int
+  remat: str
+  block: dict[str, Any]
+
+  @nn.compact
+  def __call__(self, ids: Array) -> Array:
+    dtype, eps = self.block["dtype"], self.block["eps"]
+    embed = functools.partial(nn.Embed, features=self.width, dtype=dtype)
+    h = embed(self.vocabulary, name="embeddings.token_embedding")(ids)
+    place = embed(self.length, name="embeddings.position_embedding")
+    h += place(jnp.arange(ids.shape[1]))[None]
+    kind = common.remat(Block, self.remat)
+    for i in range(self.depth):
+      h = kind(**self.block, name=f"encoder.layers.{i}")(h)
+    return LayerNorm(epsilon=eps, dtype=dtype, name="final_layer_norm")(h)
+
+
+def from_config(
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+) -> TextEncoder:
+  """Returns the text encoder of a config.json (arXiv:2103.00020, section 2.4).
+
+  Args:
+    config: fields by name; those not given have the defaults of transformers.
+    dtype: type of the hidden layers.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
+
+  Raises:
+    ValueError: unknown fields, values that are not supported (all are listed), or
+      sizes that do not fit.
+  """
+  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  if c["hidden_act"] not in ACTIVATIONS:
+    words = ", ".join(ACTIVATIONS)
+    raise ValueError(f"hidden_act={c['hidden_act']!r}: take one of {words}")
+  width, heads = c["hidden_size"], c["num_attention_heads"]
+  if width % heads:
+    raise ValueError(f"num_attention_heads={heads}: must divide hidden_size={width}")
+  block = {"heads": heads, "hidden": c["intermediate_size"], "act": c["hidden_act"]}
+  block |= {"eps": c["layer_norm_eps"], "dtype": jnp.dtype(dtype)}
+  length, depth = c["max_position_embeddings"], c["num_hidden_layers"]
+  module = Encoder(c["vocab_size"], length, width, depth, remat, block)
+
+  def init(key: PRNGKey) -> Params:
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+  def apply(params: Params, ids: Array) -> Text:
+    if ids.shape[1] > length:
+      raise ValueError(f"texts of {ids.shape[1]} tokens: take {length} at most")
+    hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids))
+    end = c["eos_token_id"]
+    last = jnp.argmax(ids if end == OLD_END else ids == end, axis=1)
+    pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return Text(hidden, pooled)
+
+  return TextEncoder(init, apply, c["vocab_size"], length, width)

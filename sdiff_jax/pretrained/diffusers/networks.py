@@ -1,0 +1,76 @@
+"""What the networks of the diffusers format share: their form and their weights."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.pretrained import state_dict
+from sdiff_jax.types import Array, Params, PRNGKey
+
+LEGACY = {  # names of attention's layers in files of 2022
+  "query": "to_q",
+  "key": "to_k",
+  "value": "to_v",
+  "proj_attn": "to_out.0",
+}
+# In text encoders of transformers 4: before every name, and 0, 1, 2, ...
+PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
+
+
+class Predictor(NamedTuple):
+  """A network that predicts eps, v or x0 of a process with discrete times.
+
+  Attributes:
+    init: (key) -> params.
+    apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
+      float32 or wider; cond is {"text": [B, L, E]}, or None without text.
+    shape: (H, W, C) of the samples that it was trained on.
+    text: E, or None.
+  """
+
+  init: Callable[[PRNGKey], Params]
+  apply: Callable[..., Array]
+  shape: tuple[int, int, int]
+  text: int | None
+
+
+def abstract_params(init: Callable, *, dtype: str) -> Params:
+  """Returns parameters as ShapeDtypeStructs of a type; nothing is computed."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
+    jax.eval_shape(init, jax.random.key(0)),
+  )
+
+
+def load_state_dict(
+  tensors: dict[str, np.ndarray], init: Callable, *, dtype: str, what: str
+) -> Params:
+  """Returns the parameters that a state dict holds.
+
+  Args:
+    tensors: by their names in PyTorch.
+    init: (key) -> params, whose nested keys make those names.
+    dtype: of the parameters.
+    what: named in the error.
+
+  Raises:
+    UserError: lists tensors that are missing, left over or of another shape.
+  """
+  like = abstract_params(init, dtype=dtype)
+  renamed = {}
+  for name, x in tensors.items():
+    name = ".".join(LEGACY.get(part, part) for part in name.split("."))
+    name = name.removeprefix(PREFIX)
+    if name != POSITIONS:
+      # Rows of tables are looked up, so their layout stays.
+      renamed[name] = x.T if name.endswith("embedding.weight") else x
+  return state_dict.match_params(renamed, like, to_state_dict, what=what)
+
+
+def to_state_dict(keys: tuple[str, ...]) -> str:
+  """Returns the name in PyTorch of a parameter whose nested keys make it."""
+  last = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+  return ".".join((*keys[:-1], last.get(keys[-1], keys[-1])))

@@ -1,0 +1,239 @@
+"""The U-Net that DDPM and Stable Diffusion share, in the diffusers format."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.unet_blocks import (
+  Conv,
+  Downsample,
+  GroupNorm,
+  Resnet,
+  SelfAttention,
+  Transformer,
+  Upsample,
+)
+from sdiff_jax.types import Array, Cond, Params, PRNGKey
+
+DEFAULTS = {  # of fields that both have
+  "sample_size": None,
+  "layers_per_block": 2,
+  "norm_num_groups": 32,
+  "norm_eps": 1e-5,
+  "freq_shift": 0,
+  "flip_sin_to_cos": True,
+  "downsample_padding": 1,
+  "time_embedding_dim": None,
+  "attention_head_dim": 8,
+}
+UNSUPPORTED_FIELDS = (None, False)
+SUPPORTED_VALUES = {  # fields of which one value is known
+  "act_fn": ("silu", "swish"),
+  "center_input_sample": UNSUPPORTED_FIELDS,
+  "class_embed_type": UNSUPPORTED_FIELDS,
+  "mid_block_scale_factor": (1,),
+  "num_class_embeds": UNSUPPORTED_FIELDS,
+  "resnet_time_scale_shift": ("default",),
+  "time_embedding_type": ("positional",),
+}
+
+
+class Unet(nn.Module):
+  """Prediction of (x [B, H, W, C], time [B], text [B, L, E] or None).
+
+  Levels go from the highest resolution; `up` is listed so, too.
+  """
+
+  channels: tuple[int, ...]
+  depth: tuple[int, ...]  # resnets of a level on the way down
+  down: tuple[str, ...]
+  mid: str
+  up: tuple[str, ...]
+  heads: tuple[int, ...]
+  blocks: tuple[int, ...]  # of a transformer
+  out: int
+  groups: int
+  eps: float
+  time: dict[str, Any]
+  padding: int
+  remat: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, time: Array, text: Array | None) -> Array:
+    emb = Time(**self.time, dtype=self.dtype, name="time_embedding")(time)
+    text = None if text is None else text.astype(self.dtype)
+
+    def make(kind: type[nn.Module], *sizes: Any, name: str) -> nn.Module:
+      kind = common.remat(kind, self.remat)
+      return kind(*sizes, self.dtype, name=name)
+
+    def block(at: str, j: int, level: int, attends: str, h: Array) -> Array:
+      norm = self.groups, self.eps
+      resnet = make(Resnet, self.channels[level], *norm, name=f"{at}.resnets.{j}")
+      h, name, heads = resnet(h, emb), f"{at}.attentions.{j}", self.heads[level]
+      if attends == "self":
+        return make(SelfAttention, heads, *norm, name=name)(h)
+      if attends == "text":
+        sizes = heads, self.blocks[level], self.groups
+        return make(Transformer, *sizes, name=name)(h, text)
+      return h
+
+    h = Conv(self.channels[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+    h, skips = self._encode(h, block)
+    last = len(self.channels) - 1
+    h = block("mid_block", 0, last, self.mid, h)
+    h = block("mid_block", 1, last, "none", h)
+    h = self._decode(h, skips, block)
+    norm = functools.partial(GroupNorm, self.groups, epsilon=self.eps)
+    h = nn.silu(norm(dtype=self.dtype, name="conv_norm_out")(h))
+    return Conv(self.out, dtype=self.dtype, name="conv_out")(h)
+
+  def _encode(self, h: Array, block: Callable) -> tuple[Array, list[Array]]:
+    """Returns the last hidden state, and all of them."""
+    skips = [h]
+    for i, attends in enumerate(self.down):
+      for j in range(self.depth[i]):
+        h = block(f"down_blocks.{i}", j, i, attends, h)
+        skips.append(h)
+      if i < len(self.down) - 1:
+        name = f"down_blocks.{i}.downsamplers.0"
+        h = Downsample(self.padding, self.dtype, name=name)(h)
+        skips.append(h)
+    return h, skips
+
+  def _decode(self, h: Array, skips: list[Array], block: Callable) -> Array:
+    for i, level in enumerate(reversed(range(len(self.up)))):
+      for j in range(self.depth[level] + 1):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        h = block(f"up_blocks.{i}", j, level, self.up[level], h)
+      if level:
+        h = Upsample(self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
+    return h
+
+
+class Time(nn.Module):
+  """Embeds a time in [0, T), [B] -> [B, width].
+
+  Sines and cosines at frequencies 10000^(-i / (features / 2 - shift)).
+  """
+
+  features: int
+  width: int
+  shift: float
+  cosines_first: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, t: Array) -> Array:
+    half = self.features // 2
+    frequencies = 10_000.0 ** -(np.arange(half) / (half - self.shift))
+    angles = t[:, None] * frequencies.astype(t.dtype)[None]
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    waves = jnp.concatenate(waves[::-1] if self.cosines_first else waves, axis=-1)
+    dense = functools.partial(common.Dense, self.width, dtype=self.dtype)
+    h = dense(name="linear_1")(waves.astype(self.dtype))
+    return dense(name="linear_2")(nn.silu(h))
+
+
+def predictor(
+  c: dict[str, Any],
+  *,
+  kinds: dict[str, str],
+  mid: str,
+  heads: tuple[int, ...],
+  text: int | None,
+  dtype: str,
+  remat: str,
+) -> Predictor:
+  """Returns the network of the fields of a config.
+
+  Args:
+    c: fields by name, all of them.
+    kinds: start of a level's name -> its attention, "none", "self" or "text".
+    mid: attention between the way down and the way up.
+    heads: of the attention of each level.
+    text: width of the text, or None.
+    dtype: type of the hidden layers.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
+
+  Raises:
+    ValueError: sizes that do not fit; it names the field.
+  """
+  channels = tuple(c["block_out_channels"])
+  levels, groups = len(channels), c["norm_num_groups"]
+  down = _attention(c, "down_block_types", kinds, "DownBlock2D")
+  up = _attention(c, "up_block_types", kinds, "UpBlock2D")[::-1]
+  attends = zip(channels, heads, down, up, strict=True)
+  wrong = [n for C, n, *kind in attends if {*kind} != {"none"} and C % n]
+  if wrong or channels[-1] % heads[-1] or any(C % groups for C in channels):
+    raise ValueError(
+      f"block_out_channels={[*channels]}: norm_num_groups={groups}, and the heads "
+      f"{[*heads]} of attention_head_dim, must divide them"
+    )
+  blocks = c.get("transformer_layers_per_block", 1)
+  module = Unet(
+    channels=channels,
+    depth=config_fields.each(c["layers_per_block"], levels, "layers_per_block"),
+    down=down,
+    mid=mid,
+    up=up,
+    heads=heads,
+    blocks=config_fields.each(blocks, levels, "transformer_layers_per_block"),
+    out=c["out_channels"],
+    groups=groups,
+    eps=c["norm_eps"],
+    time={
+      "features": channels[0],
+      "width": c["time_embedding_dim"] or 4 * channels[0],
+      "shift": c["freq_shift"],
+      "cosines_first": c["flip_sin_to_cos"],
+    },
+    padding=c["downsample_padding"],
+    remat=remat,
+    dtype=jnp.dtype(dtype),
+  )
+  factor = 2 ** (levels - 1)
+  size = config_fields.each(c["sample_size"] or factor, 2, "sample_size")
+  return _of_module(module, (*size, c["in_channels"]), text, factor)
+
+
+def _attention(
+  c: dict[str, Any], field: str, kinds: dict[str, str], end: str
+) -> tuple[str, ...]:
+  """Returns the attention of each level that a field lists."""
+  words = {f"{start}{end}": kind for start, kind in kinds.items()}
+  given, levels = c[field], len(c["block_out_channels"])
+  if len(given) != levels or not {*given} <= words.keys():
+    raise ValueError(
+      f"{field}={[*given]}: take {levels} of {', '.join(words)}, as many as "
+      "block_out_channels has"
+    )
+  return tuple(words[name] for name in given)
+
+
+def _of_module(
+  module: Unet, shape: tuple[int, int, int], text: int | None, factor: int
+) -> Predictor:
+  """Returns the network of a module; `factor` must divide the sides of images."""
+
+  def init(key: PRNGKey) -> Params:
+    x = jnp.zeros((1, factor, factor, shape[-1]), module.dtype)
+    rows = None if text is None else jnp.zeros((1, 1, text), module.dtype)
+    return module.init(key, x, jnp.zeros((1,), jnp.float32), rows)["params"]
+
+  def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
+    if x.shape[1] % factor or x.shape[2] % factor:
+      raise ValueError(f"x is {x.shape}: {factor} must divide height and width")
+    rows = None if text is None else cond["text"]
+    return common.to_accumulation_dtype(module.apply({"params": params}, x, time, rows))
+
+  return Predictor(init, apply, shape, text)

@@ -1,0 +1,53 @@
+"""DDPM's U-Net, UNet2DModel of the diffusers format."""
+
+from typing import Any
+
+from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.diffusers import unet
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+
+DEFAULTS = unet.DEFAULTS | {
+  "in_channels": 3,
+  "out_channels": 3,
+  "block_out_channels": (224, 448, 672, 896),
+  "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
+  "up_block_types": ("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
+  "add_attention": True,
+}
+SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
+  "attn_norm_num_groups": unet.UNSUPPORTED_FIELDS,
+  "downsample_type": ("conv",),
+  "mid_block_type": ("UNetMidBlock2D",),
+  "upsample_type": ("conv",),
+}
+IGNORED_FIELDS = ("dropout", "num_train_timesteps")
+
+
+def from_config(
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2006.11239, appendix B).
+
+  Args:
+    config: fields by name; those not given have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
+
+  Raises:
+    ValueError: unknown fields, values that are not supported (all are listed), or
+      sizes that do not fit.
+  """
+  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  # The size of a head; one head without it.
+  size = c["attention_head_dim"]
+  heads = (max(1, width // (size or width)) for width in c["block_out_channels"])
+  return unet.predictor(
+    c,
+    kinds={"": "none", "Attn": "self"},
+    mid="self" if c["add_attention"] else "none",
+    heads=tuple(heads),
+    text=None,
+    dtype=dtype,
+    remat=remat,
+  )

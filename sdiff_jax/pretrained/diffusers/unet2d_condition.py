@@ -1,0 +1,77 @@
+"""Stable Diffusion's U-Net, UNet2DConditionModel of the diffusers format."""
+
+from typing import Any
+
+from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.diffusers import unet
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+
+DEFAULTS = unet.DEFAULTS | {
+  "in_channels": 4,
+  "out_channels": 4,
+  "block_out_channels": (320, 640, 1280, 1280),
+  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+  "cross_attention_dim": 1280,
+  "transformer_layers_per_block": 1,
+}
+SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
+  "addition_embed_type": unet.UNSUPPORTED_FIELDS,
+  "addition_time_embed_dim": unet.UNSUPPORTED_FIELDS,
+  "attention_type": ("default",),
+  "class_embeddings_concat": unet.UNSUPPORTED_FIELDS,
+  "conv_in_kernel": (3,),
+  "conv_out_kernel": (3,),
+  "cross_attention_norm": unet.UNSUPPORTED_FIELDS,
+  "dual_cross_attention": unet.UNSUPPORTED_FIELDS,
+  "encoder_hid_dim": unet.UNSUPPORTED_FIELDS,
+  "encoder_hid_dim_type": unet.UNSUPPORTED_FIELDS,
+  "mid_block_only_cross_attention": unet.UNSUPPORTED_FIELDS,
+  "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+  "num_attention_heads": unet.UNSUPPORTED_FIELDS,
+  "only_cross_attention": unet.UNSUPPORTED_FIELDS,
+  "projection_class_embeddings_input_dim": unet.UNSUPPORTED_FIELDS,
+  "resnet_out_scale_factor": (1,),
+  "resnet_skip_time_act": unet.UNSUPPORTED_FIELDS,
+  "reverse_transformer_layers_per_block": unet.UNSUPPORTED_FIELDS,
+  "time_cond_proj_dim": unet.UNSUPPORTED_FIELDS,
+  "time_embedding_act_fn": unet.UNSUPPORTED_FIELDS,
+  "timestep_post_act": unet.UNSUPPORTED_FIELDS,
+}
+# Nothing is dropped in sampling, scores are float32 always, and a matrix serves as a
+# convolution of side 1.
+IGNORED_FIELDS = ("dropout", "upcast_attention", "use_linear_projection")
+IGNORED_FIELDS += ("addition_embed_type_num_heads",)
+
+
+def from_config(
+  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2112.10752, appendix E.2.1).
+
+  Args:
+    config: fields by name; those not given have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: what a block computes again in the backward pass: "" nothing, "dots" all
+      but products and convolutions, "full" everything (see layers.KEEPS).
+
+  Raises:
+    ValueError: unknown fields, values that are not supported (all are listed), or
+      sizes that do not fit.
+  """
+  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  levels = len(c["block_out_channels"])
+  # The field holds the number of heads, against its name.
+  heads = config_fields.each(c["attention_head_dim"], levels, "attention_head_dim")
+  width = c["cross_attention_dim"]
+  if not isinstance(width, int):
+    raise ValueError(f"cross_attention_dim={width}: take one number for all levels")
+  return unet.predictor(
+    c,
+    kinds={"": "none", "CrossAttn": "text"},
+    mid="text",
+    heads=heads,
+    text=width,
+    dtype=dtype,
+    remat=remat,
+  )

@@ -1,0 +1,326 @@
+"""What a study measures, as points, a figure and a table."""
+
+import io
+from typing import Any, NamedTuple
+
+import matplotlib
+import ml_collections
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+from sdiff_jax import config
+from sdiff_jax.types import UserError
+
+NAMES = {  # of axes
+  "compute": "training FLOPs / the teacher's",
+  "d_t": "rms of cos t sin t $\\sigma_d$ ∂F/∂t",
+  "error": "rms difference / rms of the sequential",
+  "evaluations": "evaluations an image",
+  "flops": "training FLOPs",
+  "frechet": "Frechet distance",
+  "grad_x": "rms of cos t sin t ∇F dx/dt",
+  "latency": "seconds for one image alone",
+  "passes": "passes",
+  "ratio": "Frechet distance / the teacher's",
+  "seconds": "seconds an image, in batches",
+}
+TIMES = ("seconds", "latency")  # measured: the points of one sampler are one
+COLUMNS = 3  # of panels
+
+
+Panel = str | tuple[str, str]  # y, or x and y
+
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+
+# Word -> config files of the runs, by kind, and what all runs of a study change.
+SETTINGS = {
+  "": (
+    "configs/fashion_{}.py",
+    (
+      "model.width=256",
+      "train.sample_every=0",
+      "evaluate.num=5000",
+      "evaluate.baselines=False",
+    ),
+  ),
+  "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
+  "tiny": (
+    "configs/digits_{}.py",
+    (
+      "model.width=16",
+      "model.depth=1",
+      "train.steps=4",
+      "train.sample_every=0",
+      "checkpoint.every=2",
+      "checkpoint.keep_every=2",
+      "evaluate.num=64",
+      "evaluate.batch_size=64",
+      "evaluate.baselines=False",
+    ),
+  ),
+}
+
+
+def setting(given: str, file: str) -> tuple[str, tuple[str, ...]]:
+  """Returns the entry of SETTINGS for the word behind a study's file.
+
+  Raises:
+    UserError: another word.
+  """
+  if given not in SETTINGS:
+    known = ", ".join(word for word in SETTINGS if word)
+    raise UserError(f"{file}:{given}: the words are {known}")
+  return SETTINGS[given]
+
+
+def run(
+  file: str,
+  *changes: str,
+  teacher: str = "",
+  weights: str = "",
+  series: str = "",
+  guidance: float | None = None,
+  checkpoints: bool = False,
+  drawn: bool = True,
+) -> dict[str, Any]:
+  """Returns one run of a study.
+
+  Args:
+    file: config of the experiment, "configs/X.py" or "configs/X.py:words".
+    *changes: "section.field=value" each; "loss=scm_discrete" takes another piece, which
+      keeps the fields that both have.
+    teacher: name of the run that it distils.
+    weights: name of the run whose network is measured; "" trains one.
+    series: what its points are called; "" for the run's name and the sampler.
+    guidance: of its points, where that is an axis.
+    checkpoints: measure all checkpoints that were kept, not the last alone.
+    drawn: whether it has points, beside those of the runs that need it.
+  """
+  return {
+    "config": file,
+    "set": changes,
+    "teacher": teacher,
+    "weights": weights,
+    "series": series,
+    "guidance": guidance,
+    "checkpoints": checkpoints,
+    "drawn": drawn,
+  }
+
+
+def build(
+  name: str,
+  runs: dict[str, dict[str, Any]],
+  *,
+  title: str,
+  lead: str,
+  x: str,
+  panels: tuple[Panel, ...],
+  log: str = "",
+  source: str = "evaluate",
+  seeds: tuple[int, ...] = (0, 1, 2),
+  changes: tuple[str, ...] = (),
+) -> ml_collections.ConfigDict:
+  """Returns the config of a study.
+
+  Args:
+    name: of its files.
+    runs: by name, see `run`; a teacher stands before its students.
+    title: of the page.
+    lead: what the study asks, a sentence or two.
+    x: key of a point on the horizontal axis.
+    panels: keys of a point on the vertical axes; (x, y) has another horizontal one.
+    log: the logarithmic axes, some of "xy".
+    source: "evaluate" for rows of that job; "tangent" for those with the parts of the
+      tangent beside, "parallel" for what parallel samplers take (see probes.py);
+      "log" for lines of the training's log.
+    seeds: each run is made with each.
+    changes: fields that differ in all runs, see `run`.
+  """
+  c = config.base()
+  c.job = "study"
+  c.study = ml_collections.ConfigDict(
+    {
+      "name": name,
+      "runs": tuple({"name": k} | v for k, v in runs.items()),
+      "title": title,
+      "lead": lead,
+      "x": x,
+      "panels": panels,
+      "log": log,
+      "source": source,
+      "seeds": seeds,
+      "set": changes,
+    }
+  )
+  return c
+
+
+class Curve(NamedTuple):
+  """One series in one panel, over seeds; arrays [points], and names where x is time."""
+
+  x: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  std: np.ndarray
+  seeds: int
+  names: tuple[str, ...]
+
+
+def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
+  """Returns series -> curve.
+
+  Args:
+    rows: points {"series": ..., "seed": ..., x: number, y: number}; those without one
+      of the numbers are left out. Points of one series at one x are its seeds; where x
+      is one of TIMES, those of one sampler are, at their median.
+    x: key of the horizontal axis.
+    y: key of the vertical one.
+  """
+  found: dict[str, dict[float | str, list[tuple[float, float]]]] = {}
+  for row in rows:
+    if row.get(x) is not None and row.get(y) is not None:
+      # Shares of FLOPs of the same step may differ in their last digits.
+      at = float(f"{row[x]:.4g}")
+      point = row["sampler"] if x in TIMES else at
+      found.setdefault(row["series"], {}).setdefault(point, []).append((at, row[y]))
+  out = {}
+  for series, points in found.items():
+    at = {point: np.median([p[0] for p in pairs]) for point, pairs in points.items()}
+    order = sorted(points, key=at.get)
+    values = [np.array([p[1] for p in points[point]]) for point in order]
+    numbers = [[f(v) for v in values] for f in (np.mean, np.min, np.max, np.std)]
+    mean, low, high, std = map(np.array, numbers)
+    seeds = min(len(v) for v in values)
+    names = tuple(order) if x in TIMES else ()
+    places = np.array([at[point] for point in order])
+    out[series] = Curve(places, mean, low, high, std, seeds, names)
+  return out
+
+
+def axes_of(x: str, panels: tuple[Panel, ...]) -> list[tuple[str, str]]:
+  """Returns the keys of the axes of each panel, (x, y)."""
+  return [(x, panel) if isinstance(panel, str) else tuple(panel) for panel in panels]
+
+
+def _number(
+  axes: Axes, text: str, at: tuple[float, float], corner: int, colour: str
+) -> None:
+  """Writes at a point, in one of its corners, so that near curves keep theirs apart."""
+  right, above = corner % 2 == 0, corner < 2
+  axes.annotate(
+    text,
+    at,
+    (3 if right else -3, 3 if above else -3),
+    textcoords="offset points",
+    horizontalalignment="left" if right else "right",
+    verticalalignment="bottom" if above else "top",
+    fontsize=7,
+    color=colour,
+  )
+
+
+def draw(
+  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
+) -> Figure:
+  """Returns one panel for each key, with the mean and the range of every series.
+
+  Args:
+    rows: see `curves`.
+    x: key of the horizontal axis.
+    panels: see `build`; after COLUMNS of them comes another line.
+    log: the logarithmic axes, some of "xy".
+  """
+  columns = min(len(panels), COLUMNS)
+  lines = -(-len(panels) // columns)
+  size = (4.2 * columns + 1.6, 3.4 * lines)
+  figure = Figure(figsize=size, layout="constrained", facecolor="white")
+  drawn = [(keys, curves(rows, *keys)) for keys in axes_of(x, panels)]
+  labels, looks = {}, _looks([name for _, found in drawn for name in found])
+  for k, ((across, y), found) in enumerate(drawn):
+    axes = figure.add_subplot(lines, columns, k + 1)
+    for n, (series, c) in enumerate(found.items()):
+      colour, dashes, marker = looks[series]
+      style = {"color": colour, "linestyle": dashes, "markersize": 4}
+      style["marker"] = marker if len(c.x) < 30 else None
+      (line,) = axes.plot(c.x, c.mean, **style)
+      axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
+      labels.setdefault(series, line)
+      for at, value, name in zip(c.x, c.mean, c.names, strict=False):
+        _number(axes, name.rpartition("/")[2], (at, value), n % 4, colour)
+    axes.set(xlabel=NAMES.get(across, across), ylabel=NAMES.get(y, y.replace("_", " ")))
+    for name in set(log) & {"x", "y"}:
+      getattr(axes, f"set_{name}scale")("log")
+      axis = getattr(axes, f"{name}axis")
+      low, high = axis.get_data_interval()
+      axis.set_major_formatter(FormatStrFormatter("%g"))
+      if high < 10 * low:  # else the powers of ten are enough
+        axis.set_minor_formatter(FormatStrFormatter("%g"))
+        if high > 3 * low:  # room for some
+          axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+  figure.legend(
+    labels.values(), labels, loc="outside right center", frameon=False, fontsize=8
+  )
+  return figure
+
+
+def _looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
+  """Returns the colour, line and marker of each series.
+
+  Those that differ in what follows the last comma share a colour.
+  """
+  members: dict[str, list[str]] = {}
+  for name in dict.fromkeys(names):
+    members.setdefault(name.rpartition(", ")[0] or name, []).append(name)
+  return {
+    name: (f"C{i}", LINES[k % len(LINES)], MARKERS[k % len(MARKERS)])
+    for i, group in enumerate(members.values())
+    for k, name in enumerate(group)
+  }
+
+
+def tables(
+  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...]
+) -> list[list[list[str]]]:
+  """Returns a table for each horizontal axis, see `table`."""
+  by_x: dict[str, list[str]] = {}
+  for at, y in axes_of(x, panels):
+    by_x.setdefault(at, []).append(y)
+  return [table(rows, at, tuple(keys)) for at, keys in by_x.items()]
+
+
+def table(
+  rows: list[dict[str, Any]], x: str, panels: tuple[str, ...]
+) -> list[list[str]]:
+  """Returns lines of cells, the header first: series, x, and mean +- std over seeds."""
+  lines = [["", NAMES.get(x, x), *(NAMES.get(y, y) for y in panels), "seeds"]]
+  by_panel = [curves(rows, x, y) for y in panels]
+  points = dict.fromkeys(
+    (series, at) for found in by_panel for series, c in found.items() for at in c.x
+  )
+  for series, at in points:
+    cells, seeds, name = [], 0, series
+    for found in by_panel:
+      c = found.get(series)
+      if c is None or at not in c.x:
+        cells.append("-")
+        continue
+      i, seeds = int(np.flatnonzero(c.x == at)[0]), c.seeds
+      name = ", ".join((series, *c.names[i : i + 1]))
+      spread = f" ± {c.std[i]:.2g}" if seeds > 1 else ""
+      cells.append(f"{c.mean[i]:.4g}{spread}")
+    lines.append([name, f"{at:g}", *cells, str(seeds)])
+  return lines
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+  """Returns a figure as "png" or "svg", the same for the same figure."""
+  dated = {"Date": None} if kind == "svg" else None
+  with matplotlib.rc_context({"svg.hashsalt": "study"}):
+    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140, metadata=dated)
+  return buffer.getvalue()

@@ -1,0 +1,164 @@
+"""Checkpoints of the training state; the only file that knows Orbax."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.training.state import TrainState
+from sdiff_jax.types import Params, UserError
+
+
+class Checkpoints:
+  """The checkpoints of a work directory; a context manager.
+
+  Saving is asynchronous: an error of one save is raised at the next, or at the end.
+  Every process calls every method.
+  """
+
+  def __init__(self, workdir: str, *, keep: int = 1, keep_every: int = 0):
+    """Opens WORKDIR/checkpoints.
+
+    Args:
+      workdir: directory of the run.
+      keep: how many of the newest checkpoints are kept.
+      keep_every: those of its multiples are kept for good; 0 for none.
+    """
+    self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
+    self._pending = None
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep)]
+    if keep_every:
+      kept.append(policies.EveryNSteps(keep_every))
+    self._checkpointer = ocp.training.Checkpointer(
+      os.path.abspath(os.path.join(workdir, workdir_lib.CHECKPOINTS)),
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self.wait()
+    with self._os_errors():
+      self._checkpointer.close()
+
+  @property
+  def latest(self) -> int | None:
+    """The step of the newest checkpoint, None if there is none."""
+    newest = self._checkpointer.latest
+    return None if newest is None else newest.step
+
+  def check_disk(self, state: TrainState, saves: Iterable[int]) -> None:
+    """Checks that the checkpoints of a run can be written, and that there is space.
+
+    Args:
+      state: the state, or its shapes.
+      saves: steps, rising, of all checkpoints of the run.
+
+    Raises:
+      PermissionError: the folder of the checkpoints cannot be written.
+      UserError: the space will not do.
+    """
+    folder, saves = str(self._checkpointer.directory), list(saves)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    for_good = {s for s in saves if self._keep_every and s % self._keep_every == 0}
+    at_once = for_good.union(saves[-self._keep - 1 :])  # the last is being written
+    more = len(at_once) - len(self._checkpointer.checkpoints)
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
+    if more * each > free:
+      raise UserError(
+        f"{self._workdir}: {more} more checkpoints of {each:.1f} MB need "
+        f"{more * each:.1f} MB, and {free:.1f} MB are free; make space, take another "
+        "--workdir, or keep fewer by config.checkpoint.keep and keep_every"
+      )
+
+  def wait(self) -> None:
+    """Waits for the save that is under way and raises its error, if it had one."""
+    if self._pending is not None:
+      self._pending, response = None, self._pending
+      with self._os_errors():
+        response.result()
+
+  @contextlib.contextmanager
+  def _os_errors(self) -> Iterator[None]:
+    """Makes OSErrors of TensorStore's ValueErrors, if a refusal of the system's."""
+    try:
+      yield
+    except ValueError as error:
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      if code is None:
+        raise
+      folder = str(self._checkpointer.directory)
+      raise OSError(int(code[1]), os.strerror(int(code[1])), folder) from error
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Starts saving; the averages are apart, so that they can be read alone."""
+    self.wait()
+    training = {"params": state.params, "opt_state": state.opt_state}
+    self._pending = self._checkpointer.save_checkpointables_async(
+      step, {"training": training | {"step": state.step}, "ema": state.ema}
+    )
+
+  def restore(self, abstract: TrainState) -> TrainState | None:
+    """Returns the newest state that can be read, None if there is no checkpoint.
+
+    Arrays are placed as the shardings of `abstract` say. A checkpoint that is newer
+    but damaged is named on stderr, and removed; so is what a killed save left.
+    """
+    tree = {"params": abstract.params, "opt_state": abstract.opt_state}
+    wanted = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
+    loaded, damaged = self._newest(wanted)
+    for step in damaged:  # Orbax would refuse to save older steps beside it
+      self._checkpointer.delete(step)
+    if jax.process_index() == 0:
+      folder = str(self._checkpointer.directory)
+      for name in os.listdir(folder):
+        if "orbax-checkpoint-tmp" in name:
+          shutil.rmtree(os.path.join(folder, name))
+    return loaded and TrainState(ema=loaded["ema"], **loaded["training"])
+
+  def restore_ema(
+    self, abstract: dict[str, Params], step: int = 0
+  ) -> dict[str, Params] | None:
+    """Returns the averages alone, as `restore` does, but removes nothing.
+
+    The work directory may be another run's, which reading must not change.
+
+    Args:
+      abstract: what is wanted, by profile.
+      step: of the checkpoint; 0 for the newest.
+    """
+    loaded, _ = self._newest({"ema": abstract}, step)
+    return loaded and loaded["ema"]
+
+  def _newest(
+    self, wanted: dict[str, Any], only: int = 0
+  ) -> tuple[dict[str, Any] | None, list[int]]:
+    """Returns the newest checkpoint that can be read, and the damaged newer steps."""
+    damaged: dict[int, Exception] = {}
+    steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+    steps = [step for step in steps if only in (0, step)]
+    for step in steps:
+      try:
+        loaded = self._checkpointer.load_checkpointables(step, wanted)
+      except Exception as error:  # whatever a missing or short file leads to
+        damaged[step] = error
+        continue
+      for bad, error in damaged.items():
+        reason = str(error).splitlines()[0][:200]
+        print(f"checkpoint {bad} is damaged, using {step}: {reason}", file=sys.stderr)
+      return loaded, [*damaged]
+    if damaged:
+      raise damaged[steps[0]]
+    return None, []

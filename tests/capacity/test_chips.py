@@ -1,0 +1,56 @@
+"""Pods by name, and the chips' numbers against each other."""
+
+import pytest
+
+from sdiff_jax.capacity import chips as chips_lib
+from sdiff_jax.types import UserError
+
+
+@pytest.mark.parametrize(
+  ("name", "chips"),
+  [("v5e:16x16", 256), ("v5p:4x4x8", 128), ("tpu7x:4x4x4", 64), ("h100x64", 64)],
+)
+def test_names(name, chips):
+  assert chips_lib.parse(name) == chips_lib.Pod(
+    name, name[: -len(name)] or _chip(name), chips
+  )
+
+
+def _chip(name):
+  return "h100" if name.startswith("h100") else name.split(":")[0]
+
+
+@pytest.mark.parametrize("name", ["", "v7x:2x2", "v5e", "v5e:4", "v5p:4x4", "h100x0"])
+def test_other_names_are_refused_in_a_line_that_lists_some(name):
+  with pytest.raises(UserError, match=r"config.pod=.*such as") as error:
+    chips_lib.parse(name)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chip", chips_lib.CHIPS)
+def test_sizes_of_a_chip_rise_to_its_largest(chip):
+  pod = chips_lib.parse(
+    f"{chip}{'x' if chip == 'h100' else ':'}{chips_lib.CHIPS[chip].sizes[0]}"
+  )
+  counts = [pod.chips]
+  while pod := chips_lib.larger(pod):
+    counts.append(pod.chips)
+  assert len(counts) == len(chips_lib.CHIPS[chip].sizes)
+  assert counts == sorted(set(counts))
+
+
+@pytest.mark.parametrize("chip", chips_lib.CHIPS.values(), ids=chips_lib.CHIPS)
+def test_numbers_are_of_one_kind_of_machine(chip):
+  """Operations a byte of memory, and memories read in a second: within a factor."""
+  assert 150 < chip.peak / chip.memory_rate < 600
+  assert 20 < chip.memory_rate / chip.memory < 60
+  assert chip.network < chip.link * chip.links < chip.memory_rate
+  assert chip.source
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(chips_lib, "_found", lambda module: False)
+  with pytest.raises(UserError, match=r"pip install -e '.\[rehearse\]'; no v5e is"):
+    chips_lib.devices(chips_lib.parse("v5e:2x2"))
+  with pytest.raises(UserError, match=r"pip install -e '.\[cuda\]'"):
+    chips_lib.devices(chips_lib.parse("h100x8"))

@@ -1,0 +1,113 @@
+"""Parareal against the sequential loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdiff_jax.contrib import parareal
+from sdiff_jax.samplers import _gaussian_mixture, sequential, solvers
+
+
+def run(blocks, tolerance, steps=36, coarse=None, name="ddim", coarse_table=None):
+  table = solvers.build(sigma_d=0.5, name=name, steps=steps)
+  keys = sequential.keys_from_seeds(np.arange(3))
+  x = sequential.sample_prior(table, keys, (16,))
+  denoiser = _gaussian_mixture.denoiser(0.5)
+  alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
+  options = {"coarse": coarse or denoiser, "blocks": blocks, "tolerance": tolerance}
+  options["coarse_table"] = coarse_table
+  call = jax.jit(lambda x: parareal.sample(denoiser, table, x, None, **options))
+  return table, x, np.asarray(alone), call(x)
+
+
+@pytest.mark.parametrize("blocks", [1, 6, 8, 36])
+def test_ends_where_the_sequential_loop_does(blocks):
+  table, _, alone, found = run(blocks, 0.0)
+  np.testing.assert_allclose(found.x, alone, atol=2e-6)
+  sweeps = found.evaluations / table.evaluations
+  assert np.all(sweeps <= blocks)
+  size = -(-table.evaluations // blocks)
+  np.testing.assert_array_equal(found.passes, blocks + sweeps * (size + blocks))
+
+
+def test_a_tolerance_is_kept_in_fewer_sweeps():
+  table, _, alone, found = run(6, 1e-2)
+  assert np.all(found.evaluations < 6 * table.evaluations)
+  assert np.all(found.error <= 1e-2)
+  np.testing.assert_allclose(found.x, alone, atol=5e-3)
+
+
+def test_a_coarse_denoiser_that_knows_the_end_needs_one_sweep():
+  """One Gaussian: its trajectories are known, and d = f jumps almost to them."""
+  std, sigma_d = 0.5, 0.5
+
+  def denoiser(x, t, cond):
+    c, s = jnp.cos(t)[:, None], sigma_d * jnp.sin(t)[:, None]
+    return c * std**2 / ((c * std) ** 2 + s**2) * x
+
+  table = solvers.build(sigma_d=sigma_d, name="ddim", steps=36)
+  x = sequential.sample_prior(table, sequential.keys_from_seeds(np.arange(3)), (16,))
+  alone = sequential.sample(
+    denoiser, table, x, sequential.keys_from_seeds(np.arange(3)), None
+  )
+  options = {"blocks": 6, "tolerance": 0.1}
+  exact = parareal.sample(
+    denoiser, table, x, None, coarse=lambda x, t, cond: x, **options
+  )
+  rough = parareal.sample(
+    denoiser, table, x, None, coarse=lambda x, t, cond: 0 * x, **options
+  )
+  for found in (exact, rough):
+    np.testing.assert_allclose(found.x, alone, atol=2e-2)
+  assert np.all(exact.passes <= rough.passes)
+
+
+def coarser(name, every, steps=36, fine="ddim"):
+  """Returns a solver's table at every k-th angle of a finer one's grid."""
+  starts = solvers.build(sigma_d=0.5, name=fine, steps=steps).time
+  steps_of = starts[::2] if fine == "heun" else starts
+  angles = tuple(steps_of[::every].tolist())
+  return solvers.build(sigma_d=0.5, name=name, steps=len(angles), angles=angles)
+
+
+@pytest.mark.parametrize(
+  ("name", "blocks", "coarse_table"),
+  [
+    ("ddim", 6, coarser("heun", 6)),
+    ("ddim", 6, coarser("ddim", 2)),
+    ("heun", 6, coarser("ddim", 6, fine="heun")),
+    ("heun", 6, coarser("heun", 6, fine="heun")),
+  ],
+)
+def test_any_two_solvers_end_where_the_slow_one_does(name, blocks, coarse_table):
+  table, _, alone, found = run(blocks, 0.0, name=name, coarse_table=coarse_table)
+  np.testing.assert_allclose(found.x, alone, atol=2e-6)
+  sweeps = found.evaluations / table.evaluations
+  swept, size = coarse_table.evaluations, -(-table.evaluations // blocks)
+  np.testing.assert_array_equal(found.passes, swept + sweeps * (size + swept))
+
+
+def test_a_better_coarse_solver_needs_fewer_sweeps():
+  rough = run(6, 1e-2)[-1]
+  better = run(6, 1e-2, coarse_table=coarser("ddim", 2))[-1]
+  assert better.evaluations.mean() < rough.evaluations.mean()
+
+
+def test_refusals():
+  table = solvers.build(sigma_d=0.5, name="ddpm", steps=9)
+  with pytest.raises(ValueError, match="without noise: srdsddim"):
+    parareal.check(table, 0.1)
+  with pytest.raises(ValueError, match=r"sampler\.tolerance=nan"):
+    parareal.check(solvers.build(sigma_d=0.5, name="ddim", steps=9), float("nan"))
+  with pytest.raises(ValueError, match=r"sampler\.window=8: 10 rows .* take 3"):
+    parareal.boundaries(10, 8)
+  other = coarser("ddim", 6, steps=33)
+  with pytest.raises(ValueError, match="coarse_table: its blocks start at other"):
+    run(6, 0.1, coarse_table=other)
+  with pytest.raises(ValueError, match="remember no step before"):
+    run(6, 0.1, name="dpmpp2m", coarse_table=coarser("ddim", 6))
+  with pytest.raises(ValueError, match="coarse_table: needed"):
+    run(6, 0.1, name="heun")

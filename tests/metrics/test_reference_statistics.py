@@ -1,0 +1,197 @@
+"""References: their numbers, and that a kept one is used and no wrong one is."""
+
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from sdiff_jax.metrics import frechet, precision_recall, reference_statistics, streaming
+from sdiff_jax.metrics.features import base
+from sdiff_jax.types import UserError
+
+RNG = np.random.default_rng(0)
+REAL = RNG.standard_normal((300, 5)).astype(np.float32)
+FAKE = (RNG.standard_normal((200, 5)) * 1.3 + 0.2).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+  monkeypatch.setattr(reference_statistics, "FOLDER", str(tmp_path / "references"))
+  return tmp_path / "references"
+
+
+def never():
+  raise AssertionError("computed again")
+
+
+def made(features, keep=10**6, step=64):
+  """The summary of features, by a network that hands them on."""
+  net = base.FeatureNetwork("frechet", lambda params, x: x, None)
+
+  def extract(take, size):
+    for first in range(0, size, step):
+      yield take(np.arange(first, min(first + step, size)))
+
+  half = len(features) // 3
+  batches = [(part.__getitem__, len(part)) for part in np.split(features, [half])]
+  return streaming.summarize([(net, extract)], batches, len(features), keep)[0]
+
+
+def test_measures_are_those_of_the_two_sets():
+  measured = reference_statistics.measure(
+    "frechet", made(FAKE), reference_statistics.of(made(REAL))
+  )
+  distance = frechet.distance(frechet.statistics(FAKE), frechet.statistics(REAL))
+  assert measured.keys() == {"frechet", "precision", "recall"}
+  assert measured["frechet"] == pytest.approx(distance, rel=1e-12)
+  both = precision_recall.precision_recall(REAL, FAKE)
+  assert (measured["precision"], measured["recall"]) == both
+
+
+def test_neighbours_are_a_random_part_of_large_sets():
+  known = reference_statistics.of(made(REAL, keep=50))
+  np.testing.assert_allclose(known.mean, frechet.statistics(REAL).mean, rtol=1e-12)
+  assert known.features.shape == (50, 5)
+  rows = {row.tobytes() for row in known.features}
+  assert len(rows) == 50
+  assert rows <= {row.tobytes() for row in REAL}
+  assert rows != {row.tobytes() for row in REAL[:50]}
+
+
+def test_without_neighbours_there_is_the_distance_alone():
+  none = reference_statistics.of(made(REAL, keep=0))
+  assert none.features.shape == (0, 5)
+  assert reference_statistics.measure("fid", made(FAKE), none).keys() == {"fid"}
+  assert reference_statistics.measure("fid", made(FAKE, keep=0), none).keys() == {"fid"}
+
+
+def test_too_few_images():
+  real = reference_statistics.of(made(REAL))
+  with pytest.raises(
+    UserError, match="neighbours: 3 samples and 300 real .* 4 at least"
+  ):
+    reference_statistics.measure("fid", made(FAKE[:3]), real)
+  with pytest.raises(UserError, match="one image has no covariance"):
+    reference_statistics.measure("fid", made(FAKE[:1]), real)
+
+
+def test_other_numbers_of_images_than_announced():
+  net = (base.FeatureNetwork("x", None, None), lambda take, size: [take(size)])
+  for size in (7, 9):
+    with pytest.raises(ValueError, match=f"{size} .*announced"):
+      streaming.summarize([net], [(lambda n: REAL[:n], 8)], size, 0)
+
+
+def test_written_statistics_are_read_back(tmp_path):
+  a, b = frechet.statistics(REAL), frechet.statistics(FAKE[:, :3])
+  path = str(tmp_path / "one.npz")
+  reference_statistics.save(path, {"fd_dinov2": b})
+  with np.load(path) as arrays:
+    assert {*arrays} == {"mu", "sigma"}
+  same(reference_statistics.read(path, "fd_dinov2"), b)
+  reference_statistics.save(path, {"fd_dinov2": b, "fid": a})
+  with np.load(path) as arrays:
+    np.testing.assert_array_equal(arrays["mu"], a.mean)
+  same(reference_statistics.read(path, "fid"), a)
+  same(reference_statistics.read(path, "fd_dinov2"), b)
+
+
+def same(found, expected):
+  for x, y in zip(found, expected, strict=True):
+    assert x.dtype == np.float64
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_statistics_of_edm2(tmp_path, protocol):
+  """A dict of dicts of arrays, as EDM2 pickles it (protocol 4) and by others."""
+  a, b = frechet.statistics(REAL), frechet.statistics(FAKE[:, :3])
+  found = {"num_images": 50_000, "fid": {"mu": a.mean, "sigma": a.cov}}
+  found["fd_dinov2"] = {"mu": b.mean, "sigma": np.asfortranarray(b.cov)}
+  path = tmp_path / "img512.pkl"
+  path.write_bytes(pickle.dumps(found, protocol))
+  same(reference_statistics.read(str(path), "fid"), a)
+  same(reference_statistics.read(str(path), "fd_dinov2"), b)
+  with pytest.raises(UserError, match="no mu and sigma of frechet: it has fd_dinov2"):
+    reference_statistics.read(str(path), "frechet")
+
+
+def test_statistics_of_adm(tmp_path):
+  """mu_s and sigma_s, of the spatial features, stand beside mu and sigma."""
+  a = frechet.statistics(REAL)
+  path = str(tmp_path / "VIRTUAL_x.npz")
+  spatial = {"mu_s": np.zeros(7), "sigma_s": np.eye(7)}
+  np.savez(path, mu=a.mean.astype(np.float32), sigma=a.cov, **spatial)
+  np.testing.assert_allclose(
+    reference_statistics.read(path, "fid").mean, a.mean, rtol=1e-6
+  )
+  np.testing.assert_array_equal(reference_statistics.read(path, "fid").cov, a.cov)
+
+
+def test_statistics_that_are_none(tmp_path):
+  def refused(message, name="x.npz"):
+    with pytest.raises(UserError, match=message):
+      reference_statistics.read(str(tmp_path / name), "fid")
+
+  refused("no such file")
+  np.savez(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.eye(4))
+  refused(r"mu \(3,\) and sigma \(4, 4\): save \[D\] and \[D, D\]")
+  np.savez(tmp_path / "x.npz", mu_other=np.zeros(3))
+  refused("no mu and sigma of fid: it has mu_other")
+  (tmp_path / "x.npz").write_bytes(b"PK")
+  refused("damaged")
+  ran = tmp_path / "ran"
+
+  class Harmful:
+    def __reduce__(self):
+      return pathlib.Path.touch, (ran,)
+
+  (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fid": Harmful()}))
+  refused("nothing of it was run", "x.pkl")
+  assert not ran.exists()
+  objects = {"fid": {"mu": np.array([None]), "sigma": np.eye(1)}}
+  (tmp_path / "x.pkl").write_bytes(pickle.dumps(objects, 4))
+  refused("array of objects", "x.pkl")
+  (tmp_path / "x.pkl").write_bytes(pickle.dumps([1]))
+  refused("no dict of metrics", "x.pkl")
+
+
+def test_a_kept_reference_is_exact_and_not_computed_again():
+  first = reference_statistics.cached(
+    [b"a", b"b"], lambda: reference_statistics.of(made(REAL))
+  )
+  kept = reference_statistics.cached([b"a", b"b"], never)
+  for a, b in zip(first, kept, strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("key", [[b"a"], [b"a", b"c"], [b"ab"], [b"b", b"a"]])
+def test_another_key_is_another_reference(key):
+  reference_statistics.cached([b"a", b"b"], lambda: reference_statistics.of(made(REAL)))
+  with pytest.raises(AssertionError, match="computed again"):
+    reference_statistics.cached(key, never)
+
+
+def test_what_one_process_lacks_is_made_on_all():
+  reference_statistics.cached([b"a"], lambda: reference_statistics.of(made(REAL)))
+  asked = []
+  with pytest.raises(AssertionError, match="computed again"):
+    reference_statistics.cached([b"a"], never, lambda mine: asked.append(mine))
+  assert asked == [True]
+
+
+def test_a_damaged_file_is_made_anew(folder):
+  first = reference_statistics.cached(
+    [b"a"], lambda: reference_statistics.of(made(REAL))
+  )
+  (file,) = folder.iterdir()
+  file.write_bytes(file.read_bytes()[:100])
+  again = reference_statistics.cached(
+    [b"a"], lambda: reference_statistics.of(made(REAL))
+  )
+  np.testing.assert_array_equal(first.cov, again.cov)
+  np.testing.assert_array_equal(
+    reference_statistics.cached([b"a"], never).cov, first.cov
+  )

@@ -1,0 +1,166 @@
+"""Checkpoints: what comes back, on which mesh, and how many are kept."""
+
+import collections
+import os
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build, workdir
+from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import state
+from sdiff_jax.types import UserError
+
+
+def make(value: float) -> state.TrainState:
+  params = {"net": {"w": jnp.full((1024, 1032), value)}, "logvar": jnp.float32(value)}
+  optimizer = optax.adam(1e-3)
+  return state.create(params, optimizer, ("power/0.1", "half_life/100"))
+
+
+def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
+  saved = make(0.3)._replace(step=jnp.int32(7))
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest is None
+    checkpoints.save(7, saved)
+  mesh = sharding.make_mesh(2, 4, 1)
+  abstract = build.abstract_with_sharding(jax.eval_shape(lambda: saved), mesh)
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest == 7
+    loaded = checkpoints.restore(abstract)
+    averages = checkpoints.restore_ema(abstract.ema)
+  assert loaded.params["net"]["w"].sharding.spec == P(None, "fsdp")
+  for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(loaded), strict=True):
+    np.testing.assert_array_equal(a, b)
+  jax.tree.map(np.testing.assert_array_equal, averages, saved.ema)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  with checkpoints_lib.Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, make(step))
+  kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert {"2", "3"} <= kept
+  assert "1" not in kept
+
+
+def test_and_those_of_every_so_many_steps(tmp_path):
+  with checkpoints_lib.Checkpoints(tmp_path, keep=1, keep_every=2) as checkpoints:
+    for step in (1, 2, 3, 4, 5):
+      checkpoints.save(step, make(step))
+  kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  assert {n for n in kept if n.isdecimal()} == {"2", "4", "5"}
+  assert workdir.newest(tmp_path) == 5
+
+
+def test_the_space_that_checkpoints_will_take(tmp_path, monkeypatch):
+  one = make(1.0)
+  size = sum(x.nbytes for x in jax.tree.leaves(one))
+
+  def check(free, *, there):
+    usage = collections.namedtuple("usage", "free")(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with checkpoints_lib.Checkpoints(tmp_path, keep=2, keep_every=3) as checkpoints:
+      assert len(checkpoints._checkpointer.checkpoints) == there
+      checkpoints.check_disk(one, range(1, 11))
+
+  check(5 * size, there=0)  # 3, 6, 8, 9, and 10 as it is written
+  short = f"5 more checkpoints of {size / 1e6:.1f} MB need {5 * size / 1e6:.1f} MB"
+  with pytest.raises(UserError, match=short):
+    check(5 * size - 1, there=0)
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(3, one)
+  check(4 * size, there=1)
+  with pytest.raises(UserError, match="4 more checkpoints"):
+    check(4 * size - 1, there=1)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
+  with checkpoints_lib.Checkpoints(tmp_path, keep=3) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make(step)._replace(step=jnp.int32(step)))
+  files = [p for p in (tmp_path / "checkpoints/2").rglob("*") if p.is_file()]
+  for path in files:
+    if damage == "truncate":
+      os.truncate(path, path.stat().st_size // 2)
+    elif path.stat().st_size > 1000:
+      path.unlink()
+  abstract = build.abstract_with_sharding(
+    jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
+  )
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:  # a reader removes nothing
+    checkpoints.restore_ema(abstract.ema)
+  assert (tmp_path / "checkpoints/2").exists()
+  with checkpoints_lib.Checkpoints(tmp_path, keep=3) as checkpoints:
+    loaded = checkpoints.restore(abstract)
+    assert int(loaded.step) == 1
+    checkpoints.save(2, make(5.0)._replace(step=jnp.int32(2)))
+  assert "checkpoint 2 is damaged, using 1" in capsys.readouterr().err
+  with checkpoints_lib.Checkpoints(tmp_path, keep=3) as checkpoints:
+    assert float(checkpoints.restore(abstract).params["logvar"]) == 5
+
+
+def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
+  abstract = build.abstract_with_sharding(
+    jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
+  )
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(abstract) is None
+    checkpoints.save(1, make(1.0))
+  shutil.rmtree(tmp_path / "checkpoints/1/training")
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(Exception, match="training"):
+      checkpoints.restore(abstract)
+
+
+@pytest.fixture
+def small_files():
+  """Returns a function after which this process can write no large file."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def noise(step: int) -> state.TrainState:
+  """Returns a state that does not compress."""
+  w = jax.random.normal(jax.random.key(step), (512, 512))
+  params = {"net": {"w": w}, "logvar": jnp.float32(step)}
+  saved = state.create(params, optax.adam(1e-3), ("power/0.1",))
+  return saved._replace(step=jnp.int32(step))
+
+
+@pytest.mark.parametrize("surfaces", ["at the next save", "at the end"])
+def test_a_save_that_fails(tmp_path, small_files, surfaces):
+  passed = []
+
+  def train():
+    with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(1, noise(1))
+      checkpoints.wait()
+      small_files()
+      checkpoints.save(2, noise(2))
+      passed.append("the save itself")
+      if surfaces == "at the next save":
+        checkpoints.save(3, noise(3))
+      passed.append("the next save")
+
+  with pytest.raises(OSError, match="File too large.*checkpoints"):
+    train()
+  assert len(passed) == (2 if surfaces == "at the end" else 1)
+  assert workdir.newest(tmp_path) == 1
+  assert len(list((tmp_path / "checkpoints").iterdir())) > 1  # what it left
+  abstract = build.abstract_with_sharding(
+    jax.eval_shape(lambda: noise(1)), sharding.make_mesh()
+  )
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    loaded = checkpoints.restore(abstract)
+  jax.tree.map(np.testing.assert_array_equal, loaded, noise(1))
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
