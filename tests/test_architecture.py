@@ -14,9 +14,11 @@ LAYERS = (
   {"types", "registry", "io"},
   {"config", "diffusion", "distributed"},
   {"losses", "kernels", "samplers", "contrib"},
-  {"models", "data", "metrics"},
-  {"pretrained", "training", "capacity", "reports"},
+  {"models", "data"},
+  {"pretrained"},
+  {"metrics", "training", "reports"},
   {"experiment", "policies"},
+  {"capacity"},
   {"jobs"},
   {"main"},
 )

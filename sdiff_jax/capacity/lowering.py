@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import registry
-from sdiff_jax.capacity import hlo, roofline
+from sdiff_jax.capacity import hlo
 from sdiff_jax.data.pipeline import Dataset
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling, text_to_image
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import sampler
+from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.training import step
 from sdiff_jax.types import Network, Params, UserError
 
@@ -157,7 +158,7 @@ def sampled(experiment: experiments.Experiment) -> Program:
     def denoise(params: Params, x: Any, t: Any, label: Any) -> Any:
       return sampling.denoiser(experiment, params)(x, t, {"label": label})
 
-    return roofline.operations(denoise, params, x, t, label)
+    return flops_lib.count_flops(denoise, params, x, t, label)
 
   return Program(
     lambda: call.func.lower(*call.args, placed, row, row),
@@ -208,7 +209,7 @@ def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       net = text_to_image.denoiser(model, chosen, params, empty, scale)
       return net(arrays["x"], arrays["t"], None if text is None else {"text": text})
 
-    return roofline.operations(denoise, model.params, arrays)
+    return flops_lib.count_flops(denoise, model.params, arrays)
 
   return Program(
     lambda: call.lower(*arguments),

@@ -12,10 +12,7 @@ and a device lies between the two: the first is what no schedule beats, the seco
 it takes if nothing overlaps. Peaks are the makers'; no device reaches them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from sdiff_jax.capacity.chips import Chip
 from sdiff_jax.capacity.hlo import Collective
@@ -39,30 +36,6 @@ class Time(NamedTuple):
   def in_turn(self) -> float:
     """Returns the time if one comes after the other."""
     return sum(self)
-
-
-def operations(function: Callable, *args: Any) -> float:
-  """Returns the floating-point operations of function(*args), over all devices.
-
-  Counted in the program lowered for a CPU, as JAX does not tell for a GPU; where
-  JAX_PLATFORMS leaves out the CPU, in the compiled one. A loop's body counts once.
-
-  Args:
-    function: of arrays.
-    args: trees of arrays, of which only shapes and types are used.
-  """
-
-  def shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-  try:
-    device = jax.local_devices(backend="cpu")[0]
-  except RuntimeError:
-    device = None
-  with jax.default_device(device):
-    lowered = jax.jit(function).lower(*jax.tree.map(shape, args))
-  cost = lowered.cost_analysis() or lowered.compile().cost_analysis()
-  return float(cost["flops"])
 
 
 def link_rate(chip: Chip, chips: int, cores: int = 1) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.samplers._ring_buffer import wide
+from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.types import Array, Cond, Denoiser
 
 # time [N] -> alpha, sigma, [N] each
@@ -74,17 +74,17 @@ def denoiser(
     raise ValueError(f"quantile={quantile}: give the range that it scales to, clip")
 
   def denoise(x: Array, time: Array, cond: Cond) -> Array:
-    alpha, sigma = (wide(v, x.ndim) for v in level(time))
+    alpha, sigma = (expand(v, x) for v in level(time))
     d = PARAMETERIZATIONS[kind](predict(x, time, cond), x, alpha, sigma)
     if quantile:
       most = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
-      most = wide(jnp.maximum(most, clip), d.ndim)
+      most = expand(jnp.maximum(most, clip), d)
       return jnp.clip(d, -most, most) * (clip / most)
     if not clip:
       return d
     clipped = jnp.clip(d, -clip, clip)
     if excess is None:
       return clipped
-    return clipped + wide(excess(time), d.ndim) * (clipped - d)
+    return clipped + expand(excess(time), d) * (clipped - d)
 
   return denoise

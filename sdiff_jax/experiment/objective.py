@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from sdiff_jax import registry
-from sdiff_jax.capacity import roofline
 from sdiff_jax.data import normalizer, pipeline
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.training import ema, optimizers, state, step
+from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.types import LossFn, Network, Params, UserError
 
 
@@ -172,4 +172,4 @@ def flops(
   network = experiments.network(config, source)
   _, train_step = program(config, network, teacher)
   batch = batch_shapes(config, source)
-  return roofline.operations(train_step, abstract, batch, key, frozen)
+  return flops_lib.count_flops(train_step, abstract, batch, key, frozen)

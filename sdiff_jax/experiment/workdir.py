@@ -5,27 +5,13 @@ import errno
 import os
 from collections.abc import Iterator
 
+from sdiff_jax.training import checkpoints
 from sdiff_jax.types import UserError
 
-CHECKPOINTS = "checkpoints"  # folder in a work directory
 # What the system says where there is no space or no permission to write.
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_ACCESS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-
-
-def steps(workdir: str) -> list[int]:
-  """Returns the steps of the complete checkpoints on disk, rising."""
-  try:  # a checkpoint gets its name, the step, when it is complete
-    names = os.listdir(os.path.join(workdir, CHECKPOINTS))
-  except OSError:
-    return []
-  return sorted(int(name) for name in names if name.isdecimal())
-
-
-def newest(workdir: str) -> int | None:
-  """Returns the step of the newest complete checkpoint on disk, None without one."""
-  return max(steps(workdir), default=None)
 
 
 def check_writable(workdir: str) -> None:
@@ -56,7 +42,7 @@ def errors(workdir: str) -> Iterator[None]:
   except OSError as error:
     if error.errno not in NO_SPACE | NO_ACCESS:
       raise
-    step = newest(workdir)
+    step = checkpoints.newest(workdir)
     safe = "" if step is None else f"; the last good checkpoint is that of step {step}"
     remedy = "make space" if error.errno in NO_SPACE else "change the permissions"
     raise UserError(

@@ -11,9 +11,9 @@ from sdiff_jax import registry
 from sdiff_jax.data import trajectories
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import policies, state_dict
+from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Params, UserError
@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def check_empty(workdir: str) -> None:
   """Raises a UserError if a work directory has checkpoints."""
-  if workdir_lib.newest(workdir) is not None:
+  if checkpoints_lib.newest(workdir) is not None:
     raise UserError(f"{workdir} has checkpoints already; take another --workdir")
 
 

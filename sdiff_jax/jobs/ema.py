@@ -11,8 +11,8 @@ import numpy as np
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
+from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema
 from sdiff_jax.types import Array, Params, UserError
 
@@ -34,8 +34,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       f"config.ema.posthoc={config.ema.posthoc!r}: takes power/sigma_rel, of a run "
       f"with power profiles; those of {workdir} are {', '.join(chosen.ema.profiles)}"
     )
-  step = config.sample.checkpoint or workdir_lib.newest(workdir)
-  steps = [s for s in workdir_lib.steps(workdir) if step and 0 < s <= step]
+  step = config.sample.checkpoint or checkpoints_lib.newest(workdir)
+  steps = [s for s in checkpoints_lib.steps(workdir) if step and 0 < s <= step]
   chosen.mesh = config.mesh
   experiment = experiments.build(chosen)
   if not steps:

@@ -24,11 +24,11 @@ from sdiff_jax import config as configs
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.samplers import autotune
 from sdiff_jax.samplers._sliding_window import Samples
 from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.types import Params, UserError
 
 STATS = ("passes", "evaluations", "error", "variation")  # of a Result, one an image
@@ -70,7 +70,7 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
   settings = configs.flat(sections) | {"vae": config.vae}
-  settings["checkpoint"] = workdir_lib.newest(workdir)
+  settings["checkpoint"] = checkpoints_lib.newest(workdir)
   for name in ("sample.num", "sample.compare"):
     del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read

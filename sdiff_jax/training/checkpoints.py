@@ -12,9 +12,24 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, UserError
+
+FOLDER = "checkpoints"  # in a work directory
+
+
+def steps(workdir: str) -> list[int]:
+  """Returns the steps of the complete checkpoints on disk, rising."""
+  try:  # a checkpoint gets its name, the step, when it is complete
+    names = os.listdir(os.path.join(workdir, FOLDER))
+  except OSError:
+    return []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest(workdir: str) -> int | None:
+  """Returns the step of the newest complete checkpoint on disk, None without one."""
+  return max(steps(workdir), default=None)
 
 
 class Checkpoints:
@@ -39,7 +54,7 @@ class Checkpoints:
     if keep_every:
       kept.append(policies.EveryNSteps(keep_every))
     self._checkpointer = ocp.training.Checkpointer(
-      os.path.abspath(os.path.join(workdir, workdir_lib.CHECKPOINTS)),
+      os.path.abspath(os.path.join(workdir, FOLDER)),
       preservation_policy=policies.AnyPreservationPolicy(kept),
     )
 

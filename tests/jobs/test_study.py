@@ -122,7 +122,7 @@ def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
   assert rows[0]["state"] == rows[1]["state"]  # the batch is the same
   assert rows[0]["d_t"] != rows[1]["d_t"]
   text = (tmp_path / "parts.html").read_text()
-  monkeypatch.setattr(study.points, "tangent", None)
+  monkeypatch.setattr(study.probes, "tangent", None)
   study.run(config, str(tmp_path))
   assert (tmp_path / "parts.html").read_text() == text
 
@@ -146,8 +146,8 @@ def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
     seeds=(0,),
     changes=CHANGES,
   )
-  monkeypatch.setattr(study.points, "TOLERANCES", (0.0, 100.0))
-  monkeypatch.setattr(study.points, "WINDOWS", (1, 4, 16))
+  monkeypatch.setattr(study.probes, "TOLERANCES", (0.0, 100.0))
+  monkeypatch.setattr(study.probes, "WINDOWS", (1, 4, 16))
   study.run(config, str(tmp_path))
   rows = json.loads((tmp_path / "tiny.json").read_text())
   at = {(r["series"], r.get("tolerance"), r.get("window")): r for r in rows}
@@ -162,7 +162,7 @@ def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
   assert rough["passes"] == 2 < exact["passes"] <= 6
   assert (alone["passes"], alone["evaluations"]) == (6, 6)
   assert all(r["error"] is None for r in rows if r["series"] == "specddpm")
-  monkeypatch.setattr(study.points, "parallel", None)
+  monkeypatch.setattr(study.probes, "parallel", None)
   study.run(config, str(tmp_path))
 
 

@@ -194,7 +194,7 @@ G_14 = {
   ("config", "count"),
   [
     ({"text_config": {}, "vision_config": {}}, 151_277_313),  # ViT-B/32
-    (clip.clip_names.config(G_14), 1_366_678_273),
+    (clip.clip_weights.config(G_14), 1_366_678_273),
   ],
 )
 def test_sizes_of_clip(config, count):
