@@ -47,7 +47,7 @@ def training_step(experiment: experiments.Experiment) -> tuple:
     steps=config.train.steps,
     batch_size=size,
     rampup_images=chosen.rampup_images,
-    final=chosen.final,
+    end_lr_fraction=chosen.end_lr_fraction,
     reference_steps=chosen.reference_steps,
   )
   moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}

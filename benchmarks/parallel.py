@@ -95,7 +95,7 @@ def measure(data: Data, case: tuple, seeds: int, samples: int) -> dict:
   found = {}
   for rule in RULES:
     rows = []
-    plan = sampler.from_tableau("para", table, window=window, rule=rule)
+    plan = sampler.from_tableau("para", table, window=window, update_rule=rule)
     for tau, taken in zip(TAUS, sweep(plan, TAUS), strict=False):
       rows.append([*taken, np.log(tau)])
       if taken.error < wanted / 10:

@@ -30,7 +30,7 @@ PAYS = 1.5  # a doubling of chips is worth it while a step gets so much faster
 BATCH = 2048
 # Bytes of memory traffic of an image in a step, and bytes that are kept of it for the
 # backward pass, for each channel of the first level: those of XXL, compiled by
-#   --job=rehearse --config=configs/imagenet512_scd.py:XXL --config.pod=v5p:4x4x8
+#   --job=rehearse --config=configs/imagenet512_scd.py:XXL --config.rehearse.topology=v5p:4x4x8
 #   --config.model.dtype=bfloat16 --config.model.remat=
 TRAFFIC, KEPT = 3.2e7, 1.4e6
 # Copies of the parameters in float32 that a chip holds (parameters, two moments, EMA,
@@ -40,8 +40,8 @@ HELD, TOUCHED = 6, 12
 WINDOWS = (10, 20, 40, 48, 80, 160)
 ROWS = 1000  # of DDPM
 # Of EDM2-S, 64 x 64 x 3, in a pass on v5e:2x4, compiled by
-#   --job=rehearse --config=configs/imagenet64_diffusion.py:S --config.pod=v5e:2x4
-#   --config.rehearse.what=sample --config.sampler.name=paraddpm
+#   --job=rehearse --config=configs/imagenet64_diffusion.py:S --config.rehearse.topology=v5e:2x4
+#   --config.rehearse.program=sample --config.sampler.name=paraddpm
 #   --config.sampler.steps=1000 --config.sampler.window=80 (and 8)
 #   --config.sample.batch_size=1 --config.mesh.data=1 --config.mesh.window=8
 #   --config.model.dtype=bfloat16
@@ -157,7 +157,7 @@ def windows(name: str) -> str:
   for window in WINDOWS:
     plan = sampler.build(sigma_d=0.5, name="paraddpm", steps=ROWS, window=window)
     passes = [
-      sampler.expected_iterations(plan._replace(rule=r))
+      sampler.expected_iterations(plan._replace(update_rule=r))
       for r in ("published", "secant")
     ]
     cells = []

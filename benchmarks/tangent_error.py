@@ -17,7 +17,7 @@ from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.models import edm2
 
 SIGMA_D, BATCH, SHAPE, CLASSES = 0.5, 16, (16, 16, 4), 10
-SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attention_at": (8,)}
+SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attn_resolutions": (8,)}
 TYPES = ("float64", "float32", "bfloat16", "float16")
 
 

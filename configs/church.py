@@ -23,6 +23,6 @@ def get_config(given: str = ""):
   c.job = "generate"
   c.sampler.update(name=name, steps=steps, window=window, tolerance=tolerance)
   c.sample.update(num=16, batch_size=1)
-  c.rehearse.what = "sample"
+  c.rehearse.program = "sample"
   c.evaluate.features = ""
   return c

@@ -14,7 +14,7 @@ def get_config(given: str = ""):
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
   )
   c.rehearse.update(shape=(32, 32, 3), classes=10)
-  c.conditional = False
+  c.class_conditional = False
   c.model = config.component("models", "ddpmpp", dropout=0.13)
   # The paper gives no proposal; this is EDM's, whose settings it says it takes.
   c.loss = config.component(

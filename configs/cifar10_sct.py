@@ -15,11 +15,11 @@ def get_config(given: str = ""):
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
   )
   c.rehearse.update(shape=(32, 32, 3), classes=10)
-  c.conditional = False
+  c.class_conditional = False
   c.model = config.component("models", "ddpmpp", dropout=0.20)
   c.loss = config.component("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.4)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
-  c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
+  c.loss.update(tangent_normalizer="l2", c=0.1, warmup_steps=10_000)
   # Ours: 400,000 steps, which the paper leaves open, and mirrored images.
   c.train.update(steps=400_000, batch_size=512, flip=True, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)

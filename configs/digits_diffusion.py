@@ -9,7 +9,7 @@ def get_config():
   c.loss = config.component("losses", "diffusion")
   c.train.update(steps=6000, batch_size=128, log_every=100, sample_every=1000)
   c.checkpoint.every = 2000
-  c.optim.update(learning_rate=2e-3, schedule="cosine", final=0.02)
+  c.optim.update(learning_rate=2e-3, schedule="cosine", end_lr_fraction=0.02)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="heun", steps=16)
   c.evaluate.samplers = ("heun/16", "ddim/8", "ddim/4", "ddim/2")

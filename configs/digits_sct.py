@@ -16,7 +16,9 @@ def get_config():
   c.checkpoint.every = 2000
   # The target is the network's own: momentum, which lags behind it, needs rates that
   # are three times as small, and then ends worse.
-  c.optim.update(learning_rate=2e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  c.optim.update(
+    learning_rate=2e-3, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
+  )
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.samplers = ("consistency/1", "consistency/2")

@@ -10,7 +10,7 @@ def get_config():
   c.model = config.component("models", "mlp", width=1024, depth=4)
   c.loss = config.component("losses", "diffusion")
   c.train.update(steps=2500, batch_size=256, log_every=50, sample_every=500)
-  c.optim.update(learning_rate=1e-3, schedule="cosine", final=0.02)
+  c.optim.update(learning_rate=1e-3, schedule="cosine", end_lr_fraction=0.02)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="heun", steps=16)
   c.evaluate.update(features="fashion", num=20_000, batch_size=1000, baselines=True)

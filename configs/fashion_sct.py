@@ -14,7 +14,9 @@ def get_config():
     "losses", "scm", velocity="data", warmup_steps=300, adaptive_weight=False
   )
   c.train.update(steps=1500, batch_size=256, log_every=50, sample_every=300)
-  c.optim.update(learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  c.optim.update(
+    learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
+  )
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="consistency", steps=2)
   c.evaluate.update(features="fashion", num=20_000, batch_size=1000)

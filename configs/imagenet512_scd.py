@@ -30,7 +30,9 @@ def get_config(given: str = ""):
   c.model.update(guidance=True, dropout_resolution=16, dtype="float16")
   c.loss = config.component("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
-  c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000, guidance=(1.0, 2.0))
+  c.loss.update(
+    tangent_normalizer="l2", c=0.1, warmup_steps=10_000, guidance=(1.0, 2.0)
+  )
   # Ours: a loss scale of the number of elements, as if their sum was the loss.
   c.train.update(steps=200_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=10_000)

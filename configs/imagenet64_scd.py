@@ -22,7 +22,7 @@ def get_config(given: str = ""):
   c.model.update(dropout_resolution=16, dtype="float16")
   c.loss = config.component("losses", "scm", velocity="teacher", p_mean=-1.0, p_std=1.6)
   # |g| as it is printed; the paper does not say whether it is a sum or a mean.
-  c.loss.update(stabiliser="l2", c=0.1, warmup_steps=10_000)
+  c.loss.update(tangent_normalizer="l2", c=0.1, warmup_steps=10_000)
   # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
   c.train.update(steps=400_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=20_000)

@@ -35,7 +35,7 @@ def small(c):
   c.train.update(steps=6000, batch_size=256, log_every=100)
   c.checkpoint.every = 1000
   c.ema.profiles = ("power/0.1",)
-  c.optim.update(learning_rate=1e-3, weight_decay=1e-4, clip=1.0, final=0.02)
+  c.optim.update(learning_rate=1e-3, weight_decay=1e-4, clip=1.0, end_lr_fraction=0.02)
   c.optim.rampup_images = 300 * c.train.batch_size
 
 

@@ -18,12 +18,16 @@ def get_config():
   c.checkpoint.every = 1000
   # As for the digits, without momentum. The error of the target, which is the network's
   # own, grows with the rate: 5e-4 ends nearer to the teacher than 1e-3 or 2e-3.
-  c.optim.update(learning_rate=5e-4, b1=0.0, b2=0.99, schedule="cosine", final=0.02)
+  c.optim.update(
+    learning_rate=5e-4, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
+  )
   c.ema.profiles = ("power/0.1",)
   # A policy wants likely actions more than varied ones. Chosen on other episodes than
   # those of --job=rollout (seeds from 200,000): the reward is 0.958 at a temperature of
   # 1, 0.981 at 0.85 and 0.993 at 0.7. The second step from 0.7, not from the 1.1 of
   # images, ends nearer to the teacher: what the first one leaves to mend is small.
-  c.sampler.update(name="consistency", steps=2, angles=(1.5645, 0.7), temperature=0.7)
+  c.sampler.update(
+    name="consistency", steps=2, timesteps=(1.5645, 0.7), temperature=0.7
+  )
   c.rollout.samplers = ("consistency/1", "consistency/2")
   return c

@@ -27,6 +27,6 @@ def get_config(given: str = ""):
   c.generate.update(spacing="trailing", dtype="bfloat16")
   c.sampler.update(name=name, steps=steps, window=window, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=7.5)
-  c.rehearse.what = "sample"
+  c.rehearse.program = "sample"
   c.evaluate.features = ""
   return c

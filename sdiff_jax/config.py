@@ -1,5 +1,6 @@
 """The configuration of an experiment: every field once, and its validation."""
 
+import copy
 from typing import Any
 
 import ml_collections
@@ -7,6 +8,31 @@ import ml_collections
 from sdiff_jax import registry
 from sdiff_jax.types import UserError
 
+# Fields that had another name in an earlier version: old -> new. The command line
+# refuses the old name with the new one in the message; `read` of a work directory
+# accepts it.
+RENAMED = {
+  "conditional": "class_conditional",
+  "ema.posthoc": "ema.posthoc_std",
+  "evaluate.neighbours": "evaluate.pr_num_images",
+  "generate.negative": "generate.negative_prompt",
+  "generate.spacing": "generate.timestep_spacing",
+  "loss.segments": "loss.segment_boundaries",
+  "loss.stabiliser": "loss.tangent_normalizer",
+  "model.attention_at": "model.attn_resolutions",
+  "optim.final": "optim.end_lr_fraction",
+  "pod": "rehearse.topology",
+  "rehearse.what": "rehearse.program",
+  "rollout.actions": "rollout.n_action_steps",
+  "rollout.filmed": "rollout.num_videos",
+  "rollout.noise": "rollout.noise_seed",
+  "rollout.timed": "rollout.num_timed",
+  "sample.compare": "sample.compare_sequential",
+  "sampler.angles": "sampler.timesteps",
+  "sampler.coarse": "sampler.coarse_workdir",
+  "sampler.rule": "sampler.update_rule",
+  "train.accumulate": "train.grad_accum_steps",
+}
 # Sections that name a piece, and the package that the piece is looked up in.
 PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 
@@ -36,7 +62,7 @@ def base() -> ml_collections.ConfigDict:
   c.data = component("data", "digits")
   # What `evaluate` compares with, a section like data; without a name, data itself.
   c.reference = ml_collections.ConfigDict({"name": ""})
-  c.conditional = True  # the network is told the classes, if the data have some
+  c.class_conditional = True  # the network is told the classes, if the data have some
   c.model = component("models", "mlp")
   c.loss = component("losses", "diffusion")
   c.teacher = ml_collections.ConfigDict(
@@ -54,7 +80,7 @@ def base() -> ml_collections.ConfigDict:
       "batch_size": 128,  # over all devices
       # Parts of a batch that go through the network one after the other; more of them
       # take less memory.
-      "accumulate": 1,
+      "grad_accum_steps": 1,
       # Gradients are those of loss_scale times the loss, and divided by it: the mean
       # over a batch and all pixels is too small for float16.
       "loss_scale": 1.0,
@@ -70,7 +96,7 @@ def base() -> ml_collections.ConfigDict:
       "learning_rate": 1e-3,
       "schedule": "constant",  # constant, cosine or inverse_sqrt
       "rampup_images": 0,  # linear ramp-up of the rate over so many images
-      "final": 0.0,  # cosine: rate at the end, as a share of learning_rate
+      "end_lr_fraction": 0.0,  # cosine: rate at the end, as a fraction of learning_rate
       "reference_steps": 35_000,  # inverse_sqrt: constant until here
       "b1": 0.9,
       "b2": 0.999,
@@ -84,7 +110,7 @@ def base() -> ml_collections.ConfigDict:
     # decay 1 - n^-power); the first one is sampled from.
     # The job `ema` makes another one, "power/sigma_rel", from power profiles of the
     # checkpoints that checkpoint.keep_every kept; two profiles are enough.
-    {"profiles": ("power/0.05",), "posthoc": ""}
+    {"profiles": ("power/0.05",), "posthoc_std": ""}
   )
   c.checkpoint = ml_collections.ConfigDict(
     {
@@ -100,13 +126,13 @@ def base() -> ml_collections.ConfigDict:
       # (parareal) in front: paraddpm, paraddim, paradpmpp2m, specddpm, srdsddim, ...
       "name": "heun",
       "steps": 16,
-      "angles": (),  # starting angle of every step, instead of the sampler's grid
+      "timesteps": (),  # starting angle of every step, instead of the sampler's grid
       "eta": 0.0,  # ddim: share of DDPM's noise
       "temperature": 1.0,  # factor of all noise; below 1 samples keep near the modes
       "window": 0,  # rows at a time; 0 times the network, and takes the fastest
       "tolerance": 0.1,  # para, srds: 1 is a tenth of the data's standard deviation
-      "rule": "secant",  # para: how changes carry on; or picard, linear, published
-      "coarse": "",  # srds: work directory of a consistency model; "" for DDIM itself
+      "update_rule": "secant",  # para: how changes carry on; or picard, linear, published
+      "coarse_workdir": "",  # srds: work directory of a consistency model; "" for DDIM itself
     }
   )
   c.sample = ml_collections.ConfigDict(
@@ -116,7 +142,7 @@ def base() -> ml_collections.ConfigDict:
       "seed": 0,  # image k is made from seed + k alone
       "guidance": 1.0,  # scale of classifier-free guidance; 1 is none
       "label": -1,  # a class for every image; -1 takes them in turn
-      "compare": False,  # time a batch of the sequential sampler, and the difference
+      "compare_sequential": False,  # time a batch of the sequential sampler, and the difference
       "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
     }
   )
@@ -137,8 +163,8 @@ def base() -> ml_collections.ConfigDict:
       "folder": "",  # of the diffusers format, or hf://organisation/name
       # "a cat;a dog", or a .json of COCO's captions; image k takes text k, in turns.
       "prompts": "",
-      "negative": "",  # text that guidance leads away from
-      "spacing": "",  # of timesteps: trailing, leading, linspace; "" for its own
+      "negative_prompt": "",  # text that guidance leads away from
+      "timestep_spacing": "",  # of timesteps: trailing, leading, linspace; "" for its own
       "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
     }
   )
@@ -158,7 +184,7 @@ def base() -> ml_collections.ConfigDict:
       # Statistics to compare with instead of images: .npz of ADM, EDM or the job
       # `statistics`, .pkl of EDM2.
       "reference": "",
-      "neighbours": 10_000,  # images of a set for precision and recall; 0 for neither
+      "pr_num_images": 10_000,  # images of a set for precision and recall; 0 for neither
       "latency": False,  # time images one by one as well
       "baselines": False,  # real halves and a Gaussian for each class as well
     }
@@ -178,20 +204,20 @@ def base() -> ml_collections.ConfigDict:
       "samplers": ("ddim/15",),  # name/steps
       "episodes": 100,
       "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
-      "noise": 0,  # seed of the policy's noise
-      "actions": 8,  # done before the policy looks again
-      "timed": 200,  # chunks whose making is timed
-      "filmed": 4,  # episodes shown in rollout/SAMPLER.gif
+      "noise_seed": 0,  # seed of the policy's noise
+      "n_action_steps": 8,  # done before the policy looks again
+      "num_timed": 200,  # chunks whose making is timed
+      "num_videos": 4,  # episodes shown in rollout/SAMPLER.gif
     }
   )
   # The job `study`, see reports/studies.py; filled by the files of configs/studies.
   c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
-  # That the job `rehearse` compiles for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
-  # with commas between them, for one table.
-  c.pod = ""
   c.rehearse = ml_collections.ConfigDict(
     {
-      "what": "train",  # a step of training, or "sample": a batch, or a pass of it
+      # Devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several, with commas
+      # between them, for one table.
+      "topology": "",
+      "program": "train",  # a step of training, or "sample": a batch, or a pass of it
       "fit": True,  # try what saves memory where the step does not fit
       # Of the data, where they are not at hand: (H, W, C) and the number of labels.
       "shape": (),
@@ -214,14 +240,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
       registry.check(package, config[section].to_dict(), f"config.{section}")
   positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
   positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
-  positive += ["train.loss_scale", "train.accumulate"]
+  positive += ["train.loss_scale", "train.grad_accum_steps"]
   positive += ["encode.batch_size", "encode.shard_size"]
   positive += ["checkpoint.every", "checkpoint.keep"]
   for name in positive:
     if not _get(config, name) > 0:
       raise UserError(f"config.{name}={_get(config, name)}: must be above 0")
   not_negative = ["train.steps", "train.sample_every", "optim.clip"]
-  not_negative += ["checkpoint.keep_every", "evaluate.neighbours"]
+  not_negative += ["checkpoint.keep_every", "evaluate.pr_num_images"]
   for name in not_negative:
     if _get(config, name) < 0:
       raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
@@ -244,6 +270,19 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       out[prefix + key] = value
   return out
+
+
+def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a stored config with its fields under their present names (`RENAMED`)."""
+  stored = copy.deepcopy(stored)
+  for old, new in RENAMED.items():
+    section, _, field = old.rpartition(".")
+    values = stored.get(section, {}) if section else stored
+    if field in values:
+      new_section, _, new_field = new.rpartition(".")
+      target = stored.setdefault(new_section, {}) if new_section else stored
+      target[new_field] = values.pop(field)
+  return stored
 
 
 def name_and_number(text: str, field: str) -> tuple[str, float]:

@@ -18,7 +18,7 @@ Jobs (--job=NAME), each on the work directory DIR:
   rollout   let a policy act in Push-T, by several samplers
   report    write report.html on DIR, or on all runs inside it
   study     train and measure all runs of a file of configs/studies, and draw them
-  rehearse  compile the step for a pod that is not here (--config.pod=v5p:4x4x8):
+  rehearse  compile the step for a pod that is not here (--config.rehearse.topology=v5p:4x4x8):
             memory, collectives and a modelled time: DIR/rehearsal/*.html
 
 Any field of the config can be set: --config.train.steps=500. All fields, with what
@@ -114,6 +114,9 @@ def parse(argv: list[str]) -> list[str]:
   fields = [a for a in argv if a.startswith("--config.")]
   if fields and not given and "--config" not in argv:
     _refuse(f"{fields[0]}: name the file of the config as well, --config=configs/X.py")
+  names = [a.removeprefix("--config.").partition("=")[0] for a in fields]
+  for old in [name for name in names if name in configs.RENAMED]:
+    _refuse(f"--config.{old}: is now --config.{configs.RENAMED[old]}")
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:  # of a config without that field

@@ -89,10 +89,10 @@ def test_guided_word():
 def test_an_unconditional_network_is_not_told_the_classes():
   c = config.base()
   source = digits.build()
-  for c.conditional in (True, False):
+  for c.class_conditional in (True, False):
     shapes = jax.eval_shape(build.network(c, source).init, jax.random.key(0))
     paths = [jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(shapes)]
-    assert any("label" in path for path in paths) == c.conditional
+    assert any("label" in path for path in paths) == c.class_conditional
 
 
 def test_fields_are_the_defaults_of_build():

@@ -347,11 +347,11 @@ def test_the_run_is_named_after_its_config(cache, tmp_path):
 def test_angles_of_a_sampler_from_the_command_line(cache, teacher):
   config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
   config += ("--config.sampler.name=consistency", "--config.sample.num=4")
-  angles = "--config.sampler.angles=(1.56, 1.3, 0.9)"
+  angles = "--config.sampler.timesteps=(1.56, 1.3, 0.9)"
   assert ", 3 evaluations each)" in works(cache, *config, angles, "--job=sample")
-  done = call(cache, *config, "--config.sampler.angles=(1.1, 1.5)", "--job=sample")
+  done = call(cache, *config, "--config.sampler.timesteps=(1.1, 1.5)", "--job=sample")
   assert done.returncode == 2
-  assert "config.sampler.angles=(1.1, 1.5): give falling angles" in done.stderr
+  assert "config.sampler.timesteps=(1.1, 1.5): give falling angles" in done.stderr
 
 
 def test_jobs_on_an_empty_directory_say_what_to_do_first(cache, tmp_path):

@@ -117,7 +117,7 @@ def test_what_all_of_imagenet_share(data, size, kind):
   assert c.optim.rampup_images == 10e6
   assert (c.model.name, c.model.process, c.model.norm) == ("edm2", "trigflow", "double")
   assert (c.model.embedding, c.model.dtype) == ("positional", "float16")
-  assert c.conditional
+  assert c.class_conditional
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_cifar10(kind):
   assert (c.model.name, c.model.dtype) == ("ddpmpp", "float32")
   assert c.ema.profiles == ("half_life/500000",)
   assert (c.data.mean, c.data.std) == ((0.0,), (0.5,))
-  assert not c.conditional
+  assert not c.class_conditional
   evaluations = sampling.plan(c).table.evaluations
   assert evaluations == (35 if teacher else 2)
 
@@ -148,13 +148,17 @@ def test_objectives(name):
   assert c.loss.adaptive_weight
   if kind != "diffusion":
     assert c.loss.velocity == {"sct": "data", "scd": "teacher"}[kind]
-    assert (c.loss.stabiliser, c.loss.c, c.loss.warmup_steps) == ("l2", 0.1, 10_000)
+    assert (c.loss.tangent_normalizer, c.loss.c, c.loss.warmup_steps) == (
+      "l2",
+      0.1,
+      10_000,
+    )
     grid = sampling.plan(c, "consistency/2").table.time
     np.testing.assert_allclose(grid[:2], [np.arctan(80 / 0.5), 1.1])
 
 
 def parameters(c, shape: tuple[int, ...], **changed) -> int:
-  classes = 1000 if c.conditional else 0
+  classes = 1000 if c.class_conditional else 0
   given = {"shape": shape, "classes": classes, "sigma_d": c.sigma_d}
   net = registry.build("models", c.model.to_dict() | changed, **given)
   shapes = jax.eval_shape(net.init, jax.random.key(0))["net"]

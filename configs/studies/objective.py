@@ -10,10 +10,10 @@ def get_config(given: str = ""):
   runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   variants = {
     "sCD": (),
-    "clipped": ("loss.stabiliser=clip",),
-    "untamed": ("loss.stabiliser=none",),
+    "clipped": ("loss.tangent_normalizer=clip",),
+    "untamed": ("loss.tangent_normalizer=none",),
     "sCD_weighted": ("loss.adaptive_weight=True",),
-    "untamed_weighted": ("loss.stabiliser=none", "loss.adaptive_weight=True"),
+    "untamed_weighted": ("loss.tangent_normalizer=none", "loss.adaptive_weight=True"),
   }
   for name, fields in variants.items():
     runs[name] = studies.run(

@@ -46,7 +46,7 @@ def get_config(given: str = ""):
     log="xy",
     changes=(
       *changes,
-      "evaluate.neighbours=0",
+      "evaluate.pr_num_images=0",
       "evaluate.latency=True",
       "sampler.window=16",
     ),

@@ -50,5 +50,5 @@ def get_config(given: str = ""):
     panels=("grad_x", "d_t", "frechet"),
     log="y",
     source="tangent",
-    changes=(*changes, "evaluate.neighbours=0"),
+    changes=(*changes, "evaluate.pr_num_images=0"),
   )

@@ -125,14 +125,14 @@ def parse(name: str) -> Pod:
   )
   if chip not in CHIPS:
     raise UserError(
-      f"config.pod={name!r}: take one of {', '.join(CHIPS)} with a size, such as "
+      f"config.rehearse.topology={name!r}: take one of {', '.join(CHIPS)} with a size, such as "
       "v5e:16x16, v5p:4x4x8 or h100x64"
     )
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size) or (
     size.count("x") != CHIPS[chip].sizes[-1].count("x")
   ):
     known = ", ".join(_name(chip, size) for size in CHIPS[chip].sizes)
-    raise UserError(f"config.pod={name!r}: such as {known}")
+    raise UserError(f"config.rehearse.topology={name!r}: such as {known}")
   return Pod(name, chip, math.prod(int(n) for n in size.split("x")))
 
 
@@ -164,7 +164,7 @@ def devices(pod: Pod) -> np.ndarray:
   needed, extra = ("jax_plugins.xla_cuda12", "cuda") if gpu else ("libtpu", "rehearse")
   if not _found(needed):
     raise UserError(
-      f"config.pod={pod.name}: its compiler is not installed: "
+      f"config.rehearse.topology={pod.name}: its compiler is not installed: "
       f"pip install -e '.[{extra}]'; no {pod.chip} is needed"
     )
   try:
@@ -184,7 +184,9 @@ def devices(pod: Pod) -> np.ndarray:
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     known = ", ".join(_name(pod.chip, size) for size in CHIPS[pod.chip].sizes)
     reason = " ".join(str(error).split())[:200]
-    raise UserError(f"config.pod={pod.name}: {reason}; such as {known}") from error
+    raise UserError(
+      f"config.rehearse.topology={pod.name}: {reason}; such as {known}"
+    ) from error
   return np.array(found.devices)
 
 

@@ -57,9 +57,10 @@ class Program(NamedTuple):
 def cache_key(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the fields that decide the program, with the teacher's."""
   fields = config.to_dict()
-  for name in ("pod", "checkpoint", "evaluate", "convert", "reference"):
+  for name in ("checkpoint", "evaluate", "convert", "reference"):
     del fields[name]
-  del fields["rehearse"]["fit"]
+  for name in ("fit", "topology"):
+    del fields["rehearse"][name]
   fields["train"]["steps"] = 0
   teacher = _teacher_config(config)
   fields["teacher"] = teacher and teacher.to_dict()
@@ -69,7 +70,7 @@ def cache_key(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
-  """Returns the program that config.rehearse.what names.
+  """Returns the program that config.rehearse.program names.
 
   Raises:
     UserError: the batch does not divide over the mesh, or a piece refuses its fields.
@@ -79,7 +80,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   config, source = experiments.for_flop_count(config), source_of(config)
   network = experiments.network(config, source)
   experiment = experiments.Experiment(config, source, network, mesh)
-  kind = {"train": training, "sample": sampled}[config.rehearse.what]
+  kind = {"train": training, "sample": sampled}[config.rehearse.program]
   return kind(experiment)
 
 
@@ -97,7 +98,7 @@ def training(experiment: experiments.Experiment) -> Program:
   """Returns the step of training."""
   config, source, network, mesh, _ = experiment
   size = config.train.batch_size
-  parts = config.train.accumulate
+  parts = config.train.grad_accum_steps
   sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
   taught, frozen = teacher(config, source)
   init, train_step = objective.program(config, network, taught)

@@ -114,7 +114,7 @@ def modelled(
     "asked": tried[0]["pod"],
     "chips": pod.chips,
     "devices": devices,
-    "what": what,
+    "program": what,
     "note": NOTE,
     "program": program,
     "tried": [
@@ -163,7 +163,7 @@ def modelled(
 ROOFS = ("overlapped", "in_turn")
 _BOTH = "overlapped / in turn"
 COLUMNS = (  # header, and what the column means
-  ("Pod", "the name of config.pod"),
+  ("Pod", "the name of config.rehearse.topology"),
   ("Chips", "chips; a v4 or tpu7x chip is two devices"),
   ("Changed", "what was changed to make it fit"),
   ("Fits", "memory of a device that is used, of what it has, GB"),
@@ -236,7 +236,7 @@ def _pod(found: dict[str, Any]) -> str:
     [
       ["parameters", f"{program['parameters']:,}"],
       [
-        "images a step" if found["what"] == "train" else "images",
+        "images a step" if found["program"] == "train" else "images",
         _n(program["images"]),
       ],
       ["runs of the program for them", _n(program["repeats"])],

@@ -76,7 +76,7 @@ def consistency_angles(steps: int, sigma_d: float) -> np.ndarray:
   return np.array([grid[0], 1.1, 0.0]) if steps == 2 else grid
 
 
-def given_angles(angles: Sequence[float]) -> np.ndarray:
+def given_timesteps(angles: Sequence[float]) -> np.ndarray:
   """Returns the listed angles and a final 0, float64; 1.5708 stands for pi/2.
 
   Raises:
@@ -85,6 +85,6 @@ def given_angles(angles: Sequence[float]) -> np.ndarray:
   grid = np.append(np.asarray(angles, np.float64), 0.0)
   if not (grid[0] <= 1.5708 and np.all(np.diff(grid) < 0)):
     raise ValueError(
-      f"sampler.angles={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
+      f"sampler.timesteps={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
     )
   return np.minimum(grid, np.pi / 2)

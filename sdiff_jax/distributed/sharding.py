@@ -204,7 +204,7 @@ def check_batch(
     count: rows of a batch.
     sharding: of the batch.
     field: of the config, that gives the count.
-    accumulate: parts of the batch, each of which must divide (train.accumulate).
+    accumulate: parts of the batch, each of which must divide (train.grad_accum_steps).
   """
   (axes,) = sharding.spec
   axes = (axes,) if isinstance(axes, str) else axes
@@ -212,7 +212,9 @@ def check_batch(
   parts = devices * accumulate
   if count % parts:
     near = max(parts, count // parts * parts)
-    times = f" times config.train.accumulate={accumulate}" if accumulate > 1 else ""
+    times = (
+      f" times config.train.grad_accum_steps={accumulate}" if accumulate > 1 else ""
+    )
     raise UserError(
       f"config.{field}={count}: does not divide over {devices} devices{times}; {near} "
       "does"

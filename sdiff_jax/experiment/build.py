@@ -33,7 +33,7 @@ RUNTIME_FIELDS += (
   "convert.",
 )
 RUNTIME_FIELDS += (
-  "ema.posthoc",
+  "ema.posthoc_std",
   "encode.",
   "generate.",
   "study.",
@@ -41,7 +41,7 @@ RUNTIME_FIELDS += (
   "vae",
   "model.remat",
 )
-RUNTIME_FIELDS += ("pod", "rehearse.", "demos.")
+RUNTIME_FIELDS += ("rehearse.", "demos.")
 JOB_SECTIONS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
 RUNTIME_FIELDS += tuple(f"{section}." for section in JOB_SECTIONS)
 
@@ -104,7 +104,7 @@ def network(config: ml_collections.ConfigDict, source: pipeline.Dataset) -> Netw
   """
   given = {
     "shape": source.shape,
-    "classes": source.classes if config.conditional else 0,
+    "classes": source.classes if config.class_conditional else 0,
     "sigma_d": config.sigma_d,
   }
   if source.observation:
@@ -206,7 +206,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
   path = os.path.join(workdir, "config.json")
   try:
     with open(path, encoding="utf-8") as file:
-      loaded = _with_tuples(json.load(file))
+      loaded = configs.with_new_names(_with_tuples(json.load(file)))
   except FileNotFoundError:
     raise UserError(
       f"{path} does not exist: train into {workdir} first (--job=train)"

@@ -87,7 +87,7 @@ def metric_fn(
   Raises:
     UserError: files that do not fit, from here, or too few images, from the measure.
   """
-  found, keep = networks(config, mesh, shape), config.evaluate.neighbours
+  found, keep = networks(config, mesh, shape), config.evaluate.pr_num_images
   widths = [_width(network, shape) for network, _ in found]
   statistics = [_statistics(config, *x) for x in zip(found, widths, strict=True)]
   known = []

@@ -26,7 +26,7 @@ def program(
   """
   rate, optimizer, betas = optimisation(config)
   chosen = loss(config, network, teacher)
-  scale, parts = config.train.loss_scale, config.train.accumulate
+  scale, parts = config.train.loss_scale, config.train.grad_accum_steps
   normalize = network.normalize
   train_step = step.build(chosen, optimizer, betas, rate, normalize, scale, parts)
 
@@ -56,7 +56,7 @@ def optimisation(config: ml_collections.ConfigDict) -> tuple:
     steps=train.steps,
     batch_size=train.batch_size,
     rampup_images=chosen.rampup_images,
-    final=chosen.final,
+    end_lr_fraction=chosen.end_lr_fraction,
     reference_steps=chosen.reference_steps,
   )
   moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}
@@ -166,7 +166,7 @@ def flops(
   is unrolled for it, and attention does without one.
   """
   config = experiments.for_flop_count(config)
-  config.train.accumulate = 1
+  config.train.grad_accum_steps = 1
   if "attention" in config.model:
     config.model.attention = "plain"
   network = experiments.network(config, source)

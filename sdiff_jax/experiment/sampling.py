@@ -29,17 +29,17 @@ Call = Callable[[Params, Array, Array], tuple[Array, Samples]]
 def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Sampler:
   """Returns the plan of config.sampler, or of a word such as "heun/16".
 
-  A word that names config.sampler itself keeps its angles.
+  A word that names config.sampler itself keeps its timesteps.
 
   Raises:
     UserError: an unknown sampler, or values that do not fit.
   """
   fields = config.sampler.to_dict()
-  coarse = fields.pop("coarse")
+  coarse = fields.pop("coarse_workdir")
   if sampler is not None:
     name, steps = configs.name_and_number(sampler, "evaluate.samplers")
     if (name, steps) != (config.sampler.name, config.sampler.steps):
-      fields |= {"name": name, "steps": int(steps), "angles": ()}
+      fields |= {"name": name, "steps": int(steps), "timesteps": ()}
     fields["window"] = min(fields["window"], int(steps))
     fields["eta"] = config.sampler.eta if name.endswith("ddim") else 0.0
   try:
@@ -47,7 +47,7 @@ def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Sampl
   except ValueError as error:
     raise UserError(f"config.{error}") from error
   if coarse and chosen.loop != "srds" and sampler is None:
-    raise UserError(f"config.sampler.coarse={coarse}: only for srdsddim")
+    raise UserError(f"config.sampler.coarse_workdir={coarse}: only for srdsddim")
   return chosen
 
 
@@ -76,7 +76,7 @@ def sampler(experiment: Experiment, chosen: Sampler) -> Call:
   mesh changes it beyond rounding.
 
   Raises:
-    UserError: sampler.coarse is no work directory of the same images, or the window
+    UserError: sampler.coarse_workdir is no work directory of the same images, or the window
       does not divide over the mesh.
   """
   source = experiment.source
@@ -149,7 +149,7 @@ def _coarse(
   experiment: Experiment, chosen: Sampler
 ) -> tuple[Experiment | None, Params]:
   """Returns the network of parareal's sweep, if it is one of its own."""
-  workdir = experiment.config.sampler.coarse
+  workdir = experiment.config.sampler.coarse_workdir
   if not workdir or chosen.loop != "srds":
     return None, None
   config = experiments.read(workdir)
@@ -157,7 +157,7 @@ def _coarse(
   coarse, params = experiments.trained(config, workdir)
   if coarse.source.shape != experiment.source.shape:
     raise UserError(
-      f"config.sampler.coarse={workdir}: makes images of {coarse.source.shape}, not of "
+      f"config.sampler.coarse_workdir={workdir}: makes images of {coarse.source.shape}, not of "
       f"{experiment.source.shape}"
     )
   return coarse, params

@@ -26,7 +26,7 @@ from sdiff_jax.types import Array, Denoiser, Params, PRNGKey, UserError
 # [B, H, W, C] and a Result whose x is None. Without text both tokens are None.
 Call = Callable[..., tuple[Array, Samples]]
 TYPES = ("float32", "bfloat16", "float16")
-SOLVER = ("name", "steps", "tolerance", "rule")  # fields of config.sampler
+SOLVER = ("name", "steps", "tolerance", "update_rule")  # fields of config.sampler
 
 
 def from_config(
@@ -52,7 +52,7 @@ def from_config(
       model.schedule,
       **{k: config.sampler[k] for k in SOLVER},
       window=config.sampler.window,
-      spacing=config.generate.spacing,
+      spacing=config.generate.timestep_spacing,
     )
   except ValueError as error:
     raise UserError(f"config.{error}") from error
@@ -71,7 +71,7 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
     raise UserError(
       f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
     )
-  own = ("angles", "eta", "coarse", "temperature")
+  own = ("timesteps", "eta", "coarse_workdir", "temperature")
   if any(config.sampler[name] != configs.base().sampler[name] for name in own):
     raise UserError(
       f"config.sampler: {', '.join(own)} are for networks trained here alone"

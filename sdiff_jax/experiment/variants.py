@@ -11,12 +11,17 @@ from sdiff_jax.types import UserError
 # Fields of a small network of each kind for the 8 x 8 digits; the rest stays.
 TINY = {
   "dit": {"patch": 1, "width": 32, "depth": 2, "heads": 2},
-  "ddpmpp": {"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attention_at": (4,)},
+  "ddpmpp": {
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attn_resolutions": (4,),
+  },
   "edm2": {
     "channels": 8,
     "mults": (1, 2),
     "blocks": 1,
-    "attention_at": (4,),
+    "attn_resolutions": (4,),
     "head_channels": 8,
     "dropout_resolution": 4,
   },

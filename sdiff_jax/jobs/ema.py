@@ -24,14 +24,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   (into WIDTH_STEP); its own checkpoint is of step 0.
 
   Raises:
-    UserError: config.ema.posthoc is no power profile, or the run stored none.
+    UserError: config.ema.posthoc_std is no power profile, or the run stored none.
   """
-  kind, sigma_rel = configs.name_and_number(config.ema.posthoc, "ema.posthoc")
+  kind, sigma_rel = configs.name_and_number(config.ema.posthoc_std, "ema.posthoc_std")
   chosen = experiments.read(workdir)
   powers = [p for p in chosen.ema.profiles if p.startswith("power/")]
   if kind != "power" or not powers:
     raise UserError(
-      f"config.ema.posthoc={config.ema.posthoc!r}: takes power/sigma_rel, of a run "
+      f"config.ema.posthoc_std={config.ema.posthoc_std!r}: takes power/sigma_rel, of a run "
       f"with power profiles; those of {workdir} are {', '.join(chosen.ema.profiles)}"
     )
   step = config.sample.checkpoint or checkpoints_lib.newest(workdir)
@@ -46,7 +46,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       np.repeat(steps, len(powers)), np.tile(widths, len(steps)), step, sigma_rel
     )
   except ValueError as error:
-    raise UserError(f"config.ema.posthoc={config.ema.posthoc!r}: {error}") from error
+    raise UserError(
+      f"config.ema.posthoc_std={config.ema.posthoc_std!r}: {error}"
+    ) from error
   if jax.process_index() == 0:
     print(f"{len(w)} averages make it up to {left:.2%} of its profile", file=sys.stderr)
   name = f"{sigma_rel:g}" + (f"_{step}" if config.sample.checkpoint else "")
@@ -54,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   convert.check_empty(folder)
   w = np.float32(w).reshape(len(steps), len(powers))
   total = _combined(experiment, workdir, steps, powers, w)
-  chosen.ema.profiles = (config.ema.posthoc,)
+  chosen.ema.profiles = (config.ema.posthoc_std,)
   convert.write(experiment, folder, total)
   cost = os.path.join(workdir, "training.json")
   if jax.process_index() == 0 and os.path.exists(cost):

@@ -65,7 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: the folder, the captions or a field does not fit, or the images there
       were made otherwise.
   """
-  size, compare = config.sample.batch_size, config.sample.compare
+  size, compare = config.sample.batch_size, config.sample.compare_sequential
   work, there = _prepare(config, os.path.join(workdir, "images"))
   missing = [k for k, found in enumerate(there) if not found]
   compiled = None
@@ -146,7 +146,7 @@ def _check_texts(
     raise UserError(f"{chosen.folder} has no text encoder, or no tokenizer")
   if chosen.negative and scale == 1:
     raise UserError(
-      "config.generate.negative: has no effect with config.sample.guidance=1"
+      "config.generate.negative_prompt: has no effect with config.sample.guidance=1"
     )
   return prompts or prompts_lib.read(chosen.prompts)
 

@@ -36,10 +36,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: an unknown pod, a compiler that is missing, or a batch that does not
       divide over it.
   """
-  if config.rehearse.what not in lowering.KINDS:
+  if config.rehearse.program not in lowering.KINDS:
     kinds = " or ".join(lowering.KINDS)
-    raise UserError(f"config.rehearse.what={config.rehearse.what!r}: take {kinds}")
-  wanted = [chips_lib.parse(name) for name in config.pod.split(",")]
+    raise UserError(
+      f"config.rehearse.program={config.rehearse.program!r}: take {kinds}"
+    )
+  wanted = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
   if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in wanted):
     _say("TPUs have no units for float16; take --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
@@ -61,7 +63,7 @@ def _file(pod: str) -> str:
 
 
 def _suffix(config: ml_collections.ConfigDict) -> str:
-  return "" if config.rehearse.what == "train" else f"_{config.rehearse.what}"
+  return "" if config.rehearse.program == "train" else f"_{config.rehearse.program}"
 
 
 def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
       break
   if not fits:
     _say(f"{pod.name}: nothing that was tried makes it fit")
-  return report.modelled(config.rehearse.what, config.train.steps, program, tried)
+  return report.modelled(config.rehearse.program, config.train.steps, program, tried)
 
 
 def _attempts(
@@ -86,7 +88,7 @@ def _attempts(
   """Yields what to change, and the pod: nothing, then what saves memory, in turn."""
   yield {}, pod
   changes = {}
-  if config.rehearse.what == "train":
+  if config.rehearse.program == "train":
     chips, group = pod.chips, math.gcd(pod.chips, LARGEST_GROUP)
     if config.mesh.fsdp == 1 and config.mesh.data == -1 and group > 1:
       changes["mesh.fsdp"] = group
@@ -96,10 +98,10 @@ def _attempts(
       yield dict(changes), pod
     for parts in ACCUMULATE:
       divides = config.train.batch_size % (parts * chips) == 0
-      if divides and parts > config.train.accumulate:
-        yield changes | {"train.accumulate": parts}, pod
+      if divides and parts > config.train.grad_accum_steps:
+        yield changes | {"train.grad_accum_steps": parts}, pod
   while pod := chips_lib.larger(pod):
-    if config.rehearse.what == "train" and config.train.batch_size % pod.chips:
+    if config.rehearse.program == "train" and config.train.batch_size % pod.chips:
       return
     yield dict(changes), pod
 

@@ -28,8 +28,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field does not fit, or an environment or a policy fails.
   """
   rollout = config.rollout
-  if rollout.episodes < 1 or rollout.timed < 1:
-    raise UserError("config.rollout.episodes and rollout.timed: must be above 0")
+  if rollout.episodes < 1 or rollout.num_timed < 1:
+    raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
   experiment, params = experiments.trained(config, workdir)
   if experiment.source.normaliser is None:
     raise UserError(f"{workdir} holds no policy: its data are images")
@@ -51,7 +51,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     rows.append(_row(runs.title(experiment.config.loss.to_dict()), name, made))
     rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
     file_io.write_text(path, json.dumps(rows, indent=2))  # times are to come
-  seconds = _seconds({n: build(p) for n, p in plans.items()}, histories, rollout.timed)
+  seconds = _seconds(
+    {n: build(p) for n, p in plans.items()}, histories, rollout.num_timed
+  )
   for row in rows:
     row |= seconds[row["sampler"]]
   file_io.write_text(path, json.dumps(rows, indent=2))
@@ -74,7 +76,7 @@ def _episodes(
     took = {"passes": result.passes, "evaluations": result.evaluations}
     return actions, {k: np.asarray(v) for k, v in took.items()}
 
-  shown = [[] for _ in envs[: rollout.filmed]]
+  shown = [[] for _ in envs[: rollout.num_videos]]
 
   def watch(episode: int) -> None:
     if episode < len(shown):
@@ -86,7 +88,7 @@ def _episodes(
       envs,
       starts,
       states=act.states,
-      seed=rollout.noise,
+      seed=rollout.noise_seed,
       progress=lambda step: bar.update(step - bar.n),
       watch=watch,
     )

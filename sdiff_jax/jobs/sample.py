@@ -57,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   path = os.path.join(workdir, "samples.npz")
   if jax.process_index() == 0:
     took += _finish(folder, path, experiment, chosen)
-  if config.sample.compare:
+  if config.sample.compare_sequential:
     _compare(experiment, chosen, call, params)
   return f"made {config.sample.num} images ({took}): {path}"
 
@@ -71,7 +71,7 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
   settings = configs.flat(sections) | {"vae": config.vae}
   settings["checkpoint"] = checkpoints_lib.newest(workdir)
-  for name in ("sample.num", "sample.compare"):
+  for name in ("sample.num", "sample.compare_sequential"):
     del settings[name]
   return json.loads(json.dumps(settings))  # tuples as they will be read
 

@@ -27,7 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field, the teacher or the work directory does not fit.
   """
   experiment = experiments.build(config)
-  size, parts = config.train.batch_size, config.train.accumulate
+  size, parts = config.train.batch_size, config.train.grad_accum_steps
   sharding.check_batch(size, sharding.batch(experiment.mesh), "train.batch_size", parts)
   if config.train.sample_every:
     sampling.check_images(experiment)

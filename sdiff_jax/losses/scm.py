@@ -133,7 +133,7 @@ def objective(
   teacher: Callable[..., Array] | None,
   sigma_d: float,
   velocity: str,
-  stabiliser: str,
+  tangent_normalizer: str,
   c: float,
   warmup_steps: int,
   adaptive_weight: bool,
@@ -148,17 +148,17 @@ def objective(
     network: see `build`; so are the others.
 
   Raises:
-    ValueError: an unknown velocity or stabiliser, or guidance without a teacher.
+    ValueError: an unknown velocity or tangent_normalizer, or guidance without a teacher.
   """
-  if stabiliser not in TANGENT_NORMALIZERS:
+  if tangent_normalizer not in TANGENT_NORMALIZERS:
     raise ValueError(
-      f"loss.stabiliser={stabiliser!r}: take one of {[*TANGENT_NORMALIZERS]}"
+      f"loss.tangent_normalizer={tangent_normalizer!r}: take one of {[*TANGENT_NORMALIZERS]}"
     )
   guidance = tuple(guidance)
   velocity_of = _velocity.velocity_target(
     velocity, teacher, sigma_d=sigma_d, guidance=guidance
   )
-  tame = TANGENT_NORMALIZERS[stabiliser]
+  tame = TANGENT_NORMALIZERS[tangent_normalizer]
 
   def loss(
     params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
@@ -190,14 +190,14 @@ def build(
   velocity: str = "teacher",
   p_mean: float = -1.0,
   p_std: float = 1.4,
-  segments: tuple[float, ...] = (),
-  stabiliser: str = "rms",
+  segment_boundaries: tuple[float, ...] = (),
+  tangent_normalizer: str = "rms",
   c: float = 0.1,
   warmup_steps: int = 10_000,
   adaptive_weight: bool = True,
   guidance: tuple[float, ...] = (),
 ) -> LossFn:
-  """Returns E[e^w |F - F^- - g|^2 / D - w], with g tamed by `stabiliser` (eq. 8).
+  """Returns E[e^w |F - F^- - g|^2 / D - w], with g tamed by `tangent_normalizer` (eq. 8).
 
   Args:
     network: the model to train.
@@ -206,21 +206,23 @@ def build(
     velocity: "teacher" distils (sCD), "data" trains from data (sCT).
     p_mean: mean of ln(sigma_d tan t) over training.
     p_std: its standard deviation.
-    segments: angles that cut [0, pi/2]; f leads to the lower end of its segment, and
+    segment_boundaries: angles that cut [0, pi/2]; f leads to the lower end of its segment, and
       DDIM's steps from end to end sample it. () is the consistency model to 0.
-    stabiliser: "rms" or "l2": g / (|g| + c); "clip": df/dt to [-1, 1]; "none".
+    tangent_normalizer: "rms" or "l2": g / (|g| + c); "clip": df/dt to [-1, 1]; "none".
     c: constant of the normalisation.
     warmup_steps: steps over which r rises from 0 to 1.
     adaptive_weight: learn w_phi(t); otherwise w = 0.
     guidance: (low, high) scales of classifier-free guidance to distil, () for none.
 
   Raises:
-    ValueError: an unknown velocity or stabiliser, guidance without a teacher, or
-      segments that leave (0, pi/2).
+    ValueError: an unknown velocity or tangent_normalizer, guidance without a teacher, or
+      segment_boundaries that leave (0, pi/2).
   """
-  if any(not 0 < end < np.pi / 2 for end in segments):
-    raise ValueError(f"loss.segments={tuple(segments)}: give angles in (0, pi/2)")
-  ends = np.float32([0.0, *sorted(segments)])
+  if any(not 0 < end < np.pi / 2 for end in segment_boundaries):
+    raise ValueError(
+      f"loss.segment_boundaries={tuple(segment_boundaries)}: give angles in (0, pi/2)"
+    )
+  ends = np.float32([0.0, *sorted(segment_boundaries)])
 
   def draw(key: PRNGKey, batch: int) -> tuple[Array, Array, Array]:
     t = time_grids.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
@@ -234,7 +236,7 @@ def build(
     teacher=teacher,
     sigma_d=sigma_d,
     velocity=velocity,
-    stabiliser=stabiliser,
+    tangent_normalizer=tangent_normalizer,
     c=c,
     warmup_steps=warmup_steps,
     adaptive_weight=adaptive_weight,

@@ -68,7 +68,7 @@ def build(
   velocity: str = "teacher",
   p_mean: float = -1.0,
   p_std: float = 1.4,
-  stabiliser: str = "rms",
+  tangent_normalizer: str = "rms",
   c: float = 0.1,
   warmup_steps: int = 10_000,
   adaptive_weight: bool = True,
@@ -84,7 +84,7 @@ def build(
     velocity: "teacher" distils (dsCD), "data" trains from data (dsCT).
     p_mean: mean of ln(sigma_d tan t) over training.
     p_std: its standard deviation.
-    stabiliser: see `scm`; so are the others.
+    tangent_normalizer: see `scm`; so are the others.
     c: constant of the normalisation.
     warmup_steps: steps over which r rises from 0 to 1.
     adaptive_weight: learn w_phi(t); otherwise w = 0.
@@ -110,7 +110,7 @@ def build(
     teacher=teacher,
     sigma_d=sigma_d,
     velocity=velocity,
-    stabiliser=stabiliser,
+    tangent_normalizer=tangent_normalizer,
     c=c,
     warmup_steps=warmup_steps,
     adaptive_weight=adaptive_weight,

@@ -33,7 +33,7 @@ def build(
   vsd_p_std: float = 2.0,
   fake_p_mean: float = -0.8,
   fake_p_std: float = 1.6,
-  stabiliser: str = "rms",
+  tangent_normalizer: str = "rms",
   c: float = 0.1,
   warmup_steps: int = 10_000,
   adaptive_weight: bool = True,
@@ -56,14 +56,14 @@ def build(
     vsd_p_std: its standard deviation.
     fake_p_mean: mean of L_fake's.
     fake_p_std: its standard deviation.
-    stabiliser: of L_sCD, see `scm`; so are the others.
+    tangent_normalizer: of L_sCD, see `scm`; so are the others.
     c: constant of the normalisation.
     warmup_steps: steps over which r rises from 0 to 1.
     adaptive_weight: learn w_phi(t) of L_sCD and w of L_VSD; otherwise w = 0.
     guidance: (low, high) scales of classifier-free guidance to distil, () for none.
 
   Raises:
-    ValueError: an unknown stabiliser.
+    ValueError: an unknown tangent_normalizer.
   """
   distil = scm.build(
     network=network,
@@ -71,7 +71,7 @@ def build(
     sigma_d=sigma_d,
     p_mean=p_mean,
     p_std=p_std,
-    stabiliser=stabiliser,
+    tangent_normalizer=tangent_normalizer,
     c=c,
     warmup_steps=warmup_steps,
     adaptive_weight=adaptive_weight,

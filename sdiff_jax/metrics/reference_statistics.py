@@ -137,7 +137,7 @@ def measure(
   if len(fake) and len(real.features):
     if min(len(fake), len(real.features)) <= NEIGHBOUR:
       raise UserError(
-        f"config.evaluate.neighbours: {len(fake)} samples and {len(real.features)} "
+        f"config.evaluate.pr_num_images: {len(fake)} samples and {len(real.features)} "
         f"real images are too few for precision and recall; {NEIGHBOUR + 1} at least, "
         "or set it to 0"
       )

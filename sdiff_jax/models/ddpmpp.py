@@ -165,7 +165,7 @@ class Unet(nn.Module):
   channels: int
   channel_mult: tuple[int, ...]
   blocks: int
-  attention_at: tuple[int, ...]
+  attn_resolutions: tuple[int, ...]
   encoder: str
   decoder: str
   taps: tuple[float, ...]
@@ -185,7 +185,7 @@ class Unet(nn.Module):
 
     _, H, W, C = x.shape
     levels = [  # name of the resolution, features, whether it has attention
-      (f"{H >> i}x{W >> i}", self.channels * mult, H >> i in self.attention_at)
+      (f"{H >> i}x{W >> i}", self.channels * mult, H >> i in self.attn_resolutions)
       for i, mult in enumerate(self.channel_mult)
     ]
     h, skips = self._encode(x.astype(self.dtype), levels, block)
@@ -252,7 +252,7 @@ def build(
   emb_mult: int = 4,
   noise_mult: int = 1,
   blocks: int = 4,
-  attention_at: tuple[int, ...] = (16,),
+  attn_resolutions: tuple[int, ...] = (16,),
   augment: int = 0,
   dropout: float = 0.0,
   guidance: bool = False,
@@ -283,7 +283,7 @@ def build(
     emb_mult: features of the embedding, over channels.
     noise_mult: features of the embedded time, over channels.
     blocks: blocks of a resolution.
-    attention_at: heights of the resolutions with attention.
+    attn_resolutions: heights of the resolutions with attention.
     augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
     dropout: rate inside the blocks.
     guidance: take a guidance scale as an input.
@@ -320,7 +320,7 @@ def build(
     channels=channels,
     channel_mult=tuple(channel_mult),
     blocks=blocks,
-    attention_at=tuple(attention_at),
+    attn_resolutions=tuple(attn_resolutions),
     encoder=encoder,
     decoder=decoder,
     taps=tuple(resample_filter),

@@ -22,7 +22,7 @@ class UNet(nn.Module):
   channels: int
   mults: tuple[int, ...]
   blocks: int
-  attention_at: tuple[int, ...]
+  attn_resolutions: tuple[int, ...]
   head_channels: int
   embedding: str
   classes: int
@@ -49,7 +49,9 @@ class UNet(nn.Module):
 
     def make(level: int, part: str, name: str, features: int, **options) -> Block:
       resolution = height >> level
-      attends = name == "in0" or ("block" in name and resolution in self.attention_at)
+      attends = name == "in0" or (
+        "block" in name and resolution in self.attn_resolutions
+      )
       return self.block(
         features,
         encoder=part == "enc",
@@ -106,7 +108,7 @@ def build(
   channels: int = 0,
   mults: tuple[int, ...] = (1, 2, 3, 4),
   blocks: int = 3,
-  attention_at: tuple[int, ...] = (16, 8),
+  attn_resolutions: tuple[int, ...] = (16, 8),
   head_channels: int = 64,
   process: str = "trigflow",
   embedding: str = "positional",
@@ -131,7 +133,7 @@ def build(
     channels: channels at the full resolution instead of the preset's; 0: the preset's.
     mults: channels of each level as multiples of those of the first.
     blocks: residual blocks of a level.
-    attention_at: heights at which blocks attend.
+    attn_resolutions: heights at which blocks attend.
     head_channels: channels of a head; a block with fewer does not attend.
     process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
     embedding: of time, "positional" (slow in t) or "fourier" (EDM2's).
@@ -171,7 +173,7 @@ def build(
     channels,
     tuple(mults),
     blocks,
-    tuple(attention_at),
+    tuple(attn_resolutions),
     head_channels,
     embedding,
     classes,

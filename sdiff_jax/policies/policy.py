@@ -59,12 +59,15 @@ class Policy:
 
     Raises:
       UserError: it was trained on other observations, its chunks have fewer actions
-        than config.rollout.actions, or a sampler that cannot stop early takes more.
+        than config.rollout.n_action_steps, or a sampler that cannot stop early takes more.
     """
-    fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
+    fitted, count = (
+      experiment.source.normaliser,
+      experiment.config.rollout.n_action_steps,
+    )
     most = fitted.shape[0] - fitted.steps + 1
     if not 1 <= count <= most:
-      raise UserError(f"config.rollout.actions={count}: take 1 to {most}")
+      raise UserError(f"config.rollout.n_action_steps={count}: take 1 to {most}")
     _check_view(experiment)
     self.states = fitted.steps + 1
     self._params, self._batch = params, batch_size
@@ -153,7 +156,7 @@ def _act(
   experiment: Experiment, plan: Sampler, params: Params, states: Array, seeds: Array
 ) -> tuple[Array, Samples]:
   """Returns actions and what they took; see Policy.many."""
-  fitted, count = experiment.source.normaliser, experiment.config.rollout.actions
+  fitted, count = experiment.source.normaliser, experiment.config.rollout.n_action_steps
   observe, frame = observations.FRAMES[experiment.config.demos.view]
   observation = observe(states[:, 1:], states[:, :-1])
   keys = sequential.keys_from_seeds(seeds)

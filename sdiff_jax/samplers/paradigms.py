@@ -20,12 +20,14 @@ from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 ULPS = 4  # changes of so many units in the last place count as none
 
 
-def check(tolerance: float | Array, rule: str) -> None:
+def check(tolerance: float | Array, update_rule: str) -> None:
   """Raises a ValueError for a tolerance or a rule that does not exist."""
   if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
     raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
-  if rule not in UPDATE_RULES:
-    raise ValueError(f"sampler.rule={rule!r}: take one of {[*UPDATE_RULES]}")
+  if update_rule not in UPDATE_RULES:
+    raise ValueError(
+      f"sampler.update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}"
+    )
 
 
 def sample(
@@ -37,7 +39,7 @@ def sample(
   *,
   window: int,
   tolerance: float | Array,
-  rule: str = "secant",
+  update_rule: str = "secant",
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
   max_passes: int = 0,
@@ -53,7 +55,7 @@ def sample(
     window: rows evaluated at once, W.
     tolerance: largest change of an accepted state, as a root mean square; 1 is UNIT
       of the data's standard deviation.
-    rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
+    update_rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
       letter, its unit the noise of the row; the others start new states from the
       last d, and keep a multistep solver's history.
     sharding: of the axes [B, W]; None on one device.
@@ -63,8 +65,8 @@ def sample(
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
   """
-  check(tolerance, rule)
-  ring, published = RingBuffer(window, sharding), rule == "published"
+  check(tolerance, update_rule)
+  ring, published = RingBuffer(window, sharding), update_rule == "published"
   unit = jnp.asarray(_unit(table, published), x.dtype)
   noise = jnp.asarray(np.append(table.scale, 0.0), x.dtype)
 
@@ -83,7 +85,7 @@ def sample(
     variation = jnp.where(counts, norm / (2 * noise[state]), 0).sum(axis=1)
     return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
 
-  method = UpdateRule(UPDATE_RULES[rule], improve, published)
+  method = UpdateRule(UPDATE_RULES[update_rule], improve, published)
   given = (x, keys, cond, ring, method, callback, max_passes)
   return _sliding_window.sliding_window(denoiser, table, *given)
 

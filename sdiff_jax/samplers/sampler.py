@@ -37,7 +37,7 @@ class Sampler(NamedTuple):
     table: the solver.
     window: rows at once, or blocks of parareal; 0 where it is yet to be chosen.
     tolerance: see `paradigms.sample` and `parareal.sample`.
-    rule: see `paradigms.sample`.
+    update_rule: see `paradigms.sample`.
     max_passes: see `windows.run`; for para and spec.
   """
 
@@ -45,7 +45,7 @@ class Sampler(NamedTuple):
   table: SolverTableau
   window: int = 0
   tolerance: float = 0.1
-  rule: str = "secant"
+  update_rule: str = "secant"
   max_passes: int = 0
 
 
@@ -54,7 +54,7 @@ def build(
   name: str,
   window: int = 0,
   tolerance: float = 0.1,
-  rule: str = "secant",
+  update_rule: str = "secant",
   **solver: object,
 ) -> Sampler:
   """Returns the plan of a name, such as "paraddpm".
@@ -63,7 +63,7 @@ def build(
     name: a solver, maybe with a loop in front.
     window: see Plan.
     tolerance: see Plan.
-    rule: see Plan.
+    update_rule: see Plan.
     **solver: the other arguments of `tables.build`.
 
   Raises:
@@ -71,7 +71,9 @@ def build(
   """
   loop, kind = parse(name)
   table = solvers.build(name=kind, **solver)
-  return from_tableau(loop, table, window=window, tolerance=tolerance, rule=rule)
+  return from_tableau(
+    loop, table, window=window, tolerance=tolerance, update_rule=update_rule
+  )
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -96,14 +98,14 @@ def from_tableau(
   *,
   window: int = 0,
   tolerance: float = 0.1,
-  rule: str = "secant",
+  update_rule: str = "secant",
 ) -> Sampler:
   """Returns the plan of a table; the arguments are those of Plan.
 
   Raises:
     ValueError: values that do not fit.
   """
-  plan = Sampler(loop, table, window, tolerance, rule)
+  plan = Sampler(loop, table, window, tolerance, update_rule)
   if not loop:
     return plan
   if not 0 <= window <= table.evaluations:
@@ -112,7 +114,7 @@ def from_tableau(
       "or 0 for one that fits the machine"
     )
   if loop == "para":
-    paradigms.check(tolerance, rule)
+    paradigms.check(tolerance, update_rule)
   if loop == "spec":
     speculative.check(table)
   if loop == "srds":
@@ -147,7 +149,7 @@ def run(
     coarse: denoiser of parareal's sweep; None for `denoiser`.
   """
   if plan.loop == "para":
-    options = {"tolerance": plan.tolerance, "rule": plan.rule}
+    options = {"tolerance": plan.tolerance, "update_rule": plan.update_rule}
     options |= {"window": plan.window, "sharding": sharding}
     options["max_passes"] = plan.max_passes
     return paradigms.sample(denoiser, plan.table, x, keys, cond, **options)

@@ -211,7 +211,7 @@ def heun(path: NoiseSchedule) -> SolverTableau:
   noise_next = path.sigma_next / path.alpha_next
   if noise[0] > HEUN_MAX:
     raise ValueError(
-      f"sampler.angles: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
+      f"sampler.timesteps: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
       f"start below {HEUN_MAX:g}, or take dpm2s or ddim"
     )
   for i, time in enumerate(path.time):
@@ -283,7 +283,7 @@ def build(
   sigma_d: float,
   name: str,
   steps: int,
-  angles: tuple[float, ...] = (),
+  timesteps: tuple[float, ...] = (),
   eta: float = 0.0,
   temperature: float = 1.0,
 ) -> SolverTableau:
@@ -293,7 +293,7 @@ def build(
     sigma_d: standard deviation of the data.
     name: a key of SOLVERS.
     steps: number of steps (heun and dpm2s evaluate 2 steps - 1 times).
-    angles: the starting angle of every step, instead of the solver's own grid.
+    timesteps: the starting angle of every step, instead of the solver's own grid.
     eta: DDIM's share of noise.
     temperature: factor of the first state and of all noise; below 1 samples keep
       nearer to the modes (low-temperature sampling, arXiv:2211.15657).
@@ -313,7 +313,7 @@ def build(
   if eta and name != "ddim":
     raise ValueError(f"sampler.eta={eta}: ddim alone has an eta")
   solver, grid = SOLVERS[name]
-  t = time_grids.given_angles(angles) if angles else grid(steps, sigma_d)
+  t = time_grids.given_timesteps(timesteps) if timesteps else grid(steps, sigma_d)
   path = noise_schedules.trigflow(t, sigma_d)
   table = ddim(path, eta) if eta else solver(path)
   return table._replace(s=temperature * table.s, init_std=temperature * table.init_std)

@@ -13,12 +13,12 @@ def schedule(
   steps: int,
   batch_size: int,
   rampup_images: float,
-  final: float,
+  end_lr_fraction: float,
   reference_steps: int,
 ) -> optax.Schedule:
   """Returns step -> learning rate.
 
-  "constant"; "cosine": to `final` of the rate over `steps`; "inverse_sqrt":
+  "constant"; "cosine": to `end_lr_fraction` of the rate over `steps`; "inverse_sqrt":
   rate / sqrt(max(step / reference_steps, 1)) (EDM2, arXiv:2312.02696, eq. 67). Each
   is multiplied by min(images / rampup_images, 1).
 
@@ -29,7 +29,7 @@ def schedule(
     raise UserError(
       f"config.optim.schedule={name!r}: take constant, cosine or inverse_sqrt"
     )
-  cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), final)
+  cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), end_lr_fraction)
 
   def rate(step: Array) -> Array:
     step = jnp.asarray(step, jnp.float32)

@@ -22,7 +22,7 @@ def _chip(name):
 
 @pytest.mark.parametrize("name", ["", "v7x:2x2", "v5e", "v5e:4", "v5p:4x4", "h100x0"])
 def test_other_names_are_refused_in_a_line_that_lists_some(name):
-  with pytest.raises(UserError, match=r"config.pod=.*such as") as error:
+  with pytest.raises(UserError, match=r"config.rehearse.topology=.*such as") as error:
     chips_lib.parse(name)
   assert "\n" not in str(error.value)
 

@@ -70,7 +70,7 @@ def coarser(name, every, steps=36, fine="ddim"):
   starts = solvers.build(sigma_d=0.5, name=fine, steps=steps).time
   steps_of = starts[::2] if fine == "heun" else starts
   angles = tuple(steps_of[::every].tolist())
-  return solvers.build(sigma_d=0.5, name=name, steps=len(angles), angles=angles)
+  return solvers.build(sigma_d=0.5, name=name, steps=len(angles), timesteps=angles)
 
 
 @pytest.mark.parametrize(

@@ -86,21 +86,21 @@ def test_consistency_angles_of_the_paper():
   np.testing.assert_allclose(four, np.arctan(80) * np.array([4, 3, 2, 1, 0]) / 4)
 
 
-def test_given_angles():
-  angles = time_grids.given_angles((np.pi / 2, 1.1, 0.3))
+def test_given_timesteps():
+  angles = time_grids.given_timesteps((np.pi / 2, 1.1, 0.3))
   assert angles.dtype == np.float64
   np.testing.assert_array_equal(angles, [np.pi / 2, 1.1, 0.3, 0])
 
 
 @pytest.mark.parametrize("angles", [(1.6, 1.0), (1.0, 1.2), (1.0, 1.0), (1.0, 0.0)])
-def test_given_angles_must_fall(angles):
+def test_given_timesteps_must_fall(angles):
   with pytest.raises(ValueError, match="falling angles in"):
-    time_grids.given_angles(angles)
+    time_grids.given_timesteps(angles)
 
 
 def test_the_rounded_pi_half_is_taken_as_pi_half():
   np.testing.assert_array_equal(
-    time_grids.given_angles((1.5708, 1.1)), [np.pi / 2, 1.1, 0]
+    time_grids.given_timesteps((1.5708, 1.1)), [np.pi / 2, 1.1, 0]
   )
   with pytest.raises(ValueError, match="falling angles"):
-    time_grids.given_angles((float("nan"), 1.1))
+    time_grids.given_timesteps((float("nan"), 1.1))

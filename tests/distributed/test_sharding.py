@@ -79,7 +79,7 @@ def test_check_batch_names_a_size_that_fits():
   with pytest.raises(UserError, match="train.batch_size=12: .* 8 devices; 8 does"):
     sharding.check_batch(12, over, "train.batch_size")
   sharding.check_batch(48, over, "train.batch_size", 3)
-  with pytest.raises(UserError, match="train.accumulate=3; 24 does"):
+  with pytest.raises(UserError, match="train.grad_accum_steps=3; 24 does"):
     sharding.check_batch(40, over, "train.batch_size", 3)
 
 
@@ -186,7 +186,7 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
     channels=16,
     mults=(1,),
     blocks=1,
-    attention_at=(4,),
+    attn_resolutions=(4,),
     head_channels=8,
     dtype="bfloat16",
   )

@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
   "generate.folder": str(SD2),
   "generate.prompts": "a cat;a dog",
-  "generate.spacing": "trailing",
+  "generate.timestep_spacing": "trailing",
   "sampler.name": "ddim",
   "sampler.steps": 3,
   "sample.num": 5,
@@ -203,7 +203,7 @@ def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
 def test_a_model_without_text(tmp_path, capsys):
   church = {"generate__folder": str(CHURCH), "generate__prompts": ""}
   church |= {"sample__guidance": 1.0, "sampler__steps": 2, "sample__num": 2}
-  church |= {"sample__compare": True}
+  church |= {"sample__compare_sequential": True}
   generate.run(settings(**church), str(tmp_path))
   assert images(tmp_path).shape == (2, 16, 16, 3)
   assert (
@@ -306,15 +306,18 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
     ({"generate__prompts": ""}, "config.generate.prompts is empty"),
     ({"generate__prompts": "none.json"}, "prompts='none.json': No such file"),
     ({"generate__dtype": "int8"}, "config.generate.dtype='int8': take one of float32"),
-    ({"generate__spacing": "odd"}, "odd"),
+    ({"generate__timestep_spacing": "odd"}, "odd"),
     ({"sampler__name": "rk4"}, "config.sampler.name='rk4': take one of"),
     ({"sampler__steps": 0}, "steps"),
-    ({"sampler__angles": (1.0, 0.5)}, "config.sampler: angles, eta, coarse, temper"),
+    ({"sampler__timesteps": (1.0, 0.5)}, "config.sampler: angles, eta, coarse, temper"),
     ({"sampler__temperature": 0.5}, "config.sampler: angles, eta, coarse, temperature"),
     ({"sampler__name": "paraddim", "sampler__window": 2}, "over mesh.window=4"),
     ({"sampler__name": "paraddim", "sampler__window": 9}, "config.sampler.window=9"),
     ({"sample__batch_size": 3}, "config.sample.batch_size=3: does not divide over 2"),
-    ({"sample__guidance": 1.0, "generate__negative": "x"}, "negative: has no effect"),
+    (
+      {"sample__guidance": 1.0, "generate__negative_prompt": "x"},
+      "negative: has no effect",
+    ),
   ],
 )
 def test_mistakes(monkeypatch, capsys, tmp_path, changed, message):

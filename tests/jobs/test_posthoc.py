@@ -56,7 +56,7 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
       check=False,
     )
 
-  posthoc = (f"--config={file}", "--config.ema.posthoc=power/0.1", "--job=ema")
+  posthoc = (f"--config={file}", "--config.ema.posthoc_std=power/0.1", "--job=ema")
   done = call(f"--workdir={run}", *posthoc)
   made = run / "posthoc" / "0.1"
   wanted = f"averaged 12 checkpoints up to step 48: {made}\n"
@@ -79,12 +79,12 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
 def test_mistakes(run):
   def refused(message, posthoc, **sample):
     config = config_of("power/0.05")
-    config.ema.posthoc = posthoc
+    config.ema.posthoc_std = posthoc
     config.sample.update(sample)
     with pytest.raises(UserError, match=message):
       ema.run(config, str(run))
 
-  refused("config.ema.posthoc: '' is not of the form name/number", "")
+  refused("config.ema.posthoc_std: '' is not of the form name/number", "")
   refused("takes power/sigma_rel, of a run with power", "half_life/3")
   refused(r"posthoc='power/0.5': .* must be in \(0, 0.28\)", "power/0.5")
   refused("has no checkpoint up to step 3", "power/0.1", checkpoint=3)

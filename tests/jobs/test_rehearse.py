@@ -56,7 +56,7 @@ def config_of(teacher):
   config.loss = configs.component("losses", "scm", velocity="teacher")
   config.teacher.update(config=teacher, workdir="nowhere")
   config.rehearse.update(shape=(8, 8, 1), classes=10)
-  config.pod = "v5e:2x4"
+  config.rehearse.topology = "v5e:2x4"
   config.train.batch_size = 16
   return config
 
@@ -75,7 +75,12 @@ def found(teacher):
   config = config_of(teacher)
   mesh = sharding.make_mesh(**config.mesh)
   program = lowering.build(config, mesh)
-  facts = {"pod": config.pod, "devices": 8, "held": program.held, "changes": {}}
+  facts = {
+    "pod": config.rehearse.topology,
+    "devices": 8,
+    "held": program.held,
+    "changes": {},
+  }
   return program, facts | lowering.compiled(program, 8)
 
 
@@ -215,7 +220,7 @@ def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
 
 def test_a_table_of_pods(tmp_path, capsys, invented, teacher):
   config = config_of(teacher)
-  config.pod = "v6e:2x4,v5e:2x4"
+  config.rehearse.topology = "v6e:2x4,v5e:2x4"
   assert rehearse.run(config, str(tmp_path)).endswith("pods.html")
   rows = capsys.readouterr().out.splitlines()
   assert [row.split()[1] for row in rows[2:4]] == ["v6e:2x4", "v5e:2x4"]
@@ -223,7 +228,7 @@ def test_a_table_of_pods(tmp_path, capsys, invented, teacher):
 
 def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   config = config_of(teacher)
-  config.rehearse.what = "sample"
+  config.rehearse.program = "sample"
   config.sample.batch_size = 1
   config.sampler.update(name="paraddpm", steps=100, window=64)
   config.mesh.update(data=1, window=8)
@@ -247,7 +252,7 @@ def test_a_published_model_needs_no_weights(tmp_path):
   config.generate.folder = str(folder)
   config.sampler.update(steps=100, window=64)
   config.mesh.update(data=1, window=8)
-  config.pod = "v5e:2x4"
+  config.rehearse.topology = "v5e:2x4"
   rehearse.run(config, str(tmp_path))
   (path,) = (tmp_path / "rehearsal").glob("*.json")
   found = json.loads(path.read_text())
@@ -287,8 +292,8 @@ def test_config_files_of_published_models(name, millions):
 @pytest.mark.parametrize(
   ("field", "value", "words"),
   [
-    ("pod", "v5e", "config.pod='v5e': such as v5e:1x1"),
-    ("rehearse.what", "train it", "'train it': take train or sample"),
+    ("rehearse.topology", "v5e", "config.rehearse.topology='v5e': such as v5e:1x1"),
+    ("rehearse.program", "train it", "'train it': take train or sample"),
     ("train.batch_size", 12, "does not divide over 8 devices"),
     ("mesh.fsdp", 3, "does not make the 8 devices"),
     ("teacher.config", "nofile.py:S", "no such file, and no run there"),
@@ -308,7 +313,7 @@ def test_refusals(field, value, words, tmp_path, teacher):
 def test_a_tpu_that_is_not_here(tmp_path):
   """The command of a user, who sets no variable."""
   given = ["--config=configs/imagenet64_diffusion.py:S,tiny", "--job=rehearse"]
-  given += ["--config.pod=v5e:2x2", "--config.model.dtype=bfloat16"]
+  given += ["--config.rehearse.topology=v5e:2x2", "--config.model.dtype=bfloat16"]
   given += ["--config.model.blocks=0", f"--workdir={tmp_path}"]
   outside = ("JAX_", "XLA_", "TPU_", "TF_")
   environment = {k: v for k, v in os.environ.items() if not k.startswith(outside)}

@@ -177,14 +177,14 @@ def test_policies_of_other_observations_are_refused(trained):
   with pytest.raises(UserError, match="shows 20 numbers .* trained on 14"):
     policy.Policy(experiment, params, plan)
   experiment.config.demos.view = "block"
-  experiment.config.rollout.actions = 17
-  with pytest.raises(UserError, match="config.rollout.actions=17: take 1 to 16"):
+  experiment.config.rollout.n_action_steps = 17
+  with pytest.raises(UserError, match="config.rollout.n_action_steps=17: take 1 to 16"):
     policy.Policy(experiment, params, plan)
 
 
 def test_only_the_sampler_of_the_config_has_its_angles():
   config = configs.base()
-  config.sampler.update(name="consistency", steps=2, angles=(1.5, 0.7))
+  config.sampler.update(name="consistency", steps=2, timesteps=(1.5, 0.7))
   config.sampler.temperature = 0.5
   own, other = (
     policy.sampling.plan(config, name).table for name in ("consistency/2", "ddim/2")

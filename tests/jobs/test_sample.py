@@ -202,10 +202,10 @@ def test_parts_of_other_samples_are_refused(copy, watch):
   stopped(workdir, watch)
   message = (
     r"samples\.parts holds parts of other samples: sample\.seed \(0 there, 1 now\), "
-    r"sampler\.angles \(\[\] there, \[1\.5\] now\); remove it, or take the same values"
+    r"sampler\.timesteps \(\[\] there, \[1\.5\] now\); remove it, or take the same values"
   )
   with pytest.raises(UserError, match=message):
-    run(workdir, seed=1, sampler__angles=(1.5,))
+    run(workdir, seed=1, sampler__timesteps=(1.5,))
   for name, value in {"batch_size": 16, "guidance": 2.0, "label": 1}.items():
     with pytest.raises(UserError, match=rf"sample\.{name} \(.* there, {value} now\);"):
       run(workdir, **{name: value})
@@ -362,10 +362,12 @@ def test_a_window_is_chosen_once(copy, watch, capsys):
 
 def test_a_coarse_network_is_for_parareal_alone(copy):
   workdir = copy("run")
-  with pytest.raises(UserError, match="sampler.coarse=here: only for srdsddim"):
-    run(workdir, sampler__coarse="here")
+  with pytest.raises(UserError, match="sampler.coarse_workdir=here: only for srdsddim"):
+    run(workdir, sampler__coarse_workdir="here")
   coarse = str(copy("coarse"))
-  run(workdir, sampler__name="srdsddim", sampler__steps=16, sampler__coarse=coarse)
+  run(
+    workdir, sampler__name="srdsddim", sampler__steps=16, sampler__coarse_workdir=coarse
+  )
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ CHANGES = (
   "evaluate.num=104",
   "evaluate.batch_size=104",
   "evaluate.baselines=False",
-  "evaluate.neighbours=0",
+  "evaluate.pr_num_images=0",
 )
 
 

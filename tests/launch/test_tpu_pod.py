@@ -11,7 +11,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 POD = ("--zone=z", "--type=v5p-16", "--bucket=gs://b/")
-JOB = ("--", "--config=configs/x.py", "--config.sampler.angles=(1.5, 1.1)", "it's")
+JOB = ("--", "--config=configs/x.py", "--config.sampler.timesteps=(1.5, 1.1)", "it's")
 # The tools of the hosts. What the job does is in $GOOGLE/job.
 TOOLS = {
   "uv": """[[ $1 == venv ]] || exit 0
@@ -114,7 +114,7 @@ def test_from_nothing_to_a_finished_run(google):
   assert f"host 0: tpu,cpu, {cache}" in said
   assert "host 1" not in said  # one host speaks
   job = "<-m><sdiff_jax.main><--config=configs/x.py>"
-  assert f"{job}<--config.sampler.angles=(1.5, 1.1)><it's>\ntrained\n" in said
+  assert f"{job}<--config.sampler.timesteps=(1.5, 1.1)><it's>\ntrained\n" in said
   assert google.lines("started") == ["0", "1"]
   assert sorted(p.name for p in (google.folder / "bucket").iterdir()) == ["0", "1"]
   assert google.lines("mounts")[0].startswith("--implicit-dirs --metadata-cache-ttl-s")

@@ -122,9 +122,11 @@ def perceptron():
   return net._replace(apply=jax.jit(net.apply)), params
 
 
-@pytest.mark.parametrize("stabiliser", ["none", "rms"])
+@pytest.mark.parametrize("tangent_normalizer", ["none", "rms"])
 @pytest.mark.parametrize("angle", [0.3, 1.2])
-def test_consistency_training_starts_as_diffusion(key, monkeypatch, stabiliser, angle):
+def test_consistency_training_starts_as_diffusion(
+  key, monkeypatch, tangent_normalizer, angle
+):
   """At r = 0 the gradients are parallel for one sample.
 
   g = -cos^2 t sigma_d (F - v/sigma_d), so the gradient of |F - F^- - g|^2 is
@@ -138,7 +140,11 @@ def test_consistency_training_starts_as_diffusion(key, monkeypatch, stabiliser, 
   monkeypatch.setattr(jax.random, "normal", lambda *args: z / SIGMA_D)
   common = {"network": net, "sigma_d": SIGMA_D, "adaptive_weight": False}
   consistency = scm.build(
-    **common, teacher=None, velocity="data", stabiliser=stabiliser, c=0.3
+    **common,
+    teacher=None,
+    velocity="data",
+    tangent_normalizer=tangent_normalizer,
+    c=0.3,
   )
   batch = {"x0": gaussian(1), "cond": None}
 
@@ -147,7 +153,7 @@ def test_consistency_training_starts_as_diffusion(key, monkeypatch, stabiliser, 
     return np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads["net"])])
 
   factor = SIGMA_D * np.cos(angle) ** 2
-  if stabiliser == "rms":
+  if tangent_normalizer == "rms":
     x0 = batch["x0"]
     F = net.apply(params, trigflow.perturb(x0, z, t) / SIGMA_D, t, None)
     g = factor * (F - trigflow.velocity(x0, z, t) / SIGMA_D)

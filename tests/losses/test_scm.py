@@ -254,7 +254,7 @@ def run(loss, params=FROZEN, step: int = 0, batch=BATCH):
   return loss(params, batch, jax.random.key(5), jnp.int32(step), FROZEN)
 
 
-def oracle(params, call, stabiliser, c=0.3):
+def oracle(params, call, tangent_normalizer, c=0.3):
   """Returns the tamed tangent of a call, by central differences in float64."""
   with jax.enable_x64(True):
     wide = mlp.build(shape=SHAPE, classes=0, width=16, depth=2, dtype="float64")
@@ -268,22 +268,29 @@ def oracle(params, call, stabiliser, c=0.3):
     cos, sin = column(jnp.cos(t), xt), column(jnp.sin(t), xt)
     slope = xt + SIGMA_D * central(F, at, along)
     g = -(cos**2) * (SIGMA_D * F(*at) - v) - float(call["r"]) * cos * sin * slope
-    g = np.asarray(scm.TANGENT_NORMALIZERS[stabiliser](g, t, c))
+    g = np.asarray(scm.TANGENT_NORMALIZERS[tangent_normalizer](g, t, c))
   return g
 
 
 @pytest.mark.parametrize(
-  ("velocity", "stabiliser", "adaptive"),
+  ("velocity", "tangent_normalizer", "adaptive"),
   [("teacher", "rms", True), ("data", "none", False), ("teacher", "clip", True)],
 )
-def test_value_and_gradient_of_the_loss(seen, key, velocity, stabiliser, adaptive):
+def test_value_and_gradient_of_the_loss(
+  seen, key, velocity, tangent_normalizer, adaptive
+):
   """e^w/D |g|^2 - w, and -2 e^w/D g dF/dparams: none through F^- or the tangent."""
   net, params = network("float32", classes=0)
-  loss = build(net, velocity=velocity, stabiliser=stabiliser, adaptive_weight=adaptive)
+  loss = build(
+    net,
+    velocity=velocity,
+    tangent_normalizer=tangent_normalizer,
+    adaptive_weight=adaptive,
+  )
   of_loss = jax.value_and_grad(loss, has_aux=True)
   (value, aux), grads = of_loss(params, BATCH, key, jnp.int32(0), FROZEN)
   (call,) = seen
-  g = jnp.asarray(oracle(params, call, stabiliser), jnp.float32)
+  g = jnp.asarray(oracle(params, call, tangent_normalizer), jnp.float32)
   w, back_w = jax.vjp(lambda p: net.logvar(p, call["t"]), params)
   assert jnp.std(w) > 0.1
   w_or_0 = w if adaptive else jnp.zeros_like(w)
@@ -389,7 +396,10 @@ def test_dropout_is_on_in_training():
   ("options", "message"),
   [
     ({"velocity": "both"}, r"loss\.velocity='both': take 'teacher' or 'data'"),
-    ({"stabiliser": "tanh"}, r"loss\.stabiliser='tanh': take one of \['rms', 'l2'"),
+    (
+      {"tangent_normalizer": "tanh"},
+      r"loss\.tangent_normalizer='tanh': take one of \['rms', 'l2'",
+    ),
     (
       {"velocity": "data", "guidance": (1.0, 2.0)},
       r"loss\.guidance=\(1\.0, 2\.0\): only loss\.velocity='teacher' can",

@@ -74,7 +74,7 @@ def test_ddim_from_end_to_end_samples_it():
   """Each step of DDIM is one evaluation of f, so the ends are on the flow."""
   angles = (1.5, 1.0, 0.4)
   ends = np.array([0.0, 0.4, 1.0])
-  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=3, angles=angles)
+  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=3, timesteps=angles)
   xt = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)))
   keys = sequential.keys_from_seeds(np.arange(4))
   denoiser = trigflow.denoiser(flow_net(ends), SIGMA_D)
@@ -96,7 +96,7 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
     teacher=None,
     sigma_d=SIGMA_D,
     velocity="data",
-    segments=(0.9, 0.3),
+    segment_boundaries=(0.9, 0.3),
     adaptive_weight=False,
   )
   batch = {"x0": jnp.zeros((300, 2)), "cond": None}
@@ -108,5 +108,7 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
 
 
 def test_an_end_outside_is_refused():
-  with pytest.raises(ValueError, match=r"loss\.segments=\(1\.6,\): give angles in"):
-    scm.build(network=None, teacher=None, sigma_d=0.5, segments=(1.6,))
+  with pytest.raises(
+    ValueError, match=r"loss\.segment_boundaries=\(1\.6,\): give angles in"
+  ):
+    scm.build(network=None, teacher=None, sigma_d=0.5, segment_boundaries=(1.6,))

@@ -45,7 +45,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     steps=STEPS,
     batch_size=BATCH,
     rampup_images=100 * BATCH,
-    final=0.0,
+    end_lr_fraction=0.0,
     reference_steps=1,
   )
   optimizer = optimizers.build(

@@ -22,13 +22,13 @@ RENAMED = {
   "emb_mult": "channel_mult_emb",
   "noise_mult": "channel_mult_noise",
   "blocks": "num_blocks",
-  "attention_at": "attn_resolutions",
+  "attn_resolutions": "attn_resolutions",
   "augment": "augment_dim",
   "embedding": "embedding_type",
   "encoder": "encoder_type",
   "decoder": "decoder_type",
 }
-SMALL = {"channels": 8, "channel_mult": (1, 2), "blocks": 0, "attention_at": ()}
+SMALL = {"channels": 8, "channel_mult": (1, 2), "blocks": 0, "attn_resolutions": ()}
 SMALL |= {"shape": (4, 4, 3), "classes": 0, "sigma_d": SIGMA_D}
 x64 = pytest.mark.usefixtures("x64")
 # Compiled once for one call: the time is the compiler's.

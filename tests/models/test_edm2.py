@@ -28,10 +28,10 @@ SMALL = {
   "channels": 16,
   "mults": (1, 2),
   "blocks": 1,
-  "attention_at": (4,),
+  "attn_resolutions": (4,),
   "head_channels": 16,
 }
-ONE_LEVEL = {"mults": (1,), "attention_at": ()}
+ONE_LEVEL = {"mults": (1,), "attn_resolutions": ()}
 peers = pytest.mark.parametrize(
   "name", ["edm2_cond", "edm2_heads64", "edm2_no_attention"]
 )
@@ -62,7 +62,7 @@ def peer(arrays: dict, dtype: str) -> tuple:
     "channels": cfg["model_channels"],
     "mults": cfg["channel_mult"],
     "blocks": cfg["num_blocks"],
-    "attention_at": cfg["attn_resolutions"],
+    "attn_resolutions": cfg["attn_resolutions"],
     "head_channels": cfg.get("channels_per_head", 64),
     "clip": cfg.get("clip_act", 256.0),
   }

@@ -20,7 +20,7 @@ CASES = {
     "channels": 8,
     "channel_mult": (1,),
     "blocks": 0,
-    "attention_at": (),
+    "attn_resolutions": (),
   },
   "dit": {"shape": (4, 6, 2), "width": 16, "depth": 2, "heads": 2},
   "edm2": {

@@ -110,7 +110,7 @@ def test_published_is_the_loop_of_diffusers(name, monkeypatch):
       table,
       window=min(case["p"], case["N"]),
       tolerance=case["tol"],
-      rule="published",
+      update_rule="published",
       callback=lambda begin, x, d: begins.append(np.asarray(begin)),
     )
   )
@@ -148,7 +148,7 @@ def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2), denoiser=None):
   x = sequential.sample_prior(table, keys, (4,))
   denoiser = denoiser or trigflow_mixture()
   alone = jax.jit(functools.partial(sequential.sample, denoiser, table))(x, keys, None)
-  options = {"window": window, "tolerance": tolerance, "rule": rule}
+  options = {"window": window, "tolerance": tolerance, "update_rule": rule}
   parallel = jax.jit(functools.partial(paradigms.sample, denoiser, table, **options))
   return table, alone, parallel(x, keys, None)
 
@@ -262,7 +262,10 @@ def test_counts_are_possible(window, tolerance, rule, name):
     ({"window": 6}, r"sampler\.window=6: take 1 to 5"),
     ({"tolerance": -1.0}, r"sampler\.tolerance=-1\.0: take 0 or more"),
     ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
-    ({"rule": "newton"}, r"sampler\.rule='newton': take one of \['published'"),
+    (
+      {"update_rule": "newton"},
+      r"sampler\.update_rule='newton': take one of \['published'",
+    ),
   ],
 )
 def test_mistakes_are_refused(changes, message):

@@ -123,7 +123,7 @@ def test_consistency_sampling_has_the_law_of_the_data():
   n = 40_000
   keys = sequential.keys_from_seeds(np.arange(n))
   angles = (np.pi / 2, 1.3, 0.8, 0.3)
-  table = solvers.build(sigma_d=SIGMA_D, name="consistency", steps=1, angles=angles)
+  table = solvers.build(sigma_d=SIGMA_D, name="consistency", steps=1, timesteps=angles)
   x = sequential.sample_prior(table, keys, (1,))
   assert float(jnp.std(x)) == pytest.approx(SIGMA_D, rel=0.02)
   x0 = np.asarray(sequential.sample(gaussian.consistency, table, x, keys, None))
@@ -194,7 +194,7 @@ def test_a_sample_depends_on_its_own_key_alone():
 
 def test_condition_and_time_reach_the_denoiser():
   """d = label at the first angle, and twice it after: a sum that shows both."""
-  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=2, angles=(1.5, 0.5))
+  table = solvers.build(sigma_d=SIGMA_D, name="ddim", steps=2, timesteps=(1.5, 0.5))
   label = jnp.arange(4)
 
   def denoiser(x, t, cond):

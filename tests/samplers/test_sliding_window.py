@@ -152,7 +152,7 @@ def test_plain_names_run_one_row_after_the_other():
     ({"window": 17}, r"sampler\.window=17: take 1 to 16, the rows"),
     ({"window": -1}, r"sampler\.window=-1: take 1 to 16"),
     ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
-    ({"rule": "newton"}, r"sampler\.rule='newton': take one of"),
+    ({"update_rule": "newton"}, r"sampler\.update_rule='newton': take one of"),
     ({"name": "specddim"}, "speculation needs noise in every row but the last"),
     ({"name": "srdsddpm"}, "parareal takes solvers without noise"),
     ({"name": "srdsddim", "window": 15}, r"sampler\.window=15: 16 rows"),

@@ -228,7 +228,7 @@ def test_consistency_sampling_is_exact_on_any_grid(seed, steps):
   f = Gaussian(np.array(rng.normal()), np.array(rng.uniform(0.1, 2)), SIGMA_D)
   angles = np.sort(rng.uniform(0.05, np.pi / 2, steps))[::-1]
   table = solvers.build(
-    sigma_d=SIGMA_D, name="consistency", steps=steps, angles=tuple(angles)
+    sigma_d=SIGMA_D, name="consistency", steps=steps, timesteps=tuple(angles)
   )
   start = f.mean * np.cos(angles[0])
   spread = np.hypot(f.std * np.cos(angles[0]), SIGMA_D * np.sin(angles[0]))
@@ -285,7 +285,7 @@ def test_angles_replace_the_grid():
   table = solvers.build(sigma_d=SIGMA_D, name="consistency", steps=2)
   np.testing.assert_allclose(table.time, [np.arctan(160), 1.1])
   given = solvers.build(
-    sigma_d=SIGMA_D, name="consistency", steps=1, angles=(1.5, 1.0, 0.2)
+    sigma_d=SIGMA_D, name="consistency", steps=1, timesteps=(1.5, 1.0, 0.2)
   )
   np.testing.assert_allclose(given.time, [1.5, 1.0, 0.2])
   assert given.init_std == pytest.approx(SIGMA_D * np.sin(1.5))
@@ -299,7 +299,7 @@ def test_angles_replace_the_grid():
     ({"temperature": -1.0}, r"sampler\.temperature=-1\.0: must be 0 or more"),
     ({"eta": 1.5}, r"sampler\.eta=1\.5: take 0 to 1"),
     ({"name": "heun", "eta": 0.5}, r"sampler\.eta=0\.5: ddim alone has an eta"),
-    ({"angles": (1.0, 1.2)}, r"sampler\.angles=\(1\.0, 1\.2\): give falling"),
+    ({"timesteps": (1.0, 1.2)}, r"sampler\.timesteps=\(1\.0, 1\.2\): give falling"),
   ],
 )
 def test_mistakes_are_refused(changes, message):
@@ -319,8 +319,8 @@ def test_grids_of_solvers():
 @pytest.mark.parametrize("start", [np.pi / 2, 1.5708, 1.5707])
 def test_heun_refuses_to_start_at_almost_pure_noise(start):
   with pytest.raises(ValueError, match="heun cannot start at noise .* take dpm2s"):
-    solvers.build(sigma_d=0.5, name="heun", steps=2, angles=(start, 1.0))
-  table = solvers.build(sigma_d=0.5, name="dpm2s", steps=2, angles=(start, 1.0))
+    solvers.build(sigma_d=0.5, name="heun", steps=2, timesteps=(start, 1.0))
+  table = solvers.build(sigma_d=0.5, name="dpm2s", steps=2, timesteps=(start, 1.0))
   assert all(np.isfinite(column).all() for column in table[:-2])
 
 

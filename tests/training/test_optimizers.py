@@ -14,7 +14,7 @@ STEPS = np.array([0, 3, 10, 50, 100])
 
 def rates(**changes) -> np.ndarray:
   options = {"name": "constant", "learning_rate": 0.3, "steps": 100, "batch_size": 8}
-  options |= {"rampup_images": 0, "final": 0.1, "reference_steps": 10}
+  options |= {"rampup_images": 0, "end_lr_fraction": 0.1, "reference_steps": 10}
   rate = optimizers.schedule(**options | changes)
   return np.array([rate(jnp.int32(n)) for n in STEPS])
 
