@@ -114,7 +114,7 @@ def modelled(
     "asked": tried[0]["pod"],
     "chips": pod.chips,
     "devices": devices,
-    "program": what,
+    "what": what,
     "note": NOTE,
     "program": program,
     "tried": [
@@ -236,7 +236,7 @@ def _pod(found: dict[str, Any]) -> str:
     [
       ["parameters", f"{program['parameters']:,}"],
       [
-        "images a step" if found["program"] == "train" else "images",
+        "images a step" if found["what"] == "train" else "images",
         _n(program["images"]),
       ],
       ["runs of the program for them", _n(program["repeats"])],
