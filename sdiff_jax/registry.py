@@ -1,90 +1,145 @@
-"""Finds pieces by name: `models/dit.py` is ("models", "dit").
+"""Pieces of an experiment by name: losses, networks, data sets, solvers, jobs, ...
 
-A piece is a module that exports `build(*, given, ..., field=default, ...)`. Arguments
-without a default are given by the job, those whose default is None where there is
-something to give; the others are the fields of its section in a config, so a new piece
-is a new file and nothing else.
+A piece is a function that registers itself under a kind and a name,
+
+    @registry.register("losses", "scm")
+    def build(*, network, sigma_d, p_mean=-1.0, ...): ...
+
+The kind is the package below `sdiff_jax` that holds the built-in pieces. Pieces of other
+projects register in the same way, from a module that is imported by the config file or
+named in `config.plugins`. Arguments of a piece without a default are given by the caller,
+those whose default is None where there is something to give; the others are the fields
+of its section in a config.
 """
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from sdiff_jax.types import UserError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def lookup(package: str, name: str) -> ModuleType:
-  """Returns the module sdiff_jax.<package>.<name>.
+
+class Piece(NamedTuple):
+  """A registered function.
+
+  Attributes:
+    build: the function.
+    facts: what else it says of itself, by name; the kind decides which names there are.
+  """
+
+  build: Callable[..., Any]
+  facts: Mapping[str, Any]
+
+
+_PIECES: dict[tuple[str, str], Piece] = {}
+
+
+def register(kind: str, name: str, **facts: Any) -> Callable[[Function], Function]:
+  """Returns a decorator that makes a function known as piece `name` of a kind.
+
+  Args:
+    kind: package below `sdiff_jax` of such pieces: "losses", "models", "data", ...
+    name: how configs and command lines call it.
+    **facts: what else the piece says of itself (see `Piece`).
 
   Raises:
-    UserError: there is none, or it builds nothing; the message lists what exists.
+    ValueError: another function has that name already.
   """
-  full = f"sdiff_jax.{package}.{name}"
-  try:
-    module = importlib.import_module(full)
-  except ModuleNotFoundError as error:
-    if error.name != full:
-      raise
-    module = None
-  if module is None or not hasattr(module, "build"):
-    raise UserError(f"{package}: no {name!r}; there are {', '.join(names(package))}")
-  return module
+
+  def decorate(function: Function) -> Function:
+    known = _PIECES.get((kind, name))
+    if known and _source(known.build) != _source(function):
+      raise ValueError(
+        f"{kind}: {name!r} is registered twice, by {'.'.join(_source(known.build))} and "
+        f"by {'.'.join(_source(function))}; rename one of them"
+      )
+    _PIECES[kind, name] = Piece(function, facts)
+    return function
+
+  return decorate
 
 
-def names(package: str) -> list[str]:
-  """Returns the names of all pieces of a package."""
-  parent = importlib.import_module(f"sdiff_jax.{package}")
-  found = [m.name for m in pkgutil.iter_modules(parent.__path__)]
-  modules = {n: importlib.import_module(f"{parent.__name__}.{n}") for n in found}
-  return sorted(n for n, m in modules.items() if hasattr(m, "build"))
+def _source(function: Callable[..., Any]) -> tuple[str, str]:
+  return function.__module__, function.__qualname__
 
 
-def fields(package: str, name: str) -> dict[str, Any]:
+def lookup(kind: str, name: str) -> Piece:
+  """Returns the piece `name` of a kind; its module is imported if need be.
+
+  Raises:
+    UserError: there is none; the message lists what there is.
+  """
+  module = f"sdiff_jax.{kind}.{name}"
+  known = (kind, name) in _PIECES
+  if not known and name.isidentifier() and importlib.util.find_spec(module):
+    importlib.import_module(module)
+  if (kind, name) not in _PIECES and name not in names(kind):
+    near = difflib.get_close_matches(name, names(kind), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{kind}: no {name!r}{hint}; known: {', '.join(names(kind))}")
+  return _PIECES[kind, name]
+
+
+def names(kind: str) -> list[str]:
+  """Returns the names of all pieces of a kind, sorted; imports all of its modules."""
+  package = importlib.import_module(f"sdiff_jax.{kind}")
+  for module in pkgutil.iter_modules(package.__path__):
+    if not module.ispkg and not module.name.startswith("_"):
+      importlib.import_module(f"{package.__name__}.{module.name}")
+  return sorted(name for of, name in _PIECES if of == kind)
+
+
+def fields(kind: str, name: str) -> dict[str, Any]:
   """Returns the config fields of a piece with their defaults."""
-  parameters = inspect.signature(lookup(package, name).build).parameters.values()
+  parameters = inspect.signature(lookup(kind, name).build).parameters.values()
   return {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
 
 
-def given(package: str, name: str) -> list[str]:
-  """Returns the arguments of a piece that are no fields."""
-  parameters = inspect.signature(lookup(package, name).build).parameters
-  return [p for p in parameters if p not in fields(package, name)]
+def required(kind: str, name: str) -> list[str]:
+  """Returns the arguments of a piece that are not config fields."""
+  parameters = inspect.signature(lookup(kind, name).build).parameters
+  return [p for p in parameters if p not in fields(kind, name)]
 
 
-def check(package: str, section: dict[str, Any], label: str) -> None:
+def check(kind: str, section: dict[str, Any], label: str) -> None:
   """Checks that a section {"name": ..., field: value} fits the piece it names.
 
   Raises:
     UserError: a field that the piece does not have, with the nearest that it has.
   """
-  known = fields(package, section["name"])
+  known = fields(kind, section["name"])
   for field in sorted(section.keys() - {"name"} - known.keys()):
     near = difflib.get_close_matches(field, known, 1) or sorted(known)
     raise UserError(
-      f"{label}.{field}: {package}/{section['name']} has no such field; did you mean "
-      f"{', '.join(near)}? (a section for another piece is made by config.use)"
+      f"{label}.{field}: {kind}/{section['name']} has no such field; did you mean "
+      f"{', '.join(near)}? (a section for another piece is made by config.component)"
     )
 
 
-def build(package: str, section: dict[str, Any], **given: Any) -> Any:
+def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> Any:
   """Builds the piece that a section names.
 
   Args:
-    package: "losses", "models", "data", ...
+    kind: "losses", "models", "data", ...
     section: {"name": ..., field: value}.
-    **given: arguments of the job; those that the piece does not take are left out.
+    label: name of the section, such as "config.loss"; put before the message of a
+      ValueError, which starts with the name of the argument.
+    **given: further arguments; those that the piece does not take are left out.
 
   Raises:
-    UserError: the piece refused a value; the message is the piece's own.
+    UserError: the piece refused a value.
   """
-  function = lookup(package, section["name"]).build
-  wanted = inspect.signature(function).parameters
-  given = {k: v for k, v in given.items() if k in wanted}
-  chosen = {k: v for k, v in section.items() if k != "name"}
+  function = lookup(kind, section["name"]).build
+  accepted = inspect.signature(function).parameters
+  given = {k: v for k, v in given.items() if k in accepted}
+  options = {k: v for k, v in section.items() if k != "name"}
   try:
-    return function(**given, **chosen)
+    return function(**given, **options)
   except ValueError as error:
-    raise UserError(str(error)) from error
+    raise UserError(f"{label}.{error}" if label else str(error)) from error

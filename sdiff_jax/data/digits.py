@@ -3,9 +3,11 @@
 import numpy as np
 from sklearn import datasets
 
+from sdiff_jax import registry
 from sdiff_jax.data.pipeline import Dataset, checked
 
 
+@registry.register("data", "digits")
 def build(
   *, mean: tuple[float, ...] = (-0.39,), std: tuple[float, ...] = (0.75,)
 ) -> Dataset:

@@ -6,6 +6,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from sdiff_jax import registry
 from sdiff_jax.data.pipeline import Dataset, checked
 from sdiff_jax.types import UserError
 
@@ -14,6 +15,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+@registry.register("data", "folder")
 def build(
   *,
   dir: str = "",

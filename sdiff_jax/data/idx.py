@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from sdiff_jax import registry
 from sdiff_jax.data.pipeline import Dataset, checked
 from sdiff_jax.types import UserError
 
@@ -15,6 +16,7 @@ FOLDER = "/usr/share/datasets/fashion-mnist"
 PREFIX = {"train": "train", "test": "t10k"}
 
 
+@registry.register("data", "idx")
 def build(
   *,
   dir: str = FOLDER,

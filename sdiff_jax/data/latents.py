@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.data.pipeline import Dataset, checked
 from sdiff_jax.types import UserError
 
@@ -29,6 +30,7 @@ SCALES = {
 LOW = {"scm": -1.0, "edm2": 0.0}  # the lowest pixel
 
 
+@registry.register("data", "latents")
 def build(*, dir: str = "", scale: str = "scm") -> Dataset:
   """Returns latents; a batch draws each anew, mean + std eps of its image's posterior.
 

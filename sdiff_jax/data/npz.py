@@ -5,10 +5,12 @@ import zlib
 
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.data.pipeline import Dataset, checked
 from sdiff_jax.types import UserError
 
 
+@registry.register("data", "npz")
 def build(
   *,
   path: str = "",

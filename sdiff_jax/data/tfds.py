@@ -5,11 +5,13 @@ from types import ModuleType
 
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.data import folder
 from sdiff_jax.data.pipeline import Dataset, checked
 from sdiff_jax.types import UserError
 
 
+@registry.register("data", "tfds")
 def build(
   *,
   tfds_name: str = "cifar10",

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.data import normalizer as maps
 from sdiff_jax.data.episodes import reader as recorded
 from sdiff_jax.data.episodes import robomimic
@@ -11,6 +12,7 @@ from sdiff_jax.data.pipeline import Dataset
 from sdiff_jax.types import Array, UserError
 
 
+@registry.register("data", "trajectories")
 def build(
   *,
   path: str = "",

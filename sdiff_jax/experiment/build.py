@@ -109,7 +109,7 @@ def network(config: ml_collections.ConfigDict, source: pipeline.Dataset) -> Netw
   }
   if source.observation:
     given["observation"] = source.observation
-    if "observation" not in registry.given("models", config.model.name):
+    if "observation" not in registry.required("models", config.model.name):
       raise UserError(
         f"config.model.name={config.model.name!r}: takes no observations, which "
         "config.data has; take unet1d or mlp"
@@ -127,8 +127,9 @@ def for_flop_count(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
 def init_extra_params(config: ml_collections.ConfigDict, params: Params) -> Params:
   """Returns a network's parameters with those that only the objective needs."""
-  loss = registry.lookup("losses", config.loss.name)
-  return loss.grow(params) if hasattr(loss, "grow") else params
+  piece = registry.lookup("losses", config.loss.name)
+  init_extra_params = piece.facts.get("init_extra_params", lambda params: params)
+  return init_extra_params(params)
 
 
 def save_or_check_config(
@@ -194,7 +195,7 @@ def load(file: str, missing: str) -> ml_collections.ConfigDict:
 
 def takes_teacher(config: ml_collections.ConfigDict) -> bool:
   """Returns whether the objective starts from a trained run."""
-  return "teacher" in registry.given("losses", config.loss.name)
+  return "teacher" in registry.required("losses", config.loss.name)
 
 
 def read(workdir: str) -> ml_collections.ConfigDict:

@@ -70,7 +70,11 @@ def write(experiment: experiments.Experiment, workdir: str, params: Params) -> N
 def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
   """Returns the parameters that the file holds for the network of a config."""
   chosen = config.model.to_dict()
-  reader = getattr(registry.lookup("models", chosen["name"]), "from_state_dict", None)
+  reader = getattr(
+    inspect.getmodule(registry.lookup("models", chosen["name"]).build),
+    "from_state_dict",
+    None,
+  )
   if reader is None:
     raise UserError(f"config.model.name={chosen['name']!r}: no file is known for it")
   wanted = inspect.signature(reader).parameters

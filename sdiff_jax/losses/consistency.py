@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
@@ -61,6 +62,7 @@ def adjacent_times(
   return above, below
 
 
+@registry.register("losses", "consistency")
 def build(
   *,
   network: Network,

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import guidance, noise_schedules, trigflow
 from sdiff_jax.losses import _weighting
 from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
+@registry.register("losses", "ddpm")
 def build(
   *,
   network: Network,

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import guidance, time_grids, trigflow
 from sdiff_jax.losses import _weighting
 from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
+@registry.register("losses", "diffusion")
 def build(
   *,
   network: Network,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
@@ -182,6 +183,7 @@ def objective(
   return loss
 
 
+@registry.register("losses", "scm")
 def build(
   *,
   network: Network,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import scm
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
@@ -59,6 +60,7 @@ def tangent(
   return F, jax.lax.stop_gradient(g)
 
 
+@registry.register("losses", "scm_discrete")
 def build(
   *,
   network: Network,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting, scm
 from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
@@ -21,6 +22,7 @@ def init_extra_params(params: Params) -> Params:
   return params | {"fake": jax.tree.map(jnp.copy, params)}
 
 
+@registry.register("losses", "vsd", init_extra_params=init_extra_params)
 def build(
   *,
   network: Network,

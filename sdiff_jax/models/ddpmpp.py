@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.pretrained import state_dict
@@ -236,6 +237,7 @@ class Unet(nn.Module):
     return aux
 
 
+@registry.register("models", "ddpmpp")
 def build(
   *,
   shape: tuple[int, ...],

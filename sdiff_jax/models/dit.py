@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.kernels.attention import IMPLS, attention
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.types import Array, Cond, Network
@@ -121,6 +122,7 @@ class Dit(nn.Module):
     return h.reshape(x.shape)
 
 
+@registry.register("models", "dit")
 def build(
   *,
   shape: tuple[int, ...],

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers.edm2_blocks import Block, Embedding
@@ -99,6 +100,7 @@ class LogVar(nn.Module):
     return -mp.Linear(1, name="linear")(x)[:, 0]
 
 
+@registry.register("models", "edm2")
 def build(
   *,
   shape: tuple[int, ...],

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from sdiff_jax import registry
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.types import Array, Cond, Network
 
@@ -77,6 +78,7 @@ class Mlp(nn.Module):
     return (gain * flat + shift).reshape(x.shape)
 
 
+@registry.register("models", "mlp")
 def build(
   *,
   shape: tuple[int, ...],

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.pretrained import state_dict
@@ -141,6 +142,7 @@ def _double(features: int, dtype: jnp.dtype, **options: object) -> nn.ConvTransp
   )
 
 
+@registry.register("models", "unet1d")
 def build(
   *,
   shape: tuple[int, ...],

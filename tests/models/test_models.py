@@ -52,7 +52,7 @@ WAYS = [
 ]
 models = pytest.mark.parametrize("name", CASES)
 POLICIES = [name for name in CASES if "observation" in CASES[name]]
-LABELLED = [name for name in CASES if "classes" in registry.given("models", name)]
+LABELLED = [name for name in CASES if "classes" in registry.required("models", name)]
 labelled = pytest.mark.parametrize("name", LABELLED)
 x64 = pytest.mark.usefixtures("x64")
 
