@@ -1,6 +1,8 @@
 """The configuration of an experiment: every field once, and its validation."""
 
 import copy
+import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -53,9 +55,38 @@ def component(package: str, name: str, **changed: Any) -> ml_collections.ConfigD
   return ml_collections.ConfigDict(section | changed)
 
 
-def base() -> ml_collections.ConfigDict:
-  """Returns the defaults of every field; an experiment file changes some of them."""
+def load_plugins(modules: Iterable[str]) -> None:
+  """Imports modules that register pieces of their own.
+
+  Args:
+    modules: dotted names, as in `config.plugins`.
+
+  Raises:
+    UserError: there is no such module.
+  """
+  for name in modules:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      raise UserError(
+        f"config.plugins={name!r}: {error}; install it, or add its directory to "
+        "PYTHONPATH"
+      ) from error
+
+
+def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
+  """Returns the defaults of every field; an experiment file changes some of them.
+
+  Args:
+    plugins: modules outside this package that register pieces; they are imported here,
+      and wherever the config is read again.
+
+  Raises:
+    UserError: a plugin cannot be imported.
+  """
+  load_plugins(plugins)
   c = ml_collections.ConfigDict()
+  c.plugins = plugins  # modules that register pieces of their own
   c.job = "train"  # what is done without --job
   c.seed = 0
   c.sigma_d = 0.5  # standard deviation that the data are scaled to
@@ -235,6 +266,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: one line that names field, value and remedy.
   """
+  load_plugins(config.plugins)
   for section, package in PIECES.items():
     if config[section].name or section != "reference":
       registry.check(package, config[section].to_dict(), f"config.{section}")

@@ -104,7 +104,8 @@ def test_fields_are_the_defaults_of_build():
 
 
 def test_unknown_piece_lists_what_exists():
-  with pytest.raises(UserError, match="models: no 'mpl'; there are .*dit, .*mlp"):
+  message = r"models: no 'mpl'; did you mean 'mlp'\?.*known: .*dit, .*mlp"
+  with pytest.raises(UserError, match=message):
     config.component("models", "mpl")
   with pytest.raises(UserError, match="losses: no 'weighting'"):
     config.component("losses", "weighting")  # a module without build

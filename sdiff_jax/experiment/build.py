@@ -40,6 +40,7 @@ RUNTIME_FIELDS += (
   "job",
   "vae",
   "model.remat",
+  "plugins",
 )
 RUNTIME_FIELDS += ("rehearse.", "demos.")
 JOB_SECTIONS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
@@ -212,7 +213,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
     raise UserError(
       f"{path} does not exist: train into {workdir} first (--job=train)"
     ) from None
-  default = configs.base()
+  default = configs.base(tuple(loaded.get("plugins", ())))
   for section in configs.PIECES.keys() & loaded.keys():
     default[section] = ml_collections.ConfigDict(loaded[section])
   default.update(loaded)
