@@ -4,6 +4,8 @@ import pathlib
 
 import setuptools
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"]
+
 setuptools.setup(
   name="sdiff_jax",
   version="0.1.0",
@@ -35,11 +37,12 @@ setuptools.setup(
   ],
   extras_require={
     "test": [
+      *DOCS,  # a test builds the site
       "gym-pusht==0.1.8",
       "h5py>=3.11",
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
-      "nbformat>=5.10",  # launch/colabs
+      "nbformat>=5.10",  # examples/
       "pytest>=8",
       "pytest-xdist>=3.6",
       "pyyaml>=6",
@@ -49,6 +52,7 @@ setuptools.setup(
       "zarr>=3.0.5",
     ],
     "dev": ["pre-commit>=4"],
+    "docs": DOCS,
     "diffusers": [
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",

@@ -36,18 +36,17 @@ class UserError(Exception):
 
 
 class NetFn(Protocol):
-  """A TrigFlow network with its parameters bound.
+  """A TrigFlow network with its parameters bound."""
 
-  Args:
-    x: xt / sigma_d, [B, ...].
-    t: angles, float32 [B].
-    cond: None or arrays with leading [B].
+  def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
+    """Returns F, [B, ...].
 
-  Returns:
-    F, [B, ...].
-  """
-
-  def __call__(self, x: Array, t: Array, cond: Cond) -> Array: ...
+    Args:
+      x: xt / sigma_d, [B, ...].
+      t: TrigFlow times, float32 [B].
+      cond: None or arrays with leading [B].
+    """
+    ...
 
 
 class Network(NamedTuple):
@@ -70,22 +69,21 @@ class Network(NamedTuple):
 
 
 class LossFn(Protocol):
-  """A pure training objective.
-
-  Args:
-    params: parameters of the student.
-    batch: {"x0": [B, ...], "cond": Cond}.
-    key: random key of this step.
-    step: int32 scalar, the number of steps taken before.
-    frozen: parameters of the teacher, or None.
-
-  Returns:
-    A scalar and a dict of scalars to log.
-  """
+  """A pure training objective."""
 
   def __call__(
     self, params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]: ...
+  ) -> tuple[Array, dict[str, Array]]:
+    """Returns a scalar and a dict of scalars to log.
+
+    Args:
+      params: parameters of the student.
+      batch: {"x0": [B, ...], "cond": Cond}.
+      key: random key of this step.
+      step: int32 scalar, the number of steps taken before.
+      frozen: parameters of the teacher, or None.
+    """
+    ...
 
 
 # (x [N, ...], time [N], cond) -> d [N, ...]: what samplers know of a model,
