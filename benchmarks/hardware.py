@@ -26,16 +26,16 @@ from sdiff_jax.training import step
 REPEATS = 20
 
 
-def load(file: str, batch: int) -> experiments.Experiment:
+def load(file: str, batch: int) -> tuple[Any, experiments.Experiment]:
   """Returns an experiment of a config's network; its source has no images."""
-  config = experiments.load(file, f"{file}: no such file")
+  config = experiments.load_config(file, f"{file}: no such file")
   config.train.batch_size = batch
   if config.model.get("dtype") == "float16":
     config.model.dtype = "bfloat16"
   config = experiments.for_flop_count(config)
   source, mesh = lowering.source_of(config), sharding.make_mesh()
   network = experiments.network(config, source)
-  return experiments.Experiment(config, source, network, mesh)
+  return config, experiments.Experiment(source, network, mesh, config.sigma_d)
 
 
 def median(call: Callable[[], Any]) -> float:
@@ -60,9 +60,9 @@ def noise(shapes: Any) -> Any:
   )
 
 
-def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
+def training(config, experiment: experiments.Experiment) -> tuple[float, float, float]:
   """Returns seconds of a step, the model's operations in it, and the most bytes."""
-  config, source, network, mesh, _ = experiment
+  source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   teacher, shapes = lowering.teacher(config, source)
   key = jax.random.key(0)
   frozen = shapes and jax.jit(teacher.init)(key)
@@ -81,7 +81,7 @@ def training(experiment: experiments.Experiment) -> tuple[float, float, float]:
 
   memory = compiled.memory_analysis()
   most = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  return median(call), lowering.training(experiment).flops(False), most
+  return median(call), lowering.training(config, experiment).flops(False), most
 
 
 def rows(
@@ -95,7 +95,7 @@ def rows(
     return sampling.denoiser(experiment, params)(x, t, {"label": label})
 
   for n in counts:
-    x = jax.random.normal(jax.random.key(0), (n, *experiment.source.shape))
+    x = jax.random.normal(jax.random.key(0), (n, *experiment.dataset.shape))
     given = params, x, jnp.linspace(0.1, 1.5, n), jnp.zeros(n, jnp.int32)
     yield n, median(lambda given=given: call(*given))
 
@@ -110,15 +110,15 @@ def main() -> None:
   peak, kind = chips.CHIPS[given.chip].peak, jax.devices()[0].device_kind
   print(f"{kind}, jax {jax.__version__}, batch {given.batch}")
   for file in given.configs:
-    experiment = load(file, given.batch)
-    taken, flops, most = training(experiment)
+    config, experiment = load(file, given.batch)
+    taken, flops, most = training(config, experiment)
     print(
       f"{file}: {1e3 * taken:.1f} ms a step, {given.batch / taken:,.0f} images/s, "
       f"{flops / 1e12:.2f} TFLOP, {1e3 * flops / peak:.1f} ms at the peak, "
       f"{flops / peak / taken:.1%} of it, {most / 1e9:.1f} GB",
       flush=True,
     )
-  experiment = load(given.configs[0], given.batch)
+  _, experiment = load(given.configs[0], given.batch)
   for n, taken in rows(experiment, [int(n) for n in given.rows.split(",")]):
     print(f"  {n} rows: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} a row", flush=True)
 

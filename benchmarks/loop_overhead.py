@@ -29,6 +29,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import ema, loop, metric_writer, optimizers, state, step
 from sdiff_jax.training.checkpoints import Checkpoints
 
@@ -37,9 +38,8 @@ CHUNKS = {"configs/fashion_diffusion.py": 10, "configs/digits_diffusion.py": 100
 PAUSE = 0.5  # seconds: the pipeline reads ahead first, which is not the bare step's
 
 
-def training_step(experiment: experiments.Experiment) -> tuple:
+def training_step(config, experiment: experiments.Experiment) -> tuple:
   """Returns the compiled step, and a function that makes a first state."""
-  config = experiment.config
   chosen, size = config.optim, config.train.batch_size
   rate = optimizers.schedule(
     name=chosen.schedule,
@@ -61,11 +61,11 @@ def training_step(experiment: experiments.Experiment) -> tuple:
     return state.create(network.init(jax.random.key(0)), optimizer, profiles)
 
   abstract = jax.eval_shape(init)
-  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
+  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
   train_step = step.build(loss, optimizer, ema.betas(profiles, size), rate)
   jitted = step.jitted(train_step, experiment.mesh, abstract, None)
   batch = {
-    "x0": jax.ShapeDtypeStruct((size, *experiment.source.shape), jnp.float32),
+    "x0": jax.ShapeDtypeStruct((size, *experiment.dataset.shape), jnp.float32),
     "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
   }
   everywhere = sharding.replicated(experiment.mesh)
@@ -76,12 +76,12 @@ def training_step(experiment: experiments.Experiment) -> tuple:
   return lambda current, batch: compiled(current, batch, key, None), start
 
 
-def device_batches(experiment: experiments.Experiment) -> Iterator[Any]:
+def device_batches(config, experiment: experiments.Experiment) -> Iterator[Any]:
   """Yields what the training job yields to its loop."""
-  config, over_batch = experiment.config, sharding.batch(experiment.mesh)
+  over_batch = sharding.batch(experiment.mesh)
   size = config.train.batch_size
   batches = pipeline.batches(
-    experiment.source,
+    experiment.dataset,
     seed=config.seed,
     batch_size=size,
     sigma_d=config.sigma_d,
@@ -135,8 +135,8 @@ def measure(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Returns clocks of loop and bare step of every chunk; odd ones have a save."""
   experiment = experiments.build(config)
-  train_step, start = training_step(experiment)
-  source = device_batches(experiment)
+  train_step, start = training_step(config, experiment)
+  source = device_batches(config, experiment)
   bare = start()
   for _ in range(5):
     bare, _ = train_step(bare, next(source))

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from sdiff_jax.diffusion import trigflow
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.samplers import (
   _gaussian_mixture,
   comparison,
@@ -55,13 +55,13 @@ class Data(NamedTuple):
 
 
 def trained(workdir: str) -> Data:
-  experiment, params = experiments.trained(experiments.read(workdir), workdir)
+  experiment, params = workdir_lib.trained(workdir_lib.read(workdir), workdir)
 
   def denoiser(params, x, t, cond):
     net = lambda x, t, cond: experiment.network.apply(params, x, t, cond)  # noqa: E731
-    return trigflow.denoiser(net, experiment.config.sigma_d)(x, t, cond)
+    return trigflow.denoiser(net, experiment.sigma_d)(x, t, cond)
 
-  source = experiment.source
+  source = experiment.dataset
   return Data(denoiser, params, source.shape, source.classes)
 
 

@@ -17,8 +17,8 @@ import re
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.policies import policy
 
 # float32 matrix products in FLOP/s (TF32 on the H100, 6 passes of bf16 on TPU v5e and
@@ -36,16 +36,16 @@ def main() -> None:
   parser.add_argument("run", type=pathlib.Path)
   parser.add_argument("--window", type=int, default=20)
   given = parser.parse_args()
-  config = experiments.read(str(given.run))
+  config = workdir_lib.read(str(given.run))
   config.sampler.window = given.window
-  experiment, params = experiments.trained(config, str(given.run))
+  experiment, params = workdir_lib.trained(config, str(given.run))
   rows = json.loads((given.run / "rollout" / "results.json").read_text())
   print(f"{'sampler':16} passes " + " ".join(f"{name:>12}" for name in CHIPS))
   for row in rows:
     plan = sampling.plan(config, row["sampler"])
     batch = plan.window if plan.loop else 1
     flops, size = _cost(experiment, params, batch)
-    launches = _launches(experiment, params, plan)
+    launches = _launches(config, experiment, params, plan)
     times = [
       row["passes"] * (max(flops / peak, size / memory) + launches * launch)
       for peak, memory, launch in CHIPS.values()
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _cost(experiment, params, batch: int) -> tuple[float, float]:
   """Returns FLOPs of a call of the network, and bytes of its parameters and inputs."""
-  source = experiment.source
+  source = experiment.dataset
   x = jnp.zeros((batch, *source.shape), jnp.float32)
   cond = {"observation": jnp.zeros((batch, source.observation), jnp.float32)}
   call = jax.jit(experiment.network.apply).lower(params, x, jnp.ones(batch), cond)
@@ -68,9 +68,9 @@ def _cost(experiment, params, batch: int) -> tuple[float, float]:
   )
 
 
-def _launches(experiment, params, plan) -> int:
+def _launches(config, experiment, params, plan) -> int:
   """Returns the instructions of the loop's body, or of all of it without a loop."""
-  act = policy.Policy(experiment, params, plan)
+  act = policy.Policy(config, experiment, params, plan)
   text = act._call.as_text()
   blocks = re.split(r"\n\n", text)
   counts = [len(KERNELS.findall(b)) for b in blocks if not b.startswith("%fused")]

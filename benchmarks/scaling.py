@@ -61,7 +61,9 @@ def say(text: str) -> None:
 def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
   """Returns operations of a step of a batch of 8 for each image, and parameters."""
   file = f"configs/imagenet512_{kind}.py:{size}"
-  config = experiments.load(file, f"run this in the repository, which has {file}")
+  config = experiments.load_config(
+    file, f"run this in the repository, which has {file}"
+  )
   config.train.batch_size = 8
   config.model.dtype = "bfloat16"
   if not guidance:

@@ -46,7 +46,6 @@ from sdiff_jax import config as configs
 from sdiff_jax.capacity import chips
 from sdiff_jax.distributed import processes
 from sdiff_jax.experiment import variants
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.types import UserError
 
 JOBS = (
@@ -76,6 +75,8 @@ FIRST = ("train", "convert", "generate", "encode", "study", "rehearse")
 
 def main(argv: list[str]) -> None:
   """Runs the job; exits with 2 and one line on a mistake of the user's."""
+  from sdiff_jax.experiment import workdir as workdir_lib  # slow to import
+
   try:
     if len(argv) > 1:
       raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     if config is None and name in FIRST:
       raise UserError("--config is missing: name a file of configs/")
     if config is None and name != "report":
-      config = importlib.import_module("sdiff_jax.experiment.build").read(workdir)
+      config = workdir_lib.read(workdir)
     if config is not None:
       configs.validate(config)
     _cache_compilations()

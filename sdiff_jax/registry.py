@@ -142,4 +142,6 @@ def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> 
   try:
     return function(**given, **options)
   except ValueError as error:
-    raise UserError(f"{label}.{error}" if label else str(error)) from error
+    # Some pieces still put the name of their section before the argument themselves.
+    text = str(error).removeprefix(label.rpartition(".")[2] + ".") if label else ""
+    raise UserError(f"{label}.{text}" if label else str(error)) from error

@@ -59,15 +59,15 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   network = built.network
   of_teacher = c.copy_and_resolve_references()
   of_teacher.model.update({k: False for k in c.model if k == "guidance"})
-  teacher = build.network(of_teacher, built.source)
+  teacher = build.network(of_teacher, built.dataset)
   loss = objective.loss(c, network, teacher)
   params, frozen = (
     jax.eval_shape(net.init, jax.random.key(0)) for net in (network, teacher)
   )
   size = 4
   batch = {
-    "x0": jax.ShapeDtypeStruct((size, *built.source.shape), jnp.float32),
-    "cond": pipeline.conditions(built.source, size),
+    "x0": jax.ShapeDtypeStruct((size, *built.dataset.shape), jnp.float32),
+    "cond": pipeline.conditions(built.dataset, size),
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
   frozen = frozen if c.loss.name == "scm" else None

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sdiff_jax.experiment import build, objective
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
 
@@ -80,7 +81,7 @@ def teacher(cache, tmp_path_factory) -> pathlib.Path:
 
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
-  built = build.build(build.read(str(workdir)))
+  built = build.build(workdir_lib.read(str(workdir)))
   _, optimizer, _ = objective.optimisation(built.config)
   profiles = tuple(built.config.ema.profiles)
 
@@ -89,7 +90,7 @@ def weights(workdir: pathlib.Path) -> state.TrainState:
 
   abstract = jax.eval_shape(create, jax.random.key(0))
   with checkpoints_lib.Checkpoints(str(workdir)) as checkpoints:
-    return checkpoints.restore(build.abstract_with_sharding(abstract, built.mesh))
+    return checkpoints.restore(workdir_lib.abstract_with_sharding(abstract, built.mesh))
 
 
 def test_help_teaches():

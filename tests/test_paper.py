@@ -230,12 +230,12 @@ def test_two_steps(name):
     frozen = random_params(build.build(of_teacher).network, 1, "float32")
     assert jax.tree.structure(frozen) != jax.tree.structure(params)  # guidance
   rate, optimizer, betas = objective.optimisation(c)
-  teacher = build.network(of_teacher, built.source) if frozen else None
+  teacher = build.network(of_teacher, built.dataset) if frozen else None
   loss = objective.loss(c, net, teacher)
   run = jax.jit(
     step.build(loss, optimizer, betas, rate, net.normalize, c.train.loss_scale)
   )
-  images, cond = built.source.take(np.arange(4))
+  images, cond = built.dataset.take(np.arange(4))
   batch = {"x0": jnp.asarray(images / 255, jnp.float32), "cond": cond}
   before = current = state.create(params, optimizer, c.ema.profiles)
   for _ in range(2):

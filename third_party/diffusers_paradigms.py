@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.samplers import paradigms, sequential, solvers
 
 HALF = pathlib.Path(__file__).with_name("diffusers_half.py")
@@ -79,9 +79,9 @@ def main() -> None:
   parser.add_argument("--torch", required=True, help="a Python that has diffusers")
   parser.add_argument("--workdir", default="runs/demo/seed0/teacher")
   args = parser.parse_args()
-  config = experiments.read(args.workdir)
-  experiment, params = experiments.trained(config, args.workdir)
-  shape = experiment.source.shape
+  config = workdir_lib.read(args.workdir)
+  experiment, params = workdir_lib.trained(config, args.workdir)
+  shape = experiment.dataset.shape
 
   def net(x, t, cond):
     return experiment.network.apply(params, x, t, cond)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.policies import policy
 
 HALF = pathlib.Path(__file__).with_name("torch_policy_half.py")
@@ -57,11 +57,11 @@ def main() -> None:
 
 def _export(workdir: str, path: str) -> None:
   """Writes the network's parameters, inputs and what it makes of them."""
-  experiment, params = experiments.trained(experiments.read(workdir), workdir)
+  experiment, params = workdir_lib.trained(workdir_lib.read(workdir), workdir)
   random = np.random.default_rng(0)
-  x = random.standard_normal((4, *experiment.source.shape), np.float32)
+  x = random.standard_normal((4, *experiment.dataset.shape), np.float32)
   t = np.linspace(0.1, 1.5, 4, dtype=np.float32)
-  seen = random.standard_normal((4, experiment.source.observation), np.float32)
+  seen = random.standard_normal((4, experiment.dataset.observation), np.float32)
   F = experiment.network.apply(params, x, jnp.asarray(t), {"observation": seen})
   leaves = jax.tree.leaves_with_path(params["net"])
   arrays = {"/".join(k.key for k in path): np.asarray(v) for path, v in leaves}

@@ -17,6 +17,7 @@ from sdiff_jax.data.pipeline import Dataset
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling, text_to_image
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import sampler
 from sdiff_jax.training import flops as flops_lib
@@ -78,10 +79,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   if config.job == "generate":
     return generated(config, mesh)
   config, source = experiments.for_flop_count(config), source_of(config)
-  network = experiments.network(config, source)
-  experiment = experiments.Experiment(config, source, network, mesh)
+  experiment = experiments.Experiment(
+    source,
+    experiments.network(config, source),
+    mesh,
+    config.sigma_d,
+    bool(config.model.get("guidance", False)),
+  )
   kind = {"train": training, "sample": sampled}[config.rehearse.program]
-  return kind(experiment)
+  return kind(config, experiment)
 
 
 def source_of(config: ml_collections.ConfigDict) -> Dataset:
@@ -94,9 +100,11 @@ def source_of(config: ml_collections.ConfigDict) -> Dataset:
   )
 
 
-def training(experiment: experiments.Experiment) -> Program:
+def training(
+  config: ml_collections.ConfigDict, experiment: experiments.Experiment
+) -> Program:
   """Returns the step of training."""
-  config, source, network, mesh, _ = experiment
+  source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   size = config.train.batch_size
   parts = config.train.grad_accum_steps
   sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
@@ -132,9 +140,11 @@ def training(experiment: experiments.Experiment) -> Program:
   )
 
 
-def sampled(experiment: experiments.Experiment) -> Program:
+def sampled(
+  config: ml_collections.ConfigDict, experiment: experiments.Experiment
+) -> Program:
   """Returns a batch of samples, whose loop is counted once: an evaluation or a pass."""
-  config, source, network, mesh, _ = experiment
+  source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   size = config.sample.batch_size
   over = sharding.samples(mesh)
   sharding.check_batch(size, over, "sample.batch_size")
@@ -147,7 +157,7 @@ def sampled(experiment: experiments.Experiment) -> Program:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params
   )
   row = jax.ShapeDtypeStruct((size,), jnp.int32)
-  call = sampling.sampler(experiment, chosen)
+  call = sampling.sampler(config, experiment, chosen)
   rows = size * max(chosen.window, 1)
 
   def flops(remat: bool) -> float:
@@ -157,7 +167,8 @@ def sampled(experiment: experiments.Experiment) -> Program:
     label = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def denoise(params: Params, x: Any, t: Any, label: Any) -> Any:
-      return sampling.denoiser(experiment, params)(x, t, {"label": label})
+      net = sampling.denoiser(experiment, params, config.sample.guidance)
+      return net(x, t, {"label": label})
 
     return flops_lib.count_flops(denoise, params, x, t, label)
 
@@ -247,8 +258,8 @@ def _teacher_config(
   if not workdir and not experiments.takes_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
-    return experiments.for_flop_count(experiments.read(workdir))
-  theirs = experiments.load(
+    return experiments.for_flop_count(workdir_lib.read(workdir))
+  theirs = experiments.load_config(
     file, f"config.teacher.config={file!r}: no such file, and no run there"
   )
   if "dtype" in theirs.model and "dtype" in config.model:

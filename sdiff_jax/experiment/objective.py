@@ -11,6 +11,7 @@ import ml_collections
 from sdiff_jax import registry
 from sdiff_jax.data import normalizer, pipeline
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import ema, optimizers, state, step
 from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.types import LossFn, Network, Params, UserError
@@ -67,13 +68,14 @@ def optimisation(config: ml_collections.ConfigDict) -> tuple:
   return rate, optimizers.build(rate, **moments), betas
 
 
-def teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params]:
+def teacher(
+  config: ml_collections.ConfigDict, experiment: experiments.Experiment
+) -> tuple[Network | None, Params]:
   """Returns the teacher's network and averaged parameters, None where there is none.
 
   Raises:
     UserError: the objective needs one and there is none, or one of other data.
   """
-  config = experiment.config
   workdir, file = config.teacher.workdir, config.teacher.config
   if not workdir:
     if not experiments.takes_teacher(config):
@@ -85,20 +87,20 @@ def teacher(experiment: experiments.Experiment) -> tuple[Network | None, Params]
   command = _command(file, workdir)
   if not os.path.exists(os.path.join(workdir, "config.json")):
     raise UserError(f"config.teacher.workdir={workdir}: no run there; first: {command}")
-  theirs = experiments.read(workdir)
+  theirs = workdir_lib.read(workdir)
   same_data = theirs.data.to_dict() == config.data.to_dict()
   if not same_data or theirs.sigma_d != config.sigma_d:
     raise UserError(f"config.teacher.workdir={workdir}: trained on other data")
-  scales = experiments.stored_normaliser(workdir), experiment.source.normaliser
+  scales = workdir_lib.stored_normalizer(workdir), experiment.dataset.normaliser
   if scales[0] and not normalizer.allclose(*scales):
     raise UserError(
       f"config.teacher.workdir={workdir}: its normaliser.npz is not that of the "
       f"episodes in {config.data.path}"
     )
-  network = experiments.network(theirs, experiment.source)
+  network = experiments.network(theirs, experiment.dataset)
   profile = theirs.ema.profiles[0]
-  there = experiment._replace(config=theirs, network=network)
-  return network, experiments.averages(there, workdir, command)[profile]
+  averages = workdir_lib.restore_ema(theirs, network, experiment.mesh, workdir, command)
+  return network, averages[profile]
 
 
 def _command(file: str, workdir: str) -> str:

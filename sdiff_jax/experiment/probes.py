@@ -10,8 +10,8 @@ import ml_collections
 from sdiff_jax.data import pipeline
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.losses import _velocity, scm
 from sdiff_jax.samplers import comparison, sequential
 from sdiff_jax.types import Array, Denoiser, Params
@@ -26,15 +26,16 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
   Root mean squares over a sample, their means over the first batch of training, by the
   average that is sampled from; angles and noise are the same for all runs.
   """
-  experiment, params = experiments.trained(config, workdir)
-  config, loss = experiment.config, experiment.config.loss
-  teacher, frozen = objective.teacher(experiment)
-  sigma_d = config.sigma_d
+  experiment, params = workdir_lib.trained(config, workdir)
+  stored = workdir_lib.read(workdir)
+  stored.teacher = config.teacher
+  loss, sigma_d = stored.loss, experiment.sigma_d
+  teacher, frozen = objective.teacher(stored, experiment)
   velocity_of = _velocity.velocity_target("teacher", teacher.apply, sigma_d=sigma_d)
-  size, over_batch = config.train.batch_size, sharding.batch(experiment.mesh)
+  size, over_batch = stored.train.batch_size, sharding.batch(experiment.mesh)
   sharding.check_batch(size, over_batch, "train.batch_size")
   options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
-  batches = pipeline.batches(experiment.source, seed=0, sigma_d=sigma_d, **options)
+  batches = pipeline.batches(experiment.dataset, seed=0, sigma_d=sigma_d, **options)
   batch = sharding.make_global_batch(next(batches), over_batch, size)
 
   def sizes(params: Params, frozen: Params, batch: dict) -> dict[str, Array]:
@@ -65,21 +66,23 @@ def parallel_sampling(
   For TOLERANCES at sampler.window, then for WINDOWS at sampler.tolerance; of sample.num
   images. Speculation has no tolerance, and is other samples of the same law.
   """
-  experiment, params = experiments.trained(config, workdir)
+  experiment, params = workdir_lib.trained(config, workdir)
   mesh, chosen = experiment.mesh, sampling.plan(config)
   count = config.sample.num
   sharding.check_batch(count, sharding.samples(mesh), "sample.num")
-  seeds, labels = sampling.seeds_and_labels(experiment, 0, count)
+  seeds, labels = sampling.seeds_and_labels(config, experiment, 0, count)
   keys = sequential.keys_from_seeds(seeds)
 
   def bound(params: Params) -> Denoiser:
-    return sharding.with_mesh(mesh, sampling.denoiser(experiment, params))
+    return sharding.with_mesh(
+      mesh, sampling.denoiser(experiment, params, config.sample.guidance)
+    )
 
   sweep = comparison.sweep(
     bound,
     params,
     chosen.table,
-    sequential.sample_prior(chosen.table, keys, experiment.source.shape),
+    sequential.sample_prior(chosen.table, keys, experiment.dataset.shape),
     keys,
     {"label": jnp.asarray(labels)},
     sharding=sharding.window(mesh),

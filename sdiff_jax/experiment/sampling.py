@@ -12,7 +12,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.data import pipeline
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.samplers import autotune, sequential
 from sdiff_jax.samplers import sampler as sampler_lib
@@ -51,10 +51,11 @@ def plan(config: ml_collections.ConfigDict, sampler: str | None = None) -> Sampl
   return chosen
 
 
-def denoiser(experiment: Experiment, params: Params) -> Denoiser:
-  """Returns the denoiser of the experiment's network, guided by sample.guidance."""
-  config = experiment.config
-  scale = config.sample.guidance
+def denoiser(
+  experiment: Experiment, params: Params, guidance_scale: float = 1.0
+) -> Denoiser:
+  """Returns the denoiser of the experiment's network, with classifier-free guidance."""
+  scale = guidance_scale
 
   def net(x: Array, t: Array, cond: Cond) -> Array:
     return experiment.network.apply(params, x, t, cond)
@@ -62,14 +63,16 @@ def denoiser(experiment: Experiment, params: Params) -> Denoiser:
   def with_scale(x: Array, t: Array, cond: Cond) -> Array:
     return net(x, t, cond | {"guidance": jnp.full(t.shape, scale, jnp.float32)})
 
-  if config.model.get("guidance", False):
+  if experiment.guidance_input:
     net_or_guided = with_scale
   else:
     net_or_guided = net if scale == 1 else guidance.classifier_free(net, scale)
-  return trigflow.denoiser(net_or_guided, config.sigma_d)
+  return trigflow.denoiser(net_or_guided, experiment.sigma_d)
 
 
-def sampler(experiment: Experiment, chosen: Sampler) -> Call:
+def sampler(
+  config: ml_collections.ConfigDict, experiment: Experiment, chosen: Sampler
+) -> Call:
   """Returns what makes a batch of images, jitted; its window has been chosen.
 
   Image k depends on seeds[k] and labels[k] alone, so neither the batch size nor the
@@ -79,9 +82,10 @@ def sampler(experiment: Experiment, chosen: Sampler) -> Call:
     UserError: sampler.coarse_workdir is no work directory of the same images, or the window
       does not divide over the mesh.
   """
-  source = experiment.source
+  source = experiment.dataset
   check_images(experiment)
-  coarse, coarse_params = _coarse(experiment, chosen)
+  coarse, coarse_params, coarse_scale = _coarse(config, experiment, chosen)
+  scale = config.sample.guidance
   if chosen.loop:
     sharding.check_window(chosen.window, experiment.mesh)
 
@@ -91,12 +95,12 @@ def sampler(experiment: Experiment, chosen: Sampler) -> Call:
     keys = sequential.keys_from_seeds(seeds)
     result = sampler_lib.run(
       chosen,
-      denoiser(experiment, params),
+      denoiser(experiment, params, scale),
       sequential.sample_prior(chosen.table, keys, source.shape),
       keys,
       {"label": labels},
       sharding=sharding.window(experiment.mesh),
-      coarse=denoiser(coarse, others["coarse"]) if coarse else None,
+      coarse=denoiser(coarse, others["coarse"], coarse_scale) if coarse else None,
     )
     return _decoded(experiment, others["vae"], result.x), result._replace(x=None)
 
@@ -117,9 +121,9 @@ def sampler(experiment: Experiment, chosen: Sampler) -> Call:
 
 def check_images(experiment: Experiment) -> None:
   """Raises a UserError if nothing makes images of what the network makes."""
-  if experiment.source.normaliser:
-    pipeline.check_pixels(experiment.source)
-  if experiment.source.latent and experiment.vae is None:
+  if experiment.dataset.normaliser:
+    pipeline.check_pixels(experiment.dataset)
+  if experiment.dataset.latent and experiment.vae is None:
     raise UserError(
       "config.data are latents: name the folder of their autoencoder, config.vae, "
       "which makes images of them"
@@ -129,14 +133,14 @@ def check_images(experiment: Experiment) -> None:
 def image_shape(experiment: Experiment) -> tuple[int, int, int]:
   """Returns (H, W, C) of the images that are sampled."""
   if experiment.vae is None:
-    return experiment.source.shape
-  (height, width, _), factor = experiment.source.shape, experiment.vae[0].factor
+    return experiment.dataset.shape
+  (height, width, _), factor = experiment.dataset.shape, experiment.vae[0].factor
   return height * factor, width * factor, 3
 
 
 def _decoded(experiment: Experiment, vae_params: Params, x: Array) -> Array:
   """Returns uint8 images of x0."""
-  source, sigma_d = experiment.source, experiment.config.sigma_d
+  source, sigma_d = experiment.dataset, experiment.sigma_d
   if experiment.vae is None:
     return pipeline.decode(source, x, sigma_d)
   decode = functools.partial(experiment.vae[0].decode, vae_params)
@@ -146,25 +150,29 @@ def _decoded(experiment: Experiment, vae_params: Params, x: Array) -> Array:
 
 
 def _coarse(
-  experiment: Experiment, chosen: Sampler
-) -> tuple[Experiment | None, Params]:
-  """Returns the network of parareal's sweep, if it is one of its own."""
-  workdir = experiment.config.sampler.coarse_workdir
+  config: ml_collections.ConfigDict, experiment: Experiment, chosen: Sampler
+) -> tuple[Experiment | None, Params, float]:
+  """Returns experiment, parameters and guidance of parareal's coarse network, if any."""
+  workdir = config.sampler.coarse_workdir
   if not workdir or chosen.loop != "srds":
-    return None, None
-  config = experiments.read(workdir)
-  config.mesh, config.vae = experiment.config.mesh, ""
-  coarse, params = experiments.trained(config, workdir)
-  if coarse.source.shape != experiment.source.shape:
+    return None, None, 1.0
+  stored = workdir_lib.read(workdir)
+  stored.mesh, stored.vae = config.mesh, ""
+  coarse, params = workdir_lib.trained(stored, workdir)
+  if coarse.dataset.shape != experiment.dataset.shape:
     raise UserError(
-      f"config.sampler.coarse_workdir={workdir}: makes images of {coarse.source.shape}, not of "
-      f"{experiment.source.shape}"
+      f"config.sampler.coarse_workdir={workdir}: makes images of {coarse.dataset.shape}, not of "
+      f"{experiment.dataset.shape}"
     )
-  return coarse, params
+  return coarse, params, stored.sample.guidance
 
 
 def with_window(
-  experiment: Experiment, chosen: Sampler, params: Params, batch_size: int
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  chosen: Sampler,
+  params: Params,
+  batch_size: int,
 ) -> Sampler:
   """Returns the plan with a window: its own, or one that the machine's timings say.
 
@@ -172,19 +180,20 @@ def with_window(
   """
 
   def denoise(params: Params, x: Array) -> Array:
-    shapes = pipeline.conditions(experiment.source, len(x))
+    shapes = pipeline.conditions(experiment.dataset, len(x))
     cond = {name: jnp.zeros(c.shape, c.dtype) for name, c in shapes.items()}
-    return denoiser(experiment, params)(x, jnp.ones(len(x)), cond)
+    net = denoiser(experiment, params, config.sample.guidance)
+    return net(x, jnp.ones(len(x)), cond)
 
-  shape = (batch_size, *experiment.source.shape)
+  shape = (batch_size, *experiment.dataset.shape)
   return autotune.window(chosen, experiment.mesh, denoise, params, shape)
 
 
 def seeds_and_labels(
-  experiment: Experiment, first: int, count: int
+  config: ml_collections.ConfigDict, experiment: Experiment, first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns seeds and labels of images first, first + 1, ..., int32 [count] each."""
-  sample, classes = experiment.config.sample, experiment.source.classes
+  sample, classes = config.sample, experiment.dataset.classes
   seeds = np.arange(first, first + count, dtype=np.int32) + sample.seed
   if sample.label < 0:
     return seeds, seeds % max(classes, 1)
@@ -192,41 +201,52 @@ def seeds_and_labels(
 
 
 def compiled(
-  experiment: Experiment, call: Call, params: Params, batch_size: int
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  call: Call,
+  params: Params,
+  batch_size: int,
 ) -> Call:
   """Returns the call, compiled for a batch size."""
-  seeds, labels = _inputs(experiment, 0, batch_size)
+  seeds, labels = _inputs(config, experiment, 0, batch_size)
   program = call.func.lower(*call.args, params, seeds, labels).compile()
   return functools.partial(program, *call.args)
 
 
 def _inputs(
-  experiment: Experiment, first: int, batch_size: int
+  config: ml_collections.ConfigDict, experiment: Experiment, first: int, batch_size: int
 ) -> tuple[jax.Array, ...]:
   """Returns seeds and labels [batch_size] over the devices."""
   over_samples = sharding.samples(experiment.mesh)
-  both = seeds_and_labels(experiment, first, batch_size)
+  both = seeds_and_labels(config, experiment, first, batch_size)
   return sharding.device_put_global(both, (over_samples, over_samples))
 
 
 def start_batch(
-  experiment: Experiment, call: Call, params: Params, first: int, batch_size: int
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  call: Call,
+  params: Params,
+  first: int,
+  batch_size: int,
 ) -> tuple[Array, Samples]:
   """Returns images first, first + 1, ..., and what they took, over `samples`.
 
   They are being computed still: only who reads them waits for the devices.
 
   Args:
-    experiment: gives the mesh, the first seed and the classes.
+    config: gives the first seed and the labels (config.sample).
+    experiment: gives the mesh and the classes.
     call: `sampler(...)`, or its compiled form for this batch size.
     params: parameters to sample from.
     first: image k is made from seed + k.
     batch_size: images to make.
   """
-  return call(params, *_inputs(experiment, first, batch_size))
+  return call(params, *_inputs(config, experiment, first, batch_size))
 
 
 def generate(
+  config: ml_collections.ConfigDict,
   experiment: Experiment,
   call: Call,
   params: Params,
@@ -238,7 +258,8 @@ def generate(
   """Yields batches of images uint8 [n, H, W, C], labels [n] and what they took.
 
   Args:
-    experiment: gives the mesh, the first seed and the classes.
+    config: gives the first seed and the labels (config.sample).
+    experiment: gives the mesh and the classes.
     call: `sampler(...)`, or its compiled form for this batch size.
     params: parameters to sample from.
     num: images in all.
@@ -251,17 +272,17 @@ def generate(
   mesh = experiment.mesh
   sharding.check_batch(batch_size, sharding.samples(mesh), field)
   for first in range(0, num, batch_size):
-    made = start_batch(experiment, call, params, first, batch_size)
+    made = start_batch(config, experiment, call, params, first, batch_size)
     made = jax.device_put(made, sharding.replicated(mesh))
     count = min(batch_size, num - first)
     images, result = made
     result = Samples(None, *(np.asarray(x)[:count] for x in result[1:]))
-    labels = seeds_and_labels(experiment, first, count)[1]
+    labels = seeds_and_labels(config, experiment, first, count)[1]
     yield np.asarray(images)[:count], labels, result
 
 
 def grid_size(experiment: Experiment) -> tuple[int, int]:
   """Returns the number of images and of columns of a grid of samples."""
-  columns = experiment.source.classes or ROWS
+  columns = experiment.dataset.classes or ROWS
   columns = columns if columns <= 10 else ROWS
   return ROWS * columns, columns

@@ -1,24 +1,237 @@
-"""Work directories that cannot be written: what is refused, and in which words."""
+"""Work directories: the config they hold, their checkpoints, and failed writes."""
 
 import contextlib
 import errno
 import os
+import shlex
+import sys
 from collections.abc import Iterator
+from typing import Any
 
-from sdiff_jax.training import checkpoints
-from sdiff_jax.types import UserError
+import jax
+import ml_collections
+from jax.sharding import Mesh
 
-# What the system says where there is no space or no permission to write.
+from sdiff_jax import config as configs
+from sdiff_jax.data import normalizer, pipeline, trajectories
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.io import file_io, resumable
+from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import ema, state
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import Network, Params, UserError
+
+# Sections and fields that may change between two runs in one work directory.
+RUNTIME_FIELDS = {
+  "train.log_every",
+  "train.sample_every",
+  "train.skip_nonfinite",
+  "checkpoint",
+  "mesh",
+  "sampler",
+  "sample",
+  "teacher",
+  "convert",
+  "ema.posthoc_std",
+  "encode",
+  "generate",
+  "study",
+  "job",
+  "vae",
+  "model.remat",
+  "plugins",
+  "rehearse",
+  "demos",
+}
+JOB_SECTIONS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
+RUNTIME_FIELDS |= {*JOB_SECTIONS}
+NORMALIZER = (
+  "normaliser.npz"  # the name of earlier versions, for their work directories
+)
+# Error numbers of a full disk, and of a path that this user may not write.
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_ACCESS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
-def check_writable(workdir: str) -> None:
-  """Refuses a work directory that cannot be made or written, and makes nothing.
+def save_or_check_config(
+  config: ml_collections.ConfigDict, workdir: str, dataset: pipeline.Dataset
+) -> None:
+  """Writes config.json and command.txt, or checks that the stored config is the same.
+
+  The normalizer of a data set of trajectories is stored as well, so that a policy can
+  be used without its data.
 
   Raises:
-    UserError: it names the directory that is in the way.
+    UserError: the directory holds another experiment; the message lists the fields
+      that differ.
+  """
+  path = os.path.join(workdir, "config.json")
+  if os.path.exists(path):
+    stored, current = (_identity(c.to_dict()) for c in (read(workdir), config))
+    if different := resumable.differences(stored, current):
+      raise UserError(
+        f"{workdir} holds another experiment: {', '.join(different)}; use another "
+        "--workdir, or the same values"
+      )
+  if jax.process_index() == 0:
+    os.makedirs(workdir, exist_ok=True)
+    file_io.write_json(path, _with_absolute_teacher(config.to_dict()))
+    command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
+    file_io.write_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
+    if dataset.normaliser:
+      normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normaliser)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields that identify an experiment, flat: all but RUNTIME_FIELDS."""
+  return {
+    name: value
+    for name, value in resumable.flatten(config).items()
+    if not {name, name.partition(".")[0]} & RUNTIME_FIELDS
+  }
+
+
+def _with_absolute_teacher(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config with an absolute path of the teacher's work directory."""
+  teacher = config["teacher"]["workdir"]
+  if teacher:
+    config["teacher"]["workdir"] = os.path.abspath(teacher)
+  return config
+
+
+def read(workdir: str) -> ml_collections.ConfigDict:
+  """Returns the config that a work directory was trained with.
+
+  Fields that the stored config lacks get their defaults, and fields that were renamed
+  their present names.
+
+  Raises:
+    UserError: there is no config, or it is damaged.
+  """
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise UserError(f"{path} does not exist: train into {workdir} first (--job=train)")
+  stored = configs.with_new_names(_with_tuples(file_io.read_json(path)))
+  config = configs.base(tuple(stored.get("plugins", ())))
+  for section in configs.PIECES.keys() & stored.keys():
+    config[section] = ml_collections.ConfigDict(stored[section])
+  config.update(stored)
+  return config
+
+
+def _with_tuples(value: Any) -> Any:
+  """Returns a value read from JSON with tuples instead of lists."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
+def restore_ema(
+  config: ml_collections.ConfigDict,
+  network: Network,
+  mesh: Mesh,
+  workdir: str,
+  how_to_train: str,
+  step: int = 0,
+) -> dict[str, Params]:
+  """Returns the averaged parameters of a checkpoint, by EMA profile.
+
+  Args:
+    config: of the run.
+    network: of the run.
+    mesh: of the devices that get the parameters.
+    workdir: of the run.
+    how_to_train: end of the error message.
+    step: of the checkpoint; 0 for the newest.
+
+  Raises:
+    UserError: there is no such checkpoint.
+  """
+  params = jax.eval_shape(
+    lambda key: experiments.init_extra_params(config, network.init(key)),
+    jax.random.key(0),
+  )
+  abstract = {profile: params for profile in config.ema.profiles}
+  with Checkpoints(workdir) as checkpoints:
+    averages = checkpoints.restore_ema(abstract_with_sharding(abstract, mesh), step)
+  if averages is None and step:
+    raise UserError(f"config.sample.checkpoint={step}: {workdir} has none of that step")
+  if averages is None:
+    raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
+  return averages
+
+
+def abstract_with_sharding(abstract: state.TrainState, mesh: Mesh) -> state.TrainState:
+  """Returns abstract arrays with the sharding of a state on the mesh."""
+
+  def with_sharding(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> object:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+  return jax.tree.map(with_sharding, abstract, sharding.state(abstract, mesh))
+
+
+def stored_normalizer(workdir: str) -> normalizer.Normalizer | None:
+  """Returns the normalizer of a policy's work directory, None of any other."""
+  path = os.path.join(workdir, NORMALIZER)
+  return normalizer.load(path) if os.path.exists(path) else None
+
+
+def stored_experiment(
+  stored: ml_collections.ConfigDict, config: ml_collections.ConfigDict, workdir: str
+) -> Experiment:
+  """Returns the experiment of a work directory, on the devices of `config`.
+
+  Of trajectories the stored normalizer suffices; the data are not read.
+
+  Args:
+    stored: the config in the work directory (`read`).
+    config: gives the mesh and the autoencoder.
+    workdir: the work directory.
+
+  Raises:
+    UserError: a piece refuses its fields.
+  """
+  stored = stored.copy_and_resolve_references()
+  stored.mesh, stored.vae = config.mesh, config.vae
+  statistics = stored_normalizer(workdir)
+  if statistics is None:
+    return experiments.build(stored)
+  return experiments.from_dataset(stored, trajectories.metadata_only(statistics))
+
+
+def trained(
+  config: ml_collections.ConfigDict, workdir: str
+) -> tuple[Experiment, Params]:
+  """Returns the experiment of a trained work directory and its averaged parameters.
+
+  Data, model and loss are those of the stored config; `config` gives the mesh, the
+  autoencoder and the step of the checkpoint (sample.checkpoint).
+
+  Raises:
+    UserError: the work directory has no config or no checkpoint.
+  """
+  stored = read(workdir)
+  experiment = stored_experiment(stored, config, workdir)
+  ema.betas(stored.ema.profiles, 1)
+  averages = restore_ema(
+    stored,
+    experiment.network,
+    experiment.mesh,
+    workdir,
+    "the same command with --job=train",
+    config.sample.checkpoint,
+  )
+  return experiment, averages[stored.ema.profiles[0]]
+
+
+def check_writable(workdir: str) -> None:
+  """Checks that a work directory can be created and written; creates nothing.
+
+  Raises:
+    UserError: the message names the directory that is in the way.
   """
   folder = workdir
   while not os.path.lexists(folder):
@@ -26,26 +239,26 @@ def check_writable(workdir: str) -> None:
   if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
     raise UserError(
       f"--workdir={workdir}: {folder} is not a directory that this user may write; "
-      "take another --workdir, or change its permissions"
+      "use another --workdir, or change its permissions"
     )
 
 
 @contextlib.contextmanager
 def errors(workdir: str) -> Iterator[None]:
-  """Makes a UserError of a full disk or a missing permission.
+  """Turns the OSError of a full disk or a missing permission into a UserError.
 
   Raises:
-    UserError: names what could not be written and what is safe.
+    UserError: the message names the file and the last good checkpoint.
   """
   try:
     yield
   except OSError as error:
     if error.errno not in NO_SPACE | NO_ACCESS:
       raise
-    step = checkpoints.newest(workdir)
+    step = checkpoints_lib.newest(workdir)
     safe = "" if step is None else f"; the last good checkpoint is that of step {step}"
-    remedy = "make space" if error.errno in NO_SPACE else "change the permissions"
+    remedy = "free space" if error.errno in NO_SPACE else "change the permissions"
     raise UserError(
-      f"{error.filename or workdir}: {error.strerror}{safe}; {remedy}, then the same "
-      "command goes on"
+      f"{error.filename or workdir}: {error.strerror}{safe}; {remedy}, then repeat the "
+      "command to resume"
     ) from error

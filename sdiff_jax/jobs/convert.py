@@ -11,6 +11,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import trajectories
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import policies, state_dict
 from sdiff_jax.training import checkpoints as checkpoints_lib
@@ -31,12 +32,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     raise UserError("config.convert.file is empty: name the file of the weights")
   check_empty(workdir)
   if config.data.name == "trajectories":
-    experiment, params = _policy(config)
+    config, experiment, params = _policy(config)
   else:
     experiment = experiments.build(config)
     like = jax.eval_shape(experiment.network.init, jax.random.key(0))
     params = _params(config, like)
-  write(experiment, workdir, params)
+  write(config, experiment, workdir, params)
   count = sum(x.size for x in jax.tree.leaves(params["net"]))
   return f"converted {count} parameters of {config.convert.file}: {workdir}"
 
@@ -47,20 +48,24 @@ def check_empty(workdir: str) -> None:
     raise UserError(f"{workdir} has checkpoints already; take another --workdir")
 
 
-def write(experiment: experiments.Experiment, workdir: str, params: Params) -> None:
+def write(
+  config: ml_collections.ConfigDict,
+  experiment: experiments.Experiment,
+  workdir: str,
+  params: Params,
+) -> None:
   """Writes a work directory as a run of `experiment` that starts from `params`.
 
   What samples, measures, distils or goes on training takes it for a run's.
   """
-  config = experiment.config
   _, optimizer, _ = objective.optimisation(config)
-  experiments.save_or_check_config(config, workdir, experiment.source)
+  workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
 
   def create(params: Params) -> state.TrainState:
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
   abstract = jax.eval_shape(create, params)
-  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
+  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, placed)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.check_disk(abstract, [0])
@@ -82,8 +87,10 @@ def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
   return reader(state_dict.read(config.convert.file), like, **fields)
 
 
-def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, Params]:
-  """Returns the experiment that a policy is of, with its own sizes and scales.
+def _policy(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, experiments.Experiment, Params]:
+  """Returns config, experiment and parameters of a policy, with its own sizes.
 
   Raises:
     UserError: its process is not that of the U-Net's `ddpm`.
@@ -108,4 +115,4 @@ def _policy(config: ml_collections.ConfigDict) -> tuple[experiments.Experiment, 
   source = trajectories.metadata_only(policy.normaliser)
   experiment = experiments.from_dataset(config, source)
   fresh = jax.jit(experiment.network.init)(jax.random.key(0))
-  return experiment, {"net": policy.params, "logvar": fresh["logvar"]}
+  return config, experiment, {"net": policy.params, "logvar": fresh["logvar"]}

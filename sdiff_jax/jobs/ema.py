@@ -11,6 +11,7 @@ import numpy as np
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema
@@ -27,7 +28,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: config.ema.posthoc_std is no power profile, or the run stored none.
   """
   kind, sigma_rel = configs.name_and_number(config.ema.posthoc_std, "ema.posthoc_std")
-  chosen = experiments.read(workdir)
+  chosen = workdir_lib.read(workdir)
   powers = [p for p in chosen.ema.profiles if p.startswith("power/")]
   if kind != "power" or not powers:
     raise UserError(
@@ -55,9 +56,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   folder = os.path.join(workdir, "posthoc", name)
   convert.check_empty(folder)
   w = np.float32(w).reshape(len(steps), len(powers))
-  total = _combined(experiment, workdir, steps, powers, w)
+  total = _combined(chosen, experiment, workdir, steps, powers, w)
   chosen.ema.profiles = (config.ema.posthoc_std,)
-  convert.write(experiment, folder, total)
+  convert.write(chosen, experiment, folder, total)
   cost = os.path.join(workdir, "training.json")
   if jax.process_index() == 0 and os.path.exists(cost):
     shutil.copy(cost, folder)
@@ -65,6 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def _combined(
+  config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
   workdir: str,
   steps: list[int],
@@ -74,7 +76,9 @@ def _combined(
   """Returns the sum of averages times w [steps, profiles], a step at a time."""
   total = None
   for step, weights in zip(steps, w, strict=True):
-    found = experiments.averages(experiment, workdir, "--job=train", step)
+    found = workdir_lib.restore_ema(
+      config, experiment.network, experiment.mesh, workdir, "--job=train", step
+    )
 
     def mix(*parts: Array, weights: np.ndarray = weights) -> Array:
       return sum(k * x for k, x in zip(weights, parts, strict=True))

@@ -21,8 +21,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.data import latents, pipeline
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build as experiments
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, resumable
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Array, Params, UserError
@@ -99,7 +98,7 @@ def _claim(workdir: str, about: dict[str, Any]) -> None:
         there = configs.flat(json.load(file))
     except (ValueError, AttributeError) as error:
       raise UserError(f"{path} is damaged ({error}); take another --workdir") from None
-    differ = experiments.differences(there, configs.flat(about))
+    differ = resumable.differences(there, configs.flat(about))
     if differ:
       raise UserError(
         f"{workdir} holds other latents: {', '.join(differ)}; take another --workdir, "

@@ -14,6 +14,7 @@ import tqdm
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import image_io
 from sdiff_jax.metrics import baselines, streaming
 from sdiff_jax.reports import runs
@@ -78,18 +79,20 @@ def _trained(
   config: ml_collections.ConfigDict, workdir: str, folder: str
 ) -> list[dict[str, Any]]:
   """Returns the rows of a trained work directory, and writes their grids."""
-  experiment, params = experiments.trained(config, workdir)
+  experiment, params = workdir_lib.trained(config, workdir)
   samplers = [(s, sampling.plan(config, s)) for s in config.evaluate.samplers]
-  config = experiment.config
-  real, shape = evaluation.real(config), experiment.source.shape
+  stored = workdir_lib.read(workdir)
+  config = config.copy_and_resolve_references()
+  config.data = stored.data
+  real, shape = evaluation.real(config), experiment.dataset.shape
   meter = evaluation.metric_fn(config, experiment.mesh, real, shape)
-  rows = _baselines(experiment, meter) if config.evaluate.baselines else []
-  model, share = runs.title(config.loss.to_dict()), _compute(workdir, config)
+  rows = _baselines(config, experiment, meter) if config.evaluate.baselines else []
+  model, share = runs.title(stored.loss.to_dict()), _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
     for i, (name, chosen) in enumerate(bar):
-      measured, images = _sample(experiment, chosen, params, meter)
+      measured, images = _sample(config, experiment, chosen, params, meter)
       grid = name.replace("/", "-") + ".png"
       _, columns = sampling.grid_size(experiment)
       if jax.process_index() == 0:
@@ -111,14 +114,16 @@ def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Any]:
 
 
 def _baselines(
-  experiment: experiments.Experiment, meter: evaluation.MetricFn
+  config: ml_collections.ConfigDict,
+  experiment: experiments.Experiment,
+  meter: evaluation.MetricFn,
 ) -> list[dict]:
   """Returns the rows of training images and of a Gaussian for each class.
 
   Where the reference is the training images, one half of them is compared with the
   other instead.
   """
-  config, source = experiment.config, experiment.source
+  source = experiment.dataset
   pipeline.check_pixels(source)
   num = config.evaluate.num
   images, cond = source.take(np.arange(source.size))
@@ -143,6 +148,7 @@ def _baselines(
 
 
 def _sample(
+  config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
   chosen: Sampler,
   params: Params,
@@ -153,12 +159,14 @@ def _sample(
   The time is that of the sampler alone, without compilation. Images are measured batch
   by batch and dropped.
   """
-  num, batch_size = (experiment.config.evaluate[k] for k in ("num", "batch_size"))
+  num, batch_size = (config.evaluate[k] for k in ("num", "batch_size"))
   first, results, seconds = [], [], []
   shown, _ = sampling.grid_size(experiment)
 
   def batches() -> Iterator[streaming.Images]:
-    for images, result, took in _timed(experiment, chosen, params, num, batch_size):
+    for images, result, took in _timed(
+      config, experiment, chosen, params, num, batch_size
+    ):
       seconds.append(took)
       results.append(result)
       first.extend(images[: max(shown - len(first), 0)])
@@ -169,15 +177,16 @@ def _sample(
   for name in ("passes", "evaluations"):
     values = np.concatenate([getattr(result, name) for result in results])
     measured[name] = float(values.mean())
-  if experiment.config.evaluate.latency:
+  if config.evaluate.latency:
     mesh = experiment.mesh
     each = mesh.size // mesh.shape["window"]  # an image on every device that has some
-    timed = _timed(experiment, chosen, params, ALONE * each, each)
+    timed = _timed(config, experiment, chosen, params, ALONE * each, each)
     measured["latency"] = float(np.median([took for _, _, took in timed]))
   return measured, np.stack(first)
 
 
 def _timed(
+  config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
   chosen: Sampler,
   params: Params,
@@ -186,10 +195,10 @@ def _timed(
 ) -> Iterator[tuple[np.ndarray, Samples, float]]:
   """Yields images, what they took, and the seconds, batch by batch, once compiled."""
   settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
-  chosen = sampling.with_window(experiment, chosen, params, batch_size)
-  call = sampling.sampler(experiment, chosen)
-  next(sampling.generate(experiment, call, params, **settings))
-  made = sampling.generate(experiment, call, params, **settings)
+  chosen = sampling.with_window(config, experiment, chosen, params, batch_size)
+  call = sampling.sampler(config, experiment, chosen)
+  next(sampling.generate(config, experiment, call, params, **settings))
+  made = sampling.generate(config, experiment, call, params, **settings)
   begin = time.perf_counter()
   for images, _, result in made:
     yield images, result, time.perf_counter() - begin
@@ -198,7 +207,7 @@ def _timed(
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:
   """Returns the run's training operations so far as a share of its teacher's."""
-  teacher = experiments.read(workdir).teacher.workdir or workdir
+  teacher = workdir_lib.read(workdir).teacher.workdir or workdir
   paths = [os.path.join(d, "training.json") for d in (workdir, teacher)]
   if not all(map(os.path.exists, paths)):
     return None

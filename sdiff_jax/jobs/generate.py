@@ -22,9 +22,8 @@ from jax.sharding import Mesh
 from sdiff_jax import config as configs
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import text_to_image
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.samplers import autotune
@@ -165,7 +164,7 @@ def _there(work: PendingImages) -> list[dict[str, Any] | None]:
   for k, (found, wanted) in enumerate(zip(there, work.wanted, strict=True)):
     if found is None:
       continue
-    differ = experiments.differences({n: found.get(n) for n in wanted}, wanted)
+    differ = resumable.differences({n: found.get(n) for n in wanted}, wanted)
     if differ:
       raise UserError(
         f"{_path(work.folder, k)} was made otherwise: {', '.join(differ)}; take "

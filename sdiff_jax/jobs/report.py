@@ -5,7 +5,7 @@ import os
 
 import ml_collections
 
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.types import UserError
 
@@ -21,7 +21,7 @@ def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   runs = sorted((os.path.dirname(f) for f in found), key=os.path.getctime)
   if os.path.exists(os.path.join(workdir, "config.json")):
     runs.insert(0, workdir)
-    teacher = experiments.read(workdir).teacher.workdir
+    teacher = workdir_lib.read(workdir).teacher.workdir
     if os.path.exists(os.path.join(teacher, "config.json")):
       runs.insert(0, teacher)
   if not runs:

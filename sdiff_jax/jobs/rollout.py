@@ -10,8 +10,8 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.policies import policy as policies
 from sdiff_jax.policies.policy import Policy
@@ -30,16 +30,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   rollout = config.rollout
   if rollout.episodes < 1 or rollout.num_timed < 1:
     raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
-  experiment, params = experiments.trained(config, workdir)
-  if experiment.source.normaliser is None:
+  experiment, params = workdir_lib.trained(config, workdir)
+  if experiment.dataset.normaliser is None:
     raise UserError(f"{workdir} holds no policy: its data are images")
   folder = os.path.join(workdir, "rollout")
   os.makedirs(folder, exist_ok=True)
   plans = {
-    name: sampling.with_window(experiment, sampling.plan(config, name), params, 1)
+    name: sampling.with_window(
+      config, experiment, sampling.plan(config, name), params, 1
+    )
     for name in rollout.samplers
   }
-  build = functools.partial(Policy, experiment, params)
+  build = functools.partial(Policy, config, experiment, params)
+  model = runs.title(workdir_lib.read(workdir).loss.to_dict())
   path = os.path.join(folder, "results.json")
   envs = [env.make() for _ in range(rollout.episodes)]
   rows, histories = [], []
@@ -48,7 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
     made = _episodes(rollout, act, envs, name, film)
     histories.append(made.histories)
-    rows.append(_row(runs.title(experiment.config.loss.to_dict()), name, made))
+    rows.append(_row(model, name, made))
     rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
     file_io.write_text(path, json.dumps(rows, indent=2))  # times are to come
   seconds = _seconds(

@@ -24,7 +24,8 @@ from sdiff_jax import config as configs
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.samplers import autotune
 from sdiff_jax.samplers._sliding_window import Samples
 from sdiff_jax.samplers.sampler import Sampler
@@ -41,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field does not fit, or the parts there are of other images.
   """
   settings = _settings(config, workdir)
-  experiment, params = experiments.trained(config, workdir)
+  experiment, params = workdir_lib.trained(config, workdir)
   size = config.sample.batch_size
   over_samples = sharding.samples(experiment.mesh)
   sharding.check_batch(size, over_samples, "sample.batch_size")
@@ -49,16 +50,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   chosen = sampling.plan(config)
   if chosen.loop and not chosen.window and _parts(folder):
     chosen = chosen._replace(window=_read(folder).get("window", 0))  # go on with that
-  chosen = sampling.with_window(experiment, chosen, params, size)
-  call = sampling.sampler(experiment, chosen)
-  call = sampling.compiled(experiment, call, params, size)
+  chosen = sampling.with_window(config, experiment, chosen, params, size)
+  call = sampling.sampler(config, experiment, chosen)
+  call = sampling.compiled(config, experiment, call, params, size)
   _claim(folder, settings | {"window": chosen.window})
-  took = _make_parts(folder, experiment, call, params)
+  took = _make_parts(config, folder, experiment, call, params)
   path = os.path.join(workdir, "samples.npz")
   if jax.process_index() == 0:
-    took += _finish(folder, path, experiment, chosen)
+    took += _finish(config, folder, path, experiment, chosen)
   if config.sample.compare_sequential:
-    _compare(experiment, chosen, call, params)
+    _compare(config, experiment, chosen, call, params)
   return f"made {config.sample.num} images ({took}): {path}"
 
 
@@ -80,7 +81,7 @@ def _claim(folder: str, settings: dict[str, Any]) -> None:
   """Writes settings.json, or checks that the parts there were made with the same."""
   os.makedirs(folder, exist_ok=True)
   if _parts(folder):
-    differ = experiments.differences(_read(folder), settings)
+    differ = resumable.differences(_read(folder), settings)
     if differ:
       raise UserError(
         f"{folder} holds parts of other samples: {', '.join(differ)}; remove it, or "
@@ -101,20 +102,24 @@ def _parts(folder: str) -> list[str]:
 
 
 def _make_parts(
-  folder: str, experiment: experiments.Experiment, call: sampling.Call, params: Params
+  config: ml_collections.ConfigDict,
+  folder: str,
+  experiment: experiments.Experiment,
+  call: sampling.Call,
+  params: Params,
 ) -> str:
   """Makes the batches that are missing, and waits for the other processes' parts.
 
   Returns:
     Their rate, for the last line; "" if none was missing.
   """
-  num, size = experiment.config.sample.num, experiment.config.sample.batch_size
-  missing, quiet = _missing(folder, experiment), jax.process_index() > 0
+  num, size = config.sample.num, config.sample.batch_size
+  missing, quiet = _missing(config, folder, experiment), jax.process_index() > 0
   done = num - sum(min(size, num - first) for first in missing)
   if done and not quiet:
     print(f"going on: {done} of {num} images are there", file=sys.stderr)
   batches = (
-    (first, *sampling.start_batch(experiment, call, params, first, size))
+    (first, *sampling.start_batch(config, experiment, call, params, first, size))
     for first in missing
   )
   with tqdm.tqdm(
@@ -130,9 +135,11 @@ def _make_parts(
   return f"{len(missing) * size / seconds:.4g} images/s, " if missing else ""
 
 
-def _missing(folder: str, experiment: experiments.Experiment) -> list[int]:
+def _missing(
+  config: ml_collections.ConfigDict, folder: str, experiment: experiments.Experiment
+) -> list[int]:
   """Returns the first image of each batch to make, the same on every process."""
-  num, size = experiment.config.sample.num, experiment.config.sample.batch_size
+  num, size = config.sample.num, config.sample.batch_size
   firsts = range(0, num, size)
   there = np.ones(len(firsts), bool)
   if jax.process_index() == 0:
@@ -205,18 +212,22 @@ def _collect(folder: str, num: int, shape: tuple[int, ...]) -> PartsOnDisk:
 
 
 def _finish(
-  folder: str, path: str, experiment: experiments.Experiment, chosen: Sampler
+  config: ml_collections.ConfigDict,
+  folder: str,
+  path: str,
+  experiment: experiments.Experiment,
+  chosen: Sampler,
 ) -> str:
   """Writes samples.npz and samples.png from the parts, and removes them.
 
   Returns:
     What the images took, for the last line.
   """
-  sample = experiment.config.sample
+  sample = config.sample
   found = _collect(folder, sample.num, sampling.image_shape(experiment))
   if not found.there.all():
     raise UserError(f"{folder} has lost parts: the same command makes them again")
-  _, labels = sampling.seeds_and_labels(experiment, 0, sample.num)
+  _, labels = sampling.seeds_and_labels(config, experiment, 0, sample.num)
   _save(path, arr_0=found.images, arr_1=labels)
   count, columns = sampling.grid_size(experiment)
   picture = image_io.grid(found.images[:count], columns)
@@ -245,18 +256,19 @@ def _took(took: dict[str, np.ndarray], chosen: Sampler) -> str:
 
 
 def _compare(
+  config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
   chosen: Sampler,
   call: sampling.Call,
   params: Params,
 ) -> None:
   """Prints the time of a batch beside the sequential sampler's, and the difference."""
-  size = experiment.config.sample.batch_size
-  alone = sampling.sampler(experiment, chosen._replace(loop=""))
-  alone = sampling.compiled(experiment, alone, params, size)
+  size = config.sample.batch_size
+  alone = sampling.sampler(config, experiment, chosen._replace(loop=""))
+  alone = sampling.compiled(config, experiment, alone, params, size)
 
   def start(each: sampling.Call) -> jax.Array:
-    return sampling.start_batch(experiment, each, params, 0, size)[0]
+    return sampling.start_batch(config, experiment, each, params, 0, size)[0]
 
   thunks = (functools.partial(start, each) for each in (call, alone))
   line = autotune.compare_with_sequential(experiment.mesh, size, *thunks)

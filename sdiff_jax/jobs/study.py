@@ -65,7 +65,7 @@ def config_of(
   entry = study["runs"][name]
   file = entry["config"]
   missing = f"config.study.runs: no file {file.partition(':')[0]} in {os.getcwd()}"
-  loaded = experiments.load(file, missing)
+  loaded = experiments.load_config(file, missing)
   loaded.seed = seed
   if entry["teacher"]:
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])

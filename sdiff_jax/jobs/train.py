@@ -13,6 +13,7 @@ from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.samplers.sampler import Sampler
 from sdiff_jax.training import loop, metric_writer, state, step
@@ -31,15 +32,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   sharding.check_batch(size, sharding.batch(experiment.mesh), "train.batch_size", parts)
   if config.train.sample_every:
     sampling.check_images(experiment)
-  _check_conditions(config, experiment.source)
+  _check_conditions(config, experiment.dataset)
   chosen = sampling.plan(config)
-  network, frozen = objective.teacher(experiment)
+  network, frozen = objective.teacher(config, experiment)
   init, train_step = objective.program(config, experiment.network, network)
-  experiments.save_or_check_config(config, workdir, experiment.source)
+  workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
   everywhere = sharding.replicated(experiment.mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = jax.eval_shape(init, key, frozen)
-  placed = experiments.abstract_with_sharding(abstract, experiment.mesh)
+  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
   jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
   kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
   with Checkpoints(workdir, **kept) as checkpoints:
@@ -53,21 +54,31 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     start = int(current.step)
     if start < config.train.steps:
       done = _fit(
-        experiment, chosen, workdir, checkpoints, jitted, current, key, frozen, start
+        config,
+        experiment,
+        chosen,
+        workdir,
+        checkpoints,
+        jitted,
+        current,
+        key,
+        frozen,
+        start,
       )
       if done < config.train.steps:
         return f"stopped at step {done}, the same command goes on: {workdir}"
     # A run that was killed after its last step has no summary yet.
     if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
       if network:  # as its operations are counted
-        theirs = experiments.for_flop_count(experiments.read(config.teacher.workdir))
-        network = experiments.network(theirs, experiment.source)
-      cost = objective.flops(config, experiment.source, network, abstract, key, frozen)
+        theirs = experiments.for_flop_count(workdir_lib.read(config.teacher.workdir))
+        network = experiments.network(theirs, experiment.dataset)
+      cost = objective.flops(config, experiment.dataset, network, abstract, key, frozen)
       _summary(config, workdir, abstract, cost)
   return f"trained {config.train.steps} steps: {workdir}"
 
 
 def _fit(
+  config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
   chosen: Sampler,
   workdir: str,
@@ -79,10 +90,10 @@ def _fit(
   start: int,
 ) -> int:
   """Runs the loop from `start`, and returns the steps taken in all."""
-  config, mesh = experiment.config, experiment.mesh
+  mesh = experiment.mesh
   over_batch, size = sharding.batch(mesh), config.train.batch_size
   batches = pipeline.batches(
-    experiment.source,
+    experiment.dataset,
     seed=config.seed,
     batch_size=size,
     sigma_d=config.sigma_d,
@@ -91,18 +102,18 @@ def _fit(
     rows=sharding.rows(over_batch, size),
   )
   on_device = (sharding.make_global_batch(batch, over_batch, size) for batch in batches)
-  shapes = objective.batch_shapes(config, experiment.source)
+  shapes = objective.batch_shapes(config, experiment.dataset)
   compiled = jitted.lower(current, shapes, key, frozen).compile()
   call = None
   if config.train.sample_every:
-    call = sampling.sampler(experiment, chosen._replace(loop=""))
+    call = sampling.sampler(config, experiment, chosen._replace(loop=""))
   profile = config.ema.profiles[0]
 
   def sample(current: state.TrainState) -> np.ndarray:
     num, columns = sampling.grid_size(experiment)
     batch_size = -(-num // mesh.size) * mesh.size
     made = sampling.generate(
-      experiment, call, current.ema[profile], num=num, batch_size=batch_size
+      config, experiment, call, current.ema[profile], num=num, batch_size=batch_size
     )
     return image_io.grid(next(made)[0], columns)
 

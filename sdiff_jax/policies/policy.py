@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 
 from sdiff_jax.data import trajectories
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.policies.pusht import observations
 from sdiff_jax.samplers import sampler as sampler_lib
@@ -38,6 +38,7 @@ class Policy:
 
   def __init__(
     self,
+    config: ml_collections.ConfigDict,
     experiment: Experiment,
     params: Params,
     plan: Sampler,
@@ -49,7 +50,8 @@ class Policy:
     """Compiles the policy.
 
     Args:
-      experiment: with its normaliser, and what the policy sees (config.demos.view).
+      config: guidance, number of actions and what the policy sees (config.demos.view).
+      experiment: with its normalizer.
       params: of the network.
       plan: the sampler, with its window chosen.
       batch_size: robots at a time.
@@ -62,26 +64,28 @@ class Policy:
         than config.rollout.n_action_steps, or a sampler that cannot stop early takes more.
     """
     fitted, count = (
-      experiment.source.normaliser,
-      experiment.config.rollout.n_action_steps,
+      experiment.dataset.normaliser,
+      config.rollout.n_action_steps,
     )
     most = fitted.shape[0] - fitted.steps + 1
     if not 1 <= count <= most:
       raise UserError(f"config.rollout.n_action_steps={count}: take 1 to {most}")
-    _check_view(experiment)
+    _check_view(config, experiment)
     self.states = fitted.steps + 1
     self._params, self._batch = params, batch_size
     if max_passes:
       plan = _bounded(plan, max_passes, f"max_passes={max_passes}")
-    self._compile(experiment, plan)
+    self._compile(config, experiment, plan)
     if seconds:
       fit = int(seconds / self.pass_seconds())
       if fit < self.max_passes:
-        self._compile(experiment, _bounded(plan, fit, f"seconds={seconds}"))
+        self._compile(config, experiment, _bounded(plan, fit, f"seconds={seconds}"))
 
-  def _compile(self, experiment: Experiment, plan: Sampler) -> None:
+  def _compile(
+    self, config: ml_collections.ConfigDict, experiment: Experiment, plan: Sampler
+  ) -> None:
     self.max_passes = plan.max_passes or plan.table.evaluations
-    act = functools.partial(_act, experiment, plan)
+    act = functools.partial(_act, config, experiment, plan)
     states = jax.ShapeDtypeStruct((self._batch, self.states, 5), jnp.float32)
     seeds = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
     self._call = jax.jit(act).lower(self._params, states, seeds).compile()
@@ -128,12 +132,12 @@ class Policy:
     return worst
 
 
-def _check_view(experiment: Experiment) -> None:
+def _check_view(config: ml_collections.ConfigDict, experiment: Experiment) -> None:
   """Raises a UserError if the network was trained on what another view shows."""
-  view = experiment.config.demos.view
+  view = config.demos.view
   state = jax.ShapeDtypeStruct((5,), jnp.float32)
   shown = jax.eval_shape(observations.FRAMES[view][0], state, state).size
-  wanted = len(experiment.source.normaliser.observation.centre)
+  wanted = len(experiment.dataset.normaliser.observation.centre)
   if shown != wanted:
     raise UserError(
       f"config.demos.view={view!r}: shows {shown} numbers of Push-T; the policy was "
@@ -153,21 +157,26 @@ def _bounded(plan: Sampler, most: int, what: str) -> Sampler:
 
 
 def _act(
-  experiment: Experiment, plan: Sampler, params: Params, states: Array, seeds: Array
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  plan: Sampler,
+  params: Params,
+  states: Array,
+  seeds: Array,
 ) -> tuple[Array, Samples]:
   """Returns actions and what they took; see Policy.many."""
-  fitted, count = experiment.source.normaliser, experiment.config.rollout.n_action_steps
-  observe, frame = observations.FRAMES[experiment.config.demos.view]
+  fitted, count = experiment.dataset.normaliser, config.rollout.n_action_steps
+  observe, frame = observations.FRAMES[config.demos.view]
   observation = observe(states[:, 1:], states[:, :-1])
   keys = sequential.keys_from_seeds(seeds)
   result = sampler_lib.run(
     plan,
-    sampling.denoiser(experiment, params),
+    sampling.denoiser(experiment, params, config.sample.guidance),
     sequential.sample_prior(plan.table, keys, fitted.shape),
     keys,
     {"observation": trajectories.observed(fitted, observation)},
   )
-  actions = trajectories.actions(fitted, result.x, experiment.config.sigma_d)
+  actions = trajectories.actions(fitted, result.x, experiment.sigma_d)
   if frame:
     actions = trajectories.out_of_frame(frame(states[:, -1]), actions)
   first = fitted.steps - 1
@@ -196,10 +205,11 @@ def load(
   Raises:
     UserError: there is no such policy, or a field does not fit.
   """
-  experiment, params = experiments.trained(config or experiments.read(workdir), workdir)
-  if experiment.source.normaliser is None:
+  config = config or workdir_lib.read(workdir)
+  experiment, params = workdir_lib.trained(config, workdir)
+  if experiment.dataset.normaliser is None:
     raise UserError(f"{workdir} holds no policy: its data are images")
-  chosen = sampling.plan(experiment.config, sampler or None)
-  chosen = sampling.with_window(experiment, chosen, params, batch_size)
+  chosen = sampling.plan(config, sampler or None)
+  chosen = sampling.with_window(config, experiment, chosen, params, batch_size)
   bounds = {"max_passes": max_passes, "seconds": seconds}
-  return Policy(experiment, params, chosen, batch_size=batch_size, **bounds)
+  return Policy(config, experiment, params, chosen, batch_size=batch_size, **bounds)

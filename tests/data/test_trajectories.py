@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sdiff_jax import config as configs
 from sdiff_jax.data import normalizer, pipeline, trajectories
 from sdiff_jax.data.episodes import kitchen, reader, robomimic
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import train
 from sdiff_jax.types import UserError
 
@@ -436,10 +436,10 @@ def test_a_policy_is_trained_and_distilled(npz, tmp_path):
   c.optim.learning_rate = 1e-12
   train.run(c, student)
   (tmp_path / "episodes.npz").unlink()
-  (one, p), (two, q) = (experiments.trained(c, d) for d in (teacher, student))
-  assert one.source.observation == 10
+  (one, p), (two, q) = (workdir_lib.trained(c, d) for d in (teacher, student))
+  assert one.dataset.observation == 10
   jax.tree.map(
-    np.testing.assert_array_equal, one.source.normaliser, two.source.normaliser
+    np.testing.assert_array_equal, one.dataset.normaliser, two.dataset.normaliser
   )
   x, t = jnp.ones((3, 4, 2)), jnp.full(3, 0.7)
   seen = jnp.asarray(RNG.normal(size=(3, 10)), jnp.float32)

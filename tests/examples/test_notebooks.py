@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax.capacity import chips
-from sdiff_jax.experiment import build
+from sdiff_jax.experiment import workdir as workdir_lib
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -136,7 +136,7 @@ def test_digits_scd(execute, tmp_path, capsys):
   out = capsys.readouterr().out
   for word in ("ddim/2", "consistency/2", "Frechet", "one half to the other"):
     assert word in out
-  trained = build.read(names["SCD"])
+  trained = workdir_lib.read(names["SCD"])
   assert trained.teacher.workdir == names["TEACHER"]
   assert trained.train.steps == 12
   (grids,) = (plt.figure(k).axes for k in plt.get_fignums())

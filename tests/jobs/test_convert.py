@@ -14,6 +14,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
 from sdiff_jax.models import unet1d
 from sdiff_jax.types import UserError
@@ -64,8 +65,8 @@ def converted(files, tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_denoiser_is_edms(converted, fixture):
-  config = experiments.read(str(converted))
-  experiment, params = experiments.trained(config, str(converted))
+  config = workdir_lib.read(str(converted))
+  experiment, params = workdir_lib.trained(config, str(converted))
   arrays, rows = fixture("edm_ddpmpp"), np.array([0, 1, 3])
   x = jnp.moveaxis(jnp.asarray(arrays["x"][rows]), 1, -1)
   t = jnp.arctan(jnp.asarray(arrays["sigma"][rows]) / config.sigma_d)
@@ -148,11 +149,11 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   config.convert.file = str(tmp_path / "policy.npz")
   workdir = str(tmp_path / "run")
   convert.run(config, workdir)
-  experiment, params = experiments.trained(config, workdir)
-  fitted = experiment.source.normaliser
+  experiment, params = workdir_lib.trained(config, workdir)
+  fitted = experiment.dataset.normaliser
   np.testing.assert_array_equal(fitted.action.centre, [0, -2])
   assert (fitted.steps, fitted.shape, fitted.std) == (2, (16, 2), 1.0)
-  assert experiment.config.model.channels == (16, 32, 48)
+  assert workdir_lib.read(workdir).model.channels == (16, 32, 48)
   abar, n = noise_schedules.alphas_cumprod("cosine", 100), 31
   t = jnp.full(4, np.arctan((1 / abar[n] - 1) ** 0.5), jnp.float32)
   cond = {"observation": jnp.asarray(arrays["global_cond"])}

@@ -14,6 +14,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.data import latents
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import encode, evaluate, sample, train
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.types import UserError
@@ -160,7 +161,7 @@ def test_from_images_to_latents_to_a_network_to_images(tmp_path):
   assert train.run(config, str(workdir)).startswith("trained 3 steps")
   with Image.open(workdir / "samples" / "grid_0000003.png") as grid:
     assert grid.size[0] > 3 * 16
-  sample.run(experiments.read(str(workdir)), str(workdir))
+  sample.run(workdir_lib.read(str(workdir)), str(workdir))
   with np.load(workdir / "samples.npz") as made:
     images, labels = made["arr_0"], made["arr_1"]
   assert (images.shape, images.dtype) == ((10, 16, 16, 3), np.uint8)
@@ -186,9 +187,9 @@ def test_an_autoencoder_decodes_what_the_network_makes(tmp_path):
   config.data, config.vae = configs.component("data", "latents", **where), str(SD2)
   experiment = experiments.build(config)
   vae, params = autoencoder()
-  moments = experiment.source.take(np.arange(8))[0]
+  moments = experiment.dataset.take(np.arange(8))[0]
   z = pipeline.sample_posterior(moments, 0, 0, np.arange(8))
-  x0 = pipeline.encode(experiment.source, z, config.sigma_d)
+  x0 = pipeline.encode(experiment.dataset, z, config.sigma_d)
   found = jax.jit(functools.partial(sampling._decoded, experiment))(params, x0)
   decoded = np.asarray(jax.jit(vae.decode)(params, z))
   wanted = np.clip(np.round(decoded * 255), 0, 255)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config as configs
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import ema, train
 from sdiff_jax.types import UserError
 
@@ -27,8 +27,8 @@ def config_of(*profiles: str):
 
 
 def weights(workdir: pathlib.Path):
-  config = experiments.read(str(workdir))
-  return experiments.trained(config, str(workdir))[1]
+  config = workdir_lib.read(str(workdir))
+  return workdir_lib.trained(config, str(workdir))[1]
 
 
 @pytest.fixture(scope="module")

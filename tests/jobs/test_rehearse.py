@@ -45,7 +45,7 @@ def teacher(tmp_path_factory) -> str:
 
 
 def config_of_file(name):
-  return experiments.load(str(ROOT / "configs" / name), "missing")
+  return experiments.load_config(str(ROOT / "configs" / name), "missing")
 
 
 def config_of(teacher):
@@ -90,7 +90,7 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   config = config_of(teacher)
   source = lowering.source_of(config)
   network = experiments.network(config, source)
-  theirs = experiments.load(config.teacher.config, "missing")
+  theirs = experiments.load_config(config.teacher.config, "missing")
   theirs = experiments.network(theirs, source)
   key = jax.random.key(0)
   frozen = jax.eval_shape(theirs.init, key)

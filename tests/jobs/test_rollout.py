@@ -11,6 +11,7 @@ from closed_forms import random_params
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import rollout
 from sdiff_jax.policies import policy
 from sdiff_jax.policies.pusht import env as env_lib
@@ -44,7 +45,7 @@ def trained(tmp_path_factory) -> str:
   c.rollout.update(samplers=("ddim/2", "paraddpm/5"), episodes=2, timed=2, filmed=1)
   workdir = str(folder / "run")
   built = experiments.build(c)
-  experiments.save_or_check_config(c, workdir, built.source)
+  workdir_lib.save_or_check_config(c, workdir, built.dataset)
   params = random_params(built.network, dtype="float32")
   with Checkpoints(workdir, keep=1) as checkpoints:
     created = state.create(params, optax.identity(), tuple(c.ema.profiles))
@@ -68,7 +69,7 @@ def short(monkeypatch):
 
 @pytest.mark.usefixtures("short")
 def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
-  config = experiments.read(trained)
+  config = workdir_lib.read(trained)
   assert rollout.run(config, trained).startswith("2 episodes by each of 2 samplers")
   folder = pathlib.Path(trained) / "rollout"
   sequential, parallel = json.loads((folder / "results.json").read_text())
@@ -148,7 +149,7 @@ def test_actions_depend_on_their_own_states_and_seed_alone(trained):
 
 
 def test_passes_are_bounded(trained):
-  config = experiments.read(trained)
+  config = workdir_lib.read(trained)
   config.sampler.tolerance = 0.0
   states = np.random.default_rng(1).uniform(100, 400, (1, 2, 5))
   bounded = policy.load(trained, sampler="paraddpm/5", max_passes=2, config=config)
@@ -171,15 +172,16 @@ def test_time_is_bounded(trained, monkeypatch):
 
 
 def test_policies_of_other_observations_are_refused(trained):
-  experiment, params = experiments.trained(experiments.read(trained), trained)
-  plan = policy.sampling.plan(experiment.config)
-  experiment.config.demos.view = "keypoints"
+  config = workdir_lib.read(trained)
+  experiment, params = workdir_lib.trained(config, trained)
+  plan = policy.sampling.plan(config)
+  config.demos.view = "keypoints"
   with pytest.raises(UserError, match="shows 20 numbers .* trained on 14"):
-    policy.Policy(experiment, params, plan)
-  experiment.config.demos.view = "block"
-  experiment.config.rollout.n_action_steps = 17
+    policy.Policy(config, experiment, params, plan)
+  config.demos.view = "block"
+  config.rollout.n_action_steps = 17
   with pytest.raises(UserError, match="config.rollout.n_action_steps=17: take 1 to 16"):
-    policy.Policy(experiment, params, plan)
+    policy.Policy(config, experiment, params, plan)
 
 
 def test_only_the_sampler_of_the_config_has_its_angles():

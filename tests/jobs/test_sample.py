@@ -20,6 +20,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import sample
 from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -33,15 +34,16 @@ PROCESS = """
 import sys, time, jax, numpy as np
 number, port, *workdirs = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-from sdiff_jax.jobs import experiment as experiments, sample, sampling
+from sdiff_jax.experiment import sampling, workdir as workdir_lib
+from sdiff_jax.jobs import sample
 write = sample._write_part
 sample._write_part = lambda *args: (time.sleep(0.3 * int(number)), write(*args))
 for workdir in workdirs:
-  config = experiments.read(workdir)
+  config = workdir_lib.read(workdir)
   sample.run(config, workdir)
-built, params = experiments.trained(config, workdir)
-call = sampling.sampler(built, sampling.plan(config))
-made = sampling.generate(built, call, params, num=12, batch_size=8)
+built, params = workdir_lib.trained(config, workdir)
+call = sampling.sampler(config, built, sampling.plan(config))
+made = sampling.generate(config, built, call, params, num=12, batch_size=8)
 np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, *_ in made]))
 """
 
@@ -69,7 +71,7 @@ def trained(tmp_path_factory):
   config.sampler.update(name="ddim", steps=2)
   config.sample.update(num=30, batch_size=SIZE)
   workdir = tmp_path_factory.mktemp("sample") / "run"
-  experiments.save_or_check_config(config, str(workdir), digits.build())
+  workdir_lib.save_or_check_config(config, str(workdir), digits.build())
   save(config, workdir, 3)
   return workdir
 
@@ -82,7 +84,7 @@ def copy(trained, tmp_path):
 
 def run(workdir: pathlib.Path, **fields) -> bytes:
   """Runs the job with fields such as num=30; returns what samples.npz is."""
-  config = experiments.read(str(workdir))
+  config = workdir_lib.read(str(workdir))
   for name, value in fields.items():
     section, _, field = name.rpartition("__")
     config[section or "sample"][field] = value
@@ -113,11 +115,11 @@ def watch(monkeypatch):
   watched = types.SimpleNamespace(events=[], stop=None)
   start, write = sampling.start_batch, sample._write_part
 
-  def starting(experiment, call, params, first, size):
+  def starting(config, experiment, call, params, first, size):
     if first == watched.stop:
       raise KeyboardInterrupt
     watched.events.append(("start", first))
-    return start(experiment, call, params, first, size)
+    return start(config, experiment, call, params, first, size)
 
   def writing(folder, first, *made):
     write(folder, first, *made)
@@ -209,7 +211,7 @@ def test_parts_of_other_samples_are_refused(copy, watch):
   for name, value in {"batch_size": 16, "guidance": 2.0, "label": 1}.items():
     with pytest.raises(UserError, match=rf"sample\.{name} \(.* there, {value} now\);"):
       run(workdir, **{name: value})
-  save(experiments.read(str(workdir)), workdir, 5)
+  save(workdir_lib.read(str(workdir)), workdir, 5)
   with pytest.raises(UserError, match=r"samples: checkpoint \(3 there, 5 now\);"):
     run(workdir)
   assert starts(watch) == []
@@ -333,9 +335,9 @@ def test_two_processes_share_the_work_and_go_on_with_that_of_one(
 @pytest.mark.parametrize("name", ["paraddpm", "specddpm", "srdsddim"])
 def test_parallel_samplers_by_name(copy, capsys, name):
   workdir = copy("run")
-  config = experiments.read(str(workdir))
+  config = workdir_lib.read(str(workdir))
   config.sampler.update(name=name, steps=16, window=4)
-  config.sample.update(num=16, compare=True)
+  config.sample.update(num=16, compare_sequential=True)
   line = sample.run(config, str(workdir))
   assert "evaluations each in" in line
   assert "16 one by one" in line

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build, workdir
+from sdiff_jax.experiment import workdir
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
 from sdiff_jax.types import UserError
@@ -31,7 +32,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     assert checkpoints.latest is None
     checkpoints.save(7, saved)
   mesh = sharding.make_mesh(2, 4, 1)
-  abstract = build.abstract_with_sharding(jax.eval_shape(lambda: saved), mesh)
+  abstract = workdir_lib.abstract_with_sharding(jax.eval_shape(lambda: saved), mesh)
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest == 7
     loaded = checkpoints.restore(abstract)
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
       os.truncate(path, path.stat().st_size // 2)
     elif path.stat().st_size > 1000:
       path.unlink()
-  abstract = build.abstract_with_sharding(
+  abstract = workdir_lib.abstract_with_sharding(
     jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:  # a reader removes nothing
@@ -109,7 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
 
 
 def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
-  abstract = build.abstract_with_sharding(
+  abstract = workdir_lib.abstract_with_sharding(
     jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
@@ -157,7 +158,7 @@ def test_a_save_that_fails(tmp_path, small_files, surfaces):
   assert len(passed) == (2 if surfaces == "at the end" else 1)
   assert workdir.newest(tmp_path) == 1
   assert len(list((tmp_path / "checkpoints").iterdir())) > 1  # what it left
-  abstract = build.abstract_with_sharding(
+  abstract = workdir_lib.abstract_with_sharding(
     jax.eval_shape(lambda: noise(1)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:

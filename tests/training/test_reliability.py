@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from test_main import ROOT, TINY, call, command, environment, weights, works
 
-from sdiff_jax.experiment.workdir import errors, newest
+from sdiff_jax.experiment.workdir import errors
 from sdiff_jax.io import file_io
+from sdiff_jax.training.checkpoints import newest
 
 CONFIG = (
   "--config=configs/digits_diffusion.py",
@@ -108,7 +109,7 @@ def test_missing_permission_is_one_line(cache, tmp_path):
   config = (*CONFIG, f"--workdir={run}", "--config.train.steps=1000")
   line = refused(start(cache, *config, prefix=drop))
   denied = f"{checkpoints}: Permission denied"
-  remedy = "; change the permissions, then the same command goes on"
+  remedy = "; change the permissions, then repeat the command to resume"
   assert line == f"error: {denied}{remedy}"
   assert not (run / "metrics.jsonl").exists()
   checkpoints.chmod(0o755)
@@ -142,7 +143,7 @@ def test_a_disk_that_fills_up_loses_nothing(cache, disk):
   line = refused(process)
   good = newest(run)
   assert "No space left on device; the last good checkpoint is that of step " in line
-  assert f"step {good}; make space, then the same command goes on" in line
+  assert f"step {good}; free space, then repeat the command to resume" in line
   assert "No space left on device" in refused(start(cache, *config))  # still full
   filled.unlink()
   assert int(weights(run).step) == good
