@@ -1,6 +1,6 @@
-"""Job `convert`: makes a work directory of the weights in someone else's file."""
+"""Job `convert`: imports pretrained weights into a work directory."""
 
-import inspect
+import os
 
 import jax
 import ml_collections
@@ -13,7 +13,8 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
-from sdiff_jax.pretrained import policies, state_dict
+from sdiff_jax.pretrained import diffusion_policy, lerobot
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -21,15 +22,17 @@ from sdiff_jax.types import Params, UserError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes config.json and a checkpoint of step 0, whose averages are the weights.
+  """Writes config.json and a checkpoint of step 0; its EMA weights are the weights.
 
-  Of a policy, its sizes and its normaliser as well, so it needs no data.
+  For a policy, the sizes and the normalizer are written, too, so no data are needed.
 
   Raises:
     UserError: the file does not fit the network, or the directory holds a run.
   """
   if not config.convert.file:
-    raise UserError("config.convert.file is empty: name the file of the weights")
+    raise UserError(
+      "config.convert.file is empty: set it to the path of the pretrained weights"
+    )
   check_empty(workdir)
   if config.data.name == "trajectories":
     config, experiment, params = _policy(config)
@@ -45,7 +48,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 def check_empty(workdir: str) -> None:
   """Raises a UserError if a work directory has checkpoints."""
   if checkpoints_lib.newest(workdir) is not None:
-    raise UserError(f"{workdir} has checkpoints already; take another --workdir")
+    raise UserError(f"{workdir}: has checkpoints already; choose another --workdir")
 
 
 def write(
@@ -54,9 +57,9 @@ def write(
   workdir: str,
   params: Params,
 ) -> None:
-  """Writes a work directory as a run of `experiment` that starts from `params`.
+  """Writes the work directory of a run of `experiment` that starts from `params`.
 
-  What samples, measures, distils or goes on training takes it for a run's.
+  The other jobs accept it like the work directory of a trained run.
   """
   _, optimizer, _ = objective.optimisation(config)
   workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
@@ -73,46 +76,66 @@ def write(
 
 
 def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
-  """Returns the parameters that the file holds for the network of a config."""
-  chosen = config.model.to_dict()
-  reader = getattr(
-    inspect.getmodule(registry.lookup("models", chosen["name"]).build),
-    "from_state_dict",
-    None,
-  )
-  if reader is None:
-    raise UserError(f"config.model.name={chosen['name']!r}: no file is known for it")
-  wanted = inspect.signature(reader).parameters
-  fields = {k: v for k, v in chosen.items() if k in wanted}
-  return reader(state_dict.read(config.convert.file), like, **fields)
+  """Returns the parameters that the file holds for the network of a config.
+
+  Args:
+    config: of the run.
+    like: abstract parameters of its network.
+
+  Raises:
+    UserError: no reader is registered for the network, or the file does not fit it.
+  """
+  section, file = config.model.to_dict(), config.convert.file
+  readers = registry.names("pretrained")
+  if section["name"] not in readers:
+    raise UserError(
+      f"config.model.name={section['name']!r}: pretrained weights can be read for "
+      f"{', '.join(readers)}"
+    )
+  tensors = state_dict.read(file)
+  fields = registry.fields("pretrained", section["name"])
+  section = {k: v for k, v in section.items() if k == "name" or k in fields}
+  try:
+    return registry.build(
+      "pretrained", section, label="config.model", tensors=tensors, like=like
+    )
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
 
 
 def _policy(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, experiments.Experiment, Params]:
-  """Returns config, experiment and parameters of a policy, with its own sizes.
+  """Returns config, experiment and parameters of a pretrained policy.
+
+  The sizes of the network and the normalizer are those of the policy.
 
   Raises:
-    UserError: its process is not that of the U-Net's `ddpm`.
+    UserError: its diffusion process is not that of the U-Net's process="ddpm".
   """
-  fields = {k: config.data[k] for k in ("horizon", "n_action_steps")}
-  policy = policies.load(config.convert.file, **fields)
-  abar, wanted = policy.schedule.abar, unet1d.noise()
-  if policy.schedule.kind != "eps" or not np.array_equal(abar, wanted):
+  path = config.convert.file
+  if os.path.isdir(path):
+    policy = lerobot.load(path)
+  else:
+    policy = diffusion_policy.load(
+      path, horizon=config.data.horizon, n_action_steps=config.data.n_action_steps
+    )
+  abar = unet1d.noise()
+  if policy.schedule.kind != "eps" or not np.array_equal(policy.schedule.abar, abar):
     raise UserError(
-      f"{config.convert.file}: not of {len(wanted)} timesteps of the cosine schedule, "
-      "or not of noise; only such policies can be converted"
+      f"{path}: the policy must predict the noise at {len(abar)} timesteps of the "
+      "cosine schedule; no other policy can be converted"
     )
   config = config.copy_and_resolve_references()
   config.sigma_d = 1.0
   config.model = configs.component("models", "unet1d", process="ddpm", **policy.fields)
   config.data.update(
-    horizon=policy.normaliser.shape[0],
-    n_obs_steps=policy.normaliser.steps,
-    n_action_steps=policy.executed,
+    horizon=policy.normalizer.shape[0],
+    n_obs_steps=policy.normalizer.steps,
+    n_action_steps=policy.n_action_steps,
     std=1.0,
   )
-  source = trajectories.metadata_only(policy.normaliser)
+  source = trajectories.metadata_only(policy.normalizer)
   experiment = experiments.from_dataset(config, source)
   fresh = jax.jit(experiment.network.init)(jax.random.key(0))
   return config, experiment, {"net": policy.params, "logvar": fresh["logvar"]}

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdiff_jax.metrics import frechet, inception_score, precision_recall
 from sdiff_jax.metrics.streaming import StreamingMoments
-from sdiff_jax.pretrained import safe_pickle
+from sdiff_jax.pretrained.files import safe_pickle
 from sdiff_jax.types import UserError
 
 FOLDER = os.path.expanduser("~/.cache/sdiff_jax/references")

@@ -11,8 +11,7 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common, linen
-from sdiff_jax.pretrained import state_dict
-from sdiff_jax.types import Array, Cond, Network, Params, UserError
+from sdiff_jax.types import Array, Cond, Network
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
 
@@ -342,41 +341,3 @@ def build(
   )
   net = linen.as_network(module, shape=shape, classes=classes, guidance=guidance)
   return linen.trigflow_from_edm(net, sigma_d) if process == "edm" else net
-
-
-def from_state_dict(
-  tensors: dict[str, np.ndarray],
-  like: Params,
-  *,
-  resample_filter: tuple[float, ...] = (1, 1),
-) -> Params:
-  """Returns the parameters that a state dict of EDM's EDMPrecond holds.
-
-  Args:
-    tensors: by their names there, such as "model.enc.32x32_conv.weight".
-    like: abstract parameters of the network; w_phi, which EDM has not, starts at 0.
-    resample_filter: of the network; the filters of the file must be the same.
-
-  Raises:
-    UserError: tensors that are missing, left over or of another shape.
-  """
-  taps = np.outer(resample_filter, resample_filter) / np.sum(resample_filter) ** 2
-  filters = {k: v for k, v in tensors.items() if k.endswith(".resample_filter")}
-  for name, found in filters.items():
-    if found.shape[2:] != taps.shape or not np.allclose(found, taps, atol=1e-3):
-      raise UserError(
-        f"config.model.resample_filter={resample_filter}: {name} is another one, "
-        f"{found.squeeze().tolist()}"
-      )
-  rest = {k: v for k, v in tensors.items() if k not in filters}
-  fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
-  return {"net": state_dict.match_params(rest, like["net"], _name), "logvar": fixed}
-
-
-def _name(keys: tuple[str, ...]) -> str:
-  """Returns EDM's name of a parameter, "model.enc.16x16_block0.conv0.weight"."""
-  keys = tuple({"kernel": "weight", "scale": "weight"}.get(k, k) for k in keys)
-  if keys[0] != "embedding":
-    return ".".join(("model", keys[0].replace("_", ".", 1), *keys[1:]))
-  special = {"label_bias": "label.bias", "frequencies": "noise.freqs"}
-  return "model.map_" + ".".join(special.get(k, k) for k in keys[1:])

@@ -1,17 +1,13 @@
 """EDM2's magnitude-preserving U-Net (arXiv:2312.02696, config G) for TrigFlow."""
 
-import re
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.models.layers import common, linen
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers.edm2_blocks import Block, Embedding
-from sdiff_jax.pretrained import state_dict
-from sdiff_jax.types import Array, Cond, Network, Params
+from sdiff_jax.types import Array, Cond, Network
 
 # Channels of the published sizes; nothing else differs between them.
 PRESETS = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -196,50 +192,3 @@ def build(
     head=LogVar() if edm else common.LogVar(),
   )._replace(normalize=mp.normalize_weights)
   return linen.trigflow_from_edm(net, sigma_d) if edm else net
-
-
-# Our names -> those of published files, to be replaced in this order.
-PUBLISHED = {
-  "/net/gain": "unet.out_gain",
-  "/net/out/": "unet.out_conv.",
-  "/net/embedding/": "unet.emb_",
-  "/net/": "unet.",
-  "/logvar/": "logvar_",
-  "/modulation/gain": ".emb_gain",
-  "/modulation/scale/": ".emb_linear.",
-  "/attention/": ".attn_",
-  "/in/": ".conv_res0.",
-  "/out/": ".conv_res1.",
-  "/skip/": ".conv_skip.",
-  "/": ".",
-}
-
-
-def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
-  """Returns the state dict of a published EDM2 network as our parameters.
-
-  Args:
-    tensors: name -> array, of the preconditioned network (`unet.*`, `logvar_*`).
-    like: abstract parameters of the network that they are for; see `build` for the
-      fields of a published one.
-
-  Raises:
-    UserError: missing, left over or wrongly shaped tensors; the message lists them.
-  """
-  first = re.compile(r"unet\.enc\.(\d+)x\d+_conv\.weight")
-  height = next((int(m[1]) for m in map(first.fullmatch, tensors) if m), 0)
-
-  def name_of(keys: tuple[str, ...]) -> str:
-    path = "".join(f"/{key}" for key in keys)
-    if path == "/net/in/weight":
-      return f"unet.enc.{height}x{height}_conv.weight"
-    for ours, theirs in PUBLISHED.items():
-      path = path.replace(ours, theirs)
-
-    def side(match: re.Match) -> str:  # level 1 of height 64 is 32x32
-      size = height >> int(match[2])
-      return f"{match[1]}.{size}x{size}_"
-
-    return re.sub(r"(enc|dec)_(\d+)_", side, path)
-
-  return state_dict.match_params(tensors, like, name_of)

@@ -13,11 +13,8 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.models.layers import common, linen
-from sdiff_jax.pretrained import state_dict
-from sdiff_jax.pretrained.diffusers import networks
-from sdiff_jax.pretrained.diffusers.networks import Predictor
-from sdiff_jax.pretrained.diffusers.unet_blocks import GroupNorm
-from sdiff_jax.types import Array, Cond, Network, Params, PRNGKey
+from sdiff_jax.models.layers.normalization import GroupNorm
+from sdiff_jax.types import Array, Cond, Network
 
 GROUPS = 8  # of the last norm, whatever the others have
 STEPS = 100  # of DDPM, with the cosine schedule
@@ -176,9 +173,12 @@ def build(
   """
   if process not in ("trigflow", "ddpm"):
     raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")
-  module = _module(shape, channels, embed, kernel, groups, scale, dtype)
   net = linen.as_network(
-    module, shape=shape, classes=0, guidance=False, observation=observation
+    module(shape, channels, embed, kernel, groups, scale, dtype),
+    shape=shape,
+    classes=0,
+    guidance=False,
+    observation=observation,
   )
   return linen.trigflow_from_ddpm(net, sigma_d, noise()) if process == "ddpm" else net
 
@@ -188,32 +188,7 @@ def noise() -> np.ndarray:
   return noise_schedules.alphas_cumprod("cosine", STEPS)
 
 
-def predictor(
-  *,
-  shape: tuple[int, int],
-  observation: int | None = None,
-  channels: tuple[int, ...] = (256, 512, 1024),
-  embed: int = 256,
-  kernel: int = 5,
-  groups: int = 8,
-  scale: bool = True,
-  dtype: str = "float32",
-) -> Predictor:
-  """Returns the U-Net as a predictor of noise at a timestep; arguments of `build`."""
-  module = _module(shape, channels, embed, kernel, groups, scale, dtype)
-  cond = {"observation": jnp.zeros((1, observation or 0), jnp.float32)}
-
-  def init(key: PRNGKey) -> Params:
-    x, time = jnp.zeros((1, *shape), jnp.float32), jnp.zeros((1,), jnp.float32)
-    return module.init(key, x, time, cond if observation else None)["params"]
-
-  def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
-    return common.to_accumulation_dtype(module.apply({"params": params}, x, time, cond))
-
-  return Predictor(init, apply, shape, None)
-
-
-def _module(
+def module(
   shape: tuple[int, ...],
   channels: tuple[int, ...],
   embed: int,
@@ -237,37 +212,3 @@ def _module(
   if kernel % 2 == 0 or embed % 2:
     raise ValueError(f"model.kernel={kernel}, model.embed={embed}: take odd and even")
   return Unet1d(tuple(channels), embed, kernel, groups, scale, jnp.dtype(dtype))
-
-
-def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
-  """Returns the parameters that a state dict of ConditionalUnet1D holds.
-
-  Args:
-    tensors: by their names there, or in a policy of Diffusion Policy or LeRobot.
-    like: abstract parameters of the network; w_phi, which it has not, starts at 0.
-
-  Raises:
-    UserError: tensors that are missing, left over or of another shape.
-  """
-  fixed = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
-  net = state_dict.match_params(
-    from_policy(tensors), like["net"], networks.to_state_dict
-  )
-  return {"net": net, "logvar": fixed}
-
-
-def from_policy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the U-Net's tensors of a policy, averaged ones if it has them, renamed."""
-  for prefix in ("ema_model.model.", "diffusion.unet.", "model."):
-    found = {k: v for k, v in tensors.items() if k.startswith(prefix)}
-    if found:
-      tensors = {k.removeprefix(prefix): v for k, v in found.items()}
-      break
-  renamed = {}
-  for name, x in tensors.items():
-    name = name.replace(".conv1.", ".blocks.0.").replace(".conv2.", ".blocks.1.")
-    parts = name.split(".")
-    if parts[0] in ("down_modules", "up_modules") and parts[2] == "2":
-      name = ".".join((*parts[:3], "conv", parts[-1]))
-    renamed[name] = x
-  return renamed

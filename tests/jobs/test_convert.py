@@ -16,7 +16,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
-from sdiff_jax.models import unet1d
+from sdiff_jax.pretrained import diffusion_policy
 from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,13 +126,19 @@ def test_mistakes(converted, files, tmp_path):
 
   refused("has checkpoints already", config_of(files), converted)
   refused("no such file", config_of(files, "gone.pt"))
-  refused("does not fit config.model: missing: model.*", config_of(files, "data.npz"))
+  refused(
+    r"data.npz: the tensors do not fit the network: missing: model.*",
+    config_of(files, "data.npz"),
+  )
   config = config_of(files)
   config.convert.file = ""
   refused(r"config.convert.file is empty", config)
   config.convert.file = "x"
   config.model = configs.component("models", "mlp")
-  refused("config.model.name='mlp': no file is known for it", config)
+  refused(
+    "config.model.name='mlp': pretrained weights can be read for ddpmpp, edm2, unet1d",
+    config,
+  )
 
 
 @pytest.mark.slow
@@ -160,7 +166,7 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   x = jnp.asarray(arrays["sample"])
   F = jax.jit(experiment.network.apply)(params, x, t, cond)
   d = trigflow.denoise(x, F, t, 1.0)
-  predict = unet1d.predictor(
+  predict = diffusion_policy.predictor(
     shape=(16, 2), observation=40, channels=(16, 32, 48), embed=32
   )
   eps = jax.jit(predict.apply)(params["net"], x, jnp.full(4, float(n)), cond)

@@ -12,7 +12,8 @@ from closed_forms import central, random_params
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.models import ddpmpp
 from sdiff_jax.models.layers import linen
-from sdiff_jax.pretrained import state_dict as state_dict_lib
+from sdiff_jax.pretrained import edm
+from sdiff_jax.pretrained.files import state_dict as state_dict_lib
 from sdiff_jax.types import UserError
 
 SIGMA_D = 0.5
@@ -61,7 +62,7 @@ def load(arrays: dict, dtype: str) -> tuple:
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
   taps = given["resample_filter"]
   tensors = state_dict(arrays)
-  return net, ddpmpp.from_state_dict(tensors, like, resample_filter=taps)
+  return net, edm.from_state_dict(tensors, like, resample_filter=taps)
 
 
 def inputs(arrays: dict, dtype: str) -> dict:
@@ -133,7 +134,7 @@ def everything(arrays: dict, dtype: str) -> dict:
   found = {k: np.asarray(v) for k, v in found.items()}
   found = {k: np.moveaxis(v, -1, 1) if v.ndim == 4 else v for k, v in found.items()}
   paths = jax.tree_util.tree_leaves_with_path(by_weight)
-  names = {ddpmpp._name(tuple(k.key for k in path)): leaf for path, leaf in paths}
+  names = {edm._name(tuple(k.key for k in path)): leaf for path, leaf in paths}
   # In PyTorch's layout, whose transposition undoes itself.
   for name, gradient in names.items():
     wanted = arrays.get(f"ref64/gradw/{name}")
@@ -248,18 +249,18 @@ def test_what_does_not_fit_is_listed(fixture):
   tensors["model.more"] = np.zeros(3)
   tensors["model.map_layer1.bias"] = np.zeros(5)
   del tensors["model.enc.16x16_conv.weight"]
-  with pytest.raises(UserError, match="does not fit config.model") as error:
-    ddpmpp.from_state_dict(tensors, like)
+  with pytest.raises(UserError, match="the tensors do not fit the network") as error:
+    edm.from_state_dict(tensors, like)
   assert str(error.value).endswith(
     "missing: model.enc.16x16_conv.weight; left over: model.more; "
     "of another shape: model.map_layer1.bias (5,) for (16,)"
   )
   with pytest.raises(
-    UserError, match=r"resample_filter=\(1, 3, 3, 1\): model.* another"
+    ValueError, match=r"resample_filter=\(1, 3, 3, 1\): must be the filter of the file"
   ):
-    ddpmpp.from_state_dict(tensors, like, resample_filter=(1, 3, 3, 1))
+    edm.from_state_dict(tensors, like, resample_filter=(1, 3, 3, 1))
   with pytest.raises(UserError, match=r"missing: .* and \d+ more; left over"):
-    state_dict_lib.match_params({"other": np.zeros(2)}, like["net"], ddpmpp._name)
+    state_dict_lib.match_params({"other": np.zeros(2)}, like["net"], edm._name)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sdiff_jax.losses import diffusion, scm
 from sdiff_jax.models import edm2
 from sdiff_jax.models.layers import edm2_blocks
 from sdiff_jax.models.layers import magnitude_preserving as mp
+from sdiff_jax.pretrained import edm2 as edm2_weights
 from sdiff_jax.training import ema, state, step
 from sdiff_jax.types import UserError
 
@@ -78,7 +79,7 @@ def peer(arrays: dict, dtype: str) -> tuple:
       )
     )
   tensors = {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}
-  params = edm2.from_state_dict(tensors, template)
+  params = edm2_weights.from_state_dict(tensors, template)
   return net, jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
 
 
@@ -173,7 +174,7 @@ def test_gradients(name, fixture):
     k: arrays.get(f"ref64/gradw/{k}", np.full_like(arrays[f"w/{k}"], np.nan))
     for k in names
   }
-  expected = edm2.from_state_dict(tensors, jax.eval_shape(lambda: params))
+  expected = edm2_weights.from_state_dict(tensors, jax.eval_shape(lambda: params))
   largest = max(
     np.nanmax(np.abs(e), initial=0) for e in jax.tree.leaves(expected["net"])
   )
@@ -231,7 +232,7 @@ def test_parameters_of_another_network_are_listed(fixture):
   gain, added = tensors.pop("unet.out_gain"), {"unet.other.weight": np.zeros((2, 2))}
   tensors["unet.emb_label.weight"] = np.zeros((32, 7))
   with pytest.raises(UserError) as error:
-    edm2.from_state_dict(tensors | added, like(net))
+    edm2_weights.from_state_dict(tensors | added, like(net))
   for part in (
     "missing: unet.out_gain",
     "left over: unet.other.weight",

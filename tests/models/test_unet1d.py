@@ -11,8 +11,9 @@ from closed_forms import random_params
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations, trigflow
 from sdiff_jax.models import unet1d
-from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained import diffusion_policy
 from sdiff_jax.pretrained.diffusers import networks, scheduler
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.samplers import sequential
 from sdiff_jax.types import UserError
 
@@ -51,13 +52,13 @@ def peer(fixture):
 
 def build(fields: dict, tensors: dict, dtype: str):
   """Returns (x, time, cond) -> noise, in a type."""
-  net = unet1d.predictor(**fields, dtype=dtype)
+  net = diffusion_policy.predictor(**fields, dtype=dtype)
   like = jax.tree.map(
     lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)),
     jax.eval_shape(net.init, jax.random.key(0)),
   )
   params = state_dict.match_params(
-    unet1d.from_policy(tensors), like, networks.to_state_dict
+    diffusion_policy.unet_tensors(tensors), like, networks.to_state_dict
   )
   return functools.partial(jax.jit(net.apply), params)
 
@@ -131,7 +132,7 @@ def test_change_of_variables_is_exact(peer, sigma_d):
   net = unet1d.build(**fields, sigma_d=sigma_d, process="ddpm", dtype="float64")
   like = jax.eval_shape(net.init, jax.random.key(0))
   wide = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float64), like)
-  params = unet1d.from_state_dict(tensors, wide)
+  params = diffusion_policy.from_state_dict(tensors, wide)
   abar = noise_schedules.alphas_cumprod("cosine", 100)
   n = np.array([0, 31, 70, 98])
   alpha, sigma = (jnp.asarray(a[n] ** 0.5) for a in (abar, 1 - abar))
@@ -162,7 +163,7 @@ def test_parameters_of_published_policies(do, da, millions):
   count += sum(3 * c * c + c for c in (256, 512))
   count += sum(block(2 * o, i) + block(i, i) + 4 * i * i + i for i, o in levels[1:])
   count += 5 * 256**2 + 3 * 256 + 256 * da + da
-  net = unet1d.predictor(shape=(16, da), observation=2 * do)
+  net = diffusion_policy.predictor(shape=(16, da), observation=2 * do)
   shapes = jax.eval_shape(net.init, jax.random.key(0))
   assert sum(p.size for p in jax.tree.leaves(shapes)) == count
   assert count / 1e6 == pytest.approx(millions, abs=1e-3)
@@ -176,7 +177,7 @@ def test_names_of_others(peer, prefix):
   fields, tensors, _ = peer("dp_unet1d")
   net = unet1d.build(**fields, sigma_d=1.0)
   like = jax.eval_shape(net.init, jax.random.key(0))
-  wanted = unet1d.from_state_dict(tensors, like)
+  wanted = diffusion_policy.from_state_dict(tensors, like)
   file = {}
   for name, x in tensors.items():
     if prefix == "diffusion.unet.":
@@ -188,7 +189,7 @@ def test_names_of_others(peer, prefix):
   if prefix.startswith("ema"):
     file |= {f"model.{name}": 0 * x for name, x in tensors.items()}
   jax.tree.map(
-    np.testing.assert_array_equal, unet1d.from_state_dict(file, like), wanted
+    np.testing.assert_array_equal, diffusion_policy.from_state_dict(file, like), wanted
   )
 
 
@@ -200,7 +201,7 @@ def test_files_that_do_not_fit(peer):
   with pytest.raises(
     UserError, match=r"missing: final_conv.1.bias; .*of another shape"
   ):
-    unet1d.from_state_dict(tensors | {"more": np.zeros(2)}, like)
+    diffusion_policy.from_state_dict(tensors | {"more": np.zeros(2)}, like)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax.data import normalizer
-from sdiff_jax.pretrained import policies
+from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.types import UserError
 
 H, DA = 16, 2
@@ -66,7 +66,7 @@ def peer(fixture):
   return {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}, arrays
 
 
-def lerobot(folder, tensors: dict, config: dict, *, buffers: bool) -> None:
+def write_lerobot(folder, tensors: dict, config: dict, *, buffers: bool) -> None:
   """Writes a folder, its statistics as buffers or in a file of their own."""
   named = {}
   for name, x in tensors.items():
@@ -93,10 +93,10 @@ def predict(policy, arrays) -> np.ndarray:
 @pytest.mark.parametrize("buffers", [True, False])
 def test_lerobot(tmp_path, peer, buffers):
   tensors, arrays = peer
-  lerobot(tmp_path, tensors, CONFIG, buffers=buffers)
-  policy = policies.load(str(tmp_path))
-  fitted = policy.normaliser
-  assert (policy.steps, policy.executed, fitted.steps) == (10, 8, 2)
+  write_lerobot(tmp_path, tensors, CONFIG, buffers=buffers)
+  policy = lerobot.load(str(tmp_path))
+  fitted = policy.normalizer
+  assert (policy.num_steps, policy.n_action_steps, fitted.steps) == (10, 8, 2)
   assert (policy.schedule.solver, policy.schedule.clip) == ("ddim", 1.0)
   assert fitted.shape == policy.network.shape == (H, DA)
   ends = normalizer.denormalize(fitted.action, np.float32([[-1, -1], [1, 1], [0, 0]]))
@@ -122,10 +122,10 @@ def test_diffusion_policy(tmp_path, peer):
     head = f"ema_model.normalizer.params_dict.{name}"
     file |= {f"{head}.scale": scale[:n], f"{head}.offset": offset[:n]}
   save(tmp_path / "policy.safetensors", file)
-  policy = policies.load(str(tmp_path / "policy.safetensors"))
-  assert policy.normaliser.steps == 2
+  policy = diffusion_policy.load(str(tmp_path / "policy.safetensors"))
+  assert policy.normalizer.steps == 2
   x = RNG.normal(size=(5, 20)).astype(np.float32)
-  y = normalizer.normalize(policy.normaliser.observation, x)
+  y = normalizer.normalize(policy.normalizer.observation, x)
   np.testing.assert_allclose(y, x * scale + offset, rtol=1e-5, atol=1e-5)
   wanted = arrays["output"]
   found = np.asarray(predict(policy, arrays))
@@ -137,7 +137,7 @@ def test_diffusion_policy(tmp_path, peer):
   ):
     save(tmp_path / "a.safetensors", {k: v for k, v in file.items() if k != gone})
     with pytest.raises(UserError, match=message):
-      policies.load(str(tmp_path / "a.safetensors"))
+      diffusion_policy.load(str(tmp_path / "a.safetensors"))
 
 
 RNG = np.random.default_rng(0)
@@ -153,23 +153,26 @@ IMAGES = CONFIG["input_features"] | {"observation.image": {"shape": [3, 96, 96]}
     ({"noise_scheduler_type": "Euler"}, "_class_name='EulerScheduler': take one of"),
     ({"horizon": 10}, r"4 must divide the steps of \(10, 2\)"),
     ({"down_dims": [16, 32]}, "left over: .*mid_modules|of another shape"),
-    ({"normalization_mapping": {"ACTION": "LOG"}}, "ACTION='LOG': take MIN_MAX, MEAN"),
+    (
+      {"normalization_mapping": {"ACTION": "LOG"}},
+      "ACTION='LOG': must be one of MIN_MAX, MEAN",
+    ),
     ({"output_features": {"action": {"shape": [3]}}}, "no statistics action.min and"),
   ],
 )
 def test_folders_that_do_not_fit(tmp_path, peer, changed, message):
-  lerobot(tmp_path, peer[0], CONFIG | changed, buffers=True)
+  write_lerobot(tmp_path, peer[0], CONFIG | changed, buffers=True)
   with pytest.raises(UserError, match=message) as caught:
-    policies.load(str(tmp_path))
+    lerobot.load(str(tmp_path))
   assert str(tmp_path) in str(caught.value)
 
 
 def test_missing_files(tmp_path):
   with pytest.raises(UserError, match="config.json: No such file"):
-    policies.load(str(tmp_path))
+    lerobot.load(str(tmp_path))
   (tmp_path / "config.json").write_text("[1")
   with pytest.raises(UserError, match=r"config.json: Expecting"):
-    policies.load(str(tmp_path))
+    lerobot.load(str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   with pytest.raises(UserError, match="has no model.safetensors"):
-    policies.load(str(tmp_path))
+    lerobot.load(str(tmp_path))

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sdiff_jax.pretrained import safe_pickle, state_dict
+from sdiff_jax.pretrained.files import safe_pickle, state_dict
 from sdiff_jax.types import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "weights"

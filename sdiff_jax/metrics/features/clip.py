@@ -12,10 +12,10 @@ import numpy as np
 
 from sdiff_jax.metrics.features import clip_weights, resize
 from sdiff_jax.metrics.features.base import FeatureNetwork
-from sdiff_jax.pretrained import config_fields, state_dict
+from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import clip_text, networks
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
-from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.pretrained.files import config_fields, state_dict
 from sdiff_jax.types import Array, Params, PRNGKey, UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -214,7 +214,8 @@ def _fitted(folder: str, towers: Towers, files: Sequence[str]) -> Params:
       tensors[part],
       lambda key, part=part: towers.init(key)[part],
       dtype="float32",
-      what=f"CLIP's {part} network ({found[0]})",
+      path=found[0],
+      network=f"CLIP's {part} network",
     )
     for part in ("text", "vision")
   }

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from sdiff_jax.pretrained import config_fields
 from sdiff_jax.pretrained.diffusers import clip_text
+from sdiff_jax.pretrained.files import config_fields
 
 SKIPPED = ("logit_scale", "attn_mask")  # of training, and made anew
 # Fields of open_clip and their defaults, which are those of its code.

@@ -11,9 +11,9 @@ import numpy as np
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.metrics.features import resize
 from sdiff_jax.metrics.features.base import FeatureNetwork
-from sdiff_jax.pretrained import state_dict
+from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import networks
-from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Array, Params, UserError
 
 SIDE, PATCH = 224, 14
@@ -120,7 +120,6 @@ def load(path: str) -> FeatureNetwork:
   """
   tensors = _hub_names(state_dict.read(path))
   tensors.pop("mask_token", None)
-  what = f"DINOv2 ({path})"
   if "cls_token" not in tensors or tensors.get("pos_embed", np.zeros(0)).ndim != 3:
     raise UserError(
       f"{path} holds no DINOv2: there are no cls_token and pos_embed of torch hub, nor "
@@ -138,7 +137,9 @@ def load(path: str) -> FeatureNetwork:
   place = positions(tensors["pos_embed"])
   first = tensors["cls_token"].reshape(-1) + place[0]
   tensors |= {"cls_token": first, "pos_embed": place[1:].T}
-  params = networks.load_state_dict(tensors, init, dtype="float32", what=what)
+  params = networks.load_state_dict(
+    tensors, init, dtype="float32", path=path, network="DINOv2"
+  )
   return FeatureNetwork("fd_dinov2", apply, params)
 
 

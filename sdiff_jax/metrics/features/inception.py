@@ -10,8 +10,8 @@ import numpy as np
 
 from sdiff_jax.metrics.features import resize
 from sdiff_jax.metrics.features.base import FeatureNetwork
-from sdiff_jax.pretrained import state_dict
 from sdiff_jax.pretrained.diffusers import networks
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Array, Params
 
 SIDE, WIDTH, CLASSES = 299, 2048, 1008
@@ -234,6 +234,8 @@ def load(path: str, pixels: Callable[[Array], Array] = original) -> FeatureNetwo
 
   tensors = state_dict.read(path)
   tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
-  what = f"FID's Inception-v3 ({path})"
-  params = networks.load_state_dict(tensors, init, dtype="float32", what=what)
+  what = "FID's Inception-v3"
+  params = networks.load_state_dict(
+    tensors, init, dtype="float32", path=path, network=what
+  )
   return FeatureNetwork("fid", apply, params, params["fc"]["kernel"])

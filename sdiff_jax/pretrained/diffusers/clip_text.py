@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
-from sdiff_jax.pretrained import config_fields
-from sdiff_jax.pretrained.diffusers.unet_blocks import LayerNorm
+from sdiff_jax.models.layers.normalization import LayerNorm
+from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import Array, Params, PRNGKey
 
 DEFAULTS = {

@@ -8,7 +8,6 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from sdiff_jax.pretrained import state_dict
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
   scheduler,
@@ -19,6 +18,7 @@ from sdiff_jax.pretrained.diffusers import (
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Params, UserError
 
 HUB = "hf://"
@@ -206,7 +206,7 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
     path = os.path.join(folder, name)
     if os.path.exists(path):
       found = state_dict.read(path)
-      return networks_lib.load_state_dict(found, network.init, dtype=dtype, what=path)
+      return networks_lib.load_state_dict(found, network.init, dtype=dtype, path=path)
   raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.pretrained import state_dict
+from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Array, Params, PRNGKey
 
 LEGACY = {  # names of attention's layers in files of 2022
@@ -46,7 +46,12 @@ def abstract_params(init: Callable, *, dtype: str) -> Params:
 
 
 def load_state_dict(
-  tensors: dict[str, np.ndarray], init: Callable, *, dtype: str, what: str
+  tensors: dict[str, np.ndarray],
+  init: Callable,
+  *,
+  dtype: str,
+  path: str,
+  network: str = "the network",
 ) -> Params:
   """Returns the parameters that a state dict holds.
 
@@ -54,7 +59,8 @@ def load_state_dict(
     tensors: by their names in PyTorch.
     init: (key) -> params, whose nested keys make those names.
     dtype: of the parameters.
-    what: named in the error.
+    path: of the file, at the start of the message of an error.
+    network: what the message calls the network.
 
   Raises:
     UserError: lists tensors that are missing, left over or of another shape.
@@ -67,7 +73,9 @@ def load_state_dict(
     if name != POSITIONS:
       # Rows of tables are looked up, so their layout stays.
       renamed[name] = x.T if name.endswith("embedding.weight") else x
-  return state_dict.match_params(renamed, like, to_state_dict, what=what)
+  return state_dict.match_params(
+    renamed, like, to_state_dict, network=network, path=path
+  )
 
 
 def to_state_dict(keys: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
-from sdiff_jax.pretrained import config_fields
+from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.solvers import SolverTableau
 from sdiff_jax.types import Array, Denoiser

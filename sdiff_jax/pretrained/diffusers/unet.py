@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.models.layers import common
-from sdiff_jax.pretrained import config_fields
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Conv,
@@ -20,6 +19,7 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Transformer,
   Upsample,
 )
+from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import Array, Cond, Params, PRNGKey
 
 DEFAULTS = {  # of fields that both have

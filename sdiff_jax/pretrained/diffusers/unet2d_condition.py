@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sdiff_jax.pretrained import config_fields
 from sdiff_jax.pretrained.diffusers import unet
 from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.files import config_fields
 
 DEFAULTS = unet.DEFAULTS | {
   "in_channels": 4,

@@ -6,54 +6,14 @@ Parameters are named as in the diffusers format.
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
+from sdiff_jax.models.layers.normalization import GroupNorm, LayerNorm
 from sdiff_jax.types import Array
 
 Conv = functools.partial(common.Conv, kernel_size=(3, 3), padding=1)
-
-
-class GroupNorm(nn.Module):
-  """Norm over the pixels and the channels of each group, then scale and bias."""
-
-  groups: int
-  epsilon: float
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    w = common.to_accumulation_dtype(x).reshape(
-      x.shape[0], -1, self.groups, x.shape[-1] // self.groups
-    )
-    w = _norm(w, (1, 3), self.epsilon).reshape(x.shape)
-    return _affine(self, w)
-
-
-class LayerNorm(nn.Module):
-  """Norm over the last axis, then scale and bias."""
-
-  epsilon: float
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    return _affine(self, _norm(common.to_accumulation_dtype(x), (-1,), self.epsilon))
-
-
-def _norm(w: Array, axes: tuple[int, ...], eps: float) -> Array:
-  w -= jnp.mean(w, axes, keepdims=True)
-  return w * jax.lax.rsqrt(jnp.mean(jnp.square(w), axes, keepdims=True) + eps)
-
-
-def _affine(module: nn.Module, w: Array) -> Array:
-  """Returns w scale + bias, by parameters of the module, in its type."""
-  shape, ones = w.shape[-1:], (1,) * (w.ndim - 1)
-  scale = module.param("scale", nn.initializers.ones, shape).astype(w.dtype)
-  bias = module.param("bias", nn.initializers.zeros, shape).astype(w.dtype)
-  return (w * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)).astype(module.dtype)
 
 
 class Resnet(nn.Module):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.models.layers import common as common_lib
-from sdiff_jax.pretrained import config_fields
 from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Conv,
   Downsample,
@@ -18,6 +17,7 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   SelfAttention,
   Upsample,
 )
+from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import Array, Params, PRNGKey
 
 EPS = 1e-6

@@ -14,7 +14,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from sdiff_jax.pretrained import safe_pickle
+from sdiff_jax.pretrained.files import safe_pickle
 from sdiff_jax.types import Params, UserError
 
 SHOWN = 6  # names of each kind in an error
@@ -60,7 +60,8 @@ def match_params(
   tensors: dict[str, np.ndarray],
   like: Params,
   name: Callable[[tuple[str, ...]], str],
-  what: str = "config.model",
+  network: str = "the network",
+  path: str = "",
 ) -> Params:
   """Returns the tensors as a tree like another, in the layout of JAX.
 
@@ -71,7 +72,8 @@ def match_params(
     tensors: by name, in PyTorch's layout.
     like: a nested dict of arrays or ShapeDtypeStructs.
     name: keys of a leaf of `like` -> name of its tensor.
-    what: describes the network, named in the error.
+    network: what the message of an error calls the network.
+    path: of the file, at the start of the message of an error.
 
   Raises:
     UserError: lists tensors that are missing, left over or of another shape.
@@ -97,7 +99,8 @@ def match_params(
   problems = {"missing": missing, "left over": left, "of another shape": wrong}
   if any(problems.values()):
     listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
-    raise UserError(f"the file does not fit {what}: {listed}")
+    start = f"{path}: " if path else ""
+    raise UserError(f"{start}the tensors do not fit {network}: {listed}")
   return fits
 
 

@@ -1,0 +1,1 @@
+"""Files of weights and configs of other projects, read without running any of their code."""
