@@ -64,3 +64,36 @@ def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
     return cond
   drop = jax.random.bernoulli(key, rate, cond["label"].shape)
   return cond | {"label": jnp.where(drop, NO_LABEL, cond["label"])}
+
+
+def sample_scale(
+  key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]
+) -> Cond:
+  """Returns the conditions with a guidance scale for each sample.
+
+  Args:
+    key: random key.
+    t: TrigFlow times, [B].
+    cond: conditions of the data.
+    scales: (low, high), between which the scale is uniform; () returns `cond`.
+  """
+  if not scales:
+    return cond
+  low, high = scales
+  return cond | {"guidance": jax.random.uniform(key, t.shape, t.dtype, low, high)}
+
+
+def at_sampled_scale(net: NetFn) -> NetFn:
+  """Returns a network that applies guidance at the scale in its conditions.
+
+  Conditions with a scale (see `sample_scale`) give F_u + scale (F_c - F_u), where F_u and
+  F_c are not told the scale. Without one, the network is `net`.
+  """
+
+  def guided(x: Array, t: Array, cond: Cond) -> Array:
+    if cond is None or "guidance" not in cond:
+      return net(x, t, cond)
+    rest = {k: v for k, v in cond.items() if k != "guidance"}
+    return classifier_free(net, cond["guidance"])(x, t, rest)
+
+  return guided

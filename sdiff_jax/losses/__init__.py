@@ -1,1 +1,64 @@
-"""Training objectives, one a file; each exports build."""
+"""Training objectives: each public module of this package registers one.
+
+A loss is a file with a function that returns a `types.LossFn`, registered by
+
+    @registry.register("losses", "my_loss", title=..., family=..., needs_teacher=...)
+    def build(*, network, sigma_d, teacher=None, p_mean=-1.0, ...): ...
+
+Its arguments with a default are its fields in a config (see `registry`). The keyword
+arguments of `register` are facts about the loss, which `facts` reads.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sdiff_jax import registry
+from sdiff_jax.losses._tangent import ConsistencyOptions
+from sdiff_jax.types import Params
+
+__all__ = ["ConsistencyOptions", "Facts", "facts"]
+
+
+class Facts(NamedTuple):
+  """What a loss says of the models that it trains.
+
+  Attributes:
+    title: name of such a model in tables and reports, such as "sCD".
+    family: "diffusion" (a denoiser, sampled in many steps) or "consistency" (sampled in
+      one or a few).
+    needs_teacher: whether the loss distills a teacher network.
+    init_extra_params: maps the parameters of the network to those that are trained,
+      with the parameters of further networks.
+  """
+
+  title: str
+  family: str = "diffusion"
+  needs_teacher: bool = False
+  init_extra_params: Callable[[Params], Params] = lambda params: params
+
+
+def facts(section: Mapping[str, Any]) -> Facts:
+  """Returns the facts of the loss that a section names.
+
+  A fact may be registered as a value, or as a function of the section's fields.
+
+  Args:
+    section: {"name": ..., field: value}, of a config.
+
+  Returns:
+    The facts. Those that the loss does not register have their defaults; its title is
+    then its name.
+
+  Raises:
+    UserError: no loss has that name.
+
+  Example:
+    >>> facts({"name": "scm", "velocity": "data"}).title
+    'sCT'
+  """
+  registered = registry.lookup("losses", section["name"]).facts
+  values = {"title": section["name"], **registered}
+  for name in ("title", "family", "needs_teacher"):
+    if callable(values.get(name)):
+      values[name] = values[name](section)
+  return Facts(**{k: v for k, v in values.items() if k in Facts._fields})

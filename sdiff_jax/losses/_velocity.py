@@ -1,49 +1,53 @@
-"""The velocity dx_t/dt that a consistency model follows: of the data or a teacher's."""
+"""The velocity dx_t/dt along which a consistency model is trained."""
 
 from collections.abc import Callable
-
-import jax
+from typing import Protocol
 
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import trigflow
-from sdiff_jax.types import Array, Cond, Params, PRNGKey
+from sdiff_jax.types import Array, Cond, Params
 
-# (frozen, x0, z, xt, t, cond) -> v [B, ...]
-VelocityFn = Callable[..., Array]
+# (parameters, x_t / sigma_d, t, cond) -> F: the `apply` of a teacher network.
+TeacherFn = Callable[[Params, Array, Array, Cond], Array]
+
+
+class VelocityFn(Protocol):
+  """The velocity at states x_t = cos(t) x0 + sin(t) z, [B, ...].
+
+  Args:
+    frozen: parameters of the teacher, or None.
+    x0: data, [B, ...].
+    z: noise of standard deviation sigma_d, [B, ...].
+    xt: states, [B, ...].
+    t: TrigFlow times, [B].
+    cond: conditions of the network.
+  """
+
+  def __call__(
+    self, frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
+  ) -> Array: ...
 
 
 def velocity_target(
-  name: str,
-  teacher: Callable[..., Array] | None,
-  *,
-  sigma_d: float,
-  guidance: tuple[float, ...] = (),
-) -> VelocityFn:
-  """Returns the velocity of the field loss.velocity.
+  frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
+) -> Array:
+  """Returns cos(t) z - sin(t) x0, the unbiased estimate of the velocity from data."""
+  del frozen, xt, cond
+  return trigflow.velocity(x0, z, t)
+
+
+def ode_field(teacher: TeacherFn, *, sigma_d: float) -> VelocityFn:
+  """Returns the velocity of a teacher's probability flow, sigma_d F(x_t / sigma_d, t).
+
+  Where the conditions hold a guidance scale s, F is F_u + s (F_c - F_u)
+  (arXiv:2410.11081, section 5.2).
 
   Args:
-    name: "data" is cos(t) z - sin(t) x0, its unbiased estimate: consistency training;
-      "teacher" is sigma_d F_pretrain(x_t / sigma_d, t): distillation. Where cond has a
-      guidance scale s, F_pretrain is F_u + s (F_c - F_u) (arXiv:2410.11081, sec. 5.2).
-    teacher: (frozen, x, t, cond) -> F.
+    teacher: the teacher network.
     sigma_d: standard deviation of the data.
-    guidance: of the loss, only to refuse it.
-
-  Raises:
-    ValueError: another name, or guidance without a teacher.
   """
-  if name not in ("data", "teacher"):
-    raise ValueError(f"loss.velocity={name!r}: take 'teacher' or 'data'")
-  if guidance and name == "data":
-    raise ValueError(f"loss.guidance={guidance}: only loss.velocity='teacher' can")
 
-  def of_data(
-    frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
-  ) -> Array:
-    del frozen, xt, cond
-    return trigflow.velocity(x0, z, t)
-
-  def of_teacher(
+  def velocity(
     frozen: Params, x0: Array, z: Array, xt: Array, t: Array, cond: Cond
   ) -> Array:
     del x0, z
@@ -51,26 +55,37 @@ def velocity_target(
     def net(x: Array, t: Array, cond: Cond) -> Array:
       return teacher(frozen, x, t, cond)
 
-    if cond is not None and "guidance" in cond:
-      cond = dict(cond)
-      net = cfg.classifier_free(net, cond.pop("guidance"))
-    return sigma_d * net(xt / sigma_d, t, cond)
+    return sigma_d * cfg.at_sampled_scale(net)(xt / sigma_d, t, cond)
 
-  return of_data if name == "data" else of_teacher
+  return velocity
 
 
-def sample_guidance_scale(
-  key: PRNGKey, t: Array, cond: Cond, guidance: tuple[float, ...]
-) -> Cond:
-  """Returns cond with a guidance scale for each sample, uniform in (low, high).
+def build(
+  velocity: str,
+  teacher: TeacherFn | None,
+  *,
+  sigma_d: float,
+  guidance: tuple[float, ...] = (),
+) -> VelocityFn:
+  """Returns the velocity of a name.
 
   Args:
-    key: random key.
-    t: angles, [B].
-    cond: conditions of the data.
-    guidance: (low, high), or () for none: cond as it is.
+    velocity: "data" for consistency training along `velocity_target`, "teacher" for
+      distillation along `ode_field`.
+    teacher: the teacher network; "data" does not use it.
+    sigma_d: standard deviation of the data.
+    guidance: range of guidance scales that the loss distills, () for none.
+
+  Raises:
+    ValueError: the name is unknown, there is no teacher to distill, or guidance is
+      requested without one.
   """
-  if not guidance:
-    return cond
-  low, high = guidance
-  return cond | {"guidance": jax.random.uniform(key, t.shape, t.dtype, low, high)}
+  if velocity == "data":
+    if guidance:
+      raise ValueError(f"guidance={guidance}: only velocity='teacher' can distill it")
+    return velocity_target
+  if velocity != "teacher":
+    raise ValueError(f"velocity={velocity!r}: must be 'teacher' or 'data'")
+  if teacher is None:
+    raise ValueError("velocity='teacher': needs a teacher network")
+  return ode_field(teacher, sigma_d=sigma_d)

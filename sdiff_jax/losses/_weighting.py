@@ -6,14 +6,14 @@ from sdiff_jax.types import Array
 
 
 def adaptive(error: Array, w: Array | None) -> tuple[Array, Array]:
-  """Returns the weighted loss of each sample and its plain mean square.
+  """Returns the weighted loss and the mean squared error of each sample.
 
-  loss = e^w mse - w with mse = |error|^2 / D; its minimum over w is at
-  e^w = 1 / E[mse], so every t weighs alike (arXiv:2410.11081, eq. 8).
+  loss = e^w mse - w with mse = |error|^2 / D. The minimum over w is at
+  e^w = 1 / E[mse], where every t has the same weight (arXiv:2410.11081, eq. 8).
 
   Args:
     error: residual, [B, ...].
-    w: w_phi(t), [B], or None for the unweighted mean square.
+    w: w_phi(t), [B], or None for no weight.
 
   Returns:
     loss [B] and mse [B], float32.

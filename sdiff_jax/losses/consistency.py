@@ -1,20 +1,21 @@
-"""Consistency models before sCM: discrete pairs of noise levels, EDM's f, pseudo-Huber.
+"""Consistency models before sCM: adjacent noise levels, EDM's f, pseudo-Huber metric.
 
 Consistency distillation and training of arXiv:2303.01469 with the improvements of
-arXiv:2310.14189 (iCT): no average in the target, pseudo-Huber metric, weights
-1 / (sigma_{i+1} - sigma_i), log-normal levels, and a grid that doubles.
+arXiv:2310.14189 (iCT): no average in the target, a pseudo-Huber metric, weights
+1 / (sigma_{i+1} - sigma_i), log-normal levels, and a grid whose size doubles.
 """
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from sdiff_jax import registry
+from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity
+from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
 
 
@@ -28,12 +29,20 @@ def consistency(
   (arXiv:2303.01469, appendix C). With eps = 0 it is TrigFlow's f.
 
   Args:
-    net: TrigFlow network; it sees x / sqrt(sigma^2 + sigma_d^2), which is
-      x_t / sigma_d, and the angle arctan(sigma / sigma_d).
+    net: TrigFlow network; its inputs are x / sqrt(sigma^2 + sigma_d^2), which is
+      x_t / sigma_d, and the time arctan(sigma / sigma_d).
     x: x0 + sigma eps, [B, ...].
     sigma: noise levels, [B].
     cond: conditions of the network.
     sigma_d: standard deviation of the data.
+
+  Returns:
+    f, [B, ...].
+
+  Example:
+    >>> x, sigma = jnp.ones((2, 3)), jnp.full(2, time_grids.SIGMA_MIN)
+    >>> bool((consistency(lambda x, t, cond: x, x, sigma, None, sigma_d=0.5) == x).all())
+    True
   """
   above = sigma - time_grids.SIGMA_MIN
   length = jnp.sqrt(sigma**2 + sigma_d**2)
@@ -45,10 +54,27 @@ def consistency(
 def adjacent_times(
   key: PRNGKey, batch: int, n: Array, *, p_mean: float, p_std: float
 ) -> tuple[Array, Array]:
-  """Draws neighbouring levels of EDM's grid of n + 1, higher and lower, [B] each.
+  """Draws pairs of adjacent levels of EDM's grid of n + 1 levels.
 
-  A pair has the mass of ln(sigma) ~ N(p_mean, p_std^2) between its levels
-  (arXiv:2310.14189, section 3.5), on [0.002, 80].
+  The probability of a pair is the mass of ln(sigma) ~ N(p_mean, p_std^2), truncated to
+  [0.002, 80], between its levels (arXiv:2310.14189, section 3.5).
+
+  Args:
+    key: random key.
+    batch: number of pairs B.
+    n: number of intervals of the grid, int32 scalar.
+    p_mean: mean of ln(sigma).
+    p_std: standard deviation of ln(sigma).
+
+  Returns:
+    The higher and the lower level of each pair, float32 [B] each.
+
+  Example:
+    >>> high, low = adjacent_times(
+    ...   jax.random.key(0), 4, jnp.int32(10), p_mean=-1.1, p_std=2.0
+    ... )
+    >>> bool((high > low).all())
+    True
   """
   low, high = (s ** (1 / 7) for s in (time_grids.SIGMA_MIN, time_grids.SIGMA_MAX))
   edges = [
@@ -62,12 +88,18 @@ def adjacent_times(
   return above, below
 
 
-@registry.register("losses", "consistency")
+@registry.register(
+  "losses",
+  "consistency",
+  title=lambda fields: "CD" if fields["velocity"] == "teacher" else "CT",
+  family="consistency",
+  needs_teacher=lambda fields: fields["velocity"] == "teacher",
+)
 def build(
   *,
   network: Network,
-  teacher: Callable[..., Array] | None,
   sigma_d: float,
+  teacher: TeacherFn | None = None,
   velocity: str = "data",
   levels: tuple[int, int] = (10, 1280),
   double_every: int = 50_000,
@@ -78,33 +110,38 @@ def build(
 ) -> LossFn:
   """Returns E[(sqrt(|f(x, sigma) - f^-(y, sigma')|^2 + C^2) - C) / (sigma - sigma')].
 
-  y is a step of Heun's from x along the velocity, to the next lower level; along the
-  data's it is x0 + sigma' eps, with the noise of x. C = c sqrt(D).
+  y is one step of Heun's method from x to the next lower level sigma' along the
+  velocity. Along the velocity of the data it is x0 + sigma' eps with the noise eps of x.
+  C = c sqrt(D).
 
   Args:
-    network: the model to train.
-    teacher: (frozen, x, t, cond) -> F of the teacher; unused by "data".
+    network: the network to train.
     sigma_d: standard deviation of the data.
-    velocity: "data" trains from data (CT), "teacher" distils (CD).
-    levels: steps of the grid at first and at last.
-    double_every: training steps after which the grid doubles.
-    p_mean: mean of ln(sigma) over training.
-    p_std: its standard deviation.
+    teacher: the teacher network; only velocity="teacher" uses it.
+    velocity: "data" trains on data (CT), "teacher" distills a teacher (CD).
+    levels: number of intervals of the grid at the start and at the end of training.
+    double_every: number of training steps after which the grid size doubles.
+    p_mean: mean of ln(sigma) in training.
+    p_std: standard deviation of ln(sigma) in training.
     c: constant of the metric, for one dimension.
-    guidance: (low, high) scales of classifier-free guidance to distil, () for none.
+    guidance: (low, high) scales of classifier-free guidance to distill, () for none.
+
+  Returns:
+    A LossFn that logs "mse" and "levels".
 
   Raises:
-    ValueError: an unknown velocity, guidance without a teacher, or levels that fall.
+    ValueError: the velocity is unknown, there is no teacher to distill, guidance is
+      requested without one, or the levels decrease.
   """
   first, last = levels
   if not 1 <= first <= last:
-    raise ValueError(f"loss.levels={tuple(levels)}: give two, from 1, that do not fall")
+    raise ValueError(
+      f"levels={tuple(levels)}: must be two numbers of at least 1 that do not decrease"
+    )
   if double_every < 1:
-    raise ValueError(f"loss.double_every={double_every}: must be above 0")
+    raise ValueError(f"double_every={double_every}: must be at least 1")
   guidance = tuple(guidance)
-  velocity_of = _velocity.velocity_target(
-    velocity, teacher, sigma_d=sigma_d, guidance=guidance
-  )
+  velocity_of = _velocity.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
 
   def loss(
     params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
@@ -115,11 +152,11 @@ def build(
     n = jnp.minimum(first * 2**doublings, last)
     sigma, lower = adjacent_times(key_t, x0.shape[0], n, p_mean=p_mean, p_std=p_std)
     z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
-    cond = _velocity.sample_guidance_scale(key_v, sigma, batch["cond"], guidance)
+    cond = cfg.sample_scale(key_v, sigma, batch["cond"], guidance)
     wide = functools.partial(trigflow.expand, x=x0)
 
     def slope(x: Array, sigma: Array) -> Array:
-      """dx/dsigma = (x - d) / sigma, d the denoised."""
+      """Returns dx/dsigma = (x - d) / sigma, where d is the denoised value."""
       t = jnp.arctan(sigma / sigma_d)
       xt = x * wide(jnp.cos(t))
       v = velocity_of(frozen, x0, z, xt, t, cond)

@@ -1,11 +1,9 @@
 """Discrete-time sCM: a finite difference in place of the tangent (appendix E).
 
-dsCT and dsCD of arXiv:2410.11081, the control of its figure 5c: the same objective over
-a grid of N noise levels, whose tangent tends to the continuous one as N grows, until
-float32 cannot tell neighbours apart.
+dsCT and dsCD of arXiv:2410.11081, the baselines of its figure 5c: the same loss on a
+grid of N noise levels. The finite difference converges to the tangent as N grows, until
+adjacent levels are equal in float32.
 """
-
-from collections.abc import Callable
 
 import chex
 import jax
@@ -14,7 +12,9 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
-from sdiff_jax.losses import scm
+from sdiff_jax.losses import _tangent, _velocity
+from sdiff_jax.losses._tangent import ConsistencyOptions, Times
+from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
 
@@ -31,23 +31,33 @@ def tangent(
 ) -> tuple[Array, Array]:
   """Returns F and g = cos(t) (f(x_t, t) - f(x_s, s)) / sin(t - s).
 
-  x_s = cos(t - s) x_t - sin(t - s) v is one DDIM step along v, and with u = t - s
+  x_s = cos(t - s) x_t - sin(t - s) v is one DDIM step along v. With u = t - s
   g = -cos t (cos s (sigma_d F - v)
               + r sin s (x_t + sigma_d (cos u F - F(x_s, s)) / sin u)),
-  which subtracts no two f that are nearly equal (appendix E, with sigma_d).
+  which avoids the difference of two nearly equal f (appendix E, with sigma_d).
 
   Args:
     net: network with its parameters bound.
     xt: states, [B, ...].
-    t: angles, [B].
+    t: TrigFlow times, [B].
     v: dx_t/dt at xt, [B, ...].
     cond: conditions of the network.
     sigma_d: standard deviation of the data.
     r: warm-up in [0, 1].
-    s: the angle below each t on the grid, [B], s < t.
+    s: the time below each t on the grid, [B], s < t.
 
   Returns:
-    F [B, ...], through which gradients flow, and g [B, ...], through which not.
+    F [B, ...], through which gradients flow, and g [B, ...], through which none flow.
+
+  Raises:
+    AssertionError: the shapes of xt and v, or of t and s, differ.
+
+  Example:
+    >>> xt, t, v = jnp.ones((2, 3)), jnp.full(2, 0.5), jnp.zeros((2, 3))
+    >>> net = lambda x, t, cond: x
+    >>> F, g = tangent(net, xt, t, v, None, sigma_d=0.5, s=t - 0.1)
+    >>> F.shape, g.shape
+    ((2, 3), (2, 3))
   """
   chex.assert_equal_shape((xt, v))
   chex.assert_equal_shape((t, s))
@@ -60,61 +70,58 @@ def tangent(
   return F, jax.lax.stop_gradient(g)
 
 
-@registry.register("losses", "scm_discrete")
+@registry.register(
+  "losses",
+  "scm_discrete",
+  title=lambda fields: "dsCT" if fields["velocity"] == "data" else "dsCD",
+  family="consistency",
+  needs_teacher=lambda fields: fields["velocity"] == "teacher",
+)
 def build(
   *,
   network: Network,
-  teacher: Callable[..., Array] | None,
   sigma_d: float,
+  teacher: TeacherFn | None = None,
   n: int = 1024,
   velocity: str = "teacher",
-  p_mean: float = -1.0,
-  p_std: float = 1.4,
-  tangent_normalizer: str = "rms",
-  c: float = 0.1,
-  warmup_steps: int = 10_000,
-  adaptive_weight: bool = True,
-  guidance: tuple[float, ...] = (),
+  options: ConsistencyOptions = ConsistencyOptions(),
 ) -> LossFn:
-  """Returns the objective of `scm` with the tangent of this file.
+  """Returns the loss of `scm` with the finite difference of this file as its tangent.
 
   Args:
-    network: the model to train.
-    teacher: (frozen, x, t, cond) -> F of the teacher; unused by "data".
+    network: the network to train.
     sigma_d: standard deviation of the data.
-    n: levels N of the grid, EDM's with 0 below them; the paper tries 256 to 4096.
-    velocity: "teacher" distils (dsCD), "data" trains from data (dsCT).
-    p_mean: mean of ln(sigma_d tan t) over training.
-    p_std: its standard deviation.
-    tangent_normalizer: see `scm`; so are the others.
-    c: constant of the normalisation.
-    warmup_steps: steps over which r rises from 0 to 1.
-    adaptive_weight: learn w_phi(t); otherwise w = 0.
-    guidance: (low, high) scales of classifier-free guidance to distil, () for none.
+    teacher: the teacher network; only velocity="teacher" uses it.
+    n: number N of levels of EDM's grid, to which 0 is added; the paper uses 256 to 4096.
+    velocity: "teacher" distills a teacher (dsCD), "data" trains on data (dsCT).
+    options: times, normalization, warm-up, weight and guidance.
+
+  Returns:
+    A LossFn that logs "mse" and "tangent_norm".
 
   Raises:
-    ValueError: as `scm`, or n is below 2.
+    ValueError: as `scm.build`, or n is below 2.
   """
   if n < 2:
-    raise ValueError(f"loss.n={n}: a grid has 2 levels at least")
+    raise ValueError(f"n={n}: a grid has at least 2 levels")
   grid = np.float32(np.append(0.0, time_grids.karras_angles(n, sigma_d)[-2::-1]))
 
-  def draw(key: PRNGKey, batch: int) -> tuple[Array, Array, Array]:
-    t = time_grids.log_normal(key, batch, p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
-    i = jnp.clip(jnp.searchsorted(grid, t), 1, n)  # each cell by its mass
+  def time_sampler(key: PRNGKey, batch: int) -> Times:
+    t = time_grids.log_normal(
+      key, batch, p_mean=options.p_mean, p_std=options.p_std, sigma_d=sigma_d
+    )
+    # The probability of a level is the log-normal mass of the cell below it.
+    i = jnp.clip(jnp.searchsorted(grid, t), 1, n)
     above, below = jnp.asarray(grid)[i], jnp.asarray(grid)[i - 1]
-    return above, below, above
+    return Times(above, below, above)
 
-  return scm.objective(
-    draw,
-    tangent,
+  return _tangent.tangent_loss(
     network=network,
-    teacher=teacher,
     sigma_d=sigma_d,
-    velocity=velocity,
-    tangent_normalizer=tangent_normalizer,
-    c=c,
-    warmup_steps=warmup_steps,
-    adaptive_weight=adaptive_weight,
-    guidance=guidance,
+    time_sampler=time_sampler,
+    velocity=_velocity.build(
+      velocity, teacher, sigma_d=sigma_d, guidance=options.guidance
+    ),
+    tangent=tangent,
+    options=options,
   )

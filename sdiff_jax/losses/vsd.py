@@ -1,86 +1,77 @@
-"""Variational score distillation of a few-step model, alone or beside sCD.
+"""Variational score distillation of a few-step model, alone or together with sCD.
 
-Adaptive VSD of arXiv:2410.11081, appendix C: samples of the student move along what a
-teacher's and a fake network's velocities differ in, where the fake one is trained on
-those samples at the same time.
+Adaptive VSD of arXiv:2410.11081, appendix C: samples of the student move along the
+difference between the velocities of a teacher and of a fake network, which is trained
+on these samples at the same time.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from sdiff_jax import registry
+from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting, scm
+from sdiff_jax.losses._tangent import ConsistencyOptions
+from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
 
 def init_extra_params(params: Params) -> Params:
-  """Returns the parameters with those of the fake network, which start as they are."""
+  """Returns the parameters with those of the fake network, which starts as a copy.
+
+  Args:
+    params: parameters of the student, {"net": ..., "logvar": ...}.
+  """
   return params | {"fake": jax.tree.map(jnp.copy, params)}
 
 
-@registry.register("losses", "vsd", init_extra_params=init_extra_params)
+@registry.register(
+  "losses",
+  "vsd",
+  title=lambda fields: "sCD + VSD" if fields["consistency"] else "VSD",
+  family="consistency",
+  needs_teacher=True,
+  init_extra_params=init_extra_params,
+)
 def build(
   *,
   network: Network,
-  teacher: Callable[..., Array],
   sigma_d: float,
+  teacher: TeacherFn,
   consistency: bool = True,
-  p_mean: float = -1.0,
-  p_std: float = 1.4,
   vsd_p_mean: float = 0.4,
   vsd_p_std: float = 2.0,
   fake_p_mean: float = -0.8,
   fake_p_std: float = 1.6,
-  tangent_normalizer: str = "rms",
-  c: float = 0.1,
-  warmup_steps: int = 10_000,
-  adaptive_weight: bool = True,
-  guidance: tuple[float, ...] = (),
+  options: ConsistencyOptions = ConsistencyOptions(),
 ) -> LossFn:
-  """Returns L_sCD + L_VSD + L_fake, each with gradients to its own network alone.
+  """Returns L_sCD + L_VSD + L_fake; each has gradients of its own network alone.
 
-  With x0' = f(z', arctan(80 / sigma_d)) of the student,
+  With samples x0' = f(z', arctan(80 / sigma_d)) of the student,
     L_VSD  = E[e^w / D |x0' - x0'^- + F_teacher(x'_t) - F_fake(x'_t)|^2 - w],
     L_fake = E[|F_fake(x'_t) - v'_t / sigma_d|^2 / D].
 
   Args:
-    network: the model to train; its parameters have been through `init_extra_params`.
-    teacher: (frozen, x, t, cond) -> F of the teacher.
+    network: the network to train; its parameters are those of `init_extra_params`.
     sigma_d: standard deviation of the data.
-    consistency: whether L_sCD is part of it; otherwise VSD alone.
-    p_mean: mean of ln(sigma_d tan t) of L_sCD.
-    p_std: its standard deviation.
-    vsd_p_mean: mean of L_VSD's.
-    vsd_p_std: its standard deviation.
-    fake_p_mean: mean of L_fake's.
-    fake_p_std: its standard deviation.
-    tangent_normalizer: of L_sCD, see `scm`; so are the others.
-    c: constant of the normalisation.
-    warmup_steps: steps over which r rises from 0 to 1.
-    adaptive_weight: learn w_phi(t) of L_sCD and w of L_VSD; otherwise w = 0.
-    guidance: (low, high) scales of classifier-free guidance to distil, () for none.
+    teacher: the teacher network.
+    consistency: whether L_sCD is added; otherwise the loss is VSD alone.
+    vsd_p_mean: mean of ln(sigma_d tan t) in L_VSD.
+    vsd_p_std: standard deviation of ln(sigma_d tan t) in L_VSD.
+    fake_p_mean: mean of ln(sigma_d tan t) in L_fake.
+    fake_p_std: standard deviation of ln(sigma_d tan t) in L_fake.
+    options: those of L_sCD; L_VSD shares its weight and guidance.
 
-  Raises:
-    ValueError: an unknown tangent_normalizer.
+  Returns:
+    A LossFn that logs "vsd_mse", "fake_mse" and the metrics of L_sCD.
   """
-  distil = scm.build(
-    network=network,
-    teacher=teacher,
-    sigma_d=sigma_d,
-    p_mean=p_mean,
-    p_std=p_std,
-    tangent_normalizer=tangent_normalizer,
-    c=c,
-    warmup_steps=warmup_steps,
-    adaptive_weight=adaptive_weight,
-    guidance=guidance,
+  distill = scm.build(
+    network=network, sigma_d=sigma_d, teacher=teacher, options=options
   )
-  guidance = tuple(guidance)
-  velocity_of = _velocity.velocity_target("teacher", teacher, sigma_d=sigma_d)
+  velocity_of = _velocity.ode_field(teacher, sigma_d=sigma_d)
   noisy = functools.partial(_noisy, sigma_d=sigma_d)
 
   def loss(
@@ -88,29 +79,29 @@ def build(
   ) -> tuple[Array, dict[str, Array]]:
     key_scd, key_s, key_start, key_net, key_vsd, key_fake = jax.random.split(key, 6)
     start = jnp.full(len(batch["x0"]), jnp.arctan(time_grids.SIGMA_MAX / sigma_d))
-    cond = _velocity.sample_guidance_scale(key_s, start, batch["cond"], guidance)
+    cond = cfg.sample_scale(key_s, start, batch["cond"], options.guidance)
     z = sigma_d * jax.random.normal(key_start, batch["x0"].shape, jnp.float32)
     F = network.apply(params, z / sigma_d, start, cond, key=key_net)
-    made = trigflow.denoise(z, F, start, sigma_d)
-    fixed = jax.lax.stop_gradient(made)
+    sample = trigflow.denoise(z, F, start, sigma_d)
+    constant_sample = jax.lax.stop_gradient(sample)
     fake = params["fake"]
 
-    z, t, xt = noisy(key_fake, fixed, fake_p_mean, fake_p_std)
+    z, t, xt = noisy(key_fake, constant_sample, fake_p_mean, fake_p_std)
     F = network.apply(fake, xt / sigma_d, t, cond, key=jax.random.fold_in(key_fake, 1))
-    error = F - trigflow.velocity(fixed, z, t) / sigma_d
-    of_fake = jnp.mean(jnp.square(error))
+    error = F - trigflow.velocity(constant_sample, z, t) / sigma_d
+    fake_loss = jnp.mean(jnp.square(error))
 
-    _, t, xt = noisy(key_vsd, fixed, vsd_p_mean, vsd_p_std)
-    theirs = velocity_of(frozen, None, None, xt, t, cond) / sigma_d
-    ours = network.apply(fake, xt / sigma_d, t, cond)
-    w = network.logvar(fake, t) if adaptive_weight else None
-    residual = made - fixed + jax.lax.stop_gradient(theirs - ours)
+    z, t, xt = noisy(key_vsd, constant_sample, vsd_p_mean, vsd_p_std)
+    teacher_F = velocity_of(frozen, constant_sample, z, xt, t, cond) / sigma_d
+    fake_F = network.apply(fake, xt / sigma_d, t, cond)
+    w = network.logvar(fake, t) if options.adaptive_weight else None
+    residual = sample - constant_sample + jax.lax.stop_gradient(teacher_F - fake_F)
     weighted, mse = _weighting.adaptive(residual, w)
-    aux = {"vsd_mse": jnp.mean(mse), "fake_mse": of_fake}
-    total = jnp.mean(weighted) + of_fake
+    aux = {"vsd_mse": jnp.mean(mse), "fake_mse": fake_loss}
+    total = jnp.mean(weighted) + fake_loss
     if consistency:
-      of_scm, more = distil(params, batch, key_scd, step, frozen)
-      total, aux = total + of_scm, aux | more
+      scm_loss, scm_metrics = distill(params, batch, key_scd, step, frozen)
+      total, aux = total + scm_loss, aux | scm_metrics
     return total, aux
 
   return loss
@@ -119,7 +110,7 @@ def build(
 def _noisy(
   key: PRNGKey, x0: Array, p_mean: float, p_std: float, *, sigma_d: float
 ) -> tuple[Array, Array, Array]:
-  """Returns z, t and x_t."""
+  """Returns noise z, times t and states x_t of a batch x0."""
   key_t, key_z = jax.random.split(key)
   t = time_grids.log_normal(key_t, len(x0), p_mean=p_mean, p_std=p_std, sigma_d=sigma_d)
   z = sigma_d * jax.random.normal(key_z, x0.shape, x0.dtype)
