@@ -9,9 +9,11 @@ The kind is the package below `sdiff_jax` that holds the built-in pieces. Pieces
 projects register in the same way, from a module that is imported by the config file or
 named in `config.plugins`. Arguments of a piece without a default are given by the caller,
 those whose default is None where there is something to give; the others are the fields
-of its section in a config.
+of its section in a config. An argument whose default is a frozen dataclass contributes
+the fields of the dataclass, so several pieces can share a list of options.
 """
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -96,15 +98,23 @@ def names(kind: str) -> list[str]:
 
 
 def fields(kind: str, name: str) -> dict[str, Any]:
-  """Returns the config fields of a piece with their defaults."""
-  parameters = inspect.signature(lookup(kind, name).build).parameters.values()
-  return {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
+  """Returns the config fields of a piece with their defaults.
+
+  An argument whose default is a dataclass stands for the fields of the dataclass.
+  """
+  out: dict[str, Any] = {}
+  for p in inspect.signature(lookup(kind, name).build).parameters.values():
+    if dataclasses.is_dataclass(p.default):
+      out |= {f.name: getattr(p.default, f.name) for f in dataclasses.fields(p.default)}
+    elif p.default not in (p.empty, None):
+      out[p.name] = p.default
+  return out
 
 
 def required(kind: str, name: str) -> list[str]:
   """Returns the arguments of a piece that are not config fields."""
-  parameters = inspect.signature(lookup(kind, name).build).parameters
-  return [p for p in parameters if p not in fields(kind, name)]
+  parameters = inspect.signature(lookup(kind, name).build).parameters.values()
+  return [p.name for p in parameters if p.default in (p.empty, None)]
 
 
 def check(kind: str, section: dict[str, Any], label: str) -> None:
@@ -140,6 +150,11 @@ def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> 
   given = {k: v for k, v in given.items() if k in accepted}
   options = {k: v for k, v in section.items() if k != "name"}
   try:
+    for p in accepted.values():
+      if dataclasses.is_dataclass(p.default):
+        own = {f.name for f in dataclasses.fields(p.default)} & options.keys()
+        changed = {k: options.pop(k) for k in own}
+        options[p.name] = dataclasses.replace(p.default, **changed)
     return function(**given, **options)
   except ValueError as error:
     # Some pieces still put the name of their section before the argument themselves.

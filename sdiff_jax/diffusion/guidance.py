@@ -66,9 +66,7 @@ def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
   return cond | {"label": jnp.where(drop, NO_LABEL, cond["label"])}
 
 
-def sample_scale(
-  key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]
-) -> Cond:
+def sample_scale(key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]) -> Cond:
   """Returns the conditions with a guidance scale for each sample.
 
   Args:

@@ -12,7 +12,7 @@ from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import objective, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.losses import _velocity, scm
+from sdiff_jax.losses import _velocity, scm, tangent_norm
 from sdiff_jax.samplers import comparison, sequential
 from sdiff_jax.types import Array, Denoiser, Params
 
@@ -31,7 +31,7 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
   stored.teacher = config.teacher
   loss, sigma_d = stored.loss, experiment.sigma_d
   teacher, frozen = objective.teacher(stored, experiment)
-  velocity_of = _velocity.velocity_target("teacher", teacher.apply, sigma_d=sigma_d)
+  velocity_of = _velocity.ode_field(teacher.apply, sigma_d=sigma_d)
   size, over_batch = stored.train.batch_size, sharding.batch(experiment.mesh)
   sharding.check_batch(size, over_batch, "train.batch_size")
   options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
@@ -49,7 +49,7 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
     net = functools.partial(experiment.network.apply, params)
     found = scm.tangent_terms(net, xt, t, v, cond, sigma_d=sigma_d)
     found["tangent"] = sum(found.values())
-    return {name: jnp.mean(scm.norm(g, rms=True)) for name, g in found.items()}
+    return {name: jnp.mean(tangent_norm(g, rms=True)) for name, g in found.items()}
 
   call = jax.jit(
     sharding.with_mesh(experiment.mesh, sizes),

@@ -13,10 +13,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from sdiff_jax import registry
-from sdiff_jax.losses._tangent import ConsistencyOptions
+from sdiff_jax.losses._tangent import (
+  TANGENT_NORMALIZERS,
+  ConsistencyOptions,
+  normalize_tangent,
+  tangent_norm,
+)
 from sdiff_jax.types import Params
 
-__all__ = ["ConsistencyOptions", "Facts", "facts"]
+__all__ = [
+  "TANGENT_NORMALIZERS",
+  "ConsistencyOptions",
+  "Facts",
+  "facts",
+  "normalize_tangent",
+  "tangent_norm",
+]
 
 
 class Facts(NamedTuple):

@@ -122,6 +122,9 @@ TANGENT_NORMALIZERS: dict[str, Callable[[Array, Array, float], Array]] = {
 }
 
 
+DEFAULT_OPTIONS = ConsistencyOptions()
+
+
 def normalize_tangent(
   g: Array, u: Array, *, normalizer: str = "rms", c: float = 0.1
 ) -> Array:
@@ -182,9 +185,7 @@ def tangent_loss(
     net = functools.partial(network.apply, params, key=key_dropout)
     r = time_grids.warmup(step, options.warmup_steps)
     F, g = tangent(net, xt, t, v, cond, sigma_d=sigma_d, r=r, s=s)
-    target = normalize_tangent(
-      g, u, normalizer=options.tangent_normalizer, c=options.c
-    )
+    target = normalize_tangent(g, u, normalizer=options.tangent_normalizer, c=options.c)
     error = F - jax.lax.stop_gradient(F) - target
     w = network.logvar(params, t) if options.adaptive_weight else None
     weighted, mse = _weighting.adaptive(error, w)

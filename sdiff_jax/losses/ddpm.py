@@ -35,9 +35,21 @@ def build(
   Returns:
     A LossFn that logs "mse".
 
+  Raises:
+    ValueError: the schedule is unknown.
+
   Example:
-    >>> from sdiff_jax.models import mlp
-    >>> loss = build(network=mlp.build(shape=(2,)), sigma_d=0.5, timesteps=10)
+    >>> network = Network(
+    ...   init=lambda key: jnp.float32(0.5),
+    ...   apply=lambda params, x, t, cond, *, key=None: params * x,
+    ...   logvar=lambda params, t: params * t,
+    ... )
+    >>> loss = build(network=network, sigma_d=0.5, timesteps=10)
+    >>> batch = {"x0": jnp.ones((4, 2)), "cond": None}
+    >>> key, step = jax.random.key(0), jnp.int32(0)
+    >>> value, metrics = loss(network.init(key), batch, key, step, None)
+    >>> bool(value == metrics["mse"])
+    True
   """
   abar = noise_schedules.alphas_cumprod(schedule, timesteps)
   times = trigflow.angle(abar**0.5, (1 - abar) ** 0.5, sigma_d)

@@ -35,12 +35,15 @@ def build(
 
   Example:
     >>> import jax
-    >>> from sdiff_jax.models import mlp
-    >>> network = mlp.build(shape=(2,), width=8, depth=1)
+    >>> network = Network(
+    ...   init=lambda key: jax.numpy.float32(0.5),
+    ...   apply=lambda params, x, t, cond, *, key=None: params * x,
+    ...   logvar=lambda params, t: params * t,
+    ... )
     >>> loss = build(network=network, sigma_d=0.5)
-    >>> params = network.init(jax.random.key(0))
     >>> batch = {"x0": jax.numpy.ones((4, 2)), "cond": None}
-    >>> value, metrics = loss(params, batch, jax.random.key(1), jax.numpy.int32(0), None)
+    >>> key, step = jax.random.key(0), jax.numpy.int32(0)
+    >>> value, metrics = loss(network.init(key), batch, key, step, None)
     >>> value.shape, sorted(metrics)
     ((), ['mse'])
   """

@@ -12,7 +12,7 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _tangent, _velocity
-from sdiff_jax.losses._tangent import ConsistencyOptions, Times
+from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions, Times
 from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
@@ -121,7 +121,7 @@ def build(
   teacher: TeacherFn | None = None,
   velocity: str = "teacher",
   segment_boundaries: tuple[float, ...] = (),
-  options: ConsistencyOptions = ConsistencyOptions(),
+  options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns E[e^w |F - F^- - g|^2 / D - w] with the normalized tangent g (eq. 8).
 

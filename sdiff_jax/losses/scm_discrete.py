@@ -13,7 +13,7 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _tangent, _velocity
-from sdiff_jax.losses._tangent import ConsistencyOptions, Times
+from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions, Times
 from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
@@ -84,7 +84,7 @@ def build(
   teacher: TeacherFn | None = None,
   n: int = 1024,
   velocity: str = "teacher",
-  options: ConsistencyOptions = ConsistencyOptions(),
+  options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns the loss of `scm` with the finite difference of this file as its tangent.
 

@@ -14,7 +14,7 @@ from sdiff_jax import registry
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting, scm
-from sdiff_jax.losses._tangent import ConsistencyOptions
+from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions
 from sdiff_jax.losses._velocity import TeacherFn
 from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
 
@@ -46,7 +46,7 @@ def build(
   vsd_p_std: float = 2.0,
   fake_p_mean: float = -0.8,
   fake_p_std: float = 1.6,
-  options: ConsistencyOptions = ConsistencyOptions(),
+  options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns L_sCD + L_VSD + L_fake; each has gradients of its own network alone.
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.capacity import hlo
 from sdiff_jax.distributed import sharding
-from sdiff_jax.losses import diffusion, scm
+from sdiff_jax.losses import ConsistencyOptions, diffusion, scm
 from sdiff_jax.models import edm2, mlp
 from sdiff_jax.training import ema, state, step
 from sdiff_jax.types import UserError
@@ -86,7 +86,12 @@ def test_check_batch_names_a_size_that_fits():
 def _train(mesh, steps=3, accumulate=1):
   """Returns state and losses after a few sCD steps on a mesh."""
   network = mlp.build(shape=(2, 2, 1), classes=3, width=16, depth=2, unroll=1)
-  loss = scm.build(network=network, teacher=network.apply, sigma_d=0.5, warmup_steps=0)
+  loss = scm.build(
+    network=network,
+    teacher=network.apply,
+    sigma_d=0.5,
+    options=ConsistencyOptions(warmup_steps=0),
+  )
   rate = optax.constant_schedule(1e-3)
   optimizer, betas = optax.adam(rate), ema.betas(("power/0.1",), 16)
   key = jax.random.key(0)

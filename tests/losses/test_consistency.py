@@ -174,9 +174,9 @@ def test_the_grid_doubles_up_to_its_last():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"levels": (20, 10)}, r"loss\.levels=\(20, 10\): give two"),
-    ({"double_every": 0}, r"loss\.double_every=0: must be above 0"),
-    ({"velocity": "both"}, r"loss\.velocity='both': take"),
+    ({"levels": (20, 10)}, r"^levels=\(20, 10\): must be two"),
+    ({"double_every": 0}, r"^double_every=0: must be at least 1"),
+    ({"velocity": "both"}, r"^velocity='both': must be"),
   ],
 )
 def test_mistakes_are_refused(options, message):

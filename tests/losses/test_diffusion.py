@@ -9,7 +9,7 @@ import pytest
 from closed_forms import Gaussian, random_params
 
 from sdiff_jax.diffusion import time_grids, trigflow
-from sdiff_jax.losses import diffusion, scm
+from sdiff_jax.losses import ConsistencyOptions, diffusion, scm
 from sdiff_jax.models import mlp
 from sdiff_jax.types import Network
 
@@ -138,14 +138,11 @@ def test_consistency_training_starts_as_diffusion(
   # Both draw the same angle and noise.
   monkeypatch.setattr(time_grids, "log_normal", lambda *args, **options: t)
   monkeypatch.setattr(jax.random, "normal", lambda *args: z / SIGMA_D)
-  common = {"network": net, "sigma_d": SIGMA_D, "adaptive_weight": False}
-  consistency = scm.build(
-    **common,
-    teacher=None,
-    velocity="data",
-    tangent_normalizer=tangent_normalizer,
-    c=0.3,
+  common = {"network": net, "sigma_d": SIGMA_D}
+  options = ConsistencyOptions(
+    tangent_normalizer=tangent_normalizer, c=0.3, adaptive_weight=False
   )
+  consistency = scm.build(**common, velocity="data", options=options)
   batch = {"x0": gaussian(1), "cond": None}
 
   def gradient(loss):
@@ -158,7 +155,7 @@ def test_consistency_training_starts_as_diffusion(
     F = net.apply(params, trigflow.perturb(x0, z, t) / SIGMA_D, t, None)
     g = factor * (F - trigflow.velocity(x0, z, t) / SIGMA_D)
     factor /= np.sqrt(np.mean(np.square(g))) + 0.3
-  expected = factor * gradient(diffusion.build(**common))
+  expected = factor * gradient(diffusion.build(**common, adaptive_weight=False))
   found = gradient(consistency)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
   assert np.linalg.norm(found) > 0.01

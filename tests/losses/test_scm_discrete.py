@@ -10,7 +10,7 @@ from closed_forms import random_params
 from scipy.stats import norm
 
 from sdiff_jax.diffusion import time_grids, trigflow
-from sdiff_jax.losses import scm, scm_discrete
+from sdiff_jax.losses import ConsistencyOptions, scm, scm_discrete
 from sdiff_jax.models import mlp
 from sdiff_jax.types import Network
 
@@ -65,11 +65,10 @@ def drawn(monkeypatch, n, batch):
   monkeypatch.setattr(scm_discrete, "tangent", spy)
   loss = scm_discrete.build(
     network=Network(init=len, apply=len, logvar=len),
-    teacher=None,
     sigma_d=SIGMA_D,
     velocity="data",
     n=n,
-    adaptive_weight=False,
+    options=ConsistencyOptions(adaptive_weight=False),
   )
   data = {"x0": jnp.zeros((batch, 1)), "cond": None}
   loss(None, data, jax.random.key(1), jnp.int32(0), None)
@@ -91,5 +90,5 @@ def test_levels_are_drawn_with_the_mass_of_their_cells(monkeypatch):
 
 
 def test_a_grid_of_one_level_is_refused():
-  with pytest.raises(ValueError, match=r"loss\.n=1: a grid has 2"):
+  with pytest.raises(ValueError, match=r"^n=1: a grid has at least 2"):
     scm_discrete.build(network=None, teacher=None, sigma_d=0.5, n=1)

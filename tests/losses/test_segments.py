@@ -7,7 +7,7 @@ import pytest
 from closed_forms import Gaussian, central, random_params
 
 from sdiff_jax.diffusion import trigflow
-from sdiff_jax.losses import scm
+from sdiff_jax.losses import ConsistencyOptions, scm
 from sdiff_jax.models import mlp
 from sdiff_jax.samplers import sequential, solvers
 from sdiff_jax.types import Network
@@ -93,11 +93,10 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
   monkeypatch.setattr(scm, "tangent", spy)
   loss = scm.build(
     network=Network(init=len, apply=len, logvar=len),
-    teacher=None,
     sigma_d=SIGMA_D,
     velocity="data",
     segment_boundaries=(0.9, 0.3),
-    adaptive_weight=False,
+    options=ConsistencyOptions(adaptive_weight=False),
   )
   batch = {"x0": jnp.zeros((300, 2)), "cond": None}
   loss(None, batch, jax.random.key(1), jnp.int32(0), None)
@@ -109,6 +108,6 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
 
 def test_an_end_outside_is_refused():
   with pytest.raises(
-    ValueError, match=r"loss\.segment_boundaries=\(1\.6,\): give angles in"
+    ValueError, match=r"^segment_boundaries=\(1\.6,\): must be times in"
   ):
     scm.build(network=None, teacher=None, sigma_d=0.5, segment_boundaries=(1.6,))

@@ -9,7 +9,7 @@ import pytest
 from closed_forms import MIXTURE, MIXTURE_F, MIXTURE_T, MIXTURE_X, Gaussian
 
 from sdiff_jax.diffusion import trigflow
-from sdiff_jax.losses import scm
+from sdiff_jax.losses import ConsistencyOptions, scm
 from sdiff_jax.models import mlp
 from sdiff_jax.training import ema, optimizers, state, step
 from sdiff_jax.types import Array, Denoiser
@@ -36,8 +36,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     network=network,
     teacher=teacher,
     sigma_d=SIGMA_D,
-    warmup_steps=0,
-    adaptive_weight=False,
+    options=ConsistencyOptions(warmup_steps=0, adaptive_weight=False),
   )
   rate = optimizers.schedule(
     name="cosine",

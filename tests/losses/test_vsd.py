@@ -7,8 +7,8 @@ import optax
 import pytest
 from closed_forms import Gaussian, random_params
 
-from sdiff_jax.diffusion import trigflow
-from sdiff_jax.losses import scm, vsd
+from sdiff_jax.diffusion import guidance, trigflow
+from sdiff_jax.losses import ConsistencyOptions, scm, vsd
 from sdiff_jax.models import mlp
 from sdiff_jax.types import Network
 
@@ -47,7 +47,7 @@ def test_alone_it_finds_the_distribution():
     teacher=teacher,
     sigma_d=SIGMA_D,
     consistency=False,
-    adaptive_weight=False,
+    options=ConsistencyOptions(adaptive_weight=False),
   )
   optimizer = optax.adam(optax.cosine_decay_schedule(0.01, 1500))
 
@@ -86,7 +86,7 @@ def case():
     "cond": {"label": jnp.arange(8) % 2},
   }
   options = {"network": network, "teacher": teacher, "sigma_d": SIGMA_D}
-  options |= {"guidance": (1.0, 2.0), "warmup_steps": 0}
+  options["options"] = ConsistencyOptions(guidance=(1.0, 2.0), warmup_steps=0)
   return options, params, batch
 
 
@@ -110,11 +110,11 @@ def test_each_part_moves_its_own_network(case, monkeypatch):
 
   monkeypatch.setattr(vsd, "_noisy", spy)
   scales = []
-  with_scales = vsd.velocities.with_scales
+  sample_scale = guidance.sample_scale
   monkeypatch.setattr(
-    vsd.velocities,
-    "with_scales",
-    lambda *args: scales.append(with_scales(*args)) or scales[-1],
+    guidance,
+    "sample_scale",
+    lambda *args: scales.append(sample_scale(*args)) or scales[-1],
   )
   loss = vsd.build(**options, consistency=False)
   found = gradient(loss, params, batch)
