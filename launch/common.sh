@@ -8,7 +8,7 @@ die() {
 
 # supervise PID...: waits for processes, passes SIGTERM and Ctrl-C on to them as SIGTERM
 # (they save and end), and returns the first code that is not 0; after such a signal 75,
-# also where they end well: the same command goes on.
+# also where they end well: the same command resumes.
 supervise() {
   local pid code result=0 signalled=
   # shellcheck disable=SC2064  # the processes are those of now

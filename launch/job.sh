@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # job.sh KIND ARGUMENTS...: runs python -m sdiff_jax.main ARGUMENTS with the environment
 # of launch/env/KIND.env (cpu, gpu or tpu). Each host or device starts one. SIGTERM saves;
-# the code is then 75, so that no scheduler takes a stopped run for a finished one.
+# the exit code is then 75, so that no scheduler mistakes a stopped run for a finished one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

@@ -8,13 +8,13 @@ usage() {
   cat <<'EOF'
 launch/local.sh [--processes=N] ARGUMENTS...
 
-Runs python -m sdiff_jax.main ARGUMENTS on 8 simulated devices: of one process, or of N
-(1, 2, 4 or 8) that talk over 127.0.0.1 as the hosts of a pod would. Any job, any config:
+Runs python -m sdiff_jax.main ARGUMENTS on 8 simulated devices, in one process or in N
+(1, 2, 4 or 8) that communicate over 127.0.0.1 as the hosts of a pod would. Any job, any config:
 
   launch/local.sh --config=configs/digits_diffusion.py --config.mesh.fsdp=8
   launch/local.sh --processes=2 --config=configs/digits_diffusion.py --config.train.steps=50
 
-Ctrl-C or SIGTERM saves and ends with code 75; the same command goes on.
+Ctrl-C or SIGTERM saves a checkpoint and exits with code 75; the same command resumes.
 EOF
 }
 

@@ -9,7 +9,7 @@ usage() {
 launch/tpu_pod.sh COMMAND OPTIONS... [-- ARGUMENTS OF python -m sdiff_jax.main]
 
 Commands:
-  all      create, setup, run, delete; creates again and goes on after a preemption
+  all      create, setup, run, delete; after a preemption it creates a pod again and resumes
   create   ask for the pod (a queued resource) and wait until it is there
   setup    install this working tree (or --git) on all hosts, mount the bucket as runs/
   run      start the job on all hosts, follow it and return its code
@@ -148,7 +148,7 @@ follow() {
       return "$code"
     fi
     ! is_lost || return 75
-    # The job goes on by itself when only the connection broke.
+    # The job continues by itself when only the connection broke.
     ((++failures < 100)) || die "no connection to the pod, which may still run: try logs, or delete"
     say "no connection, trying again"
     sleep "$poll"

@@ -61,8 +61,8 @@ def test_links_to_pages_and_anchors_are_there(site):
 
 
 def test_the_api_has_every_package_and_module(site):
-  path = DOCS / "site" / "api_pages.py"
-  spec = importlib.util.spec_from_file_location("api_pages", path)
+  path = DOCS / "site" / "hooks.py"
+  spec = importlib.util.spec_from_file_location("hooks", path)
   api = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(api)
   package = ROOT / "sdiff_jax"

@@ -1,4 +1,4 @@
-"""Writes the API pages of the site: one for each package, from the tree itself."""
+"""Adds to the site: an API page for each package, from the tree, and the notebooks."""
 
 import importlib.util
 import pathlib
@@ -58,7 +58,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-  """Adds the generated pages to the site."""
+  """Adds the generated pages and the notebooks to the site."""
   for name in PACKAGES:
     files.append(File.generated(config, f"api/{name}.md", content=page(name)))
+  root, site = ROOT.parent, config.site_dir
+  for path in sorted((root / "examples").glob("*.ipynb")):
+    files.append(
+      File(f"examples/{path.name}", str(root), site, use_directory_urls=False)
+    )
   return files
