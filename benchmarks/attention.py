@@ -18,7 +18,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -68,28 +68,48 @@ def first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+CHECKED = ((300, {"causal": True}), (1024, {}))  # lengths and options of `errors`
+
+
+def errors(cases: tuple = CHECKED) -> Iterator[dict]:
+  """Yields the largest errors against plain attention in float64.
+
+  Args:
+    cases: lengths, and options of `attention`.
+
+  Yields:
+    work, length, implementation, dtype and `errors`, one for each output relative to
+    its largest value; or `error`, where an implementation does not run here.
+  """
+  for (name, work), (L, options) in itertools.product(WORK.items(), cases):
+    wide = arrays(L, "float64", 2)
+    with jax.enable_x64(True):
+      truth = jax.tree.leaves(jax.jit(work("plain", **options))(*wide))
+      truth = [np.asarray(x) for x in truth]
+    for impl, dtype in itertools.product(IMPLS, ("float32", "bfloat16")):
+      row = {"work": name, "length": L, "implementation": impl, "dtype": dtype}
+      try:
+        inputs = [jnp.asarray(x, dtype) for x in wide]
+        outputs = jax.tree.leaves(jax.jit(work(impl, **options))(*inputs))
+        row["errors"] = [
+          float(np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max())
+          for x, y in zip(outputs, truth, strict=True)
+        ]
+      except Exception as error:
+        row["error"] = first_line(error)
+      yield row
+
+
 def check() -> None:
   """Prints the largest errors, relative to the largest value."""
   print("largest error against plain attention in float64, L = 300 and 1024")
-  for name, work in WORK.items():
-    for L, options in ((300, {"causal": True}), (1024, {})):
-      wide = arrays(L, "float64", 2)
-      with jax.enable_x64(True):
-        truth = jax.tree.leaves(jax.jit(work("plain", **options))(*wide))
-        truth = [np.asarray(x) for x in truth]
-      for impl in IMPLS:
-        for dtype in ("float32", "bfloat16"):
-          try:
-            given = [jnp.asarray(x, dtype) for x in wide]
-            found = jax.tree.leaves(jax.jit(work(impl, **options))(*given))
-            errors = [
-              np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()
-              for x, y in zip(found, truth, strict=True)
-            ]
-            text = " ".join(f"{e:.1e}" for e in errors)
-          except Exception as error:
-            text = first_line(error)
-          print(f"  {name:20} L={L:<5} {impl:8} {dtype:9} {text}", flush=True)
+  for row in errors():
+    text = row.get("error") or " ".join(f"{e:.1e}" for e in row["errors"])
+    print(
+      f"  {row['work']:20} L={row['length']:<5} {row['implementation']:8} "
+      f"{row['dtype']:9} {text}",
+      flush=True,
+    )
 
 
 def compiled(work: Callable, args: list) -> tuple[Callable, float]:
@@ -104,32 +124,55 @@ def seconds(program: Callable, args: list) -> float:
   return time.perf_counter() - start
 
 
+def times(lengths: list[int], repeats: int) -> Iterator[dict]:
+  """Yields medians of interleaved runs.
+
+  Args:
+    lengths: numbers of tokens.
+    repeats: runs of each program.
+
+  Yields:
+    work, length, implementation, `median_ms`, `least_ms` and `temporaries_mb`; or
+    `error`, where an implementation does not run here.
+  """
+  for (name, work), L in itertools.product(WORK.items(), lengths):
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in arrays(L, "float32")]
+    programs, failed = {}, {}
+    for impl in IMPLS:
+      try:
+        program, memory = compiled(work(impl), inputs)
+        seconds(program, inputs)
+        programs[impl] = program, memory
+      except Exception as error:
+        failed[impl] = first_line(error)
+    measured = {impl: [] for impl in programs}
+    for _ in range(repeats):
+      for impl, (program, _) in programs.items():
+        measured[impl].append(seconds(program, inputs) * 1e3)
+    for impl in IMPLS:
+      row = {"work": name, "length": L, "implementation": impl}
+      if impl in failed:
+        yield row | {"error": failed[impl]}
+        continue
+      yield row | {
+        "median_ms": statistics.median(measured[impl]),
+        "least_ms": min(measured[impl]),
+        "temporaries_mb": programs[impl][1],
+      }
+
+
 def table(lengths: list[int], repeats: int) -> None:
   """Prints medians of interleaved runs."""
   print(f"\n{HEADS} heads of {SIZE}, bfloat16, batch 1, {jax.devices()[0].device_kind}")
   print("| work | L | implementation | median ms | least ms | temporaries MB |")
   print("|---|---|---|---|---|---|")
-  for name, work in WORK.items():
-    for L in lengths:
-      given = [jnp.asarray(x, jnp.bfloat16) for x in arrays(L, "float32")]
-      programs, taken, failed = {}, {}, {}
-      for impl in IMPLS:
-        try:
-          programs[impl] = compiled(work(impl), given)
-          seconds(programs[impl][0], given)
-          taken[impl] = []
-        except Exception as error:
-          programs.pop(impl, None)
-          failed[impl] = first_line(error)
-      for _ in range(repeats):
-        for impl, (program, _) in programs.items():
-          taken[impl].append(seconds(program, given) * 1e3)
-      for impl, (_, memory) in programs.items():
-        middle, least = statistics.median(taken[impl]), min(taken[impl])
-        line = f"| {name} | {L} | {impl} | {middle:.3f} | {least:.3f} | {memory:.1f} |"
-        print(line, flush=True)
-      for impl, text in failed.items():
-        print(f"| {name} | {L} | {impl} | {text} | | |", flush=True)
+  for row in times(lengths, repeats):
+    cells = row.get("error", "") + " | |"
+    if "error" not in row:
+      cells = f"{row['median_ms']:.3f} | {row['least_ms']:.3f} | "
+      cells += f"{row['temporaries_mb']:.1f}"
+    line = f"| {row['work']} | {row['length']} | {row['implementation']} | {cells} |"
+    print(line, flush=True)
 
 
 def whole_step(pairs: int) -> None:

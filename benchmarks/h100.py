@@ -1,0 +1,542 @@
+"""Measurements on a machine with one GPU, prepared so that a short loan is enough.
+
+  python benchmarks/h100.py --stage=train --out=runs/h100 [--data=PATH]
+  python benchmarks/h100.py --stage=step --out=runs/h100
+  python benchmarks/h100.py --stage=sampler --out=runs/h100
+  python benchmarks/h100.py --stage=attention --out=runs/h100
+
+Every stage writes STAGE.json and its pictures into --out. A call stops after --seconds;
+the same command then resumes, and a finished stage is skipped unless --force is given.
+--tiny rehearses a stage on a CPU in seconds. Only this repository and JAX are needed;
+PyTorch and diffusers are timed beside ours where they can be imported.
+
+  train      trains a teacher on Fashion-MNIST, distills it with sCD, and measures both
+  step       times training steps of EDM2-S and of DiT-XL/2 against the peak FLOP/s
+  sampler    times the U-Net of Stable Diffusion 2 and iterations of ParaDDPM-1000
+  attention  checks and times attention with a tangent (see benchmarks/attention.py)
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+# Other processes (PyTorch's) use the same GPU before JAX does.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from matplotlib.figure import Figure
+
+from sdiff_jax import config as config_lib
+from sdiff_jax.capacity import chips, lowering
+from sdiff_jax.distributed import sharding
+from sdiff_jax.io import file_io
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.training import flops as flops_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
+PEAK = chips.CHIPS["h100"].peak  # bfloat16 FLOP/s, of an H200 as well
+Result = dict[str, Any]
+
+
+class OutOfTime(Exception):
+  """The call has used its seconds; the same command resumes."""
+
+
+class Stage:
+  """The measurements of a stage, stored after each one."""
+
+  def __init__(self, name: str, out: pathlib.Path, seconds: float, tiny: bool):
+    self.name, self.out, self.tiny = name, out, tiny
+    self.seconds = seconds
+    self.deadline = time.monotonic() + seconds
+    self.path = out / f"{name}.partial.json"
+    self.results: dict[str, Result] = {}
+    if self.path.exists():
+      self.results = json.loads(self.path.read_text())
+
+  def remaining(self) -> float:
+    """Returns the seconds that this call may still use."""
+    return self.deadline - time.monotonic()
+
+  def measure(self, name: str, function: Callable[[], Result]) -> Result:
+    """Returns the stored result of a measurement, or measures and stores it.
+
+    A failure is stored as `error`: the other measurements do not depend on it.
+    """
+    if name not in self.results:
+      if self.remaining() < 0:
+        raise OutOfTime(name)
+      begin = time.monotonic()
+      try:
+        result = function()
+      except OutOfTime:
+        raise
+      except Exception as error:
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        result["error"] = result["error"][:400]
+      result["wall_seconds"] = round(time.monotonic() - begin, 2)
+      self.results[name] = result
+      file_io.write_text(self.path, json.dumps(self.results, indent=2))
+      print(f"{name}: {json.dumps(result)}", flush=True)
+    return self.results[name]
+
+
+def median_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+  """Returns the median time of a call; the first two calls are not counted."""
+  seconds = []
+  for _ in range(repeats + 2):
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - begin)
+  return statistics.median(seconds[2:])
+
+
+def cost(seconds: float, flops: float, batch_size: int) -> Result:
+  """Returns milliseconds, samples per second and the fraction of the peak FLOP/s."""
+  return {
+    "ms": 1e3 * seconds,
+    "samples_per_second": batch_size / seconds,
+    "tflop": flops / 1e12,
+    "fraction_of_peak": flops / seconds / PEAK,
+  }
+
+
+def random_arrays(shapes: Any) -> Any:
+  """Returns arrays of given shapes: small normal numbers, zeros and keys."""
+
+  def array(s: Any) -> jax.Array:
+    if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
+      return jax.random.key(0)
+    if jnp.issubdtype(s.dtype, jnp.floating):
+      # Not negative, since second moments of an optimizer are among them.
+      return 0.02 * jnp.abs(jax.random.normal(jax.random.key(1), s.shape, s.dtype))
+    return jnp.zeros(s.shape, s.dtype)
+
+  return jax.jit(lambda: jax.tree.map(array, shapes))()
+
+
+class Case(NamedTuple):
+  """A program to compile and to time: its name, lowered form, FLOPs and batch size."""
+
+  name: str
+  lowered: Callable[[], jax.stages.Lowered]
+  flops: Callable[[], float]
+  batch_size: int
+  time: Callable[[jax.stages.Compiled, Any], float]
+
+
+def run_cases(stage: Stage, cases: list[Case]) -> None:
+  """Compiles the cases that have no result, side by side, and times one after another."""
+  missing = [case for case in cases if case.name not in stage.results]
+  if missing and stage.remaining() < 0:
+    raise OutOfTime(missing[0].name)
+
+  def compiled(case: Case) -> Any:
+    begin = time.monotonic()
+    lowered = case.lowered()
+    return lowered.compile(), lowered.args_info[0], time.monotonic() - begin
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    programs = {case.name: pool.submit(compiled, case) for case in missing}
+    concurrent.futures.wait(programs.values())
+
+  def timed(case: Case) -> Result:
+    program, shapes, compile_seconds = programs[case.name].result()
+    seconds = case.time(program, random_arrays(shapes))
+    memory = program.memory_analysis()
+    return cost(seconds, case.flops(), case.batch_size) | {
+      "gigabytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+      "compile_seconds": compile_seconds,
+    }
+
+  for case in missing:
+    stage.measure(case.name, functools.partial(timed, case))
+
+
+# --- train ---------------------------------------------------------------------------
+
+
+def load(name: str, variant: str = "") -> ml_collections.ConfigDict:
+  """Returns the config of configs/NAME.py:VARIANT."""
+  get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
+  return get_config(variant) if variant else get_config()
+
+
+def fashion(name: str, data: pathlib.Path, tiny: bool) -> ml_collections.ConfigDict:
+  """Returns configs/fashion_NAME.py with a small EDM2 network in bfloat16."""
+  c = load(f"fashion_{name}")
+  c.model = config_lib.component("models", "edm2", channels=64, mults=(1, 2, 2))
+  c.model.update(attn_resolutions=(7,), dropout=0.1 if name == "diffusion" else 0.0)
+  c.model.dtype = "bfloat16"
+  c.train.update(batch_size=512, log_every=50, sample_every=0)
+  c.checkpoint.update(every=100_000, keep_every=0)
+  # A schedule that does not depend on the number of steps: the measured step and the
+  # training run are one program, compiled once.
+  c.optim.update(learning_rate=5e-3 if name == "diffusion" else 1e-3)
+  c.optim.update(schedule="inverse_sqrt", reference_steps=1000, rampup_images=100_000)
+  c.optim.update(b1=0.9, b2=0.99)
+  if data.suffix == ".npz":
+    c.data = config_lib.component("data", "npz", path=str(data))
+    c.data.update(mean=(-0.428,), std=(0.706,))
+    c.reference = ml_collections.ConfigDict({"name": ""})
+  else:
+    c.data.dir = c.reference.dir = str(data)
+  c.evaluate.update(num=10_000, batch_size=1000, baselines=False)
+  c.sample.update(num=64, batch_size=64)
+  if tiny:
+    c.data = config_lib.component("data", "digits")
+    c.reference = ml_collections.ConfigDict({"name": ""})
+    c.model.update(channels=8, mults=(1, 2), blocks=1, head_channels=8)
+    c.model.attn_resolutions = (4,)
+    c.train.update(batch_size=16, log_every=1)
+    c.evaluate.update(features="digits", num=64, batch_size=64, pr_num_images=64)
+    c.sampler.update(steps=2)
+    if name == "diffusion":
+      c.evaluate.samplers = ("heun/2", "consistency/1")
+  return c
+
+
+def run_job(name: str, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
+  """Runs a job in this process, as `main` does."""
+  config_lib.validate(config)
+  job = importlib.import_module(f"sdiff_jax.jobs.{name}")
+  return job.run(config, str(workdir))
+
+
+@contextlib.contextmanager
+def stop_after(seconds: float) -> Iterator[None]:
+  """Sends this process SIGTERM, on which a training run saves a checkpoint and ends."""
+  timer = threading.Timer(max(seconds, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
+  before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    signal.signal(signal.SIGTERM, before)
+
+
+def train(stage: Stage, data: pathlib.Path) -> None:
+  """Trains the teacher and its distillation, then samples and measures both."""
+  teacher = stage.out / "teacher"
+  for role, name in (("teacher", "diffusion"), ("scd", "scd")):
+    config, workdir = fashion(name, data, stage.tiny), stage.out / role
+    if role == "scd":
+      config.teacher.workdir = str(teacher)
+
+    def measured_step(config=config, role=role) -> Result:
+      config, workdir = config.copy_and_resolve_references(), stage.out / f"{role}_step"
+      shutil.rmtree(workdir, ignore_errors=True)
+      config.train.update(steps=4 if stage.tiny else 40, log_every=2)
+      run_job("train", config, workdir)
+      lines = (workdir / "metrics.jsonl").read_text().splitlines()
+      rates = [json.loads(line).get("images_per_second") for line in lines]
+      rate = statistics.median([rate for rate in rates if rate][1:])
+      # Half of a call's seconds; the other half is for compilation and measurements.
+      steps = 4 if stage.tiny else int(0.5 * stage.seconds * rate / 512)
+      return {"images_per_second": rate, "steps": max(steps, 4)}
+
+    def trained(config=config, workdir=workdir) -> Result:
+      with stop_after(stage.remaining() - 10):
+        message = run_job("train", config, workdir)
+      if not (workdir / "training.json").exists():
+        raise OutOfTime(message)
+      return json.loads((workdir / "training.json").read_text())
+
+    def evaluated(config=config, workdir=workdir, role=role) -> Result:
+      run_job("evaluate", config, workdir)
+      rows = json.loads((workdir / "evaluate" / "results.json").read_text())
+      for picture in (workdir / "evaluate").glob("*.png"):
+        shutil.copyfile(picture, stage.out / f"train_{role}_{picture.name}")
+      return {"rows": rows}
+
+    step = stage.measure(f"{role} step", measured_step)
+    if "error" in step:
+      return
+    config.train.steps = step["steps"]
+    if "error" in stage.measure(f"{role} training", trained):
+      return
+    stage.measure(f"{role} distances", evaluated)
+
+
+# --- step ----------------------------------------------------------------------------
+
+
+def step_configs(stage: Stage) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+  """Yields names and configs of the training steps to time."""
+  variant = "S,tiny" if stage.tiny else "S"
+  for batch_size in (16,) if stage.tiny else (32, 128):
+    for loss in ("diffusion",) if stage.tiny else ("diffusion", "scd"):
+      config = load(f"imagenet512_{loss}", variant)
+      config.model.dtype = "bfloat16"
+      config.train.batch_size = batch_size
+      yield f"EDM2-S {loss} batch {batch_size}", config
+  for tokens, side in ((64, 8),) if stage.tiny else ((256, 32), (1024, 64)):
+    for loss in ("scd",) if stage.tiny else ("diffusion", "scd"):
+      config = load(f"imagenet256_dit_{loss}", "tiny" if stage.tiny else "")
+      if not stage.tiny:
+        config.rehearse.update(shape=(side, side, 4), classes=1000)
+        config.model.update(patch=2, width=1152, depth=28, heads=16)
+        config.train.batch_size = 32
+      yield f"DiT-XL/2 {loss} {tokens} tokens", config
+
+
+def write_teacher(
+  config: ml_collections.ConfigDict, variant: str, workdir: pathlib.Path
+) -> None:
+  """Writes a work directory of config.json alone: the teacher that a student expects."""
+  file = pathlib.Path(config.teacher.config.partition(":")[0]).stem
+  teacher = load(file, variant)
+  shared = {*teacher.model} & {*config.model} - {"guidance", "dropout"}
+  teacher.model.update({name: config.model[name] for name in shared})
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "config.json").write_text(json.dumps(teacher.to_dict()))
+  config.teacher.workdir = str(workdir)
+
+
+def time_step(program: jax.stages.Compiled, arguments: Any) -> float:
+  """Returns the seconds of a step whose state is donated, as in training."""
+  state, *rest = arguments
+
+  def call() -> Any:
+    nonlocal state
+    state, metrics = program(state, *rest)
+    return metrics
+
+  return median_seconds(call)
+
+
+def step(stage: Stage, data: pathlib.Path) -> None:
+  """Times training steps of EDM2-S and DiT-XL/2."""
+  del data  # noise
+  compare_with_torch(stage, "torch_networks.py", "PyTorch steps")
+  mesh, cases = sharding.make_mesh(), []
+  for name, config in step_configs(stage):
+    if config.teacher.config:
+      variant = config.teacher.config.partition(":")[2]
+      write_teacher(config, variant, stage.out / "teachers" / name.replace("/", "-"))
+
+    @functools.cache
+    def program(config=config) -> lowering.Program:
+      return lowering.build(config, mesh)
+
+    cases.append(
+      Case(
+        name,
+        lambda program=program: program().lower(),
+        lambda program=program: program().flops(False),
+        config.train.batch_size,
+        time_step,
+      )
+    )
+  run_cases(stage, cases)
+  rows = {k: v for k, v in stage.results.items() if "fraction_of_peak" in v}
+  bars(stage, "fraction of the peak FLOP/s", rows, "fraction_of_peak")
+
+
+# --- sampler -------------------------------------------------------------------------
+
+
+def sampler(stage: Stage, data: pathlib.Path) -> None:
+  """Times the U-Net of Stable Diffusion 2 and iterations of ParaDDPM-1000."""
+  del data
+  folder = ROOT / "configs" / "published" / "stable_diffusion2"
+  batches, windows, steps = (1, 2, 16, 48), (16, 32, 48, 80), 1000
+  if stage.tiny:
+    folder = ROOT / "tests" / "fixtures" / "tiny-sd2"
+    batches, windows, steps = (1, 2), (4,), 8
+  compare_with_torch(
+    stage, "diffusers_unet.py", "diffusers calls", str(folder), *batches
+  )
+  model = loading.abstract(loading.configs(str(folder)), dtype="bfloat16")
+  unet, length = model.unet, model.text_encoder.length
+
+  def call(params: Any, x: Any, t: Any, text: Any) -> Any:
+    return unet.apply(params, x, t, {"text": text})
+
+  def arguments(n: int) -> tuple[Any, ...]:
+    shapes = (n, *unet.shape), (n,), (n, length, unet.text)
+    x, t, text = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return model.params["unet"], x, t, text
+
+  cases = [
+    Case(
+      f"call batch {n}",
+      lambda n=n: jax.jit(call).lower(*arguments(n)),
+      lambda n=n: flops_lib.count_flops(call, *arguments(n)),
+      n,
+      lambda program, arrays: median_seconds(lambda: program(*arrays)),
+    )
+    for n in batches
+  ]
+  for window in windows:
+    config = load("stable_diffusion2", "ddpm")
+    config.generate.update(folder=str(folder), dtype="bfloat16")
+    # Every change is below this tolerance: an iteration advances by a whole window.
+    config.sampler.update(steps=steps, window=window, tolerance=1e6)
+    config.sample.batch_size = jax.device_count()
+    program = lowering.build(config, sharding.make_mesh())
+    cases.append(
+      Case(
+        f"ParaDDPM-{steps} window {window}",
+        program.lower,
+        lambda program=program: program.flops(False),
+        window,
+        iteration_seconds,
+      )
+    )
+  run_cases(stage, cases)
+  rows = {k: v for k, v in stage.results.items() if "samples_per_second" in v}
+  for row in rows.values():
+    row["ms_per_sample"] = 1e3 / row["samples_per_second"]
+  bars(stage, "ms per evaluation", rows, "ms_per_sample")
+
+
+def iteration_seconds(program: jax.stages.Compiled, arrays: Any) -> float:
+  """Returns the seconds of a parallel iteration: of a whole sample over their number."""
+  _, samples = program(*arrays)
+  iterations = int(jnp.max(num_iterations(samples)))
+  begin = time.perf_counter()
+  jax.block_until_ready(program(*arrays))
+  return (time.perf_counter() - begin) / iterations
+
+
+def num_iterations(samples: Any) -> jax.Array:
+  """Returns the number of sequential iterations of each sample."""
+  return getattr(samples, "num_iterations", None) or samples.passes
+
+
+# --- attention -----------------------------------------------------------------------
+
+
+def attention(stage: Stage, data: pathlib.Path) -> None:
+  """Checks attention against float64 and times it."""
+  del data
+  sys.path.insert(0, str(ROOT / "benchmarks"))
+  bench = importlib.import_module("attention")
+  lengths = (64,) if stage.tiny else (1024, 4096, 16384)
+  checked = ((32, {"causal": True}),) if stage.tiny else bench.CHECKED
+  stage.measure("errors", lambda: {"rows": list(bench.errors(checked))})
+  repeats = 2 if stage.tiny else 20
+  for length in lengths:
+    stage.measure(
+      f"{length} tokens",
+      lambda length=length: {"rows": [*bench.times([length], repeats)]},
+    )
+  rows = {
+    f"{row['work']}, {row['implementation']}, {row['length']}": row
+    for length in lengths
+    for row in stage.results[f"{length} tokens"].get("rows", [])
+    if "median_ms" in row
+  }
+  bars(stage, "median ms", rows, "median_ms")
+
+
+# --- what the stages share -----------------------------------------------------------
+
+
+def compare_with_torch(stage: Stage, script: str, name: str, *arguments: Any) -> None:
+  """Runs a script of third_party/ where PyTorch can be imported, in its own process."""
+
+  def run() -> Result:
+    needs = ["torch", "diffusers"] if "diffusers" in script else ["torch"]
+    for module in needs:
+      if importlib.util.find_spec(module) is None:
+        return {"not run": f"{module} is not installed"}
+    command = [sys.executable, str(ROOT / "third_party" / script)]
+    command += [str(argument) for argument in arguments]
+    command += ["--tiny"] * stage.tiny
+    limit = max(stage.remaining() - 60, 30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+      return {"error": done.stderr.strip()[-400:]}
+    return {"rows": json.loads(done.stdout.splitlines()[-1])}
+
+  stage.measure(name, run)
+
+
+def bars(stage: Stage, label: str, rows: dict[str, Result], field: str) -> None:
+  """Draws one horizontal bar for each row into STAGE.png."""
+  figure = Figure(figsize=(7, 0.6 + 0.3 * len(rows)), layout="constrained")
+  axes = figure.subplots()
+  axes.barh([*rows], [row[field] for row in rows.values()])
+  axes.invert_yaxis()
+  axes.set_xlabel(label)
+  figure.savefig(stage.out / f"{stage.name}.png", dpi=130)
+
+
+STAGES = {"train": train, "step": step, "sampler": sampler, "attention": attention}
+
+
+def data_folder(given: str, tiny: bool) -> pathlib.Path | None:
+  """Returns the .npz or the folder of Fashion-MNIST, None where there is neither."""
+  path = pathlib.Path(given) if given else FASHION
+  return path if tiny or path.exists() else None
+
+
+def run_stage(name: str, options: argparse.Namespace) -> str:
+  """Runs a stage until it is finished or out of time, and returns a line about it."""
+  out = options.out.resolve()
+  final = out / f"{name}.json"
+  if final.exists() and not options.force:
+    return f"{name}: finished before, see {final}; --force measures again"
+  if not options.tiny and jax.default_backend() != "gpu":
+    return f"{name}: not run: no GPU"
+  data = data_folder(options.data, options.tiny)
+  if name == "train" and data is None:
+    return f"{name}: not run: no Fashion-MNIST in {options.data or FASHION}; see --data"
+  out.mkdir(parents=True, exist_ok=True)
+  if options.force:
+    (out / f"{name}.partial.json").unlink(missing_ok=True)
+    for folder in ("teacher", "scd") if name == "train" else ():
+      shutil.rmtree(out / folder, ignore_errors=True)
+  if not options.tiny:
+    jax.config.update("jax_compilation_cache_dir", str(out / "xla"))
+  stage = Stage(name, out, options.seconds, options.tiny)
+  machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+  begin = time.monotonic()
+  try:
+    STAGES[name](stage, data or FASHION)
+  except OutOfTime as error:
+    return f"{name}: out of time at {error}; the same command resumes"
+  file_io.write_text(final, json.dumps(machine | stage.results, indent=2))
+  stage.path.unlink(missing_ok=True)
+  return f"{name}: finished in {time.monotonic() - begin:.0f} s, see {final}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--stage", choices=[*STAGES, "all"], required=True)
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--data", default="", help=".npz or IDX folder of Fashion-MNIST")
+  parser.add_argument("--seconds", type=float, default=240, help="of this call")
+  parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+  parser.add_argument("--force", action="store_true", help="measure again")
+  options = parser.parse_args(arguments)
+  for name in STAGES if options.stage == "all" else (options.stage,):
+    print(run_stage(name, options), flush=True)
+
+
+if __name__ == "__main__":
+  main()
