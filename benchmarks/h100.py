@@ -422,7 +422,8 @@ def iteration_seconds(program: jax.stages.Compiled, arrays: Any) -> float:
 
 def num_iterations(samples: Any) -> jax.Array:
   """Returns the number of sequential iterations of each sample."""
-  return getattr(samples, "num_iterations", None) or samples.passes
+  new_name = hasattr(samples, "num_iterations")
+  return samples.num_iterations if new_name else samples.passes
 
 
 # --- attention -----------------------------------------------------------------------

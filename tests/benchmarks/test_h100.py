@@ -8,7 +8,7 @@ import pytest
 
 FILE = pathlib.Path(__file__).parents[2] / "benchmarks" / "h100.py"
 PICTURES = {"attention": 1, "sampler": 1, "step": 1, "train": 4}
-SLOW = ("step", "train")
+SLOW = ("sampler", "step", "train")
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
   """Returns the network of the config.json of a folder, without its weights.
 
   Returns:
-    What `of_config` returns in the module for its class (see NETWORKS).
+    What `from_config` returns in the module for its class (see NETWORKS).
 
   Raises:
     UserError: the file is missing or damaged, or does not fit.
@@ -191,7 +191,7 @@ def _of_config(config: dict[str, Any], path: str, *, dtype: str, remat: str) -> 
   if not known:
     raise UserError(f"{path}: {names} is none of {', '.join(NETWORKS)}")
   try:
-    return known[0].of_config(config, dtype=dtype, remat=remat)
+    return known[0].from_config(config, dtype=dtype, remat=remat)
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
 
