@@ -67,3 +67,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
       File(f"examples/{path.name}", str(root), site, use_directory_urls=False)
     )
   return files
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+  """Keeps the numbers of "0.320 ± 0.008" on one line."""
+  del kwargs
+  return markdown.replace(" ± ", "\u00a0±\u00a0")
