@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips, lowering
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
@@ -28,7 +29,7 @@ REPEATS = 20
 
 def load(file: str, batch: int) -> tuple[Any, experiments.Experiment]:
   """Returns an experiment of a config's network; its source has no images."""
-  config = experiments.load_config(file, f"{file}: no such file")
+  config = config_lib.load(file, f"{file}: no such file")
   config.train.batch_size = batch
   if config.model.get("dtype") == "float16":
     config.model.dtype = "bfloat16"

@@ -17,11 +17,11 @@ import sys
 
 import jax
 
+from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity import lowering, roofline
 from sdiff_jax.capacity.hlo import Collective
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import build as experiments
 from sdiff_jax.samplers import sampler
 
 SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
@@ -61,9 +61,7 @@ def say(text: str) -> None:
 def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
   """Returns operations of a step of a batch of 8 for each image, and parameters."""
   file = f"configs/imagenet512_{kind}.py:{size}"
-  config = experiments.load_config(
-    file, f"run this in the repository, which has {file}"
-  )
+  config = config_lib.load(file, f"run this in the repository, which has {file}")
   config.train.batch_size = 8
   config.model.dtype = "bfloat16"
   if not guidance:

@@ -1,13 +1,21 @@
-"""The configuration of an experiment: every field once, and its validation."""
+"""Configs: the defaults of all fields, their ranges, and files of configs.
+
+The fields of a component (data set, network, loss) are the arguments of its function.
+The fields of a job are the `defaults` that it registers. All others are here.
+"""
 
 import copy
 import importlib
-from collections.abc import Iterable
-from typing import Any
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from sdiff_jax import registry
+from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
 # Fields that had another name in an earlier version: old -> new. The command line
@@ -35,28 +43,150 @@ RENAMED = {
   "sampler.rule": "sampler.update_rule",
   "train.accumulate": "train.grad_accum_steps",
 }
-# Sections that name a piece, and the package that the piece is looked up in.
+# Section of a component -> kind of the component.
 PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 
 
-def component(package: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
-  """Returns the section of a piece: its name and every field of its `build`.
+# Sections and fields outside of jobs that may change between two runs in one work
+# directory: they do not change what is trained.
+RUNTIME = ("checkpoint", "job", "mesh", "model.remat", "plugins", "reference")
+RUNTIME += ("sample", "sampler", "teacher", "vae")
+
+
+class Ranged(NamedTuple):
+  """A default value with the range of its field.
+
+  Attributes:
+    default: the value.
+    minimum: bound from below.
+    exclusive: whether the bound itself is refused.
+  """
+
+  default: float
+  minimum: float
+  exclusive: bool
+
+  def check(self, name: str, value: float) -> None:
+    """Checks a value of the field.
+
+    Raises:
+      UserError: the value is out of range, or not a number.
+    """
+    if not (value > self.minimum or (value == self.minimum and not self.exclusive)):
+      bound = "must be above 0" if self.exclusive else "must not be negative"
+      raise UserError(f"config.{name}={value}: {bound}")
+
+
+def positive(default: float) -> Ranged:
+  """Returns a default whose field must be above 0."""
+  return Ranged(default, 0, exclusive=True)
+
+
+def not_negative(default: float) -> Ranged:
+  """Returns a default whose field must be 0 or above."""
+  return Ranged(default, 0, exclusive=False)
+
+
+# Fields that several jobs share, or that identify an experiment.
+DEFAULTS = {
+  "job": "train",  # what is done without --job
+  "seed": 0,
+  "sigma_d": positive(0.5),  # standard deviation that the data are scaled to
+  # Data that `evaluate` compares with, a section like data; "" for data itself.
+  "reference": {"name": ""},
+  "class_conditional": True,  # the classes, if the data have some, are conditions
+  "teacher": {
+    "workdir": "",  # trained run to start from and to distill; "" for none
+    "config": "",  # config file that trains it, for the message if it is missing
+  },
+  "optim": {
+    "name": "adam",  # adam, adamw or radam
+    "learning_rate": positive(1e-3),
+    "schedule": "constant",  # constant, cosine or inverse_sqrt
+    "rampup_images": 0,  # linear warm-up of the learning rate over this many images
+    "end_lr_fraction": 0.0,  # cosine: final rate, as a fraction of learning_rate
+    "reference_steps": 35_000,  # inverse_sqrt: constant until this step
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,  # adamw
+    "clip": not_negative(0.0),  # maximal global norm of the gradient; 0 for none
+  },
+  "ema": {
+    # "power/sigma_rel" (EDM2), "half_life/images" or "warmup/power" (Diffusion Policy:
+    # decay 1 - n^-power); the first one is sampled from.
+    "profiles": ("power/0.05",),
+  },
+  "checkpoint": {
+    "every": positive(1000),  # steps
+    "keep": positive(2),  # number of the newest checkpoints that are kept
+    "keep_every": not_negative(0),  # steps between checkpoints kept for good; 0: none
+  },
+  "sampler": {
+    # A solver of samplers/solvers (heun, ddim, ddpm, dpmpp2m, ...), run sequentially;
+    # or in parallel with a prefix: para (ParaDiGMS), spec (speculative sampling, which
+    # does not change the distribution) or srds (parareal). Examples: paraddpm,
+    # specddpm, srdsddim.
+    "name": "heun",
+    "steps": 16,
+    "timesteps": (),  # TrigFlow times of the steps, instead of the solver's grid
+    "eta": 0.0,  # ddim: fraction of DDPM's noise
+    "temperature": 1.0,  # factor of all noise; below 1 samples stay near the modes
+    "window": 0,  # solver steps evaluated at a time; 0 chooses it by timing the network
+    "tolerance": 0.1,  # para, srds: 1 is a tenth of the data's standard deviation
+    "update_rule": "secant",  # para: secant, picard, linear or published
+    "coarse_workdir": "",  # srds: work directory of a consistency model; "" for DDIM
+  },
+  "sample": {
+    "num": positive(64),
+    "batch_size": positive(64),  # over all devices
+    "seed": 0,  # image k is made from seed + k alone
+    "guidance": 1.0,  # scale of classifier-free guidance; 1 for none
+    "label": -1,  # class of every image; -1 for all classes in turn
+    "compare_sequential": False,  # also time the sequential sampler on one batch
+    "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: the newest
+  },
+  # Autoencoder in the diffusers format, a folder or hf://organization/name: `encode`
+  # computes latents by it, and samples of networks trained on latents become images.
+  "vae": "",
+  # Devices along each axis; -1 uses all that remain.
+  "mesh": {"data": -1, "fsdp": 1, "window": 1},
+}
+
+
+def component(kind: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
+  """Returns the section of a component: its name and the fields of its function.
 
   Args:
-    package: "data", "models" or "losses".
-    name: file of the piece.
+    kind: "data", "models" or "losses".
+    name: of the component.
     **changed: fields that differ from the defaults.
 
   Raises:
-    UserError: an unknown piece or field.
+    UserError: an unknown component or field.
   """
-  section = {"name": name} | registry.fields(package, name)
-  registry.check(package, {"name": name, **changed}, package)
+  section = {"name": name} | registry.fields(kind, name)
+  registry.check(kind, {"name": name, **changed}, kind)
   return ml_collections.ConfigDict(section | changed)
 
 
+def switch(config: ml_collections.ConfigDict, section: str, name: str) -> None:
+  """Replaces the component of a section by another one with its defaults.
+
+  Args:
+    config: changed in place.
+    section: "data", "reference", "model" or "loss".
+    name: of the new component.
+
+  Raises:
+    UserError: an unknown component.
+  """
+  if config[section].name != name:
+    config[section] = component(PIECES[section], name)
+
+
 def load_plugins(modules: Iterable[str]) -> None:
-  """Imports modules that register pieces of their own.
+  """Imports modules that register components or jobs of their own.
 
   Args:
     modules: dotted names, as in `config.plugins`.
@@ -75,189 +205,83 @@ def load_plugins(modules: Iterable[str]) -> None:
 
 
 def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
-  """Returns the defaults of every field; an experiment file changes some of them.
+  """Returns the defaults of all fields; an experiment file changes some of them.
 
   Args:
-    plugins: modules outside this package that register pieces; they are imported here,
-      and wherever the config is read again.
+    plugins: modules outside this package that register components or jobs; they are
+      imported here, and wherever the config is read again.
 
   Raises:
     UserError: a plugin cannot be imported.
   """
   load_plugins(plugins)
-  c = ml_collections.ConfigDict()
-  c.plugins = plugins  # modules that register pieces of their own
-  c.job = "train"  # what is done without --job
-  c.seed = 0
-  c.sigma_d = 0.5  # standard deviation that the data are scaled to
-  c.data = component("data", "digits")
-  # What `evaluate` compares with, a section like data; without a name, data itself.
-  c.reference = ml_collections.ConfigDict({"name": ""})
-  c.class_conditional = True  # the network is told the classes, if the data have some
-  c.model = component("models", "mlp")
-  c.loss = component("losses", "diffusion")
-  c.teacher = ml_collections.ConfigDict(
-    {
-      "workdir": "",  # trained run to start from and to distil; "" for none
-      "config": "",  # config file that trains it, for the message if it is missing
-    }
-  )
-  # The job `convert`: weights to make a work directory of, .pt, .safetensors, .npz, or
-  # a .pkl of EDM or EDM2. EDM's images are data with mean 0 and std 0.5.
-  c.convert = ml_collections.ConfigDict({"file": ""})
-  c.train = ml_collections.ConfigDict(
-    {
-      "steps": 1000,
-      "batch_size": 128,  # over all devices
-      # Parts of a batch that go through the network one after the other; more of them
-      # take less memory.
-      "grad_accum_steps": 1,
-      # Gradients are those of loss_scale times the loss, and divided by it: the mean
-      # over a batch and all pixels is too small for float16.
-      "loss_scale": 1.0,
-      "flip": False,  # mirror images, left to right, with probability 1/2
-      "log_every": 50,  # steps
-      "sample_every": 0,  # steps between sample grids; 0 for none
-      "skip_nonfinite": False,  # go on after a NaN or infinity, without that step
-    }
-  )
-  c.optim = ml_collections.ConfigDict(
-    {
-      "name": "adam",  # adam, adamw or radam
-      "learning_rate": 1e-3,
-      "schedule": "constant",  # constant, cosine or inverse_sqrt
-      "rampup_images": 0,  # linear ramp-up of the rate over so many images
-      "end_lr_fraction": 0.0,  # cosine: rate at the end, as a fraction of learning_rate
-      "reference_steps": 35_000,  # inverse_sqrt: constant until here
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "weight_decay": 0.0,  # adamw
-      "clip": 0.0,  # global norm of the gradient; 0 for none
-    }
-  )
-  c.ema = ml_collections.ConfigDict(
-    # "power/sigma_rel" (EDM2), "half_life/images" or "warmup/power" (Diffusion Policy:
-    # decay 1 - n^-power); the first one is sampled from.
-    # The job `ema` makes another one, "power/sigma_rel", from power profiles of the
-    # checkpoints that checkpoint.keep_every kept; two profiles are enough.
-    {"profiles": ("power/0.05",), "posthoc_std": ""}
-  )
-  c.checkpoint = ml_collections.ConfigDict(
-    {
-      "every": 1000,  # steps
-      "keep": 2,  # of the newest
-      "keep_every": 0,  # keep for good those of every so many steps; 0 for none
-    }
-  )
-  c.sampler = ml_collections.ConfigDict(
-    {
-      # A solver of samplers/solvers.py: heun, ddim, ddpm, dpmpp2m, ...; many steps
-      # at a time with para (ParaDiGMS), spec (speculation, exact in law) or srds
-      # (parareal) in front: paraddpm, paraddim, paradpmpp2m, specddpm, srdsddim, ...
-      "name": "heun",
-      "steps": 16,
-      "timesteps": (),  # starting angle of every step, instead of the sampler's grid
-      "eta": 0.0,  # ddim: share of DDPM's noise
-      "temperature": 1.0,  # factor of all noise; below 1 samples keep near the modes
-      "window": 0,  # rows at a time; 0 times the network, and takes the fastest
-      "tolerance": 0.1,  # para, srds: 1 is a tenth of the data's standard deviation
-      "update_rule": "secant",  # para: how changes carry on; or picard, linear, published
-      "coarse_workdir": "",  # srds: work directory of a consistency model; "" for DDIM itself
-    }
-  )
-  c.sample = ml_collections.ConfigDict(
-    {
-      "num": 64,
-      "batch_size": 64,  # over all devices
-      "seed": 0,  # image k is made from seed + k alone
-      "guidance": 1.0,  # scale of classifier-free guidance; 1 is none
-      "label": -1,  # a class for every image; -1 takes them in turn
-      "compare_sequential": False,  # time a batch of the sequential sampler, and the difference
-      "checkpoint": 0,  # step to sample from (see checkpoint.keep_every); 0: newest
-    }
-  )
-  # An autoencoder in the diffusers format, a folder or hf://organisation/name: `encode`
-  # makes latents by it, and samples of networks trained on latents become images.
-  c.vae = ""
-  c.encode = ml_collections.ConfigDict(
-    {
-      "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
-      "batch_size": 16,  # over the devices of a process
-      "shard_size": 4096,  # images a file
-    }
-  )
-  # The job `generate`: images by a published model. How many, seeds and guidance are
-  # fields of `sample`, the solver is `sampler`.
-  c.generate = ml_collections.ConfigDict(
-    {
-      "folder": "",  # of the diffusers format, or hf://organisation/name
-      # "a cat;a dog", or a .json of COCO's captions; image k takes text k, in turns.
-      "prompts": "",
-      "negative_prompt": "",  # text that guidance leads away from
-      "timestep_spacing": "",  # of timesteps: trailing, leading, linspace; "" for its own
-      "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
-    }
-  )
-  c.evaluate = ml_collections.ConfigDict(
-    {
-      "samplers": ("heun/16",),  # name/steps
-      "folder": "evaluate",  # in the work directory, for the results
-      "num": 5000,  # samples for each
-      "batch_size": 512,  # over all devices
-      "images": "",  # measure this .npz or folder of images instead of samples
-      # The classifier of a data set (digits, fashion, or a path to an .npz), or
-      # published networks: inception:PATH for FID (pytorch-fid:PATH as that package
-      # resizes), dinov2:PATH for FD-DINOv2; several with commas between them.
-      "features": "digits",
-      # Folder of CLIP: the CLIP score of images of the job `generate`.
-      "clip": "",
-      # Statistics to compare with instead of images: .npz of ADM, EDM or the job
-      # `statistics`, .pkl of EDM2.
-      "reference": "",
-      "pr_num_images": 10_000,  # images of a set for precision and recall; 0 for neither
-      "latency": False,  # time images one by one as well
-      "baselines": False,  # real halves and a Gaussian for each class as well
-    }
-  )
-  # The job `demos`: an expert's episodes of Push-T, written to data.path.
-  c.demos = ml_collections.ConfigDict(
-    {
-      "episodes": 600,  # of which those that succeed are kept, and mirrored
-      "seed": 0,  # episode k is made from seed + k alone
-      # What the policy sees: "block", all in the block's frame, or "keypoints".
-      "view": "block",
-    }
-  )
-  # The job `rollout`: a policy in Push-T.
-  c.rollout = ml_collections.ConfigDict(
-    {
-      "samplers": ("ddim/15",),  # name/steps
-      "episodes": 100,
-      "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
-      "noise_seed": 0,  # seed of the policy's noise
-      "n_action_steps": 8,  # done before the policy looks again
-      "num_timed": 200,  # chunks whose making is timed
-      "num_videos": 4,  # episodes shown in rollout/SAMPLER.gif
-    }
-  )
-  # The job `study`, see reports/studies.py; filled by the files of configs/studies.
-  c.study = ml_collections.ConfigDict({"name": "", "runs": ()})
-  c.rehearse = ml_collections.ConfigDict(
-    {
-      # Devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several, with commas
-      # between them, for one table.
-      "topology": "",
-      "program": "train",  # a step of training, or "sample": a batch, or a pass of it
-      "fit": True,  # try what saves memory where the step does not fit
-      # Of the data, where they are not at hand: (H, W, C) and the number of labels.
-      "shape": (),
-      "classes": 0,
-    }
-  )
-  # Devices along each axis; -1 takes all that are left.
-  c.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "window": 1})
-  return c
+  config = ml_collections.ConfigDict(_plain(_defaults()))
+  config.plugins = plugins
+  config.data = component("data", "digits")
+  config.model = component("models", "mlp")
+  config.loss = component("losses", "diffusion")
+  return config
+
+
+def _defaults() -> dict[str, Any]:
+  """Returns the defaults of all fields outside of components, with their ranges."""
+  defaults = copy.deepcopy(DEFAULTS)
+  for _, job in _jobs():
+    for section, fields in job.facts.get("defaults", {}).items():
+      defaults[section] = defaults.get(section, {}) | fields
+  return defaults
+
+
+def _jobs() -> Iterator[tuple[str, registry.Piece]]:
+  for name in registry.names("jobs"):
+    yield name, registry.lookup("jobs", name)
+
+
+def _plain(value: Any) -> Any:
+  """Returns defaults without their ranges."""
+  if isinstance(value, Mapping):
+    return {k: _plain(v) for k, v in value.items()}
+  return value.default if isinstance(value, Ranged) else value
+
+
+def complete(config: ml_collections.ConfigDict) -> None:
+  """Imports the plugins of a config, and adds the sections of jobs that it lacks."""
+  load_plugins(config.plugins)
+  missing = {k: v for k, v in _plain(_defaults()).items() if k not in config}
+  with config.unlocked():
+    config.update(missing)
+
+
+def runtime_fields() -> set[str]:
+  """Returns the sections and fields that do not identify an experiment.
+
+  They are RUNTIME and what jobs register as `runtime`.
+  """
+  names = {*RUNTIME}
+  for _, job in _jobs():
+    names |= {*job.facts.get("runtime", ())}
+  return names
+
+
+def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
+  """Returns the config of a file, "configs/X.py" or "configs/X.py:variant".
+
+  Args:
+    file: the file and its variant.
+    missing: message of the error if there is no such file.
+
+  Raises:
+    UserError: the file does not exist, or has no such variant.
+  """
+  path, _, variant = file.partition(":")
+  if not os.path.exists(path):
+    raise UserError(missing or f"--config={path}: no such file")
+  spec = importlib.util.spec_from_file_location("loaded_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if variant and not inspect.signature(module.get_config).parameters:
+    raise UserError(f"{file}: the file has no variants; use {path}")
+  return module.get_config(variant) if variant else module.get_config()
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -267,45 +291,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
     UserError: one line that names field, value and remedy.
   """
   load_plugins(config.plugins)
-  for section, package in PIECES.items():
+  for section, kind in PIECES.items():
     if config[section].name or section != "reference":
-      registry.check(package, config[section].to_dict(), f"config.{section}")
-  positive = ["sigma_d", "train.batch_size", "train.log_every", "optim.learning_rate"]
-  positive += ["sample.num", "sample.batch_size", "evaluate.num", "evaluate.batch_size"]
-  positive += ["train.loss_scale", "train.grad_accum_steps"]
-  positive += ["encode.batch_size", "encode.shard_size"]
-  positive += ["checkpoint.every", "checkpoint.keep"]
-  for name in positive:
-    if not _get(config, name) > 0:
-      raise UserError(f"config.{name}={_get(config, name)}: must be above 0")
-  not_negative = ["train.steps", "train.sample_every", "optim.clip"]
-  not_negative += ["checkpoint.keep_every", "evaluate.pr_num_images"]
-  for name in not_negative:
-    if _get(config, name) < 0:
-      raise UserError(f"config.{name}={_get(config, name)}: must not be negative")
+      registry.check(kind, config[section].to_dict(), f"config.{section}")
+  values = resumable.flatten(config.to_dict())
+  for name, default in resumable.flatten(_defaults()).items():
+    if isinstance(default, Ranged) and name in values:
+      default.check(name, values[name])
   if not config.ema.profiles:
     raise UserError("config.ema.profiles=(): name one profile, such as 'power/0.05'")
 
 
-def _get(config: ml_collections.ConfigDict, name: str) -> Any:
-  for part in name.split("."):
-    config = config[part]
-  return config
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {"train.steps": 1000, ...} of a nested dict."""
-  out = {}
-  for key, value in config.items():
-    if isinstance(value, dict):
-      out |= flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
-
-
 def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns a stored config with its fields under their present names (`RENAMED`)."""
+  """Returns a stored config with the present names of its fields (see `RENAMED`)."""
   stored = copy.deepcopy(stored)
   for old, new in RENAMED.items():
     section, _, field = old.rpartition(".")

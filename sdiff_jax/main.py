@@ -1,41 +1,27 @@
-"""Command line: python -m sdiff_jax.main --config=configs/X.py [--workdir=DIR].
+"""Command line: python -m sdiff_jax.main --config=configs/X.py [--job=NAME] [--workdir=DIR].
 
-Jobs (--job=NAME), each on the work directory DIR:
-  demos     make an expert's episodes of Push-T, the data of a policy
-  inspect   show and measure the data set as the network sees it: inspect.png
-  train     train, or go on with a run that stopped (the default)
-  convert   make DIR of the weights in config.convert.file, instead of training
-  ema       write DIR/posthoc/WIDTH: an average that the run did not keep, made of
-            those that it stored
-  sample    write samples.npz and samples.png
-  generate  make images, of texts too, by a published model in a folder of the
-            diffusers format: images/, images.json and images.png
-  encode    write the latents of the images of config.data, to train on
-  features  train the features that evaluate measures in: features.npz
-  statistics
-            mean and covariance of the features of the data: statistics.npz
-  evaluate  measure samples of several solvers, or given images, against data
-  rollout   let a policy act in Push-T, by several samplers
-  report    write report.html on DIR, or on all runs inside it
-  study     train and measure all runs of a file of configs/studies, and draw them
-  rehearse  compile the step for a pod that is not here (--config.rehearse.topology=v5p:4x4x8):
-            memory, collectives and a modelled time: DIR/rehearsal/*.html
+{jobs}
 
-Any field of the config can be set: --config.train.steps=500. All fields, with what
-they mean, are in sdiff_jax/config.py and in the `build` of the pieces they name.
-DIR is runs/X unless given. Without --config, the jobs other than train take the
-config that DIR was trained with.
+Any field of the config can be set: --config.train.steps=500. The fields, with their
+meaning, are in sdiff_jax/config.py, in the job's file, and in the arguments of the
+components they name. --config.model.name=dit, as data.name and loss.name, switches to
+another component with its default fields.
 
-Example, a teacher, its distillation, and pictures from two steps:
+DIR is runs/X unless it is given. Without --job the config names the job, which is train
+for most. Without --config, the jobs that use a trained run take the config that DIR was
+trained with.
+
+Example: a teacher, its distillation, and images from two steps.
   python -m sdiff_jax.main --config=configs/digits_diffusion.py
   python -m sdiff_jax.main --config=configs/digits_scd.py
   python -m sdiff_jax.main --config=configs/digits_scd.py --job=sample
 """
 
-import importlib
 import os
 import re
 import sys
+import textwrap
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -43,132 +29,190 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax.capacity import chips
+from sdiff_jax import registry
 from sdiff_jax.distributed import processes
 from sdiff_jax.experiment import variants
+from sdiff_jax.io import file_io
 from sdiff_jax.types import UserError
 
-JOBS = (
-  "demos",
-  "inspect",
-  "train",
-  "convert",
-  "ema",
-  "sample",
-  "generate",
-  "encode",
-  "features",
-  "statistics",
-  "evaluate",
-  "rollout",
-  "report",
-  "study",
-  "rehearse",
-)
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; or runs/X.")
-_JOB = flags.DEFINE_enum("job", None, JOBS, "What to do; or train, or as config.job.")
-# Jobs that make their work directory of a config.
-FIRST = ("train", "convert", "generate", "encode", "study", "rehearse")
+class Command(NamedTuple):
+  """A parsed command line.
+
+  Attributes:
+    job: name of the job.
+    config: None if no file was named.
+    workdir: absolute path of the work directory.
+  """
+
+  job: str
+  config: ml_collections.ConfigDict | None
+  workdir: str
 
 
 def main(argv: list[str]) -> None:
-  """Runs the job; exits with 2 and one line on a mistake of the user's."""
-  from sdiff_jax.experiment import workdir as workdir_lib  # slow to import
+  """Runs a command and prints its last line.
 
+  Args:
+    argv: the command line, the name of the program first.
+
+  Raises:
+    SystemExit: with code 2, after one line on stderr, for a mistake of the user. If
+      several processes are running, this process ends at once instead.
+  """
   try:
-    if len(argv) > 1:
-      raise UserError(f"unknown argument {argv[1]!r}; flags start with --")
-    config, workdir = _CONFIG.value, os.path.abspath(_workdir())
-    workdir_lib.check_writable(workdir)
-    name = _job(config)
-    # A rehearsal is a compiler alone, whatever machine it runs on.
-    chips.start() if name == "rehearse" else processes.start()
-    job = importlib.import_module(f"sdiff_jax.jobs.{name}")
-    if config is None and name in FIRST:
-      raise UserError("--config is missing: name a file of configs/")
-    if config is None and name != "report":
-      config = workdir_lib.read(workdir)
-    if config is not None:
-      configs.validate(config)
-    _cache_compilations()
-    with workdir_lib.errors(workdir):
-      made = job.run(config, workdir)
+    if "--help" in argv:
+      print(usage())
+      return
+    line = run(parse(argv))
     if jax.process_index() == 0:
-      print(made)
+      print(line)
   except UserError as error:
-    _refuse(str(error))
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    processes.exit_now(2)
+    raise SystemExit(2) from error
   except Exception:
     processes.exit_now(1)
     raise
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses the flags; a field that does not exist or has another type is refused."""
-  if "--help" in argv:
-    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)  # absl's own exits 1
-  given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
-  files = [name.partition(".py")[0] + ".py" for name in given]
-  if missing := [file for file in files if not os.path.exists(file)]:
-    _refuse(f"--config={missing[0]}: no such file")
-  fields = [a for a in argv if a.startswith("--config.")]
-  if fields and not given and "--config" not in argv:
-    _refuse(f"{fields[0]}: name the file of the config as well, --config=configs/X.py")
-  names = [a.removeprefix("--config.").partition("=")[0] for a in fields]
-  for old in [name for name in names if name in configs.RENAMED]:
-    _refuse(f"--config.{old}: is now --config.{configs.RENAMED[old]}")
-  try:
-    return flags.FLAGS(argv)
-  except (AttributeError, KeyError) as error:  # of a config without that field
-    field = re.sub(r"\\n|\\?'", " ", str(error.args[0]))  # the name, quoted twice
-    _refuse(f"--config has no such field: {field}")
-  except (flags.Error, OSError, UserError) as error:
-    _refuse(f"{error}; see --help")
-
-
-def _refuse(message: str) -> None:
-  print("error:", " ".join(message.split()), file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  # Not sys.exit, which waits: for other processes that wait for this one elsewhere,
-  # and for minutes for threads of Orbax where a folder could not be made.
-  os._exit(2)
-
-
-def _workdir() -> str:
-  """Returns --workdir, or runs/X_words for --config=configs/X.py:words."""
-  if _WORKDIR.value is not None:
-    return _WORKDIR.value
-  if _CONFIG.value is None:
-    raise UserError("--config and --workdir are missing: give one of them; see --help")
-  return variants.workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
-
-
-def _job(config: ml_collections.ConfigDict | None) -> str:
-  """Returns the job that was asked for, or the config's own.
+def run(command: Command) -> str:
+  """Runs the job of a command and returns its last line.
 
   Raises:
-    UserError: there is none of that name, or the config is not one to train.
+    UserError: a mistake of the user, in one line.
+  """
+  from sdiff_jax.experiment import workdir as workdir_lib  # slow to import
+
+  name, config, workdir = command
+  workdir_lib.check_writable(workdir)
+  job = registry.lookup("jobs", name)
+  job.facts.get("start", processes.start)()
+  if config is None and job.facts.get("creates_workdir"):
+    raise UserError("--config is missing: name a file of configs/")
+  if config is None and job.facts.get("needs_config", True):
+    config = workdir_lib.read(workdir)
+  if config is not None:
+    configs.validate(config)
+  _cache_compilations()
+  with workdir_lib.errors(workdir):
+    return job.build(config, workdir)
+
+
+def usage() -> str:
+  """Returns the text of --help, with all jobs."""
+  lines = ["Jobs (--job=NAME), each on the work directory DIR:"]
+  for name, summary in registry.summaries("jobs").items():
+    indent = {"initial_indent": f"  {name:<11}", "subsequent_indent": " " * 13}
+    lines += textwrap.wrap(summary, 84, **indent)
+  return __doc__.format(jobs="\n".join(lines))
+
+
+def parse(argv: list[str]) -> Command:
+  """Parses a command line, the name of the program first.
+
+  Raises:
+    UserError: a flag, a field, a file or a job that does not exist, or a value of the
+      wrong type.
+  """
+  file, program, rest = None, argv[0], []
+  arguments = iter(argv[1:])
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      file = value if equals else next(arguments, "")
+    else:
+      rest.append(argument)
+  fields = _fields(rest)
+  if fields and file is None:
+    first = next(a for a in rest if a.startswith("--config."))
+    raise UserError(f"{first}: name the file of the config as well, --config=FILE")
+  for name in fields.keys() & configs.RENAMED.keys():
+    raise UserError(f"--config.{name}: is now --config.{configs.RENAMED[name]}")
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "Directory of the run.", values)
+  flags.DEFINE_string("job", None, "What to do.", values)
+  if file is not None:
+    config = _load(file, fields)
+    options = {"flag_values": values, "sys_argv": [program, *rest]}
+    try:
+      config_flags.DEFINE_config_dict("config", config, **options)
+    except (AttributeError, KeyError) as error:  # a field that the config lacks
+      name = re.sub(r"\\n|\\?'", " ", str(error.args[0]))  # it is quoted twice
+      raise UserError(f"--config has no such field: {name}") from error
+    except (flags.Error, TypeError) as error:
+      raise UserError(f"{error}; see --help") from error
+  try:
+    _, *unknown = values([program, *rest])
+  except flags.Error as error:
+    raise UserError(f"{error}; see --help") from error
+  if unknown:
+    raise UserError(f"unknown argument {unknown[0]!r}; flags start with --")
+  config = values.config if file is not None else None
+  if config is None and values.workdir is None:
+    raise UserError("--config and --workdir are missing: give one of them; see --help")
+  workdir = variants.workdir(file) if values.workdir is None else values.workdir
+  stored = os.path.join(workdir, "config.json")
+  if config is None and os.path.exists(stored):
+    configs.load_plugins(file_io.read_json(stored).get("plugins", ()))
+  return Command(_job(values.job, config), config, os.path.abspath(workdir))
+
+
+def _fields(arguments: list[str]) -> dict[str, str]:
+  """Returns the fields that arguments "--config.field=value" set."""
+  matches = (re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", a) for a in arguments)
+  return {m[1]: m[2] or "" for m in matches if m}
+
+
+def _load(file: str, fields: dict[str, str]) -> ml_collections.ConfigDict:
+  """Returns the config of a file, with the components that the fields switch to.
+
+  Raises:
+    UserError: the file, a plugin or a component does not exist.
+  """
+  if plugins := re.findall(r"[\w.]+", fields.get("plugins", "")):
+    configs.load_plugins(plugins)
+  config = configs.load(file)
+  configs.complete(config)
+  for section in configs.PIECES:
+    if name := fields.get(f"{section}.name"):
+      configs.switch(config, section, name)
+  return config
+
+
+def _job(name: str | None, config: ml_collections.ConfigDict | None) -> str:
+  """Returns the job to run: --job, or else the job of the config.
+
+  Raises:
+    UserError: there is no such job, or the config is for another one.
   """
   own = "train" if config is None else config.job
-  name = _JOB.value or own
-  if own not in JOBS:
-    raise UserError(f"config.job={own!r}: take one of {', '.join(JOBS)}")
-  also = {"generate": ("rehearse", "evaluate"), "encode": ("inspect",)}
-  if own != "train" and name not in (own, *also.get(own, ())):
-    raise UserError(f"--job={name}: this config is for --job={own} alone")
-  return name
+  for source, job in (("config.job", own), ("--job", name)):
+    try:
+      facts = registry.lookup("jobs", job or own).facts
+    except UserError as error:
+      raise UserError(f"{source}={job}: {error}") from None
+  if name not in (None, own) and own not in facts.get("configs_of", ("train",)):
+    raise UserError(f"--job={name}: this config is for --job={own}")
+  return name or own
 
 
 def _cache_compilations() -> None:
-  """Keeps compiled programs between runs, unless JAX was told where already."""
+  """Keeps compiled programs between runs, unless JAX has a directory for them."""
   if jax.config.jax_compilation_cache_dir is None:
     folder = os.path.expanduser("~/.cache/sdiff_jax/xla")
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
+def _absl_flags(argv: list[str]) -> list[str]:
+  """Parses the flags of absl, and returns the other arguments."""
+  if "--help" in argv:
+    flags.FLAGS(argv[:1])
+    return argv
+  return flags.FLAGS(argv, known_only=True)
+
+
 if __name__ == "__main__":
-  # Orbax logs, with tracebacks, what it raises as well.
+  # Orbax logs the exceptions that it raises, with their tracebacks, as errors.
   logging.set_verbosity(logging.FATAL)
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=_absl_flags)

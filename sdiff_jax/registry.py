@@ -13,11 +13,13 @@ of its section in a config. An argument whose default is a frozen dataclass cont
 the fields of the dataclass, so several pieces can share a list of options.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import inspect
+import pathlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -95,6 +97,31 @@ def names(kind: str) -> list[str]:
     if not module.ispkg and not module.name.startswith("_"):
       importlib.import_module(f"{package.__name__}.{module.name}")
   return sorted(name for of, name in _PIECES if of == kind)
+
+
+def summaries(kind: str) -> dict[str, str]:
+  """Returns name -> first sentence of the documentation of each piece of a kind.
+
+  Modules of this package are read but not imported, since that takes seconds; their
+  names are those of their files. Pieces of other modules appear once registered.
+  """
+  found = {}
+  package = importlib.import_module(f"sdiff_jax.{kind}")
+  for module in pkgutil.iter_modules(package.__path__):
+    if not module.ispkg and not module.name.startswith("_"):
+      path = pathlib.Path(package.__path__[0], f"{module.name}.py")
+      found[module.name] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+  for (of, name), piece in _PIECES.items():
+    if of == kind and name not in found:
+      found[name] = inspect.getdoc(piece.build) or ""
+  return {name: _first_sentence(text) for name, text in sorted(found.items())}
+
+
+def _first_sentence(text: str) -> str:
+  """Returns the first sentence of a documentation, without "Job `name`: " before it."""
+  line = " ".join(text.partition("\n\n")[0].split()).partition(". ")[0]
+  line = line.partition("`: ")[2] if line.startswith("Job `") else line
+  return line.rstrip(".")
 
 
 def fields(kind: str, name: str) -> dict[str, Any]:

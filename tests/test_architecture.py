@@ -7,7 +7,7 @@ import re
 import pytest
 
 import sdiff_jax
-from sdiff_jax import main
+from sdiff_jax import registry
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
@@ -100,4 +100,4 @@ def test_the_mesh_is_made_in_one_place():
 
 def test_every_job_can_be_named():
   jobs = [p for p in (ROOT / "jobs").glob("*.py") if "\ndef run(" in p.read_text()]
-  assert {p.stem for p in jobs} == set(main.JOBS)
+  assert {p.stem for p in jobs} == set(registry.names("jobs"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import config, main, registry
+from sdiff_jax import config, registry
 from sdiff_jax.data import digits, pipeline
 from sdiff_jax.experiment import build, objective, sampling
 from sdiff_jax.types import UserError
@@ -33,7 +33,7 @@ def test_configs_of_other_jobs_validate():
   for path in {*ALL} - {*FILES}:
     c = load(path)
     config.validate(c)
-    assert c.job in main.JOBS
+    assert c.job in registry.names("jobs")
 
 
 def test_push_t_as_published():

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdiff_jax import config as config_lib
+from sdiff_jax import main
 from sdiff_jax.experiment import build, objective
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import checkpoints as checkpoints_lib
@@ -79,6 +81,22 @@ def teacher(cache, tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+@pytest.fixture
+def refused(capsys, monkeypatch):
+  """(args) -> the error of a command that is refused, run in this process."""
+  monkeypatch.chdir(ROOT)
+
+  def error(*args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+      main.main(["main", *args])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+  return error
+
+
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
   built = build.build(workdir_lib.read(str(workdir)))
@@ -103,10 +121,9 @@ def test_help_teaches():
   assert done.returncode == 0
 
 
-def test_fields_need_the_file_of_the_config(cache, tmp_path):
-  done = call(cache, f"--workdir={tmp_path}", "--job=sample", "--config.sample.num=3")
-  assert done.returncode == 2
-  assert "error: --config.sample.num=3: name the file of the config" in done.stderr
+def test_fields_need_the_file_of_the_config(refused, tmp_path):
+  said = refused(f"--workdir={tmp_path}", "--job=sample", "--config.sample.num=3")
+  assert "error: --config.sample.num=3: name the file of the config" in said
 
 
 def test_training_leaves_metrics_grids_and_a_summary(teacher):
@@ -282,81 +299,117 @@ def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
     (("--bogus=1",), "Unknown command line flag 'bogus'"),
     (("--config.train.stepz=1",), "--config has no such field: stepz"),
     (("--config.train.steps=1.5",), "flag --config.train.steps=1.5: invalid literal"),
-    (("--job=paint",), "flag --job=paint: value should be one of <"),
+    (("--job=paint",), "--job=paint: jobs: no 'paint'"),
+    (("--config.job=paint",), "config.job=paint: jobs: no 'paint'"),
+    (
+      ("--config.train.accumulate=2",),
+      "--config.train.accumulate: is now --config.train.grad_accum_steps",
+    ),
+    (("--config.plugins=no_such",), "config.plugins='no_such': No module named"),
+    (("--config.model.name=dot",), "models: no 'dot'; did you mean 'dit'"),
     (("--config=configs/none.py",), "--config=configs/none.py: no such file"),
     (("--config=configs/digits_scd.py:x",), "configs/digits_scd.py:x: the only word"),
     (("--config.sampler.name=rk4",), "config.sampler.name='rk4': take one of"),
   ],
 )
-def test_mistakes_are_one_line_and_code_2(cache, tmp_path, args, message):
+def test_mistakes_are_one_line_and_code_2(refused, tmp_path, args, message):
   config = "--config=configs/digits_diffusion.py"
-  done = call(cache, config, f"--workdir={tmp_path / 'run'}", *TINY, *args)
-  assert done.returncode == 2
-  assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
-  assert "Traceback" not in done.stderr
+  said = refused(config, f"--workdir={tmp_path / 'run'}", *TINY, *args)
+  assert said.strip().splitlines()[-1].startswith(f"error: {message}")
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_missing_teacher_says_how_to_train_it(cache, tmp_path):
+def test_a_missing_teacher_says_how_to_train_it(refused, tmp_path):
   config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path / 'run'}")
   missing = tmp_path / "no teacher"
-  done = call(cache, *config, f"--config.teacher.workdir={missing}")
-  assert done.returncode == 2
-  wanted = "python -m sdiff_jax.main --config=configs/digits_diffusion.py --workdir="
-  assert wanted in done.stderr
-  done = call(cache, *config)
-  assert done.returncode == 2
-  assert wanted in done.stderr
+  command = "python -m sdiff_jax.main --config=configs/digits_diffusion.py --workdir="
+  assert command in refused(*config, f"--config.teacher.workdir={missing}")
+  assert command in refused(*config)
 
 
-def test_a_student_unlike_its_teacher_is_refused(cache, teacher, tmp_path):
+def test_a_student_unlike_its_teacher_is_refused(refused, teacher, tmp_path):
   config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path / 'run'}")
   wider = (*TINY, "--config.model.width=32", f"--config.teacher.workdir={teacher}")
-  done = call(cache, *config, *wider)
-  assert done.returncode == 2
-  assert "config.model is not the teacher's" in done.stderr
+  assert "config.model is not the teacher's" in refused(*config, *wider)
 
 
-def test_a_workdir_of_another_experiment_is_refused(cache, teacher):
+def test_a_workdir_of_another_experiment_is_refused(refused, teacher):
   config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
-  done = call(cache, *config, "--config.optim.learning_rate=0.5")
-  assert done.returncode == 2
-  assert "optim.learning_rate (0.002 there, 0.5 now)" in done.stderr
+  said = refused(*config, "--config.optim.learning_rate=0.5")
+  assert "optim.learning_rate (0.002 there, 0.5 now)" in said
 
 
-def test_the_run_is_named_after_its_config(cache, tmp_path):
+def test_the_run_is_named_after_its_config(refused, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   config = f"--config={ROOT}/configs/digits_scd.py:guided"
-
-  def fails(*args):
-    done = subprocess.run(
-      command(*args),
-      cwd=tmp_path,
-      env=environment(cache) | {"PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-    assert done.returncode == 2
-    return done.stderr
-
-  assert "--workdir=runs/digits_diffusion" in fails(config)  # trains its teacher
+  assert "--workdir=runs/digits_diffusion" in refused(config)  # trains its teacher
   missing = f"{tmp_path}/runs/digits_scd_guided/config.json does not exist"
-  assert missing in fails(config, "--job=sample")
-  assert fails("--job=sample").startswith("error: --config and --workdir are missing")
+  assert missing in refused(config, "--job=sample")
+  said = refused("--job=sample")
+  assert said.startswith("error: --config and --workdir are missing")
 
 
-def test_angles_of_a_sampler_from_the_command_line(cache, teacher):
+def test_timesteps_of_a_sampler_from_the_command_line(cache, refused, teacher):
   config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
   config += ("--config.sampler.name=consistency", "--config.sample.num=4")
   angles = "--config.sampler.timesteps=(1.56, 1.3, 0.9)"
   assert ", 3 evaluations each)" in works(cache, *config, angles, "--job=sample")
-  done = call(cache, *config, "--config.sampler.timesteps=(1.1, 1.5)", "--job=sample")
-  assert done.returncode == 2
-  assert "config.sampler.timesteps=(1.1, 1.5): give falling angles" in done.stderr
+  said = refused(*config, "--config.sampler.timesteps=(1.1, 1.5)", "--job=sample")
+  assert "config.sampler.timesteps=(1.1, 1.5): give falling angles" in said
 
 
-def test_jobs_on_an_empty_directory_say_what_to_do_first(cache, tmp_path):
-  for job in ("sample", "evaluate", "report"):
-    done = call(cache, f"--workdir={tmp_path}", f"--job={job}")
-    assert done.returncode == 2
-    assert "--job=train" in done.stderr
+@pytest.mark.parametrize("job", ["sample", "evaluate", "report"])
+def test_jobs_on_an_empty_directory_say_what_to_do_first(refused, tmp_path, job):
+  assert "--job=train" in refused(f"--workdir={tmp_path}", f"--job={job}")
+
+
+# A job in a module outside of the package, and a run of it.
+PLUGIN = """
+import os
+from sdiff_jax import config, registry
+
+@registry.register(
+  "jobs", "count", defaults={"count": {"to": config.positive(3)}}, runtime=("count",)
+)
+def run(config, workdir):
+  \"\"\"Counts. Nothing else.\"\"\"
+  os.makedirs(workdir, exist_ok=True)
+  return f"{config.model.width}: {list(range(config.count.to))}"
+"""
+
+
+def test_a_job_from_outside_is_one_file(cache, teacher, tmp_path):
+  """It brings its fields and their ranges, and runs from the command line."""
+  (tmp_path / "counting.py").write_text(PLUGIN)
+  env = environment(cache) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+  def run(*args):
+    config = ("--config=configs/digits_diffusion.py", "--config.plugins=counting")
+    return subprocess.run(
+      command(*config, "--job=count", f"--workdir={tmp_path / 'run'}", *args),
+      cwd=ROOT,
+      env=env,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  done = run("--config.count.to=2", "--config.model.width=24")
+  assert done.stdout == "24: [0, 1]\n", done.stderr
+  assert (
+    run("--config.count.to=0").stderr == "error: config.count.to=0: must be above 0\n"
+  )
+
+
+def test_another_component_from_the_command_line(monkeypatch):
+  """It has its own defaults, and then the other fields of the command line."""
+  monkeypatch.chdir(ROOT)
+  file = "--config=configs/digits_diffusion.py"
+  fields = ("--config.model.patch=2", "--config.model.name=dit", "--config.seed=3")
+  config = main.parse(["main", file, *fields, "--config.loss.name=ddpm"]).config
+  model, loss = config.model.to_dict(), config.loss.to_dict()
+  assert model == config_lib.component("models", "dit", patch=2).to_dict()
+  assert loss == config_lib.component("losses", "ddpm").to_dict()
+  assert config.seed == 3
+  same = main.parse(["main", file, "--config.model.name=mlp"]).config
+  assert same.model == main.parse(["main", file]).config.model

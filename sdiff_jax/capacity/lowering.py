@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.capacity import hlo
 from sdiff_jax.data.pipeline import Dataset
@@ -259,7 +260,7 @@ def _teacher_config(
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
     return experiments.for_flop_count(workdir_lib.read(workdir))
-  theirs = experiments.load_config(
+  theirs = configs.load(
     file, f"config.teacher.config={file!r}: no such file, and no run there"
   )
   if "dtype" in theirs.model and "dtype" in config.model:

@@ -1,4 +1,4 @@
-"""Several processes that run one job: on a pod, on a cluster, or on one machine."""
+"""Several processes that run one job, on a pod, a cluster or one machine."""
 
 import contextlib
 import os
@@ -13,27 +13,30 @@ from jax.experimental import multihost_utils
 
 from sdiff_jax.types import UserError
 
-HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
+HEARTBEAT = 30  # seconds without a heartbeat until a process counts as dead
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start() -> None:
-  """Joins the other processes of this job, where there are any.
+  """Joins the other processes of this job, if there are any.
 
-  On TPU pods, Slurm, Open MPI and Kubernetes JAX finds them by itself. Elsewhere
-  three variables of the environment name them: JAX_COORDINATOR_ADDRESS (host:port of
-  process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  On TPU pods, Slurm, Open MPI and Kubernetes JAX detects them. Elsewhere three
+  environment variables name them: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID. A process that has used JAX already, such as a
+  notebook, runs alone.
 
   Raises:
-    UserError: only some of the variables are set, or the numbers are none.
+    UserError: only some of the variables are set, or two of them are not numbers.
   """
-  address, count, mine = (os.environ.get(name) for name in VARIABLES)
+  address, count, index = (os.environ.get(name) for name in VARIABLES)
   options = {}
-  if count is not None or mine is not None:
-    if address is None or not all(n and n.isdecimal() for n in (count, mine)):
-      found = ", ".join(f"{n}={os.environ.get(n, '')!r}" for n in VARIABLES)
-      raise UserError(f"{found}: set none of them, or an address and two numbers")
-    options = {"num_processes": int(count), "process_id": int(mine)}
+  if count is not None or index is not None:
+    if address is None or not all(n and n.isdecimal() for n in (count, index)):
+      values = ", ".join(f"{n}={os.environ.get(n, '')!r}" for n in VARIABLES)
+      raise UserError(f"{values}: set none of them, or an address and two numbers")
+    options = {"num_processes": int(count), "process_id": int(index)}
+  if jax.distributed.is_initialized():
+    return
   try:
     jax.distributed.initialize(
       **options,
@@ -43,14 +46,18 @@ def start() -> None:
   except ValueError as error:
     if address is not None:
       raise UserError(f"{VARIABLES[0]}={address!r}: {error}") from error
-    # No cluster here: this process is alone.
+    # There is no cluster: this process runs alone.
+  except RuntimeError:
+    if address is not None:
+      raise
+    # JAX is in use already.
 
 
 def exit_now(code: int) -> None:
-  """Ends this process at once where there are others; alone, does nothing.
+  """Ends this process at once if several are running; otherwise does nothing.
 
-  The usual end waits for all at a barrier, which those never reach that are waiting
-  for this process elsewhere. They notice that it is gone.
+  The usual exit waits for all processes at a barrier. Processes that wait for this one
+  elsewhere never reach that barrier, but they notice that this one has ended.
   """
   if jax.distributed.is_initialized():
     if code == 1:
@@ -62,17 +69,19 @@ def exit_now(code: int) -> None:
 
 @contextlib.contextmanager
 def sigterm() -> Iterator[Callable[[int], bool]]:
-  """Gives step -> whether to stop after it, since SIGTERM has come.
+  """Yields step -> whether to stop after that step, because SIGTERM was received.
 
-  Of several processes all stop after the same step, whichever got the signal. Of one,
-  SIGTERM does afterwards what it did before.
+  Several processes all stop after the same step, whichever of them received the signal.
+  `multihost_utils.reached_preemption_sync_point` is the only interface of JAX to that
+  agreement. A single process handles the signal itself, and restores the previous
+  handler afterwards.
   """
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
     return
-  came = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+  received = threading.Event()
+  previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
   try:
-    yield lambda step: came.is_set()
+    yield lambda step: received.is_set()
   finally:
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, previous)

@@ -1,8 +1,6 @@
 """The pieces that a config names: data set, network, mesh, autoencoder."""
 
 import dataclasses
-import importlib.util
-import os
 
 import ml_collections
 from jax.sharding import Mesh
@@ -124,25 +122,6 @@ def init_extra_params(config: ml_collections.ConfigDict, params: Params) -> Para
   piece = registry.lookup("losses", config.loss.name)
   init_extra_params = piece.facts.get("init_extra_params", lambda params: params)
   return init_extra_params(params)
-
-
-def load_config(file: str, missing: str) -> ml_collections.ConfigDict:
-  """Returns the config of a file, "configs/X.py" or "configs/X.py:variant".
-
-  Args:
-    file: the file and its variant.
-    missing: the message of the error.
-
-  Raises:
-    UserError: the file does not exist.
-  """
-  path, _, given = file.partition(":")
-  if not os.path.exists(path):
-    raise UserError(missing)
-  spec = importlib.util.spec_from_file_location("loaded_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(given) if given else module.get_config()
 
 
 def takes_teacher(config: ml_collections.ConfigDict) -> bool:

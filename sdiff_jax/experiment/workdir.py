@@ -23,30 +23,6 @@ from sdiff_jax.training import ema, state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Network, Params, UserError
 
-# Sections and fields that may change between two runs in one work directory.
-RUNTIME_FIELDS = {
-  "train.log_every",
-  "train.sample_every",
-  "train.skip_nonfinite",
-  "checkpoint",
-  "mesh",
-  "sampler",
-  "sample",
-  "teacher",
-  "convert",
-  "ema.posthoc_std",
-  "encode",
-  "generate",
-  "study",
-  "job",
-  "vae",
-  "model.remat",
-  "plugins",
-  "rehearse",
-  "demos",
-}
-JOB_SECTIONS = ("evaluate", "reference", "rollout")  # sections of other jobs alone
-RUNTIME_FIELDS |= {*JOB_SECTIONS}
 NORMALIZER = (
   "normaliser.npz"  # the name of earlier versions, for their work directories
 )
@@ -86,11 +62,12 @@ def save_or_check_config(
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields that identify an experiment, flat: all but RUNTIME_FIELDS."""
+  """Returns the fields that identify an experiment, flat: all but runtime fields."""
+  runtime = configs.runtime_fields()
   return {
     name: value
     for name, value in resumable.flatten(config).items()
-    if not {name, name.partition(".")[0]} & RUNTIME_FIELDS
+    if not {name, name.partition(".")[0]} & runtime
   }
 
 

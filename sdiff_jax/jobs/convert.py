@@ -6,7 +6,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax import config as configs
+from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import trajectories
 from sdiff_jax.experiment import build as experiments
@@ -20,7 +20,18 @@ from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Params, UserError
 
+DEFAULTS = {
+  "convert": {
+    # Weights: .pt, .safetensors, .npz, or a .pkl of EDM or EDM2. The images of EDM are
+    # data with mean 0 and std 0.5.
+    "file": "",
+  }
+}
 
+
+@registry.register(
+  "jobs", "convert", defaults=DEFAULTS, runtime=("convert",), creates_workdir=True
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes config.json and a checkpoint of step 0; its EMA weights are the weights.
 
@@ -128,7 +139,9 @@ def _policy(
     )
   config = config.copy_and_resolve_references()
   config.sigma_d = 1.0
-  config.model = configs.component("models", "unet1d", process="ddpm", **policy.fields)
+  config.model = config_lib.component(
+    "models", "unet1d", process="ddpm", **policy.fields
+  )
   config.data.update(
     horizon=policy.normalizer.shape[0],
     n_obs_steps=policy.normalizer.steps,

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.policies.pusht import env, expert, observations
 from sdiff_jax.types import UserError
@@ -23,6 +24,17 @@ NEAR = 3  # every so many-th episode starts near the goal
 _envs: list[Any] = []  # of a worker process
 
 
+DEFAULTS = {
+  "demos": {
+    "episodes": 600,  # those that succeed are kept, and mirrored
+    "seed": 0,  # episode k is made from seed + k alone
+    # What the policy sees: "block", all in the block's frame, or "keypoints".
+    "view": "block",
+  }
+}
+
+
+@registry.register("jobs", "demos", defaults=DEFAULTS, runtime=("demos",))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes the episodes that succeeded to config.data.path.
 

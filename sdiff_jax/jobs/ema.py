@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sdiff_jax import config as configs
+from sdiff_jax import config as config_lib
+from sdiff_jax import registry
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
@@ -17,7 +18,16 @@ from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema
 from sdiff_jax.types import Array, Params, UserError
 
+DEFAULTS = {
+  "ema": {
+    # Width of the new average, "power/sigma_rel", from power profiles of the
+    # checkpoints that checkpoint.keep_every kept; two profiles suffice.
+    "posthoc_std": "",
+  }
+}
 
+
+@registry.register("jobs", "ema", defaults=DEFAULTS, runtime=("ema.posthoc_std",))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes WORKDIR/posthoc/WIDTH, a work directory of the average of that width.
 
@@ -27,7 +37,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Raises:
     UserError: config.ema.posthoc_std is no power profile, or the run stored none.
   """
-  kind, sigma_rel = configs.name_and_number(config.ema.posthoc_std, "ema.posthoc_std")
+  kind, sigma_rel = config_lib.name_and_number(
+    config.ema.posthoc_std, "ema.posthoc_std"
+  )
   chosen = workdir_lib.read(workdir)
   powers = [p for p in chosen.ema.profiles if p.startswith("power/")]
   if kind != "power" or not powers:
@@ -41,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   experiment = experiments.build(chosen)
   if not steps:
     raise UserError(f"{workdir} has no checkpoint up to step {step}; train it first")
-  widths = [configs.name_and_number(p, "ema.profiles")[1] for p in powers]
+  widths = [config_lib.name_and_number(p, "ema.profiles")[1] for p in powers]
   try:
     w, left = ema.posthoc(
       np.repeat(steps, len(powers)), np.tile(widths, len(steps)), step, sigma_rel

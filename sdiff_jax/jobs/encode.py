@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import config as configs
+from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import latents, pipeline
 from sdiff_jax.distributed import sharding
@@ -30,6 +30,18 @@ from sdiff_jax.types import Array, Params, UserError
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
+DEFAULTS = {
+  "encode": {
+    "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
+    "batch_size": config_lib.positive(16),  # over the devices of a process
+    "shard_size": config_lib.positive(4096),  # images in a file
+  }
+}
+
+
+@registry.register(
+  "jobs", "encode", defaults=DEFAULTS, runtime=("encode",), creates_workdir=True
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes latents.json and files of records, which the data set `latents` reads.
 
@@ -95,10 +107,10 @@ def _claim(workdir: str, about: dict[str, Any]) -> None:
   if os.path.exists(path):
     try:
       with open(path, encoding="utf-8") as file:
-        there = configs.flat(json.load(file))
+        there = resumable.flatten(json.load(file))
     except (ValueError, AttributeError) as error:
       raise UserError(f"{path} is damaged ({error}); take another --workdir") from None
-    differ = resumable.differences(there, configs.flat(about))
+    differ = resumable.differences(there, resumable.flatten(about))
     if differ:
       raise UserError(
         f"{workdir} holds other latents: {', '.join(differ)}; take another --workdir, "

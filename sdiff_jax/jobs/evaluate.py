@@ -11,6 +11,8 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from sdiff_jax import config as config_lib
+from sdiff_jax import registry
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, sampling
@@ -25,6 +27,38 @@ from sdiff_jax.types import Params, UserError
 ALONE = 16  # images that are timed one by one
 
 
+DEFAULTS = {
+  "evaluate": {
+    "samplers": ("heun/16",),  # name/steps
+    "folder": "evaluate",  # in the work directory, for the results
+    "num": config_lib.positive(5000),  # samples of each sampler
+    "batch_size": config_lib.positive(512),  # over all devices
+    "images": "",  # measure this .npz or folder of images instead of samples
+    # The classifier of a data set (digits, fashion, or a path to an .npz), or pretrained
+    # networks: inception:PATH for FID (pytorch-fid:PATH resizes as that package does),
+    # dinov2:PATH for FD-DINOv2; several separated by commas.
+    "features": "digits",
+    # Folder of a CLIP model: adds the CLIP score of images of the job `generate`.
+    "clip": "",
+    # Statistics to compare with instead of images: .npz of ADM, EDM or the job
+    # `statistics`, .pkl of EDM2.
+    "reference": "",
+    "pr_num_images": config_lib.not_negative(
+      10_000
+    ),  # for precision and recall; 0: none
+    "latency": False,  # also time images one by one
+    "baselines": False,  # also measure real halves and a Gaussian for each class
+  }
+}
+
+
+@registry.register(
+  "jobs",
+  "evaluate",
+  defaults=DEFAULTS,
+  runtime=("evaluate",),
+  configs_of=("train", "generate"),
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes results.json and a grid of samples for each solver into `folder_of`.
 

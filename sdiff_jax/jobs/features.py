@@ -12,6 +12,7 @@ from sdiff_jax.metrics.features import classifier
 from sdiff_jax.types import UserError
 
 
+@registry.register("jobs", "features")
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes features.npz for --config.evaluate.features, from the labels of the data.
 

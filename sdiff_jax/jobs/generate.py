@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from sdiff_jax import config as configs
+from sdiff_jax import registry
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
@@ -57,6 +57,22 @@ class PendingImages(NamedTuple):
   negative: str
 
 
+DEFAULTS = {
+  "generate": {
+    "folder": "",  # model in the diffusers format: a folder, or hf://organization/name
+    # Texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k modulo
+    # their number.
+    "prompts": "",
+    "negative_prompt": "",  # text that guidance leads away from
+    "timestep_spacing": "",  # trailing, leading, linspace; "" for the model's own
+    "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
+  }
+}
+
+
+@registry.register(
+  "jobs", "generate", defaults=DEFAULTS, runtime=("generate",), creates_workdir=True
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes images/00000.png, ..., images.json and images.png; only what is missing.
 
@@ -103,7 +119,7 @@ def _prepare(
   fields = {k: config.sampler[k] for k in text_to_image.SOLVER}
   sections = {"sampler": fields, "generate": chosen.to_dict()}
   del sections["generate"]["prompts"]
-  settings = configs.flat(sections) | {"sample.guidance": scale}
+  settings = resumable.flatten(sections) | {"sample.guidance": scale}
   wanted = [
     {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | settings
     for k in range(config.sample.num)

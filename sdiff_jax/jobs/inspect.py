@@ -14,6 +14,7 @@ IMAGES = 100  # of the picture
 BATCH = 256
 
 
+@registry.register("jobs", "inspect", configs_of=("train", "encode"))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes inspect.png, prints what is in the data set, and returns the last line.
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from sdiff_jax import registry
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity import lowering, report
 from sdiff_jax.capacity.chips import Pod
@@ -29,6 +30,29 @@ LARGEST_GROUP = 64  # of devices that a state is spread over: most arrays divide
 ACCUMULATE = (2, 4, 8, 16, 32)  # parts of a batch that are tried
 
 
+DEFAULTS = {
+  "rehearse": {
+    # Devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several, separated by
+    # commas, are compared in one table.
+    "topology": "",
+    "program": "train",  # a training step, or "sample": a batch or its inner iteration
+    "fit": True,  # try what saves memory if the step does not fit
+    # Of the data, if they are not available: (H, W, C) and the number of classes.
+    "shape": (),
+    "classes": 0,
+  }
+}
+
+
+@registry.register(
+  "jobs",
+  "rehearse",
+  defaults=DEFAULTS,
+  runtime=("rehearse",),
+  creates_workdir=True,
+  configs_of=("train", "generate"),
+  start=chips_lib.start,  # a compiler alone, on whatever machine it runs
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes rehearsal/<pod>.json and one page on all pods.
 

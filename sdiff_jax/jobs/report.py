@@ -5,11 +5,13 @@ import os
 
 import ml_collections
 
+from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.types import UserError
 
 
+@registry.register("jobs", "report", needs_config=False)
 def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   """Writes report.html.
 

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from sdiff_jax import registry
 from sdiff_jax.experiment import sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
@@ -20,7 +21,20 @@ from sdiff_jax.policies.pusht import rollout as rollout_lib
 from sdiff_jax.reports import runs
 from sdiff_jax.types import UserError
 
+DEFAULTS = {
+  "rollout": {
+    "samplers": ("ddim/15",),  # name/steps
+    "episodes": 100,
+    "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
+    "noise_seed": 0,  # seed of the policy's noise
+    "n_action_steps": 8,  # executed before the policy observes again
+    "num_timed": 200,  # chunks of actions that are timed
+    "num_videos": 4,  # episodes shown in rollout/SAMPLER.gif
+  }
+}
 
+
+@registry.register("jobs", "rollout", defaults=DEFAULTS, runtime=("rollout",))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes rollout/results.json, and a film of some episodes of each sampler.
 

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import config as configs
+from sdiff_jax import registry
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
@@ -35,6 +35,7 @@ from sdiff_jax.types import Params, UserError
 STATS = ("passes", "evaluations", "error", "variation")  # of a Result, one an image
 
 
+@registry.register("jobs", "sample")
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes samples.npz (arr_0 uint8 NHWC, arr_1 labels) and samples.png.
 
@@ -70,7 +71,7 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]
   the parts are refused later rather than mixed.
   """
   sections = {name: config[name].to_dict() for name in ("sample", "sampler")}
-  settings = configs.flat(sections) | {"vae": config.vae}
+  settings = resumable.flatten(sections) | {"vae": config.vae}
   settings["checkpoint"] = checkpoints_lib.newest(workdir)
   for name in ("sample.num", "sample.compare_sequential"):
     del settings[name]

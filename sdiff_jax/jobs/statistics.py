@@ -5,12 +5,14 @@ import os
 import jax
 import ml_collections
 
+from sdiff_jax import registry
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation
 from sdiff_jax.metrics import frechet, reference_statistics
 from sdiff_jax.types import UserError
 
 
+@registry.register("jobs", "statistics")
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes statistics.npz of config.reference, or else of config.data.
 

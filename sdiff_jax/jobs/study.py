@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from sdiff_jax import config as configs
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax import config as config_lib
+from sdiff_jax import registry
 from sdiff_jax.experiment import probes
 from sdiff_jax.io import file_io
 from sdiff_jax.jobs import evaluate, train
@@ -25,7 +25,12 @@ from sdiff_jax.reports import html, studies
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import UserError
 
+DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs/studies
 
+
+@registry.register(
+  "jobs", "study", defaults=DEFAULTS, runtime=("study",), creates_workdir=True
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes NAME.html, NAME.png, NAME.svg and NAME.json; runs lie in seedK/RUN.
 
@@ -65,13 +70,13 @@ def config_of(
   entry = study["runs"][name]
   file = entry["config"]
   missing = f"config.study.runs: no file {file.partition(':')[0]} in {os.getcwd()}"
-  loaded = experiments.load_config(file, missing)
+  loaded = config_lib.load(file, missing)
   loaded.seed = seed
   if entry["teacher"]:
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
   for change in (*study["set"], *entry["set"]):
     assign(loaded, change)
-  configs.validate(loaded)
+  config_lib.validate(loaded)
   return loaded
 
 
@@ -88,8 +93,8 @@ def assign(config: ml_collections.ConfigDict, change: str) -> None:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
-  if field in configs.PIECES:
-    piece = configs.component(configs.PIECES[field], value)
+  if field in config_lib.PIECES:
+    piece = config_lib.component(config_lib.PIECES[field], value)
     old = config[field].to_dict()
     piece.update({k: old[k] for k in piece if k in old and k != "name"})
     config[field] = piece

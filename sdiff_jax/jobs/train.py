@@ -9,6 +9,8 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
+from sdiff_jax import config as config_lib
+from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
@@ -20,7 +22,31 @@ from sdiff_jax.training import loop, metric_writer, state, step
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Params, UserError
 
+DEFAULTS = {
+  "train": {
+    "steps": config_lib.not_negative(1000),
+    "batch_size": config_lib.positive(128),  # over all devices
+    # Parts of a batch that go through the network one after another; more parts need
+    # less memory.
+    "grad_accum_steps": config_lib.positive(1),
+    # Factor of the loss, by which the gradients are divided again: the mean over a
+    # batch and all pixels is too small for float16.
+    "loss_scale": config_lib.positive(1.0),
+    "flip": False,  # mirror images horizontally with probability 1/2
+    "log_every": config_lib.positive(50),  # steps
+    "sample_every": config_lib.not_negative(0),  # steps between sample grids; 0: none
+    "skip_nonfinite": False,  # skip steps with a NaN or an infinity, instead of stopping
+  }
+}
 
+
+@registry.register(
+  "jobs",
+  "train",
+  defaults=DEFAULTS,
+  runtime=("train.log_every", "train.sample_every", "train.skip_nonfinite"),
+  creates_workdir=True,
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Trains into `workdir`, and returns a line that says what came of it.
 

@@ -1,7 +1,6 @@
 """Improved precision and recall of a set of samples."""
 
 import numpy as np
-from sklearn import metrics, neighbors
 
 
 def precision_recall(
@@ -41,6 +40,8 @@ def precision_recall(
 
 def _covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
   """Share of the points [N, D] that lie in some ball round a centre [M, D]."""
+  from sklearn import metrics, neighbors  # slow to import
+
   # Features are wide, where trees lose to brute force.
   search = neighbors.NearestNeighbors(n_neighbors=k, algorithm="brute").fit(centres)
   # Called without points, kneighbors leaves each centre out of its own neighbours.

@@ -9,12 +9,25 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from sdiff_jax.reports import html
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import UserError
+
+
+def _seconds(value: float) -> str:
+  """Returns a time with a prefix of its unit, such as "12.00 ms"."""
+  from matplotlib.ticker import EngFormatter  # slow to import
+
+  return EngFormatter("s", 2)(value)
+
+
+def _short(value: float) -> str:
+  """Returns a number with a prefix, such as "2.6 M" for 2,560,000."""
+  from matplotlib.ticker import EngFormatter  # slow to import
+
+  return EngFormatter(places=1, sep="\u202f")(value)
+
 
 # Header, key of the row, format, and what the column means; those that no row has are
 # not shown.
@@ -34,7 +47,7 @@ COLUMNS = (
   ("Precision", "precision", "{:.1%}".format, "share that lies among real images"),
   ("Recall", "recall", "{:.1%}".format, "share of real images that they cover"),
   ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
-  ("Latency", "latency", EngFormatter("s", 2), "time of one image alone"),
+  ("Latency", "latency", _seconds, "time of one image alone"),
   ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
 )  # fmt: skip
 # Of policies, in the same way.
@@ -48,8 +61,8 @@ ROLLOUT = (
   ("Solved", "solved", "{:.0%}".format, "share of episodes that reached the goal"),
   ("Passes", "passes", "{:.1f}".format, "network calls after one another, a chunk"),
   ("NFE", "evaluations", "{:.1f}".format, "network evaluations, a chunk"),
-  ("Median", "median", EngFormatter("s", 2), "time of a chunk for one robot"),
-  ("p95", "p95", EngFormatter("s", 2), "that of the slowest 5%"),
+  ("Median", "median", _seconds, "time of a chunk for one robot"),
+  ("p95", "p95", _seconds, "that of the slowest 5%"),
 )
 WORDS = 2  # the first columns hold words, the others numbers
 BASELINES = '<tr><th colspan="{}">Baselines</th></tr>\n'
@@ -60,13 +73,12 @@ OBJECTIVES = {
   "sCD": "sCD is a consistency model, distilled from the teacher.",
   "sCT": "sCT is a consistency model, started from the teacher and trained on data.",
 }
-SHORT = EngFormatter(places=1, sep="\u202f")  # 2 560 000 as 2.6 M
 FACTS = (  # label, key in training.json, format
   ("steps", "steps", "{:,}".format),
-  ("images", "images", SHORT),
+  ("images", "images", _short),
   ("time", "seconds", lambda s: str(datetime.timedelta(seconds=round(s)))),
-  ("parameters", "parameters", SHORT),
-  ("FLOPs", "flops", SHORT),
+  ("parameters", "parameters", _short),
+  ("FLOPs", "flops", _short),
 )
 STRIP = 6  # training-time grids shown of each run
 
@@ -276,6 +288,9 @@ def _charts(metrics: list[dict]) -> str:
 
 def _chart(curves: dict[str, np.ndarray], look: tuple) -> bytes:
   """Draws name -> [2, N] of steps and values as an SVG."""
+  from matplotlib.figure import Figure  # slow to import
+  from matplotlib.ticker import EngFormatter
+
   ink, line, colours = look
   figure = Figure(figsize=(5.6, 3), layout="constrained")
   axes = figure.subplots(subplot_kw={"frameon": False})

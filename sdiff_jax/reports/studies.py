@@ -1,17 +1,17 @@
 """What a study measures, as points, a figure and a table."""
 
 import io
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import ml_collections
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from sdiff_jax import config
 from sdiff_jax.types import UserError
+
+if TYPE_CHECKING:  # slow to import
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 NAMES = {  # of axes
   "compute": "training FLOPs / the teacher's",
@@ -207,7 +207,7 @@ def axes_of(x: str, panels: tuple[Panel, ...]) -> list[tuple[str, str]]:
 
 
 def _number(
-  axes: Axes, text: str, at: tuple[float, float], corner: int, colour: str
+  axes: "Axes", text: str, at: tuple[float, float], corner: int, colour: str
 ) -> None:
   """Writes at a point, in one of its corners, so that near curves keep theirs apart."""
   right, above = corner % 2 == 0, corner < 2
@@ -225,7 +225,7 @@ def _number(
 
 def draw(
   rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
-) -> Figure:
+) -> "Figure":
   """Returns one panel for each key, with the mean and the range of every series.
 
   Args:
@@ -234,6 +234,9 @@ def draw(
     panels: see `build`; after COLUMNS of them comes another line.
     log: the logarithmic axes, some of "xy".
   """
+  from matplotlib.figure import Figure  # slow to import
+  from matplotlib.ticker import FormatStrFormatter, LogLocator
+
   columns = min(len(panels), COLUMNS)
   lines = -(-len(panels) // columns)
   size = (4.2 * columns + 1.6, 3.4 * lines)
@@ -318,8 +321,10 @@ def table(
   return lines
 
 
-def picture(figure: Figure, kind: str) -> bytes:
+def picture(figure: "Figure", kind: str) -> bytes:
   """Returns a figure as "png" or "svg", the same for the same figure."""
+  import matplotlib  # slow to import
+
   dated = {"Date": None} if kind == "svg" else None
   with matplotlib.rc_context({"svg.hashsalt": "study"}):
     figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140, metadata=dated)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdiff_jax import config as configs
-from sdiff_jax import main
+from sdiff_jax import registry
 from sdiff_jax.jobs import inspect
 from sdiff_jax.types import UserError
 
@@ -33,8 +33,7 @@ def cell(tmp_path, row: int, column: int) -> np.ndarray:
 
 
 def test_it_is_a_job():
-  assert "inspect" in main.JOBS
-  assert "inspect " in main.__doc__
+  assert "inspect" in registry.names("jobs")
 
 
 def test_the_numbers_are_those_of_the_images(tmp_path, capsys):

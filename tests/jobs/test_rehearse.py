@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
+from sdiff_jax import config as config_lib
 from sdiff_jax import config as configs
 from sdiff_jax.capacity import chips, lowering, report
 from sdiff_jax.distributed import sharding
@@ -45,7 +46,7 @@ def teacher(tmp_path_factory) -> str:
 
 
 def config_of_file(name):
-  return experiments.load_config(str(ROOT / "configs" / name), "missing")
+  return config_lib.load(str(ROOT / "configs" / name), "missing")
 
 
 def config_of(teacher):
@@ -90,7 +91,7 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   config = config_of(teacher)
   source = lowering.source_of(config)
   network = experiments.network(config, source)
-  theirs = experiments.load_config(config.teacher.config, "missing")
+  theirs = config_lib.load(config.teacher.config, "missing")
   theirs = experiments.network(theirs, source)
   key = jax.random.key(0)
   frozen = jax.eval_shape(theirs.init, key)

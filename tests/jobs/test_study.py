@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from sdiff_jax.experiment import build as experiments
+from sdiff_jax import config as config_lib
 from sdiff_jax.jobs import study, train
 from sdiff_jax.reports import studies
 from sdiff_jax.types import UserError
@@ -192,7 +192,7 @@ def test_a_missing_config_is_named(tmp_path):
 @pytest.mark.parametrize("given", ["", "paper", "tiny"])
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/studies/*.py")))
 def test_runs_of_every_study_load(path, given, tmp_path):
-  config = experiments.load_config(f"{path}:{given}" if given else path, "missing")
+  config = config_lib.load(f"{path}:{given}" if given else path, "missing")
   wanted = config.study.to_dict()
   runs = {entry["name"]: entry for entry in wanted["runs"]}
   for k, (name, entry) in enumerate(runs.items()):
@@ -204,4 +204,4 @@ def test_runs_of_every_study_load(path, given, tmp_path):
 
 def test_another_word_is_refused():
   with pytest.raises(UserError, match="vsd.py:big: the words are paper, tiny"):
-    experiments.load_config("configs/studies/vsd.py:big", "missing")
+    config_lib.load("configs/studies/vsd.py:big", "missing")
