@@ -99,9 +99,10 @@ def refused(capsys, monkeypatch):
 
 def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
-  built = build.build(workdir_lib.read(str(workdir)))
-  _, optimizer, _ = objective.optimisation(built.config)
-  profiles = tuple(built.config.ema.profiles)
+  config = workdir_lib.read(str(workdir))
+  built = build.build(config)
+  _, optimizer, _ = objective.optimisation(config)
+  profiles = tuple(config.ema.profiles)
 
   def create(key):
     return state.create(built.network.init(key), optimizer, profiles)
@@ -293,7 +294,7 @@ def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
   [
     (("--config.train.batch_size=0",), "config.train.batch_size=0: must be above 0"),
     (("--config.optim.name=sgd",), "config.optim.name='sgd': take adam, adamw or"),
-    (("--config.mesh.fsdp=3",), "config.mesh: data="),
+    (("--config.mesh.fsdp=3",), "config.mesh.data="),
     (("--config.ema.profiles=('x/1',)",), "config.ema.profiles: 'x/1' is neither"),
     (("extra",), "unknown argument 'extra'"),
     (("--bogus=1",), "Unknown command line flag 'bogus'"),

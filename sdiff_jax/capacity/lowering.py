@@ -19,6 +19,7 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling, text_to_image
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import sampler
 from sdiff_jax.training import flops as flops_lib
@@ -108,7 +109,8 @@ def training(
   source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   size = config.train.batch_size
   parts = config.train.grad_accum_steps
-  sharding.check_batch(size, sharding.batch(mesh), "train.batch_size", parts)
+  with config_errors("config.train"):
+    sharding.check_batch(size, sharding.batch(mesh), parts)
   taught, frozen = teacher(config, source)
   init, train_step = objective.program(config, network, taught)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -148,7 +150,8 @@ def sampled(
   source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   size = config.sample.batch_size
   over = sharding.samples(mesh)
-  sharding.check_batch(size, over, "sample.batch_size")
+  with config_errors("config.sample"):
+    sharding.check_batch(size, over)
   chosen = sampling.plan(config)
   if chosen.loop and not chosen.window:
     raise UserError(NO_WINDOW)
@@ -195,11 +198,13 @@ def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       window, or the folder does not fit.
   """
   size, scale = config.sample.batch_size, config.sample.guidance
-  sharding.check_batch(size, sharding.samples(mesh), "sample.batch_size")
+  with config_errors("config.sample"):
+    sharding.check_batch(size, sharding.samples(mesh))
   model, chosen = text_to_image.from_config(config, abstract=True)
   if chosen.loop and not chosen.window:
     raise UserError(NO_WINDOW)
-  sharding.check_window(chosen.window, mesh)
+  with config_errors("config.sampler"):
+    sharding.check_window(chosen.window, mesh)
   weights = {k: v for k, v in model.params.items() if k != "vae"}
   model = model._replace(vae=None, params=weights)
   call = text_to_image.sampler(model, chosen, mesh, scale=scale)

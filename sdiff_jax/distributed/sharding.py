@@ -1,7 +1,8 @@
-"""The device mesh, and where arrays live on it.
+"""The device mesh, and the shardings of arrays on it.
 
-Axes: `data` holds replicas of the state, `fsdp` shards it, `window` is the parallel
-sampler's. The batch of a training step is spread over all three.
+The mesh has three axes: the state is replicated along `data` and sharded along `fsdp`;
+parallel samplers shard their window along `window`. The batch of a training step is
+sharded along all three.
 """
 
 import functools
@@ -16,11 +17,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.types import Array, UserError
+from sdiff_jax.types import Array
 
 AXES = ("data", "fsdp", "window")
 SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to keep
-TILE = 16  # rows of a tile of bfloat16 in a TPU's memory
+TILE = 16  # rows of a bfloat16 tile in the memory of a TPU
 
 
 def make_mesh(
@@ -31,18 +32,26 @@ def make_mesh(
 ) -> Mesh:
   """Returns the mesh of all devices.
 
-  Where devices are in several slices (of TPUs, or hosts of GPUs), whose links to each
-  other are slow, `data` goes over the slices as far as it can, before `fsdp` and
-  `window`.
+  If the devices are in several slices (of TPUs, or hosts of GPUs) with slow links
+  between them, `data` extends over the slices as far as possible, before `fsdp` and
+  `window`. `jax.make_mesh` does not place axes over slices, which is why this uses
+  `jax.experimental.mesh_utils`.
 
   Args:
-    data: devices along `data`; -1 takes what the others leave.
+    data: devices along `data`; -1 for all that the other axes leave.
     fsdp: devices along `fsdp`.
     window: devices along `window`.
-    devices: the devices; by default all that there are.
+    devices: the devices; all by default.
+
+  Returns:
+    A mesh with axes of the sizes (data, fsdp, window).
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    ValueError: the product of the sizes is not the number of devices.
+
+  Example:
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'window': 1}
   """
   devices = jax.devices() if devices is None else devices
   sizes, count = [data, fsdp, window], len(devices)
@@ -50,9 +59,9 @@ def make_mesh(
     rest = -np.prod(sizes)
     sizes[sizes.index(-1)] = int(count // rest) if rest > 0 else 0
   if min(sizes) < 1 or np.prod(sizes) != count:
-    wanted = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
-    raise UserError(f"config.mesh: {wanted} does not make the {count} devices here")
-  # An axis may go along a part of one of the torus: 64 of 4 x 4 x 8, say.
+    shape = ", ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+    raise ValueError(f"{shape}: the product must be {count}, the number of devices")
+  # A mesh axis may cover part of an axis of the torus, such as 64 of 4 x 4 x 8 chips.
   split = {"allow_split_physical_axes": True}
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   if slices == 1:
@@ -67,9 +76,10 @@ def make_mesh(
 
 
 def with_mesh(mesh: Mesh, function: Callable) -> Callable:
-  """Returns the function, traced with the mesh in the context.
+  """Returns the function, traced with the mesh as the ambient abstract mesh.
 
-  Kernels read it there: XLA cannot partition them, they have to spread themselves.
+  Attention kernels read it to shard themselves, since XLA cannot partition them, and
+  `rowwise` does.
   """
 
   @functools.wraps(function)
@@ -81,49 +91,58 @@ def with_mesh(mesh: Mesh, function: Callable) -> Callable:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of arrays that every device holds whole."""
+  """Returns the sharding of arrays that are replicated on all devices."""
   return NamedSharding(mesh, P())
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of a training batch: its leading axis over all axes."""
+  """Returns the sharding of a training batch: axis 0 along all mesh axes."""
   return NamedSharding(mesh, P(AXES))
 
 
 def samples(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of samples: over `data` and `fsdp`."""
+  """Returns the sharding of samples: axis 0 along `data` and `fsdp`."""
   return NamedSharding(mesh, P(AXES[:2]))
 
 
 def window(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of axes [samples, rows of a parallel sampler's window]."""
+  """Returns the sharding of the axes [samples, window] of a parallel sampler."""
   return NamedSharding(mesh, P(AXES[:2], AXES[2]))
 
 
 def map_one_per_device(mesh: Mesh, function: Callable) -> Callable:
-  """Returns a function of a batch of samples, called for one on each device at a time.
+  """Maps a function over a batch with one sample per device at a time.
 
-  What takes much memory for an image, such as a decoder, takes it for one.
+  This bounds the memory of functions that need much for each image, such as decoders.
 
   Args:
-    mesh: over whose axes `data` and `fsdp` the batch is spread.
-    function: [N, ...] -> [N, ...], row by row; its N is the number of their devices.
+    mesh: the batch is sharded along its axes `data` and `fsdp`.
+    function: [N, ...] -> [N, ...], sample by sample, with N the number of devices along
+      these axes.
+
+  Returns:
+    A function [B, ...] -> [B, ...] with B a multiple of N.
   """
   count = mesh.shape["data"] * mesh.shape["fsdp"]
-  turns = NamedSharding(mesh, P(None, AXES[:2]))
+  rounds = NamedSharding(mesh, P(None, AXES[:2]))
 
   def call(x: jax.Array) -> jax.Array:
     x = x.reshape(count, -1, *x.shape[1:]).swapaxes(0, 1)
-    y = jax.lax.map(function, jax.lax.with_sharding_constraint(x, turns))
+    y = jax.lax.map(function, jax.lax.with_sharding_constraint(x, rounds))
     return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])
 
   return call
 
 
 def device_put_global(tree: Any, shardings: Any) -> Any:
-  """Moves arrays of numpy, the same on every process, to where they shall live.
+  """Puts NumPy arrays, which are equal on all processes, on the devices.
 
-  Unlike device_put it does not compare the processes' values, nor wait for devices.
+  Unlike `jax.device_put` this neither compares the values of the processes nor waits
+  for the devices.
+
+  Args:
+    tree: pytree of NumPy arrays.
+    shardings: pytree of their shardings.
   """
   return jax.tree.map(
     lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__),
@@ -133,10 +152,10 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
 
 
 def state(abstract: Any, mesh: Mesh) -> Any:
-  """Returns the sharding of every array of a state.
+  """Returns the sharding of every array of a training state.
 
-  Arrays of 65,536 elements or more are split over `fsdp` along their largest dimension
-  that it divides; the others are replicated.
+  Arrays of 65,536 elements or more are sharded along `fsdp`, on their largest dimension
+  that its size divides; the others are replicated.
 
   Args:
     abstract: pytree of arrays or ShapeDtypeStructs.
@@ -147,7 +166,7 @@ def state(abstract: Any, mesh: Mesh) -> Any:
 
 
 def local() -> NamedSharding:
-  """Returns the sharding of rows over the devices of this process alone."""
+  """Returns the sharding of axis 0 over the devices of this process alone."""
   devices = np.asarray(jax.local_devices())
   return NamedSharding(
     Mesh(devices, AXES[:1], axis_types=(AxisType.Auto,)), P(AXES[:1])
@@ -155,7 +174,7 @@ def local() -> NamedSharding:
 
 
 def _split(x: Any, size: int) -> P:
-  """Returns how an array of a state is split over `fsdp`, an axis of that size."""
+  """Returns how an array of a state is sharded along `fsdp`, an axis of that size."""
   axes = [i for i, n in enumerate(x.shape) if n % size == 0]
   if size == 1 or x.size < SMALLEST_SHARDED or not axes:
     return P()
@@ -164,16 +183,21 @@ def _split(x: Any, size: int) -> P:
 
 
 def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
-  """Returns op(x, weight), every device working on its own rows of x.
+  """Returns op(x, weight), computed by every device on its own rows of x.
 
-  Left to itself, XLA moves the rows to where the parts of a weight are. Here the weight
-  is gathered, in the type that it has, and its gradient summed by a reduce-scatter.
-  Outside `with_mesh`, and for a weight that is not split, this is `op`.
+  By itself XLA moves the rows to the shards of a weight. Here the weight is gathered, in
+  its own dtype, and its gradient is summed by a reduce-scatter. Outside of `with_mesh`,
+  and for a weight that is not sharded, this is `op`.
+
+  This is the one place where a network depends on its caller: it reads the ambient mesh.
 
   Args:
-    op: maps each row of x by itself.
-    x: [B, ...], B rows over all axes of the mesh.
-    weight: as a state has it, up to its type.
+    op: (x [B, ...], weight) -> [B, ...], row by row.
+    x: [B, ...], its rows sharded along all axes of the mesh.
+    weight: with the shape that it has in the training state, in any dtype.
+
+  Returns:
+    [B, ...].
   """
   mesh = jax.sharding.get_abstract_mesh()
   auto = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
@@ -184,7 +208,8 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
   axis = len(spec) - 1
 
   def local(x: Array, part: Array) -> Array:
-    # In rows of a TPU's tile: other reduce-scatters it makes sums of everything.
+    # In rows of a TPU tile: for other shapes XLA replaces the reduce-scatter by an
+    # all-reduce.
     tiles = part.reshape(math.gcd(TILE, part.size), -1)
     parts = jax.lax.all_gather(tiles, "fsdp").reshape(-1, *part.shape)
     return op(x, jnp.moveaxis(parts, 0, axis).reshape(weight.shape))
@@ -196,76 +221,91 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
 
 
 def check_batch(
-  count: int, sharding: NamedSharding, field: str, accumulate: int = 1
+  batch_size: int,
+  sharding: NamedSharding,
+  grad_accum_steps: int = 1,
+  name: str = "batch_size",
 ) -> None:
-  """Raises a UserError if a leading axis of `count` does not divide as wanted.
+  """Checks that a batch divides evenly over the devices.
 
   Args:
-    count: rows of a batch.
-    sharding: of the batch.
-    field: of the config, that gives the count.
-    accumulate: parts of the batch, each of which must divide (train.grad_accum_steps).
+    batch_size: samples of a batch.
+    sharding: of axis 0 of the batch.
+    grad_accum_steps: parts of the batch, each of which must divide evenly.
+    name: of the argument `batch_size`, for the message.
+
+  Raises:
+    ValueError: the batch does not divide; the message names the nearest size that does.
   """
   (axes,) = sharding.spec
   axes = (axes,) if isinstance(axes, str) else axes
   devices = int(np.prod([sharding.mesh.shape[a] for a in axes]))
-  parts = devices * accumulate
-  if count % parts:
-    near = max(parts, count // parts * parts)
+  divisor = devices * grad_accum_steps
+  if batch_size % divisor:
+    nearest = max(divisor, batch_size // divisor * divisor)
     times = (
-      f" times config.train.grad_accum_steps={accumulate}" if accumulate > 1 else ""
+      f" times grad_accum_steps={grad_accum_steps}" if grad_accum_steps > 1 else ""
     )
-    raise UserError(
-      f"config.{field}={count}: does not divide over {devices} devices{times}; {near} "
+    raise ValueError(
+      f"{name}={batch_size}: does not divide over {devices} devices{times}; {nearest} "
       "does"
     )
 
 
 def check_window(window: int, mesh: Mesh) -> None:
-  """Raises a UserError if a parallel sampler's window does not divide over the mesh."""
+  """Checks that the window of a parallel sampler divides evenly over the mesh.
+
+  Raises:
+    ValueError: it does not.
+  """
   if window % mesh.shape["window"]:
-    raise UserError(
-      f"config.sampler.window={window}: does not divide over "
-      f"mesh.window={mesh.shape['window']}"
+    raise ValueError(
+      f"window={window}: does not divide over the {mesh.shape['window']} devices along "
+      "the mesh axis `window`"
     )
 
 
 def rows(sharding: NamedSharding, count: int) -> np.ndarray:
-  """Returns which rows of a batch of `count` this process's devices hold, ascending."""
-  held = sharding.addressable_devices_indices_map((count,))
-  return np.unique(np.concatenate([np.arange(count)[i] for (i,) in held.values()]))
+  """Returns the indices of a batch of `count` on this process's devices, ascending."""
+  slices = sharding.addressable_devices_indices_map((count,))
+  return np.unique(np.concatenate([np.arange(count)[i] for (i,) in slices.values()]))
 
 
 def make_global_batch(tree: Any, sharding: NamedSharding, count: int) -> Any:
-  """Moves this process's `rows` of a batch to its devices.
+  """Puts this process's `rows` of a batch on its devices.
+
+  `jax.make_array_from_process_local_data` takes local data in the order of the shards;
+  the rows here are ascending, however the mesh orders its devices.
 
   Args:
-    tree: arrays of numpy, whose leading axis is `rows(sharding, count)`.
-    sharding: of the batch.
-    count: rows of the batch, over all processes.
+    tree: pytree of NumPy arrays with axis 0 for `rows(sharding, count)`.
+    sharding: of axis 0 of the batch.
+    count: size of the batch, over all processes.
 
   Returns:
-    The batch, [count, ...], whose other rows are on other processes' devices.
+    The batch, [count, ...]; its other rows are on the devices of other processes.
   """
-  mine = rows(sharding, count)
+  local_rows = rows(sharding, count)
 
-  def spread(x: np.ndarray) -> jax.Array:
+  def global_array(x: np.ndarray) -> jax.Array:
     def shard(index: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = index[0].indices(count)
-      return x[np.searchsorted(mine, start) : np.searchsorted(mine, stop)]
+      return x[np.searchsorted(local_rows, start) : np.searchsorted(local_rows, stop)]
 
     return jax.make_array_from_callback((count, *x.shape[1:]), sharding, shard)
 
-  return jax.tree.map(spread, tree)
+  return jax.tree.map(global_array, tree)
 
 
 def process_max(values: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """Returns the largest of the processes' values [n], each; waits for all of them."""
-  mine = np.tile(values, (jax.local_device_count(), 1))
-  every = make_global_batch(mine, batch(mesh), mesh.size)
-  return np.asarray(jax.jit(lambda x: x.max(0), out_shardings=replicated(mesh))(every))
+  """Returns the maximum of values [n] over all processes; waits for all of them."""
+  local_values = np.tile(values, (jax.local_device_count(), 1))
+  everywhere = make_global_batch(local_values, batch(mesh), mesh.size)
+  return np.asarray(
+    jax.jit(lambda x: x.max(0), out_shardings=replicated(mesh))(everywhere)
+  )
 
 
 def all_processes(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
-  """Returns which of the flags [n] every process has set; waits for all processes."""
+  """Returns the flags [n] that are set on all processes; waits for all of them."""
   return ~process_max(~flags, mesh)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Network, Params, UserError
@@ -70,7 +71,8 @@ def mesh(config: ml_collections.ConfigDict) -> Mesh:
   Raises:
     UserError: its sizes do not multiply to the number of devices.
   """
-  return sharding.make_mesh(**config.mesh)
+  with config_errors("config.mesh"):
+    return sharding.make_mesh(**config.mesh)
 
 
 def _autoencoder(folder: str, dataset: pipeline.Dataset) -> tuple[Autoencoder, Params]:

@@ -12,6 +12,7 @@ from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import objective, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.losses import _velocity, scm, tangent_norm
 from sdiff_jax.samplers import comparison, sequential
 from sdiff_jax.types import Array, Denoiser, Params
@@ -33,7 +34,8 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
   teacher, frozen = objective.teacher(stored, experiment)
   velocity_of = _velocity.ode_field(teacher.apply, sigma_d=sigma_d)
   size, over_batch = stored.train.batch_size, sharding.batch(experiment.mesh)
-  sharding.check_batch(size, over_batch, "train.batch_size")
+  with config_errors("config.train"):
+    sharding.check_batch(size, over_batch)
   options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
   batches = pipeline.batches(experiment.dataset, seed=0, sigma_d=sigma_d, **options)
   batch = sharding.make_global_batch(next(batches), over_batch, size)
@@ -69,7 +71,8 @@ def parallel_sampling(
   experiment, params = workdir_lib.trained(config, workdir)
   mesh, chosen = experiment.mesh, sampling.plan(config)
   count = config.sample.num
-  sharding.check_batch(count, sharding.samples(mesh), "sample.num")
+  with config_errors("config.sample"):
+    sharding.check_batch(count, sharding.samples(mesh), name="num")
   seeds, labels = sampling.seeds_and_labels(config, experiment, 0, count)
   keys = sequential.keys_from_seeds(seeds)
 

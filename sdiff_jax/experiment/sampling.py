@@ -14,6 +14,7 @@ from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.samplers import autotune, sequential
 from sdiff_jax.samplers import sampler as sampler_lib
 from sdiff_jax.samplers._sliding_window import Samples
@@ -87,7 +88,8 @@ def sampler(
   coarse, coarse_params, coarse_scale = _coarse(config, experiment, chosen)
   scale = config.sample.guidance
   if chosen.loop:
-    sharding.check_window(chosen.window, experiment.mesh)
+    with config_errors("config.sampler"):
+      sharding.check_window(chosen.window, experiment.mesh)
 
   def generate(
     others: dict[str, Params], params: Params, seeds: Array, labels: Array
@@ -270,7 +272,8 @@ def generate(
     UserError: the batch size does not divide over the mesh.
   """
   mesh = experiment.mesh
-  sharding.check_batch(batch_size, sharding.samples(mesh), field)
+  with config_errors("config"):
+    sharding.check_batch(batch_size, sharding.samples(mesh), name=field)
   for first in range(0, num, batch_size):
     made = start_batch(config, experiment, call, params, first, batch_size)
     made = jax.device_put(made, sharding.replicated(mesh))

@@ -21,6 +21,8 @@ from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import latents, pipeline
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
@@ -54,8 +56,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   pipeline.check_pixels(source)
   if not config.vae:
     raise UserError("config.vae is empty: name the folder of an autoencoder")
-  mesh, local = sharding.make_mesh(**config.mesh), sharding.local()
-  sharding.check_batch(chosen.batch_size, local, "encode.batch_size")
+  mesh, local = experiments.mesh(config), sharding.local()
+  with config_errors("config.encode"):
+    sharding.check_batch(chosen.batch_size, local)
   vae, params = loading.autoencoder(config.vae)
   about = _about(config, source, vae)
   files = latents.paths(workdir, about)

@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 from sdiff_jax import registry
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
@@ -110,10 +112,9 @@ def _prepare(
   """Returns the work, and what is there of it (see `_there`)."""
   chosen, scale = config.generate, config.sample.guidance
   prompts = prompts_lib.read(chosen.prompts) if chosen.prompts else []
-  mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_batch(
-    config.sample.batch_size, sharding.samples(mesh), "sample.batch_size"
-  )
+  mesh = experiments.mesh(config)
+  with config_errors("config.sample"):
+    sharding.check_batch(config.sample.batch_size, sharding.samples(mesh))
   model, plan = text_to_image.from_config(config)
   prompts = _check_texts(model, chosen, prompts, scale)
   fields = {k: config.sampler[k] for k in text_to_image.SOLVER}
@@ -217,7 +218,8 @@ def _with_window(work: PendingImages, params: dict, size: int) -> PendingImages:
   shape = (size, *model.unet.shape)
   chosen = autotune.window(work.chosen, work.mesh, denoise, params, shape)
   if chosen.loop:
-    sharding.check_window(chosen.window, work.mesh)
+    with config_errors("config.sampler"):
+      sharding.check_window(chosen.window, work.mesh)
   return work._replace(chosen=chosen)
 
 

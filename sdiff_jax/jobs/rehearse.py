@@ -20,6 +20,7 @@ from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity import lowering, report
 from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io
 from sdiff_jax.types import UserError
 
@@ -141,7 +142,8 @@ def _attempt(
   if (kept := report.load(key)) is not None:
     return kept["program"], kept["facts"]
   devices = chips_lib.devices(pod)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  with config_errors("config.mesh"):
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
   made = lowering.build(config, mesh)
   program = made.summary()
   facts = {"pod": pod.name, "devices": len(devices), "held": made.held}

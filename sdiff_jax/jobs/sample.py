@@ -25,6 +25,7 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.samplers import autotune
 from sdiff_jax.samplers._sliding_window import Samples
@@ -46,7 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   experiment, params = workdir_lib.trained(config, workdir)
   size = config.sample.batch_size
   over_samples = sharding.samples(experiment.mesh)
-  sharding.check_batch(size, over_samples, "sample.batch_size")
+  with config_errors("config.sample"):
+    sharding.check_batch(size, over_samples)
   folder = os.path.join(workdir, "samples.parts")
   chosen = sampling.plan(config)
   if chosen.loop and not chosen.window and _parts(folder):

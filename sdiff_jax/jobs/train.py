@@ -16,6 +16,7 @@ from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import objective, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.samplers.sampler import Sampler
 from sdiff_jax.training import loop, metric_writer, state, step
@@ -55,7 +56,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   experiment = experiments.build(config)
   size, parts = config.train.batch_size, config.train.grad_accum_steps
-  sharding.check_batch(size, sharding.batch(experiment.mesh), "train.batch_size", parts)
+  with config_errors("config.train"):
+    sharding.check_batch(size, sharding.batch(experiment.mesh), parts)
   if config.train.sample_every:
     sampling.check_images(experiment)
   _check_conditions(config, experiment.dataset)

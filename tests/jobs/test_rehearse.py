@@ -296,7 +296,7 @@ def test_config_files_of_published_models(name, millions):
     ("rehearse.topology", "v5e", "config.rehearse.topology='v5e': such as v5e:1x1"),
     ("rehearse.program", "train it", "'train it': take train or sample"),
     ("train.batch_size", 12, "does not divide over 8 devices"),
-    ("mesh.fsdp", 3, "does not make the 8 devices"),
+    ("mesh.fsdp", 3, "the product must be 8, the number of devices"),
     ("teacher.config", "nofile.py:S", "no such file, and no run there"),
   ],
 )
