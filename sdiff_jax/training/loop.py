@@ -1,5 +1,6 @@
-"""The training loop: one fixed order, and no waiting for the device in it."""
+"""The training loop: a fixed order of events that never waits for the device."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,33 @@ import numpy as np
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.metric_writer import Writer
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Array, UserError
+from sdiff_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+  """How long a run is, and how often it reports.
+
+  Attributes:
+    steps: number of steps in total.
+    batch_size: images of a step, for the throughput.
+    log_every: steps between two lines of metrics.
+    save_every: steps between two checkpoints.
+    sample_every: steps between two sample grids, 0 for none.
+    skip_nonfinite: whether to continue after steps whose loss or gradient is not finite
+      (see `step.build`).
+
+  Example:
+    >>> LoopOptions(steps=1000, batch_size=128).log_every
+    50
+  """
+
+  steps: int
+  batch_size: int
+  log_every: int = 50
+  save_every: int = 1000
+  sample_every: int = 0
+  skip_nonfinite: bool = False
 
 
 def run(
@@ -19,60 +46,50 @@ def run(
   batches: Iterator[Any],
   writer: Writer,
   checkpoints: Checkpoints,
+  options: LoopOptions,
   *,
-  start: int,
-  steps: int,
-  batch_size: int,
-  log_every: int,
-  save_every: int,
-  sample_every: int,
-  sample: Callable[[TrainState], np.ndarray],
-  skip_nonfinite: bool,
-  stopping: Callable[[int], bool],
+  start: int = 0,
+  sample: Callable[[TrainState], np.ndarray] | None = None,
+  stopping: Callable[[int], bool] = lambda steps: False,
   seconds: float = 0.0,
 ) -> TrainState:
-  """Trains from step `start` to `steps`, and saves a checkpoint at the end.
+  """Trains from step `start` to `options.steps`, and saves a checkpoint at the end.
 
-  In each turn: take a batch, start the step, and only then, while it runs, write
-  what the steps before it measured; then save, then sample. Metrics are means over
+  Each iteration gets a batch, starts the step and, while the step runs, writes the
+  metrics of the steps before it; then it saves, then it samples. Metrics are means over
   `log_every` steps and are read one step late, so the device never waits for them.
 
   Args:
     step: compiled step (state, batch) -> (state, metrics); the state is donated.
     state: state after `start` steps.
-    batches: device batches start, start + 1, ...
-    writer: where metrics go.
-    checkpoints: where states go.
-    start: steps taken already.
-    steps: steps in all.
-    batch_size: images a step.
-    log_every: steps between lines of metrics.
-    save_every: steps between checkpoints.
-    sample_every: steps between sample grids, 0 for none.
-    sample: state -> picture uint8 [H, W, C].
-    skip_nonfinite: go on after steps that were not finite (see `step`).
-    stopping: steps taken -> whether to save and return before the end.
-    seconds: training time before `start`.
+    batches: batches start, start + 1, ... on the device.
+    writer: writes the metrics.
+    checkpoints: writes the states.
+    options: length and intervals.
+    start: number of steps so far.
+    sample: state -> picture, uint8 [H, W, C]; needed if `sample_every` is not 0.
+    stopping: number of steps -> whether to save and return before the end.
+    seconds: training time before `start`, s.
 
   Returns:
-    The last state. The metrics' `seconds` are training time without grids.
+    The last state. The metric "seconds" is the training time without sample grids.
 
   Raises:
-    UserError: the loss or its gradient was not finite; no state of it was saved.
+    FloatingPointError: the loss or its gradient was not finite; no state of that step
+      was saved.
   """
+  steps = options.steps
   recent: list[dict[str, Array]] = []
   logged = [start, seconds]
   clock = time.perf_counter() - seconds
 
   def read() -> list[dict[str, np.ndarray]]:
     host = jax.device_get(recent)
-    bad = [i for i, metrics in enumerate(host) if metrics["skipped"]]
-    if bad and not skip_nonfinite:
-      raise UserError(
-        f"step {logged[0] + bad[0] + 1}: the loss or its gradient is not finite; the "
-        f"last good checkpoint is that of step {checkpoints.latest}; go on without "
-        "such steps by config.train.skip_nonfinite=True, or train anew with a lower "
-        "config.optim.learning_rate"
+    skipped = [i for i, metrics in enumerate(host) if metrics["skipped"]]
+    if skipped and not options.skip_nonfinite:
+      raise FloatingPointError(
+        f"step {logged[0] + skipped[0] + 1}: the loss or its gradient is not finite; "
+        f"the last good checkpoint is that of step {checkpoints.latest}"
       )
     return host
 
@@ -80,7 +97,7 @@ def run(
     host = read()
     means = jax.tree.map(lambda *a: float(np.mean(a)), *host)
     now = time.perf_counter() - clock
-    rate = (done - logged[0]) * batch_size / max(now - logged[1], 1e-9)
+    rate = (done - logged[0]) * options.batch_size / max(now - logged[1], 1e-9)
     writer.scalars(done, means | {"images_per_second": rate, "seconds": now})
     writer.progress(done, images_per_second=rate, loss=means["loss"])
     recent.clear()
@@ -89,16 +106,16 @@ def run(
   for done in range(start, steps):
     batch = next(batches)
     state, metrics = step(state, batch)
-    if recent and done % log_every == 0:
+    if recent and done % options.log_every == 0:
       log(done)
     recent.append(metrics)
     if stopping(done + 1):
       steps = done + 1
       break
-    if (done + 1) % save_every == 0 and done + 1 < steps:
-      read()  # what is saved is good
+    if (done + 1) % options.save_every == 0 and done + 1 < steps:
+      read()  # checks that the state to save is finite
       checkpoints.save(done + 1, state)
-    if sample_every and (done + 1) % sample_every == 0:
+    if options.sample_every and (done + 1) % options.sample_every == 0:
       pause = time.perf_counter()
       writer.image(done + 1, "grid", sample(state))
       clock += time.perf_counter() - pause

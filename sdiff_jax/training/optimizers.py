@@ -1,34 +1,50 @@
-"""Optimisers and learning rates, from optax."""
+"""Optimizers and learning rates, from optax."""
 
 import jax.numpy as jnp
 import optax
 
-from sdiff_jax.types import Array, UserError
+from sdiff_jax.types import Array
+
+SCHEDULES = ("constant", "cosine", "inverse_sqrt")
+OPTIMIZERS = ("adam", "adamw", "radam")
 
 
-def schedule(
+def build_schedule(
   *,
-  name: str,
+  schedule: str = "constant",
   learning_rate: float,
   steps: int,
   batch_size: int,
-  rampup_images: float,
-  end_lr_fraction: float,
-  reference_steps: int,
+  rampup_images: float = 0.0,
+  end_lr_fraction: float = 0.0,
+  reference_steps: int = 35_000,
 ) -> optax.Schedule:
   """Returns step -> learning rate.
 
-  "constant"; "cosine": to `end_lr_fraction` of the rate over `steps`; "inverse_sqrt":
-  rate / sqrt(max(step / reference_steps, 1)) (EDM2, arXiv:2312.02696, eq. 67). Each
-  is multiplied by min(images / rampup_images, 1).
+  Args:
+    schedule: "constant"; "cosine" decays to `end_lr_fraction` of the rate over `steps`;
+      "inverse_sqrt" is rate / sqrt(max(step / reference_steps, 1)) (EDM2,
+      arXiv:2312.02696, eq. 67).
+    learning_rate: the rate before any decay.
+    steps: number of training steps.
+    batch_size: images of a step.
+    rampup_images: the rate is multiplied by min(images / rampup_images, 1); 0 for no
+      ramp-up.
+    end_lr_fraction: final rate of "cosine", as a fraction of `learning_rate`.
+    reference_steps: steps before the decay of "inverse_sqrt".
 
   Raises:
-    UserError: an unknown name.
+    ValueError: the schedule is unknown.
+
+  Example:
+    >>> rate = build_schedule(
+    ...   schedule="cosine", learning_rate=0.1, steps=100, batch_size=8
+    ... )
+    >>> round(float(rate(50)), 6)
+    0.05
   """
-  if name not in ("constant", "cosine", "inverse_sqrt"):
-    raise UserError(
-      f"config.optim.schedule={name!r}: take constant, cosine or inverse_sqrt"
-    )
+  if schedule not in SCHEDULES:
+    raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
   cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), end_lr_fraction)
 
   def rate(step: Array) -> Array:
@@ -36,9 +52,9 @@ def schedule(
     ramp = 1.0
     if rampup_images:
       ramp = jnp.minimum(step * (batch_size / rampup_images), 1.0)
-    if name == "cosine":
+    if schedule == "cosine":
       ramp *= cosine(step)
-    elif name == "inverse_sqrt":
+    elif schedule == "inverse_sqrt":
       ramp /= jnp.sqrt(jnp.maximum(step / reference_steps, 1.0))
     return learning_rate * ramp
 
@@ -48,29 +64,33 @@ def schedule(
 def build(
   rate: optax.Schedule,
   *,
-  name: str,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  clip: float,
+  name: str = "adam",
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip: float = 0.0,
 ) -> optax.GradientTransformation:
-  """Returns the optimiser with a learning rate.
+  """Returns an optimizer with a learning rate.
 
   Args:
     rate: step -> learning rate.
-    name: adam, adamw or radam.
+    name: "adam", "adamw" or "radam".
     b1: decay of the first moment.
     b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled decay, adamw alone.
-    clip: bound on the global norm of the gradient, 0 for none.
+    eps: added to the square root of the second moment.
+    weight_decay: decoupled weight decay, for "adamw" alone.
+    clip: bound of the global norm of the gradient, 0 for none.
 
   Raises:
-    UserError: an unknown name, or weight decay without adamw.
+    ValueError: the name is unknown, or there is weight decay without "adamw".
+
+  Example:
+    >>> optimizer = build(lambda step: 0.1, name="radam")
+    >>> state = optimizer.init({"w": jnp.ones(2)})
   """
   if weight_decay and name != "adamw":
-    raise UserError(f"config.optim.weight_decay={weight_decay}: needs optim.name=adamw")
+    raise ValueError(f"weight_decay={weight_decay}: needs name='adamw'")
   moments = {"b1": b1, "b2": b2, "eps": eps}
   if name == "adam":
     optimizer = optax.adam(rate, **moments)
@@ -79,5 +99,5 @@ def build(
   elif name == "radam":
     optimizer = optax.radam(rate, **moments)
   else:
-    raise UserError(f"config.optim.name={name!r}: take adam, adamw or radam")
+    raise ValueError(f"name={name!r}: must be one of {', '.join(OPTIMIZERS)}")
   return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer

@@ -1,6 +1,6 @@
 """One step of training as a pure function, and its compiled form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,48 +9,60 @@ import optax
 from jax.sharding import Mesh
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.training import ema
+from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Array, LossFn, Params, PRNGKey
 
+# (state, batch, key, frozen) -> (state, metrics).
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def build(
   loss: LossFn,
   optimizer: optax.GradientTransformation,
-  betas: dict[str, Callable[[Array], Array]],
-  rate: optax.Schedule,
+  *,
+  ema: Mapping[str, Callable[[Array], Array]] | None = None,
+  learning_rate: optax.Schedule | None = None,
   normalize: Callable[[Params], Params] = lambda params: params,
   loss_scale: float = 1.0,
-  accumulate: int = 1,
+  grad_accum_steps: int = 1,
 ) -> Step:
-  """Returns (state, batch, key, frozen) -> (state, metrics).
+  """Returns the step (state, batch, key, frozen) -> (state, metrics).
 
   Args:
-    loss: the objective.
-    optimizer: turns gradients into updates.
-    betas: profile -> decay of the average at update n (see `ema`).
-    rate: step -> learning rate, to log it.
-    normalize: the network's, applied to the parameters after each update.
-    loss_scale: the loss is multiplied by it, and its gradient divided, so that it does
-      not vanish in float16 on the way.
-    accumulate: parts that a batch goes through the network in, see `accumulated`.
+    loss: the loss.
+    optimizer: maps gradients to updates.
+    ema: profile -> decay of the average at update n, see `ema.betas`.
+    learning_rate: step -> learning rate, to log it.
+    normalize: applied to the parameters after each update.
+    loss_scale: the loss is multiplied by it, and its gradient divided, so that the
+      gradient does not underflow in float16.
+    grad_accum_steps: number of parts in which a batch is processed, see `accumulated`.
 
   Returns:
-    A pure function. `key` is the run's own; the step's number is folded into it.
-    Teacher parameters are the argument `frozen`: closed over, they would be a
-    constant of the program. A step whose loss or gradient is not finite changes the
-    count alone, and says so in the metric `skipped`.
+    A pure function. `key` is the key of the run; the number of the step is folded into
+    it. The parameters of a teacher are the argument `frozen`; closed over, they would
+    be a constant of the program. A step whose loss or gradient is not finite changes
+    only the number of steps, and its metric "skipped" is 1.
+
+  Example:
+    >>> loss = lambda params, batch, key, step, frozen: (jnp.sum(params["w"] ** 2), {})
+    >>> from sdiff_jax.training import state as state_lib
+    >>> optimizer = optax.sgd(0.25)
+    >>> state = state_lib.create({"w": jnp.ones(2)}, optimizer, ())
+    >>> state, metrics = build(loss, optimizer)(state, None, jax.random.key(0), None)
+    >>> state.params["w"].tolist()
+    [0.5, 0.5]
   """
+  decays = ema or {}
 
   def scaled(params: Params, *args: Any) -> tuple[Array, dict[str, Array]]:
     value, aux = loss(params, *args)
     return loss_scale * value, aux
 
-  gradient_of = jax.value_and_grad(scaled, has_aux=True)
-  if accumulate > 1:
-    gradient_of = accumulated(gradient_of, accumulate)
+  gradient_of: Callable[..., Any] = jax.value_and_grad(scaled, has_aux=True)
+  if grad_accum_steps > 1:
+    gradient_of = accumulated(gradient_of, grad_accum_steps)
 
   def step(
     state: TrainState, batch: dict, key: PRNGKey, frozen: Params
@@ -63,74 +75,80 @@ def build(
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = normalize(optax.apply_updates(state.params, updates))
     n = state.step + 1
-    averages = ema.update(state.ema, params, n, betas)
+    averages = ema_lib.update(state.ema, params, n, decays)
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(value) & jnp.isfinite(norm)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
     new = TrainState(n, params, opt_state, averages)
     old = state._replace(step=n)
-    new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    metrics = {
-      "loss": value,
-      "gradient_norm": norm,
-      "learning_rate": jnp.asarray(rate(state.step)),
-      "skipped": jnp.where(good, 0.0, 1.0),
-      **aux,
-    }
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics = {"loss": value, "gradient_norm": norm}
+    if learning_rate is not None:
+      metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
+    metrics |= {"skipped": jnp.where(finite, 0.0, 1.0), **aux}
     return new, metrics
 
   return step
 
 
 def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
-  """Returns `gradient_of`, a mean over rows, in equal parts of a batch, one at a time.
+  """Returns `gradient_of`, a mean over the batch, computed in equal parts sequentially.
 
-  Part i has the rows i, i + parts, ..., so that each device has some and none moves,
-  and the key with i folded in: a loss that draws nothing is the same in every number of
-  parts, to rounding.
+  Part i holds the samples i, i + parts, ..., so that every device holds some of each
+  part and no sample moves. Its key is the key of the batch with i folded in. A loss
+  without random draws has the same value for every number of parts, up to rounding.
+
+  optax.MultiSteps does not serve: it accumulates over calls of the whole step, whose
+  count, averages and keys would advance with every part.
 
   Args:
     gradient_of: (params, batch, key, step, frozen) -> arrays.
-    parts: their number, which divides the rows of the batch.
+    parts: number of parts, which divides the batch size.
+
+  Example:
+    >>> mean = lambda params, batch, key, step, frozen: jnp.mean(batch)
+    >>> key = jax.random.key(0)
+    >>> float(accumulated(mean, 2)(None, jnp.arange(4.0), key, None, None))
+    1.5
   """
 
   def mean(params: Params, batch: dict, key: PRNGKey, *rest: Any) -> Any:
     def split(x: Array) -> Array:
       return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
-    def turn(sums: Any, part: tuple[Array, dict]) -> tuple[Any, None]:
-      i, rows = part
-      found = gradient_of(params, rows, jax.random.fold_in(key, i), *rest)
-      return jax.tree.map(jnp.add, sums, found), None
+    def accumulate(sums: Any, part: tuple[Array, dict]) -> tuple[Any, None]:
+      i, samples = part
+      values = gradient_of(params, samples, jax.random.fold_in(key, i), *rest)
+      return jax.tree.map(jnp.add, sums, values), None
 
     batch = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(gradient_of, params, first, key, *rest)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, _ = jax.lax.scan(turn, sums, (jnp.arange(parts), batch))
+    sums, _ = jax.lax.scan(accumulate, sums, (jnp.arange(parts), batch))
     return jax.tree.map(lambda x: x / parts, sums)
 
   return mean
 
 
 def jitted(step: Step, mesh: Mesh, state: Any, frozen: Any) -> Any:
-  """Returns `step` under jit: sharded as `sharding` says, the state donated.
+  """Returns `step` under jit, sharded over a mesh, with the state donated.
 
   Args:
-    step: of `build`.
+    step: the step (see `build`).
     mesh: the device mesh.
-    state: abstract state.
-    frozen: abstract teacher parameters or None.
+    state: the state or its shapes.
+    frozen: parameters of the teacher or their shapes, or None.
   """
-  of_state = sharding.state(state, mesh)
+  state_sharding = sharding.state(state, mesh)
   everywhere = sharding.replicated(mesh)
   return jax.jit(
     sharding.with_mesh(mesh, step),
     in_shardings=(
-      of_state,
+      state_sharding,
       sharding.batch(mesh),
       everywhere,
       sharding.state(frozen, mesh),
     ),
-    out_shardings=(of_state, everywhere),
+    out_shardings=(state_sharding, everywhere),
     donate_argnums=0,
   )
