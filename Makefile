@@ -24,7 +24,7 @@ demo: install
 	$(MAIN) --config=configs/digits_scd.py --workdir=$(RUNS)/scd \
 	  --config.seed=$(SEED) --config.teacher.workdir=$(RUNS)/teacher
 	$(MAIN) --config=configs/digits_sct.py --workdir=$(RUNS)/sct \
-	  --config.seed=$(SEED) --config.teacher.workdir=$(RUNS)/teacher
+	  --config.seed=$(SEED) --config.init_from=$(RUNS)/teacher
 	$(MAIN) --workdir=$(RUNS)/teacher --job=evaluate
 	$(MAIN) --workdir=$(RUNS)/scd --job=evaluate
 	$(MAIN) --workdir=$(RUNS)/sct --job=evaluate

@@ -28,7 +28,8 @@ def run(folder: pathlib.Path, name: str, seed: int, *args: str) -> None:
   command = [sys.executable, "-m", "sdiff_jax.main", f"--workdir={folder / name}"]
   command += [f"--config=configs/fashion_{RUNS[name]}.py", f"--config.seed={seed}"]
   if name != "teacher":
-    command.append(f"--config.teacher.workdir={folder / 'teacher'}")
+    field = "init_from" if name == "sct" else "teacher.workdir"
+    command.append(f"--config.{field}={folder / 'teacher'}")
   subprocess.run([*command, *args], check=True)
 
 

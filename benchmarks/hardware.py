@@ -21,8 +21,8 @@ from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips, lowering
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective, sampling
-from sdiff_jax.training import step
+from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import training as training_lib
 
 REPEATS = 20
 
@@ -67,13 +67,10 @@ def training(config, experiment: experiments.Experiment) -> tuple[float, float, 
   teacher, shapes = lowering.teacher(config, source)
   key = jax.random.key(0)
   frozen = shapes and jax.jit(teacher.init)(key)
-  init, train_step = objective.program(config, network, teacher)
-  state = jax.jit(init)(key, frozen)
-  batch = noise(objective.batch_shapes(config, source))
-  lowered = step.jitted(train_step, mesh, state, frozen).lower(
-    state, batch, key, frozen
-  )
-  compiled = lowered.compile()
+  trainer = training_lib.build_trainer(config, network, teacher, mesh)
+  state = trainer.init(key)
+  batch = noise(training_lib.batch_shapes(source, config.train.batch_size))
+  compiled = trainer.lower(state, batch, key, frozen).compile()
 
   def call() -> Any:
     nonlocal state

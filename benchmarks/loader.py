@@ -135,7 +135,9 @@ def teacher_step(case: Case, batch: dict) -> Callable[[int], float]:
   betas = ema.betas(("power/0.1",), case.batch_size)
   key = jax.random.key(0)
   current = state.create(network.init(key), optimizer, tuple(betas))
-  function = jax.jit(step.build(loss, optimizer, betas, rate), donate_argnums=0)
+  function = jax.jit(
+    step.build(loss, optimizer, ema=betas, learning_rate=rate), donate_argnums=0
+  )
   compiled = function.lower(current, batch, key, None).compile()
 
   def run(count: int) -> float:

@@ -21,16 +21,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.training import ema, loop, metric_writer, optimizers, state, step
+from sdiff_jax.experiment import training
+from sdiff_jax.training import loop, metric_writer, state
 from sdiff_jax.training.checkpoints import Checkpoints
 
 # Steps a chunk: some seconds.
@@ -39,41 +37,14 @@ PAUSE = 0.5  # seconds: the pipeline reads ahead first, which is not the bare st
 
 
 def training_step(config, experiment: experiments.Experiment) -> tuple:
-  """Returns the compiled step, and a function that makes a first state."""
-  chosen, size = config.optim, config.train.batch_size
-  rate = optimizers.schedule(
-    name=chosen.schedule,
-    learning_rate=chosen.learning_rate,
-    steps=config.train.steps,
-    batch_size=size,
-    rampup_images=chosen.rampup_images,
-    end_lr_fraction=chosen.end_lr_fraction,
-    reference_steps=chosen.reference_steps,
-  )
-  moments = {k: chosen[k] for k in ("name", "b1", "b2", "eps", "weight_decay", "clip")}
-  optimizer, profiles = optimizers.build(rate, **moments), tuple(config.ema.profiles)
-  network = experiment.network
-  loss = registry.build(
-    "losses", config.loss.to_dict(), network=network, sigma_d=config.sigma_d
-  )
-
-  def init() -> state.TrainState:
-    return state.create(network.init(jax.random.key(0)), optimizer, profiles)
-
-  abstract = jax.eval_shape(init)
-  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
-  train_step = step.build(loss, optimizer, ema.betas(profiles, size), rate)
-  jitted = step.jitted(train_step, experiment.mesh, abstract, None)
-  batch = {
-    "x0": jax.ShapeDtypeStruct((size, *experiment.dataset.shape), jnp.float32),
-    "cond": {"label": jax.ShapeDtypeStruct((size,), jnp.int32)},
-  }
-  everywhere = sharding.replicated(experiment.mesh)
+  """Returns the compiled step, and a function that returns a first state."""
+  mesh, size = experiment.mesh, config.train.batch_size
+  trainer = training.build_trainer(config, experiment.network, None, mesh)
+  everywhere = sharding.replicated(mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
-  compiled = jitted.lower(placed, batch, key, None).compile()
-  shardings = jax.tree.map(lambda x: x.sharding, placed)
-  start = jax.jit(init, out_shardings=shardings)
-  return lambda current, batch: compiled(current, batch, key, None), start
+  batch = training.batch_shapes(experiment.dataset, size)
+  step = trainer.lower(trainer.abstract_state(), batch, key).compile()
+  return lambda state, batch: step(state, batch, key, None), lambda: trainer.init(key)
 
 
 def device_batches(config, experiment: experiments.Experiment) -> Iterator[Any]:
@@ -155,15 +126,14 @@ def measure(
       turns.batches(source, rounds),
       metrics,
       checkpoints,
+      loop.LoopOptions(
+        steps=last,
+        batch_size=config.train.batch_size,
+        log_every=min(chunk, config.train.log_every),
+        save_every=2 * chunk,
+        skip_nonfinite=config.train.skip_nonfinite,
+      ),
       start=first,
-      steps=last,
-      batch_size=config.train.batch_size,
-      log_every=min(chunk, config.train.log_every),
-      save_every=2 * chunk,
-      sample_every=0,
-      sample=lambda current: None,
-      skip_nonfinite=config.train.skip_nonfinite,
-      stopping=lambda done: False,
     )
   return turns.seconds
 

@@ -48,7 +48,13 @@ def compiled(model: str, loss: str, batch_size: int) -> tuple:
     "x0": 0.5 * jax.random.normal(key, (batch_size, *shape)),
     "cond": {"label": jnp.arange(batch_size) % classes},
   }
-  train_step = step.build(objective, optimizer, betas, rate, network.normalize)
+  train_step = step.build(
+    objective,
+    optimizer,
+    ema=betas,
+    learning_rate=rate,
+    normalize=network.normalize,
+  )
   function = jax.jit(train_step, donate_argnums=0)
   return (
     function.lower(start, batch, key, frozen).compile(),

@@ -11,6 +11,7 @@ def get_config(given: str = ""):
   _, tiny = variants.parse_variant(given, "configs/cifar10_scd.py")
   c = config.base()
   c.teacher.update(variants.teacher("configs/cifar10_diffusion.py", given))
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
   )

@@ -10,7 +10,8 @@ from sdiff_jax.experiment import variants
 def get_config(given: str = ""):
   _, tiny = variants.parse_variant(given, "configs/cifar10_sct.py")
   c = config.base()
-  c.teacher.update(variants.teacher("configs/cifar10_diffusion.py", given))
+  teacher = variants.teacher("configs/cifar10_diffusion.py", given)
+  c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
   )

@@ -15,6 +15,7 @@ def get_config(words: str = ""):
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
   c.teacher.workdir = "runs/digits_diffusion"
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.model = config.component("models", "mlp", width=256, depth=4, guidance=guided)
   # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
   c.loss = config.component(

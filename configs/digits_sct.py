@@ -6,7 +6,7 @@ from sdiff_jax import config
 def get_config():
   c = config.base()
   c.teacher.config = "configs/digits_diffusion.py"
-  c.teacher.workdir = "runs/digits_diffusion"
+  c.init_from = "runs/digits_diffusion"
   c.model = config.component("models", "mlp", width=256, depth=4)
   # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
   c.loss = config.component(

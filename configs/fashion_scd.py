@@ -7,6 +7,7 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/fashion_diffusion.py"
   c.teacher.workdir = "runs/fashion_diffusion"
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component("data", "idx")
   c.reference = config.component("data", "idx", split="test")
   c.model = config.component("models", "mlp", width=1024, depth=4)

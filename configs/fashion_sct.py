@@ -6,7 +6,7 @@ from sdiff_jax import config
 def get_config():
   c = config.base()
   c.teacher.config = "configs/fashion_diffusion.py"
-  c.teacher.workdir = "runs/fashion_diffusion"
+  c.init_from = "runs/fashion_diffusion"
   c.data = config.component("data", "idx")
   c.reference = config.component("data", "idx", split="test")
   c.model = config.component("models", "mlp", width=1024, depth=4)

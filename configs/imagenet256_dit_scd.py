@@ -13,6 +13,7 @@ def get_config(given: str = ""):
   _, tiny = variants.parse_variant(given, "configs/imagenet256_dit_scd.py")
   c = config.base()
   c.teacher.update(variants.teacher("configs/imagenet256_dit_diffusion.py", given))
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)
   c.model = config.component("models", "dit", patch=8, width=768, depth=12, heads=12)

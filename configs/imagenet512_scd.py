@@ -22,6 +22,7 @@ def get_config(given: str = ""):
   rate, dropout = SIZES[size]
   c = config.base()
   c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", given))
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
   )

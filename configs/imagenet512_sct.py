@@ -21,7 +21,8 @@ def get_config(given: str = ""):
   size, tiny = variants.parse_variant(given, "configs/imagenet512_sct.py", SIZES)
   rate, dropout = SIZES[size]
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", given))
+  teacher = variants.teacher("configs/imagenet512_diffusion.py", given)
+  c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
   )

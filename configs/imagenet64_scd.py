@@ -16,6 +16,7 @@ def get_config(given: str = ""):
   size, tiny = variants.parse_variant(given, "configs/imagenet64_scd.py", RATES)
   c = config.base()
   c.teacher.update(variants.teacher("configs/imagenet64_diffusion.py", given))
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
   c.model = config.component("models", "edm2", preset=size, dropout=0.0)

@@ -13,7 +13,8 @@ RATES = {"S": 1e-4, "M": 9e-5, "L": 8e-5, "XL": 7e-5}
 def get_config(given: str = ""):
   size, tiny = variants.parse_variant(given, "configs/imagenet64_sct.py", RATES)
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet64_diffusion.py", given))
+  teacher = variants.teacher("configs/imagenet64_diffusion.py", given)
+  c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
   c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
   c.model = config.component("models", "edm2", preset=size, dropout=0.45)

@@ -7,6 +7,7 @@ def get_config():
   c = config.base()
   c.teacher.config = "configs/pusht_diffusion.py"
   c.teacher.workdir = "runs/pusht_diffusion"
+  c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component("data", "trajectories", path="runs/pusht/block.npz")
   c.data.update(n_obs_steps=1, n_action_steps=16)
   c.data.update(observation_range="percentile", action_range="percentile")

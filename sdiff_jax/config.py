@@ -49,8 +49,8 @@ PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losse
 
 # Sections and fields outside of jobs that may change between two runs in one work
 # directory: they do not change what is trained.
-RUNTIME = ("checkpoint", "job", "mesh", "model.remat", "plugins", "reference")
-RUNTIME += ("sample", "sampler", "teacher", "vae")
+RUNTIME = ("checkpoint", "init_from", "job", "mesh", "model.remat", "plugins")
+RUNTIME += ("reference", "sample", "sampler", "teacher", "vae")
 
 
 class Ranged(NamedTuple):
@@ -95,9 +95,12 @@ DEFAULTS = {
   # Data that `evaluate` compares with, a section like data; "" for data itself.
   "reference": {"name": ""},
   "class_conditional": True,  # the classes, if the data have some, are conditions
+  # Work directory whose averaged weights the network starts from; "" for random ones.
+  "init_from": "",
   "teacher": {
-    "workdir": "",  # trained run to start from and to distill; "" for none
-    "config": "",  # config file that trains it, for the message if it is missing
+    "workdir": "",  # trained run to distill, for losses that need a teacher
+    # Config file that trains the teacher, or the run of init_from, for messages.
+    "config": "",
   },
   "optim": {
     "name": "adam",  # adam, adamw or radam

@@ -10,7 +10,7 @@ import pytest
 
 from sdiff_jax import config, registry
 from sdiff_jax.data import digits, pipeline
-from sdiff_jax.experiment import build, objective, sampling
+from sdiff_jax.experiment import build, sampling, training
 from sdiff_jax.types import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -60,7 +60,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   of_teacher = c.copy_and_resolve_references()
   of_teacher.model.update({k: False for k in c.model if k == "guidance"})
   teacher = build.network(of_teacher, built.dataset)
-  loss = objective.loss(c, network, teacher)
+  loss = training.build_loss(c, network, teacher)
   params, frozen = (
     jax.eval_shape(net.init, jax.random.key(0)) for net in (network, teacher)
   )

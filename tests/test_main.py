@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import main
-from sdiff_jax.experiment import build, objective
+from sdiff_jax.experiment import build, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
@@ -101,15 +101,9 @@ def weights(workdir: pathlib.Path) -> state.TrainState:
   """Returns the newest state of a run."""
   config = workdir_lib.read(str(workdir))
   built = build.build(config)
-  _, optimizer, _ = objective.optimisation(config)
-  profiles = tuple(config.ema.profiles)
-
-  def create(key):
-    return state.create(built.network.init(key), optimizer, profiles)
-
-  abstract = jax.eval_shape(create, jax.random.key(0))
+  trainer = training.build_trainer(config, built.network, built.network, built.mesh)
   with checkpoints_lib.Checkpoints(str(workdir)) as checkpoints:
-    return checkpoints.restore(workdir_lib.abstract_with_sharding(abstract, built.mesh))
+    return checkpoints.restore(trainer.abstract_state())
 
 
 def test_help_teaches():
@@ -146,7 +140,8 @@ def test_the_road_from_teacher_to_report(cache, teacher, tmp_path, student):
   file, _, word = student.partition(".py")
   run, guided = tmp_path / "student", ("--config.sample.guidance=1.5",)
   config = f"--config=configs/digits_{file}.py{word}"
-  train = (config, f"--workdir={run}", f"--config.teacher.workdir={teacher}", *TINY)
+  field = "init_from" if file == "sct" else "teacher.workdir"
+  train = (config, f"--workdir={run}", f"--config.{field}={teacher}", *TINY)
   assert works(cache, *train) == f"trained 12 steps: {run}"
   small = ("--config.sample.num=30", "--config.sample.batch_size=16")
   line = works(cache, *train, *small, *guided, "--job=sample")
@@ -331,7 +326,7 @@ def test_a_missing_teacher_says_how_to_train_it(refused, tmp_path):
 def test_a_student_unlike_its_teacher_is_refused(refused, teacher, tmp_path):
   config = ("--config=configs/digits_scd.py", f"--workdir={tmp_path / 'run'}")
   wider = (*TINY, "--config.model.width=32", f"--config.teacher.workdir={teacher}")
-  assert "config.model is not the teacher's" in refused(*config, *wider)
+  assert "config.init_from: another network: " in refused(*config, *wider)
 
 
 def test_a_workdir_of_another_experiment_is_refused(refused, teacher):

@@ -14,9 +14,9 @@ from closed_forms import random_params
 from test_config import CONFIGS, load
 
 from sdiff_jax import config, registry
-from sdiff_jax.experiment import build, objective, sampling
+from sdiff_jax.experiment import build, sampling, training
 from sdiff_jax.jobs import convert, train
-from sdiff_jax.training import state, step
+from sdiff_jax.training import state
 from sdiff_jax.types import UserError
 
 ALL = ("S", "M", "L", "XL", "XXL")
@@ -98,7 +98,8 @@ def test_students_of_imagenet(data, size, kind):
   assert c.loss.guidance == ((1.0, 2.0) if guided else ())
   assert c.model.guidance == guided
   assert c.teacher.config == f"configs/{data}_diffusion.py:{size}"
-  assert c.teacher.workdir == f"runs/{data}_diffusion_{size}"
+  assert c.init_from == f"runs/{data}_diffusion_{size}"
+  assert c.teacher.workdir == ("" if name.endswith("sct") else c.init_from)
 
 
 @sizes
@@ -191,7 +192,7 @@ def test_words():
     c = get("imagenet512_scd", given)
     assert (c.data.name, c.model.preset) == ("digits", "S")
     assert c.train.steps == 4
-  assert get("imagenet64_sct", "tiny").teacher.workdir.endswith("64_diffusion_tiny")
+  assert get("imagenet64_sct", "tiny").init_from.endswith("64_diffusion_tiny")
   for given in ("XXL", "S,M", "S tiny", "s"):
     message = f"imagenet64_sct.py:{given}: words are one of S, M, L, XL, and 'tiny'"
     with pytest.raises(UserError, match=message):
@@ -229,15 +230,12 @@ def test_two_steps(name):
     of_teacher = get(name.replace("scd", "diffusion"), word(name))
     frozen = random_params(build.build(of_teacher).network, 1, "float32")
     assert jax.tree.structure(frozen) != jax.tree.structure(params)  # guidance
-  rate, optimizer, betas = objective.optimisation(c)
   teacher = build.network(of_teacher, built.dataset) if frozen else None
-  loss = objective.loss(c, net, teacher)
-  run = jax.jit(
-    step.build(loss, optimizer, betas, rate, net.normalize, c.train.loss_scale)
-  )
+  trainer = training.build_trainer(c, net, teacher, mesh=None)
+  run = jax.jit(trainer.update)
   images, cond = built.dataset.take(np.arange(4))
   batch = {"x0": jnp.asarray(images / 255, jnp.float32), "cond": cond}
-  before = current = state.create(params, optimizer, c.ema.profiles)
+  before = current = state.create(params, trainer.optimizer, c.ema.profiles)
   for _ in range(2):
     current, metrics = run(current, batch, jax.random.key(0), frozen)
     assert np.isfinite(metrics["loss"])
@@ -262,7 +260,7 @@ def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
       net.normalize(random_params(net, seed, "float32")) for seed in (0, 1)
     )
     params["logvar"] = jax.tree.map(jnp.zeros_like, params["logvar"])
-    loss = objective.loss(c, net, net)
+    loss = training.build_loss(c, net, net)
     x0 = 0.5 * jax.random.normal(jax.random.key(1), (8, 64, 64, 3))
     batch = {"x0": x0, "cond": {"label": jnp.arange(8)}}
     rest = (batch, jax.random.key(0), jnp.int32(10_000), frozen)
@@ -288,8 +286,10 @@ def test_the_tiny_runs(name, tmp_path: pathlib.Path):
   if c.teacher.config:
     teacher = build.build(get(f"{name.split('_')[0]}_diffusion", word(name)))
     params = random_params(teacher.network, dtype="float32")
-    c.teacher.workdir = str(tmp_path / "teacher")
-    convert.write(teacher, c.teacher.workdir, teacher.network.normalize(params))
+    c.init_from = str(tmp_path / "teacher")
+    if c.teacher.workdir:
+      c.teacher.workdir = c.init_from
+    convert.write(teacher, c.init_from, teacher.network.normalize(params))
   run = str(tmp_path / "run")
   assert train.run(c, run) == f"trained 4 steps: {run}"
   assert (tmp_path / "run" / "training.json").exists()

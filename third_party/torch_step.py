@@ -135,7 +135,9 @@ def training(loss: Callable, params: dict, batch: dict) -> Callable[[int], float
   betas = ema.betas((PROFILE,), len(batch["x0"]))
   student = jax.tree.map(jnp.copy, params["student"])
   current = state.create(student, optimizer, tuple(betas))
-  function = jax.jit(step.build(loss, optimizer, betas, rate), donate_argnums=0)
+  function = jax.jit(
+    step.build(loss, optimizer, ema=betas, learning_rate=rate), donate_argnums=0
+  )
   key, frozen = jax.random.key(2), params["frozen"]
   compiled = function.lower(current, batch, key, frozen).compile()
 

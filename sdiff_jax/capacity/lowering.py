@@ -17,13 +17,13 @@ from sdiff_jax.capacity import hlo
 from sdiff_jax.data.pipeline import Dataset
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective, sampling, text_to_image
+from sdiff_jax.experiment import sampling, text_to_image
+from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import sampler
 from sdiff_jax.training import flops as flops_lib
-from sdiff_jax.training import step
 from sdiff_jax.types import Network, Params, UserError
 
 KINDS = ("train", "sample")
@@ -112,17 +112,16 @@ def training(
   with config_errors("config.train"):
     sharding.check_batch(size, sharding.batch(mesh), parts)
   taught, frozen = teacher(config, source)
-  init, train_step = objective.program(config, network, taught)
+  trainer = training_lib.build_trainer(config, network, taught, mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = jax.eval_shape(init, key, frozen)
-  batch = objective.batch_shapes(config, source)
-  jitted = step.jitted(train_step, mesh, state, frozen)
+  state = jax.eval_shape(trainer.create_state, key)
+  batch = training_lib.batch_shapes(source, size)
 
   def flops(remat: bool) -> float:
     plain = config.copy_and_resolve_references()
     if "remat" in plain.model and not remat:
       plain.model.remat = ""
-    return objective.flops(plain, source, taught, state, key, frozen)
+    return training_lib.step_flops(plain, source, taught, state, key, frozen)
 
   of_state = sharding.state(state, mesh)
   held = {
@@ -133,7 +132,7 @@ def training(
     "batch": bytes_per_device(batch, sharding.batch(mesh)),
   }
   return Program(
-    lambda: jitted.lower(state, batch, key, frozen),
+    lambda: trainer.lower(state, batch, key, frozen),
     flops,
     held,
     sum(x.size for x in jax.tree.leaves(state.params)),
@@ -261,7 +260,7 @@ def _teacher_config(
   The types of a file's are those of the student.
   """
   file, workdir = config.teacher.config, config.teacher.workdir
-  if not workdir and not experiments.takes_teacher(config):
+  if not training_lib.needs_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
     return experiments.for_flop_count(workdir_lib.read(workdir))

@@ -165,6 +165,15 @@ def state(abstract: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: NamedSharding(mesh, _split(x, size)), abstract)
 
 
+def abstract_state(abstract: Any, mesh: Mesh) -> Any:
+  """Returns shapes and types of a state with its shardings on the mesh (see `state`)."""
+
+  def with_sharding(x: Any, s: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+  return jax.tree.map(with_sharding, abstract, state(abstract, mesh))
+
+
 def local() -> NamedSharding:
   """Returns the sharding of axis 0 over the devices of this process alone."""
   devices = np.asarray(jax.local_devices())

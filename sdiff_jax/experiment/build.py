@@ -117,15 +117,3 @@ def for_flop_count(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   if "unroll" in config.model:
     config.model.unroll = config.model.depth
   return config
-
-
-def init_extra_params(config: ml_collections.ConfigDict, params: Params) -> Params:
-  """Returns a network's parameters with the additional ones of the loss."""
-  piece = registry.lookup("losses", config.loss.name)
-  init_extra_params = piece.facts.get("init_extra_params", lambda params: params)
-  return init_extra_params(params)
-
-
-def takes_teacher(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether the loss takes a teacher."""
-  return "teacher" in registry.required("losses", config.loss.name)

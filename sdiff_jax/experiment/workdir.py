@@ -5,7 +5,7 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
+from sdiff_jax import losses
 from sdiff_jax.data import normalizer, pipeline, trajectories
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import ema, state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Network, Params, UserError
 
@@ -54,7 +54,7 @@ def save_or_check_config(
       )
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
-    file_io.write_json(path, _with_absolute_teacher(config.to_dict()))
+    file_io.write_json(path, _with_absolute_paths(config.to_dict()))
     command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
     file_io.write_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
     if dataset.normaliser:
@@ -71,11 +71,12 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _with_absolute_teacher(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the config with an absolute path of the teacher's work directory."""
-  teacher = config["teacher"]["workdir"]
-  if teacher:
-    config["teacher"]["workdir"] = os.path.abspath(teacher)
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config with absolute paths of the work directories of other runs."""
+  if config["teacher"]["workdir"]:
+    config["teacher"]["workdir"] = os.path.abspath(config["teacher"]["workdir"])
+  if config["init_from"]:
+    config["init_from"] = os.path.abspath(config["init_from"])
   return config
 
 
@@ -96,7 +97,16 @@ def read(workdir: str) -> ml_collections.ConfigDict:
   for section in configs.PIECES.keys() & stored.keys():
     config[section] = ml_collections.ConfigDict(stored[section])
   config.update(stored)
+  if "init_from" not in stored:  # the teacher was also what the network started from
+    config.init_from = config.teacher.workdir
+    if not losses.facts(config.loss).needs_teacher:
+      config.teacher.workdir = ""
   return config
+
+
+def parent(config: ml_collections.ConfigDict) -> str:
+  """Returns the work directory that a run was distilled or started from, or ""."""
+  return config.teacher.workdir or config.init_from
 
 
 def _with_tuples(value: Any) -> Any:
@@ -113,6 +123,7 @@ def restore_ema(
   workdir: str,
   how_to_train: str,
   step: int = 0,
+  profiles: Sequence[str] = (),
 ) -> dict[str, Params]:
   """Returns the averaged parameters of a checkpoint, by EMA profile.
 
@@ -123,31 +134,23 @@ def restore_ema(
     workdir: of the run.
     how_to_train: end of the error message.
     step: of the checkpoint; 0 for the newest.
+    profiles: the averages to read; () for all.
 
   Raises:
     UserError: there is no such checkpoint.
   """
+  init_extra_params = losses.facts(config.loss).init_extra_params
   params = jax.eval_shape(
-    lambda key: experiments.init_extra_params(config, network.init(key)),
-    jax.random.key(0),
+    lambda key: init_extra_params(network.init(key)), jax.random.key(0)
   )
-  abstract = {profile: params for profile in config.ema.profiles}
+  abstract = {profile: params for profile in profiles or config.ema.profiles}
   with Checkpoints(workdir) as checkpoints:
-    averages = checkpoints.restore_ema(abstract_with_sharding(abstract, mesh), step)
+    averages = checkpoints.restore_ema(sharding.abstract_state(abstract, mesh), step)
   if averages is None and step:
     raise UserError(f"config.sample.checkpoint={step}: {workdir} has none of that step")
   if averages is None:
     raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
   return averages
-
-
-def abstract_with_sharding(abstract: state.TrainState, mesh: Mesh) -> state.TrainState:
-  """Returns abstract arrays with the sharding of a state on the mesh."""
-
-  def with_sharding(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> object:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-
-  return jax.tree.map(with_sharding, abstract, sharding.state(abstract, mesh))
 
 
 def stored_normalizer(workdir: str) -> normalizer.Normalizer | None:
@@ -192,7 +195,6 @@ def trained(
   """
   stored = read(workdir)
   experiment = stored_experiment(stored, config, workdir)
-  ema.betas(stored.ema.profiles, 1)
   averages = restore_ema(
     stored,
     experiment.network,
@@ -200,6 +202,7 @@ def trained(
     workdir,
     "the same command with --job=train",
     config.sample.checkpoint,
+    stored.ema.profiles[:1],
   )
   return experiment, averages[stored.ema.profiles[0]]
 

@@ -9,8 +9,9 @@ import numpy as np
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import trajectories
+from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective
+from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
@@ -72,14 +73,14 @@ def write(
 
   The other jobs accept it like the work directory of a trained run.
   """
-  _, optimizer, _ = objective.optimisation(config)
+  optimizer = training.optimization(config).optimizer
   workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
 
   def create(params: Params) -> state.TrainState:
     return state.create(params, optimizer, tuple(config.ema.profiles))
 
   abstract = jax.eval_shape(create, params)
-  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
+  placed = sharding.abstract_state(abstract, experiment.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, placed)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.check_disk(abstract, [0])

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from sdiff_jax import config as config_lib
-from sdiff_jax import registry
+from sdiff_jax import losses, registry
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, sampling
@@ -121,7 +121,9 @@ def _trained(
   real, shape = evaluation.real(config), experiment.dataset.shape
   meter = evaluation.metric_fn(config, experiment.mesh, real, shape)
   rows = _baselines(config, experiment, meter) if config.evaluate.baselines else []
-  model, share = runs.title(stored.loss.to_dict()), _compute(workdir, config)
+  facts = losses.facts(stored.loss)
+  model, diffusion = facts.title, facts.family == "diffusion"
+  share = _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
   with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
@@ -134,8 +136,8 @@ def _trained(
         image_io.save_png(os.path.join(folder, grid), picture)
       row = _row(model, name + guided, measured, config.evaluate.num)
       row |= {"compute": share, "grid": grid}
-      # A teacher's other solvers are what its students have to beat.
-      if model == "teacher" and i > 0:
+      # The other solvers of a diffusion model are baselines of its students.
+      if diffusion and i > 0:
         row["kind"] = "baseline"
       rows.append(row)
   return rows
@@ -241,7 +243,7 @@ def _timed(
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:
   """Returns the run's training operations so far as a share of its teacher's."""
-  teacher = workdir_lib.read(workdir).teacher.workdir or workdir
+  teacher = workdir_lib.parent(workdir_lib.read(workdir)) or workdir
   paths = [os.path.join(d, "training.json") for d in (workdir, teacher)]
   if not all(map(os.path.exists, paths)):
     return None

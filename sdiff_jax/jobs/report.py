@@ -23,7 +23,7 @@ def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   runs = sorted((os.path.dirname(f) for f in found), key=os.path.getctime)
   if os.path.exists(os.path.join(workdir, "config.json")):
     runs.insert(0, workdir)
-    teacher = workdir_lib.read(workdir).teacher.workdir
+    teacher = workdir_lib.parent(workdir_lib.read(workdir))
     if os.path.exists(os.path.join(teacher, "config.json")):
       runs.insert(0, teacher)
   if not runs:

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from sdiff_jax import config as config_lib
-from sdiff_jax import registry
+from sdiff_jax import losses, registry
 from sdiff_jax.experiment import probes
 from sdiff_jax.io import file_io
 from sdiff_jax.jobs import evaluate, train
@@ -74,8 +74,11 @@ def config_of(
   loaded.seed = seed
   if entry["teacher"]:
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
+    loaded.init_from = loaded.teacher.workdir
   for change in (*study["set"], *entry["set"]):
     assign(loaded, change)
+  if not losses.facts(loaded.loss).needs_teacher:
+    loaded.teacher.workdir = ""
   config_lib.validate(loaded)
   return loaded
 

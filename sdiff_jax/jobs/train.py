@@ -1,7 +1,8 @@
-"""Job `train`: trains a network from a config, or goes on where it stopped."""
+"""Job `train`: trains a network from a config, or resumes an interrupted run."""
 
-import json
+import itertools
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,14 +15,18 @@ from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.experiment import sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, image_io
-from sdiff_jax.samplers.sampler import Sampler
-from sdiff_jax.training import loop, metric_writer, state, step
+from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import loop, metric_writer
 from sdiff_jax.training.checkpoints import Checkpoints
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.training.state import TrainState
+from sdiff_jax.training.trainer import Trainer
+from sdiff_jax.types import Array, Network, Params, UserError
+
+SUMMARY = "training.json"
 
 DEFAULTS = {
   "train": {
@@ -49,168 +54,213 @@ DEFAULTS = {
   creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Trains into `workdir`, and returns a line that says what came of it.
+  """Trains into `workdir`, and returns a line with the result.
 
   Raises:
-    UserError: a field, the teacher or the work directory does not fit.
+    UserError: a field, the teacher or the work directory is not valid, or the loss is
+      not finite.
   """
   experiment = experiments.build(config)
+  mesh, dataset = experiment.mesh, experiment.dataset
   size, parts = config.train.batch_size, config.train.grad_accum_steps
   with config_errors("config.train"):
-    sharding.check_batch(size, sharding.batch(experiment.mesh), parts)
-  if config.train.sample_every:
-    sampling.check_images(experiment)
-  _check_conditions(config, experiment.dataset)
-  chosen = sampling.plan(config)
-  network, frozen = objective.teacher(config, experiment)
-  init, train_step = objective.program(config, experiment.network, network)
-  workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
-  everywhere = sharding.replicated(experiment.mesh)
+    sharding.check_batch(size, sharding.batch(mesh), parts)
+  _check_conditions(config, dataset)
+  sample = _sample_fn(config, experiment)
+  teacher, frozen = training.load_teacher(config, experiment)
+  trainer = training.build_trainer(config, experiment.network, teacher, mesh)
+  init_from = None
+  if checkpoints_lib.newest(workdir) is None:
+    init_from = _init_from(config, experiment, trainer, frozen)
+  workdir_lib.save_or_check_config(config, workdir, dataset)
+  everywhere = sharding.replicated(mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
-  abstract = jax.eval_shape(init, key, frozen)
-  placed = workdir_lib.abstract_with_sharding(abstract, experiment.mesh)
-  jitted = step.jitted(train_step, experiment.mesh, abstract, frozen)
-  kept = {k: config.checkpoint[k] for k in ("keep", "keep_every")}
-  with Checkpoints(workdir, **kept) as checkpoints:
-    current = checkpoints.restore(placed)
-    if current is None or current.step < config.train.steps:
-      steps, every = config.train.steps, config.checkpoint.every
-      checkpoints.check_disk(abstract, [*range(every, steps, every), steps])
-    if current is None:
-      shardings = jax.tree.map(lambda x: x.sharding, placed)
-      current = jax.jit(init, out_shardings=shardings)(key, frozen)
-    start = int(current.step)
-    if start < config.train.steps:
-      done = _fit(
-        config,
-        experiment,
-        chosen,
-        workdir,
+  abstract = trainer.abstract_state()
+  options = loop.LoopOptions(
+    steps=config.train.steps,
+    batch_size=size,
+    log_every=config.train.log_every,
+    save_every=config.checkpoint.every,
+    sample_every=config.train.sample_every,
+    skip_nonfinite=config.train.skip_nonfinite,
+  )
+  keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+  with Checkpoints(workdir, keep=keep, keep_every=keep_every) as checkpoints:
+    state = checkpoints.restore(abstract)
+    if state is None or state.step < options.steps:
+      saves = range(options.save_every, options.steps, options.save_every)
+      checkpoints.check_disk(abstract, [*saves, options.steps])
+    if state is None:
+      state = trainer.init(key, init_from)
+    del init_from
+    start = int(state.step)
+    if start < options.steps:
+      batches = _batches(config, dataset, mesh, start)
+      first = next(batches)
+      step = trainer.lower(state, first, key, frozen).compile()
+      end = _run_loop(
+        lambda state, batch: step(state, batch, key, frozen),
+        state,
+        itertools.chain([first], batches),
         checkpoints,
-        jitted,
-        current,
-        key,
-        frozen,
-        start,
+        options,
+        workdir,
+        sample,
       )
-      if done < config.train.steps:
-        return f"stopped at step {done}, the same command goes on: {workdir}"
+      if end < options.steps:
+        return f"stopped at step {end}; repeat the command to resume: {workdir}"
     # A run that was killed after its last step has no summary yet.
-    if start < config.train.steps or not os.path.exists(_summary_path(workdir)):
-      if network:  # as its operations are counted
-        theirs = experiments.for_flop_count(workdir_lib.read(config.teacher.workdir))
-        network = experiments.network(theirs, experiment.dataset)
-      cost = objective.flops(config, experiment.dataset, network, abstract, key, frozen)
-      _summary(config, workdir, abstract, cost)
-  return f"trained {config.train.steps} steps: {workdir}"
+    if start < options.steps or not os.path.exists(os.path.join(workdir, SUMMARY)):
+      teacher = _teacher_for_flop_count(config, experiment)
+      flops = training.step_flops(config, dataset, teacher, abstract, key, frozen)
+      _write_summary(config, workdir, abstract, flops)
+  return f"trained {options.steps} steps: {workdir}"
 
 
-def _fit(
+def _init_from(
   config: ml_collections.ConfigDict,
   experiment: experiments.Experiment,
-  chosen: Sampler,
-  workdir: str,
-  checkpoints: Checkpoints,
-  jitted: Any,
-  current: state.TrainState,
-  key: Any,
+  trainer: Trainer,
   frozen: Params,
+) -> Params | None:
+  """Returns the parameters that the network starts from, None for random ones."""
+  paths = config.init_from, config.teacher.workdir
+  if config.init_from and len({os.path.abspath(p) for p in paths}) == 1:
+    init_from = frozen  # the teacher, which is already in memory
+  else:
+    init_from = training.load_init(config, experiment)
+  try:
+    jax.eval_shape(trainer.create_state, jax.random.key(0), init_from)
+  except ValueError as error:
+    raise UserError(f"config.{error}; use the same config.model") from error
+  return init_from
+
+
+def _sample_fn(
+  config: ml_collections.ConfigDict, experiment: experiments.Experiment
+) -> Callable[[TrainState], np.ndarray] | None:
+  """Returns state -> a grid of samples by its first average, None if there are none."""
+  if not config.train.sample_every:
+    return None
+  sampling.check_images(experiment)
+  plan = sampling.plan(config)
+  call = sampling.sampler(config, experiment, plan._replace(loop=""))
+  profile = config.ema.profiles[0]
+
+  def sample(state: TrainState) -> np.ndarray:
+    num, columns = sampling.grid_size(experiment)
+    batch_size = -(-num // experiment.mesh.size) * experiment.mesh.size
+    images = sampling.generate(
+      config, experiment, call, state.ema[profile], num=num, batch_size=batch_size
+    )
+    return image_io.grid(next(images)[0], columns)
+
+  return sample
+
+
+def _batches(
+  config: ml_collections.ConfigDict,
+  dataset: pipeline.Dataset,
+  mesh: jax.sharding.Mesh,
   start: int,
-) -> int:
-  """Runs the loop from `start`, and returns the steps taken in all."""
-  mesh = experiment.mesh
-  over_batch, size = sharding.batch(mesh), config.train.batch_size
-  batches = pipeline.batches(
-    experiment.dataset,
+) -> Iterator[dict]:
+  """Returns the batches start, start + 1, ... on the devices."""
+  batch_sharding, size = sharding.batch(mesh), config.train.batch_size
+  host_batches = pipeline.batches(
+    dataset,
     seed=config.seed,
     batch_size=size,
     sigma_d=config.sigma_d,
     start=start,
     flip=config.train.flip,
-    rows=sharding.rows(over_batch, size),
+    rows=sharding.rows(batch_sharding, size),
   )
-  on_device = (sharding.make_global_batch(batch, over_batch, size) for batch in batches)
-  shapes = objective.batch_shapes(config, experiment.dataset)
-  compiled = jitted.lower(current, shapes, key, frozen).compile()
-  call = None
-  if config.train.sample_every:
-    call = sampling.sampler(config, experiment, chosen._replace(loop=""))
-  profile = config.ema.profiles[0]
+  return (
+    sharding.make_global_batch(batch, batch_sharding, size) for batch in host_batches
+  )
 
-  def sample(current: state.TrainState) -> np.ndarray:
-    num, columns = sampling.grid_size(experiment)
-    batch_size = -(-num // mesh.size) * mesh.size
-    made = sampling.generate(
-      config, experiment, call, current.ema[profile], num=num, batch_size=batch_size
-    )
-    return image_io.grid(next(made)[0], columns)
 
-  earlier = [
-    r["seconds"] for r in metric_writer.read_metrics(workdir) if r["step"] <= start
-  ]
-  active, steps = jax.process_index() == 0, config.train.steps
+def _run_loop(
+  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+  state: TrainState,
+  batches: Iterator[dict],
+  checkpoints: Checkpoints,
+  options: loop.LoopOptions,
+  workdir: str,
+  sample: Callable[[TrainState], np.ndarray] | None,
+) -> int:
+  """Trains from the step of the state on, and returns the number of steps in total."""
+  start = int(state.step)
+  lines = metric_writer.read_metrics(workdir)
+  seconds = [line["seconds"] for line in lines if line["step"] <= start]
+  active = jax.process_index() == 0
   with (
-    metric_writer.Writer(workdir, total=steps, start=start, active=active) as metrics,
+    metric_writer.Writer(
+      workdir, total=options.steps, start=start, active=active
+    ) as writer,
     processes.sigterm() as stopping,
   ):
-    state_after = loop.run(
-      lambda current, batch: compiled(current, batch, key, frozen),
-      current,
-      on_device,
-      metrics,
-      checkpoints,
-      start=start,
-      steps=steps,
-      batch_size=size,
-      log_every=config.train.log_every,
-      save_every=config.checkpoint.every,
-      sample_every=config.train.sample_every,
-      sample=sample,
-      skip_nonfinite=config.train.skip_nonfinite,
-      stopping=stopping,
-      seconds=earlier[-1] if start and earlier else 0.0,
-    )
-  return int(state_after.step)
+    try:
+      state = loop.run(
+        step,
+        state,
+        batches,
+        writer,
+        checkpoints,
+        options,
+        start=start,
+        sample=sample,
+        stopping=stopping,
+        seconds=seconds[-1] if start and seconds else 0.0,
+      )
+    except FloatingPointError as error:
+      raise UserError(
+        f"{error}; to skip such steps, resume with config.train.skip_nonfinite=True, or "
+        "train again with a lower config.optim.learning_rate"
+      ) from error
+  return int(state.step)
 
 
 def _check_conditions(
-  config: ml_collections.ConfigDict, source: pipeline.Dataset
+  config: ml_collections.ConfigDict, dataset: pipeline.Dataset
 ) -> None:
   """Raises a UserError if a field needs images or labels, and the data have none."""
-  if not source.observation:
+  if not dataset.observation:
     return
   guided = config.loss.get("guidance") or config.model.get("guidance")
   for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):
     if value:
       raise UserError(
-        f"config.{field}={value}: for images; config.data are trajectories"
+        f"config.{field}={value}: needs images, but config.data are trajectories"
       )
 
 
-def _summary_path(workdir: str) -> str:
-  return os.path.join(workdir, "training.json")
+def _teacher_for_flop_count(
+  config: ml_collections.ConfigDict, experiment: experiments.Experiment
+) -> Network | None:
+  """Returns the teacher's network with its loop over blocks unrolled."""
+  if not training.needs_teacher(config):
+    return None
+  stored = experiments.for_flop_count(workdir_lib.read(config.teacher.workdir))
+  return experiments.network(stored, experiment.dataset)
 
 
-def _summary(
-  config: ml_collections.ConfigDict,
-  workdir: str,
-  abstract: state.TrainState,
-  flops: float,
+def _write_summary(
+  config: ml_collections.ConfigDict, workdir: str, state: TrainState, flops: float
 ) -> None:
-  """Writes training.json, what the run cost, and parameters.txt, what it trained."""
+  """Writes training.json, the cost of the run, and parameters.txt, a list of arrays."""
   if jax.process_index():
     return
   overview = parameter_overview.get_parameter_overview(
-    abstract.params, include_stats=False
+    state.params, include_stats=False
   )
   file_io.write_text(os.path.join(workdir, "parameters.txt"), overview + "\n")
   steps = config.train.steps
-  parameters = sum(x.size for x in jax.tree.leaves(abstract.params["net"]))
   summary = {
     "steps": steps,
     "images": steps * config.train.batch_size,
     "seconds": metric_writer.read_metrics(workdir)[-1]["seconds"],
-    "parameters": parameters,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params["net"])),
     "flops": flops * steps,
   }
-  file_io.write_text(_summary_path(workdir), json.dumps(summary, indent=2))
+  file_io.write_json(os.path.join(workdir, SUMMARY), summary)

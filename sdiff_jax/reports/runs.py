@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sdiff_jax import losses
 from sdiff_jax.reports import html
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import UserError
@@ -123,12 +124,7 @@ def write(runs: list[str], path: str) -> str:
 
 def title(loss: dict) -> str:
   """Returns what a run with that section `loss` is called: teacher, sCD, sCT, ..."""
-  if loss["name"] == "vsd":
-    return "sCD + VSD" if loss["consistency"] else "VSD"
-  prefix = {"scm": "sC", "scm_discrete": "dsC", "consistency": "C"}.get(loss["name"])
-  if prefix is None:
-    return {"diffusion": "teacher", "ddpm": "teacher"}.get(loss["name"], loss["name"])
-  return prefix + {"teacher": "D", "data": "T"}[loss["velocity"]]
+  return losses.facts(loss).title
 
 
 def rows(runs: list[str]) -> list[dict]:

@@ -16,6 +16,10 @@ from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, UserError
 
 FOLDER = "checkpoints"  # in a work directory
+# Trees are read as far as they are requested, such as one average of several.
+PARTIAL = ocp.options.PyTreeOptions(
+  loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+)
 
 
 def steps(workdir: str) -> list[int]:
@@ -166,7 +170,8 @@ class Checkpoints:
     steps = [step for step in steps if only in (0, step)]
     for step in steps:
       try:
-        loaded = self._checkpointer.load_checkpointables(step, wanted)
+        with ocp.Context(pytree_options=PARTIAL):
+          loaded = self._checkpointer.load_checkpointables(step, wanted)
       except Exception as error:  # whatever a missing or short file leads to
         damaged[step] = error
         continue

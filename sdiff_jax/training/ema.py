@@ -126,9 +126,7 @@ def betas(
       elif kind in ("power", "warmup"):
         decays[profile] = {"power": power, "warmup": warmup}[kind](number)
       else:
-        raise ValueError(
-          "must be power/sigma_rel, half_life/images or warmup/power"
-        )
+        raise ValueError("must be power/sigma_rel, half_life/images or warmup/power")
     except ValueError as error:
       raise ValueError(f"profiles: {profile!r}: {error}") from error
   return decays
@@ -198,7 +196,9 @@ def posthoc(
   products *= ratio ** np.where(late, exponent, gamma) / np.maximum(t[:, None], t)
   inner, target = products[:-1, :-1], products[:-1, -1]
   scale = 1 / np.sqrt(np.diag(inner))  # profiles of norm 1, for better conditioning
-  solution = np.linalg.lstsq(inner * scale[:, None] * scale, target * scale, rcond=1e-15)
+  solution = np.linalg.lstsq(
+    inner * scale[:, None] * scale, target * scale, rcond=1e-15
+  )
   w = solution[0] * scale
   w /= w.sum()
   remaining = products[-1, -1] - 2 * w @ target + w @ inner @ w

@@ -432,7 +432,7 @@ def test_a_policy_is_trained_and_distilled(npz, tmp_path):
   train.run(config(path), teacher)
   c = config(path)
   c.loss = configs.component("losses", "scm", velocity="teacher", warmup_steps=0)
-  c.teacher.workdir = teacher
+  c.teacher.workdir = c.init_from = teacher
   c.optim.learning_rate = 1e-12
   train.run(c, student)
   (tmp_path / "episodes.npz").unlink()

@@ -96,7 +96,9 @@ def _train(mesh, steps=3, accumulate=1):
   key = jax.random.key(0)
   current = state.create(network.init(key), optimizer, tuple(betas))
   frozen = network.init(jax.random.key(1))
-  function = step.build(loss, optimizer, betas, rate, accumulate=accumulate)
+  function = step.build(
+    loss, optimizer, ema=betas, learning_rate=rate, grad_accum_steps=accumulate
+  )
   run = step.jitted(function, mesh, current, frozen)
   x0 = np.random.default_rng(0).standard_normal((16, 2, 2, 1), np.float32) / 2
   batch = {"x0": x0, "cond": {"label": np.arange(16, dtype=np.int32) % 3}}
@@ -200,7 +202,9 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
     lambda key: state.create(network.init(key), optimizer, ()), jax.random.key(0)
   )
   batch = {"x0": jax.ShapeDtypeStruct((16, 4, 4, 4), jnp.float32), "cond": None}
-  function = step.build(loss, optimizer, {}, rate, network.normalize)
+  function = step.build(
+    loss, optimizer, learning_rate=rate, normalize=network.normalize
+  )
   run = step.jitted(function, sharding.make_mesh(2, 4, 1), current, None)
   lowered = run.lower(current, batch, jax.eval_shape(lambda: jax.random.key(0)), None)
 
@@ -241,7 +245,7 @@ def test_the_state_is_donated_and_the_teacher_is_no_constant():
   optimizer, betas = optax.sgd(rate), ema.betas(("power/0.1",), 8)
   params = network.init(jax.random.key(0))
   current = state.create(params, optimizer, tuple(betas))
-  function = step.build(loss, optimizer, betas, rate)
+  function = step.build(loss, optimizer, ema=betas, learning_rate=rate)
   batch = {"x0": jnp.zeros((8, 8, 8, 1)), "cond": None}
   closed = jax.make_jaxpr(function)(current, batch, jax.random.key(0), params)
   assert max((np.size(c) for c in closed.consts), default=0) < 1000

@@ -13,10 +13,11 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective, sampling
+from sdiff_jax.experiment import sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
 from sdiff_jax.pretrained import diffusion_policy
+from sdiff_jax.training.trainer import initialize_from
 from sdiff_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -81,13 +82,14 @@ def test_the_denoiser_is_edms(converted, fixture):
 
 def test_it_is_a_teacher(converted, files):
   config = config_of(files)
-  config.teacher.workdir = str(converted)
+  config.init_from = config.teacher.workdir = str(converted)
+  config.loss = configs.component("losses", "scm")
   student = experiments.build(config)
-  network, frozen = objective.teacher(student)
+  network, frozen = training.load_teacher(config, student)
   assert network is not None
   shapes = jax.eval_shape(student.network.init, jax.random.key(0))
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  params = objective.start_from(frozen, fresh)
+  params = initialize_from(frozen, fresh)
   jax.tree.map(np.testing.assert_array_equal, params["net"], frozen["net"])
   assert jnp.std(frozen["net"]["dec_16x16_aux_conv"]["kernel"]) > 0
 

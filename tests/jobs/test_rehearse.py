@@ -19,7 +19,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.capacity import chips, lowering, report
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import objective
+from sdiff_jax.experiment import training
 from sdiff_jax.jobs import rehearse
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.types import UserError
@@ -95,8 +95,8 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   theirs = experiments.network(theirs, source)
   key = jax.random.key(0)
   frozen = jax.eval_shape(theirs.init, key)
-  init, _ = objective.program(config, network, theirs)
-  state = jax.eval_shape(init, key, frozen)
+  trainer = training.build_trainer(config, network, theirs, mesh=None)
+  state = jax.eval_shape(trainer.create_state, key)
 
   def nbytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

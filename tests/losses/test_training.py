@@ -38,8 +38,8 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     sigma_d=SIGMA_D,
     options=ConsistencyOptions(warmup_steps=0, adaptive_weight=False),
   )
-  rate = optimizers.schedule(
-    name="cosine",
+  rate = optimizers.build_schedule(
+    schedule="cosine",
     learning_rate=3e-3,
     steps=STEPS,
     batch_size=BATCH,
@@ -51,7 +51,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
     rate, name="adam", b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=0.0
   )
   profile = "power/0.1"
-  train_step = step.build(loss, optimizer, ema.betas((profile,), BATCH), rate)
+  train_step = step.build(loss, optimizer, ema=ema.betas((profile,), BATCH))
 
   @jax.jit
   def train(start):

@@ -391,7 +391,9 @@ def test_every_update_keeps_the_norms():
     "x0": 0.5 * jax.random.normal(jax.random.key(1), (2, 8, 8, 2)),
     "cond": {"label": jnp.array([0, 1])},
   }
-  run = jax.jit(step.build(loss, optimizer, betas, rate, net.normalize))
+  run = jax.jit(
+    step.build(loss, optimizer, ema=betas, learning_rate=rate, normalize=net.normalize)
+  )
   current = start
   for _ in range(3):
     current, metrics = run(current, batch, jax.random.key(2), None)

@@ -13,8 +13,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import workdir
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import state
 from sdiff_jax.types import UserError
@@ -32,7 +30,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     assert checkpoints.latest is None
     checkpoints.save(7, saved)
   mesh = sharding.make_mesh(2, 4, 1)
-  abstract = workdir_lib.abstract_with_sharding(jax.eval_shape(lambda: saved), mesh)
+  abstract = sharding.abstract_state(jax.eval_shape(lambda: saved), mesh)
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest == 7
     loaded = checkpoints.restore(abstract)
@@ -58,7 +56,7 @@ def test_and_those_of_every_so_many_steps(tmp_path):
       checkpoints.save(step, make(step))
   kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
   assert {n for n in kept if n.isdecimal()} == {"2", "4", "5"}
-  assert workdir.newest(tmp_path) == 5
+  assert checkpoints_lib.newest(tmp_path) == 5
 
 
 def test_the_space_that_checkpoints_will_take(tmp_path, monkeypatch):
@@ -94,7 +92,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
       os.truncate(path, path.stat().st_size // 2)
     elif path.stat().st_size > 1000:
       path.unlink()
-  abstract = workdir_lib.abstract_with_sharding(
+  abstract = sharding.abstract_state(
     jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:  # a reader removes nothing
@@ -109,8 +107,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
     assert float(checkpoints.restore(abstract).params["logvar"]) == 5
 
 
+def test_one_average_of_several_is_read_alone(tmp_path):
+  saved = make(0.3)
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, saved)
+  abstract = sharding.abstract_state(
+    jax.eval_shape(lambda: saved.ema), sharding.make_mesh()
+  )
+  profile, *others = abstract
+  assert others
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    averages = checkpoints.restore_ema({profile: abstract[profile]})
+  assert [*averages] == [profile]
+  jax.tree.map(np.testing.assert_array_equal, averages[profile], saved.ema[profile])
+
+
 def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
-  abstract = workdir_lib.abstract_with_sharding(
+  abstract = sharding.abstract_state(
     jax.eval_shape(lambda: make(1.0)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
@@ -156,9 +169,9 @@ def test_a_save_that_fails(tmp_path, small_files, surfaces):
   with pytest.raises(OSError, match="File too large.*checkpoints"):
     train()
   assert len(passed) == (2 if surfaces == "at the end" else 1)
-  assert workdir.newest(tmp_path) == 1
+  assert checkpoints_lib.newest(tmp_path) == 1
   assert len(list((tmp_path / "checkpoints").iterdir())) > 1  # what it left
-  abstract = workdir_lib.abstract_with_sharding(
+  abstract = sharding.abstract_state(
     jax.eval_shape(lambda: noise(1)), sharding.make_mesh()
   )
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:

@@ -25,7 +25,7 @@ def test_the_loss_scale_saves_a_mean_over_many_from_vanishing(scale):
   rate = optax.constant_schedule(0.1)
   optimizer = optax.sgd(rate)
   current = state.create({"w": jnp.ones(3)}, optimizer, ())
-  run = jax.jit(step.build(loss, optimizer, {}, rate, loss_scale=scale))
+  run = jax.jit(step.build(loss, optimizer, learning_rate=rate, loss_scale=scale))
   size = 2048 * 2**14  # elements of a batch
   batch = {"size": jnp.float32(size)}
   current, metrics = run(current, batch, jax.random.key(0), None)
@@ -66,9 +66,15 @@ def test_a_batch_in_parts_is_the_batch(parts):
   )
   current = state.create(params, optax.sgd(rate), ())
   after = [
-    jax.jit(step.build(loss, optax.sgd(rate), {}, rate, accumulate=n, loss_scale=8.0))(
-      current, _batch(12), jax.random.key(0), None
-    )
+    jax.jit(
+      step.build(
+        loss,
+        optax.sgd(rate),
+        learning_rate=rate,
+        grad_accum_steps=n,
+        loss_scale=8.0,
+      )
+    )(current, _batch(12), jax.random.key(0), None)
     for n in (1, parts)
   ]
   (whole, metrics), (sum_of_parts, metrics_of_parts) = after
@@ -88,7 +94,7 @@ def test_the_parts_of_a_batch_draw_apart():
   rate = optax.constant_schedule(1.0)
   current = state.create({"w": jnp.zeros(())}, optax.sgd(rate), ())
   x, key = jnp.arange(6.0), jax.random.key(3)
-  run = step.build(loss, optax.sgd(rate), {}, rate, accumulate=2)
+  run = step.build(loss, optax.sgd(rate), learning_rate=rate, grad_accum_steps=2)
   after, _ = jax.jit(run)(current, {"x": x}, key, None)
   keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(2)]
   parts = [jnp.mean(x[i::2] * jax.random.normal(keys[i], (3,))) for i in range(2)]

@@ -1,0 +1,230 @@
+"""From a config to a Trainer: optimizer, loss, teacher, initial weights, FLOPs."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from sdiff_jax import losses, registry
+from sdiff_jax.data import normalizer, pipeline
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.training import ema, flops, optimizers
+from sdiff_jax.training.state import TrainState
+from sdiff_jax.training.trainer import Trainer
+from sdiff_jax.types import LossFn, Network, Params, UserError
+
+
+class Optimization(NamedTuple):
+  """How parameters are updated and averaged.
+
+  Attributes:
+    learning_rate: step -> learning rate.
+    optimizer: maps gradients to updates.
+    ema: profile -> decay of the average at update n.
+  """
+
+  learning_rate: optax.Schedule
+  optimizer: optax.GradientTransformation
+  ema: dict[str, Any]
+
+
+def optimization(config: ml_collections.ConfigDict) -> Optimization:
+  """Returns learning rate, optimizer and averages of a config.
+
+  Raises:
+    UserError: a field of config.optim or config.ema has no valid value.
+  """
+  section, train = config.optim, config.train
+  with config_errors("config.optim"):
+    rate = optimizers.build_schedule(
+      schedule=section.schedule,
+      learning_rate=section.learning_rate,
+      steps=train.steps,
+      batch_size=train.batch_size,
+      rampup_images=section.rampup_images,
+      end_lr_fraction=section.end_lr_fraction,
+      reference_steps=section.reference_steps,
+    )
+    names = ("name", "b1", "b2", "eps", "weight_decay", "clip")
+    optimizer = optimizers.build(rate, **{k: section[k] for k in names})
+  with config_errors("config.ema"):
+    decays = ema.betas(config.ema.profiles, train.batch_size)
+  return Optimization(rate, optimizer, decays)
+
+
+def build_loss(
+  config: ml_collections.ConfigDict, network: Network, teacher: Network | None
+) -> LossFn:
+  """Returns the loss of a config.
+
+  Raises:
+    UserError: a field of config.loss has no valid value.
+  """
+  return registry.build(
+    "losses",
+    config.loss.to_dict(),
+    "config.loss",
+    network=network,
+    teacher=None if teacher is None else teacher.apply,
+    sigma_d=config.sigma_d,
+  )
+
+
+def build_trainer(
+  config: ml_collections.ConfigDict,
+  network: Network,
+  teacher: Network | None,
+  mesh: jax.sharding.Mesh | None,
+) -> Trainer:
+  """Returns the trainer of a config.
+
+  Args:
+    config: sections loss, optim, ema and train are read.
+    network: the network to train.
+    teacher: the network that is distilled, None without one.
+    mesh: the devices.
+
+  Raises:
+    UserError: a field has no valid value.
+  """
+  rate, optimizer, decays = optimization(config)
+  return Trainer(
+    build_loss(config, network, teacher),
+    network,
+    optimizer,
+    ema=decays,
+    learning_rate=rate,
+    mesh=mesh,
+    loss_scale=config.train.loss_scale,
+    grad_accum_steps=config.train.grad_accum_steps,
+    init_extra_params=losses.facts(config.loss).init_extra_params,
+  )
+
+
+def batch_shapes(dataset: pipeline.Dataset, batch_size: int) -> dict[str, Any]:
+  """Returns shapes and types of a batch over all processes, without reading data."""
+  return {
+    "x0": jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32),
+    "cond": pipeline.conditions(dataset, batch_size),
+  }
+
+
+def needs_teacher(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether the loss of a config distills a teacher."""
+  return losses.facts(config.loss).needs_teacher
+
+
+def load_teacher(
+  config: ml_collections.ConfigDict, experiment: Experiment
+) -> tuple[Network | None, Params]:
+  """Returns the network and the averaged parameters of config.teacher.workdir.
+
+  Returns:
+    (None, None) for a loss without a teacher.
+
+  Raises:
+    UserError: the loss needs a teacher and there is none, it needs none and there is
+      one, or the teacher was trained on other data.
+  """
+  workdir, file = config.teacher.workdir, config.teacher.config
+  if not needs_teacher(config):
+    if workdir:
+      raise UserError(
+        f"config.teacher.workdir={workdir}: config.loss distills no teacher; to start "
+        "from the weights of that run, use config.init_from instead"
+      )
+    return None, None
+  if not workdir:
+    command = _command(file or "configs/..._diffusion.py", "DIR")
+    raise UserError(
+      f"config.teacher.workdir is empty: name the run to distill, trained by: {command}"
+    )
+  return _load("teacher.workdir", workdir, file, config, experiment)
+
+
+def load_init(
+  config: ml_collections.ConfigDict, experiment: Experiment
+) -> Params | None:
+  """Returns the averaged parameters of config.init_from, None if it is empty.
+
+  Raises:
+    UserError: there is no such run, or it was trained on other data.
+  """
+  if not config.init_from:
+    return None
+  return _load(
+    "init_from", config.init_from, config.teacher.config, config, experiment
+  )[1]
+
+
+def _load(
+  field: str,
+  workdir: str,
+  file: str,
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+) -> tuple[Network, Params]:
+  """Returns the network and the averaged parameters of another run on the same data."""
+  command = _command(file or "configs/..._diffusion.py", workdir)
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    raise UserError(
+      f"config.{field}={workdir}: no run there; train it first: {command}"
+    )
+  stored = workdir_lib.read(workdir)
+  same_data = stored.data.to_dict() == config.data.to_dict()
+  if not same_data or stored.sigma_d != config.sigma_d:
+    raise UserError(f"config.{field}={workdir}: trained on other data")
+  scales = workdir_lib.stored_normalizer(workdir), experiment.dataset.normaliser
+  if scales[0] and not normalizer.allclose(*scales):
+    raise UserError(
+      f"config.{field}={workdir}: its {workdir_lib.NORMALIZER} is not that of the "
+      f"episodes in {config.data.path}"
+    )
+  network = experiments.network(stored, experiment.dataset)
+  profile = stored.ema.profiles[0]
+  averages = workdir_lib.restore_ema(
+    stored, network, experiment.mesh, workdir, command, profiles=(profile,)
+  )
+  return network, averages[profile]
+
+
+def _command(file: str, workdir: str) -> str:
+  return f"python -m sdiff_jax.main --config={file} --workdir={workdir}"
+
+
+def step_flops(
+  config: ml_collections.ConfigDict,
+  dataset: pipeline.Dataset,
+  teacher: Network | None,
+  state: TrainState,
+  key: Any,
+  frozen: Params,
+) -> float:
+  """Returns the floating-point operations of one step, over all devices.
+
+  They are counted in the lowered program, where the body of a loop counts once.
+  Therefore the loop over the blocks of the network is unrolled, and attention is the
+  plain one without a loop.
+
+  Args:
+    config: of the run.
+    dataset: of the run.
+    teacher: the network that is distilled, unrolled as well.
+    state: state or its shapes.
+    key: random key or its shape.
+    frozen: parameters of the teacher or their shapes.
+  """
+  config = experiments.for_flop_count(config)
+  config.train.grad_accum_steps = 1
+  if "attention" in config.model:
+    config.model.attention = "plain"
+  network = experiments.network(config, dataset)
+  trainer = build_trainer(config, network, teacher, mesh=None)
+  batch = batch_shapes(dataset, config.train.batch_size)
+  return flops.count_flops(trainer.update, state, batch, key, frozen)
