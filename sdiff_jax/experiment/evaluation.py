@@ -1,7 +1,7 @@
-"""What samples are measured in, and against: networks of features, real images."""
+"""Evaluation of samples: feature networks, their metrics, and the real images."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import ml_collections
@@ -12,47 +12,68 @@ from jax.sharding import Mesh
 from sdiff_jax import registry
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import image_io
-from sdiff_jax.metrics import frechet, reference_statistics, streaming
-from sdiff_jax.metrics.features import clip, loading
-from sdiff_jax.metrics.features.base import (
-  FeatureExtractor,
-  FeatureNetwork,
-  shard_extractor,
-)
-from sdiff_jax.metrics.reference_statistics import Reference
+from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, features, frechet
+from sdiff_jax.metrics.features import FeatureNetwork
+from sdiff_jax.metrics.statistics import reference_statistics, streaming
+from sdiff_jax.metrics.statistics.streaming import FeatureRun
 from sdiff_jax.types import UserError
 
-PROBE = 64  # images that tell data sets apart
-Network = tuple[FeatureNetwork, FeatureExtractor]
-# (batches of images, their number) -> distances and shares by name.
+NUM_PROBES = 64  # images that identify a data set in the cache of references
+# (batches of images, number of images in all of them) -> values of metrics by key.
 MetricFn = Callable[[Iterable[streaming.Images], int], dict[str, float]]
 
 
-def networks(
-  config: ml_collections.ConfigDict, mesh: Mesh, shape: tuple[int, ...]
-) -> list[Network]:
-  """Returns the networks of evaluate.features and their runs over the devices.
+def feature_runs(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  shape: tuple[int, ...],
+  prompts: Sequence[str] | None = None,
+) -> list[FeatureRun]:
+  """Returns the networks of evaluate.features and evaluate.clip with their metrics.
+
+  A network of which no metric can be computed is left out. Metrics that need features
+  of single images are those of the first network.
 
   Args:
     config: of the experiment.
     mesh: of the devices.
     shape: of an image, [H, W, C].
+    prompts: text of each image; None if the images have none.
 
   Raises:
-    UserError: a file is missing or does not fit, or the network is for other images.
+    UserError: a file is missing or damaged, or a network takes other images.
   """
-  found = loading.load(config.evaluate.features)
-  for network in found:
-    _width(network, shape)
-  return [(n, shard_extractor(n, mesh, config.evaluate.batch_size)) for n in found]
+  with config_errors("config.evaluate"):
+    networks = (
+      features.load(config.evaluate.features) if config.evaluate.features else []
+    )
+  if config.evaluate.clip:
+    networks += features.load(f"clip:{config.evaluate.clip}")
+  runs, need_features = [], True
+  for network in networks:
+    feature_size(network, shape)
+    metrics = []
+    for name in registry.names("metrics"):
+      metric = registry.build(
+        "metrics", {"name": name}, network=network, prompts=prompts
+      )
+      if metric is not None and (need_features or FEATURES not in metric.needs):
+        metrics.append(metric)
+    if metrics:
+      extract = features.shard_extractor(network, mesh, config.evaluate.batch_size)
+      runs.append(FeatureRun(network, extract, tuple(metrics)))
+      need_features = need_features and not runs[-1].needs(FEATURES)
+  return runs
 
 
 def real(config: ml_collections.ConfigDict) -> pipeline.Dataset | None:
-  """Returns the images to compare with, or None where there are statistics alone.
+  """Returns the real images to compare with, or None if there are only statistics.
 
-  They are those of config.reference or else of config.data; beside statistics, those
-  of the same file, which ADM's have for precision and recall.
+  They are those of evaluate.reference if that file has images besides its statistics,
+  as ADM's files do for precision and recall; otherwise, without evaluate.reference,
+  those of config.reference, or of config.data.
   """
   path = config.evaluate.reference
   if path:
@@ -64,8 +85,8 @@ def real(config: ml_collections.ConfigDict) -> pipeline.Dataset | None:
 
 
 def dataset_images(source: pipeline.Dataset) -> streaming.Images:
-  """Returns all images of a source, read as they are needed."""
-  return lambda rows: source.take(rows)[0], source.size
+  """Returns all images of a data set, which are read when they are needed."""
+  return lambda indices: source.take(indices)[0], source.size
 
 
 def array_images(images: np.ndarray) -> streaming.Images:
@@ -76,119 +97,145 @@ def array_images(images: np.ndarray) -> streaming.Images:
 def metric_fn(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
-  against: pipeline.Dataset | None,
+  real_images: pipeline.Dataset | None,
   shape: tuple[int, ...],
+  prompts: Sequence[str] | None = None,
 ) -> MetricFn:
-  """Returns the measure of images [H, W, C] against real ones.
+  """Returns a function that computes all metrics of a set of images.
 
-  Statistics of real images are those of evaluate.reference, or are kept between runs.
-  Precision and recall are those in the features of the first network.
+  Statistics of real images are those of evaluate.reference, or are computed and cached.
+
+  Args:
+    config: of the experiment.
+    mesh: of the devices.
+    real_images: to compare with; None if there are only statistics.
+    shape: of an image, [H, W, C].
+    prompts: text of each image; None if the images have none.
 
   Raises:
-    UserError: files that do not fit, from here, or too few images, from the measure.
+    UserError: files that do not fit, from here; too few images, from the function.
   """
-  found, keep = networks(config, mesh, shape), config.evaluate.pr_num_images
-  widths = [_width(network, shape) for network, _ in found]
-  statistics = [_statistics(config, *x) for x in zip(found, widths, strict=True)]
-  known = []
-  for one, width, given in zip(found, widths, statistics, strict=True):
-    if against is None or (given and not keep):
-      made = Reference(*given, np.zeros((0, width), np.float32))
-    else:
-      made = _known(mesh, one, against, keep)
-    known.append(made._replace(**given._asdict()) if given else made)
-  known[1:] = [k._replace(features=k.features[:0]) for k in known[1:]]
+  runs = feature_runs(config, mesh, shape, prompts)
+  num_kept = config.evaluate.pr_num_images
+  references = [
+    _reference(config, mesh, run, real_images, shape, num_kept) for run in runs
+  ]
 
   def measure(batches: Iterable[streaming.Images], size: int) -> dict[str, float]:
-    out = {}
-    summaries = streaming.summarize(found, batches, size, keep)
-    for (network, _), made, theirs in zip(found, summaries, known, strict=True):
-      out |= reference_statistics.measure(network.metric, made, theirs)
-    return out
+    values = {}
+    summaries = streaming.summarize(runs, batches, size, num_kept)
+    try:
+      for run, samples, reference in zip(runs, summaries, references, strict=True):
+        values |= streaming.measure(run, samples, reference)
+    except ValueError as error:
+      raise UserError(f"config.evaluate: {error}") from error
+    return values
 
   return measure
 
 
-def clip_score(
-  config: ml_collections.ConfigDict, mesh: Mesh, source: pipeline.Dataset, dir: str
-) -> float:
-  """Returns the CLIP score of images that the job `generate` made.
-
-  Args:
-    config: evaluate.clip is the folder of the networks.
-    mesh: of the devices.
-    source: of the images.
-    dir: their folder, whose files hold the prompts.
+def prompts_of(directory: str) -> list[str]:
+  """Returns the prompt of each image in a folder that the job `generate` made.
 
   Raises:
-    UserError: a file holds no prompt, or the networks are missing or damaged.
+    UserError: a file holds no prompt.
   """
   prompts = []
-  for path in folder.files(dir):
+  for path in folder.files(directory):
     try:
       prompts.append(json.loads(image_io.about(path))["prompt"])
     except (*folder.UNREADABLE, KeyError, TypeError) as error:
       raise UserError(
         f"{path} holds no prompt: the CLIP score is of images of the job generate"
       ) from error
-  networks = clip.load(config.evaluate.clip)
-  extract = shard_extractor(networks.image, mesh, config.evaluate.batch_size)
-  images = np.concatenate([*extract(*dataset_images(source))])
-  return clip.score(images, networks.text(prompts))
+  return prompts
 
 
-def _statistics(
-  config: ml_collections.ConfigDict, one: Network, width: int
+def _reference(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  run: FeatureRun,
+  real_images: pipeline.Dataset | None,
+  shape: tuple[int, ...],
+  num_kept: int,
+) -> FeatureSet | None:
+  """Returns the real images in the features of a network; None if no metric asks."""
+  if not run.needs(MOMENTS) and not run.needs(FEATURES):
+    return None
+  num_kept = num_kept if run.needs(FEATURES) else 0
+  size = feature_size(run.network, shape)
+  statistics = _read_statistics(config, run.network, size)
+  if real_images is None or (statistics and not num_kept):
+    reference = FeatureSet(None, None, np.zeros((0, size), np.float32))
+  else:
+    reference = _cached_reference(mesh, run, real_images, num_kept)
+  return reference._replace(**statistics._asdict()) if statistics else reference
+
+
+def _read_statistics(
+  config: ml_collections.ConfigDict, network: FeatureNetwork, size: int
 ) -> frechet.Statistics | None:
-  """Returns what evaluate.reference says of a network's features, if it is given."""
-  path, metric = config.evaluate.reference, one[0].metric
+  """Returns the statistics in evaluate.reference, or None if it is empty."""
+  path, metric = config.evaluate.reference, network.metric
   if not path:
     return None
-  given = reference_statistics.read(path, metric)
-  if len(given.mean) != width:
+  statistics = reference_statistics.read(path, metric)
+  if len(statistics.mean) != size:
     raise UserError(
-      f"{path} has statistics of {len(given.mean)} features, {metric} has {width}: they"
-      " are of another network"
+      f"{path} has statistics of {len(statistics.mean)} features, {metric} has {size}: "
+      "they are of another network"
     )
-  return given
+  return statistics
 
 
-def _known(mesh: Mesh, one: Network, source: pipeline.Dataset, keep: int) -> Reference:
-  """Returns what a network's features of all real images are, kept between runs."""
-  _width(one[0], source.shape)
-  # Data and features are told apart by a few images and what is made of them.
-  probe = source.take(np.linspace(0, source.size - 1, PROBE).astype(int))[0]
-  (features,) = streaming.summarize([one], [array_images(probe)], PROBE, PROBE)
-  key = [str((source.size, source.shape, keep)).encode(), probe.tobytes()]
+def _cached_reference(
+  mesh: Mesh, run: FeatureRun, real_images: pipeline.Dataset, num_kept: int
+) -> FeatureSet:
+  """Returns all real images in the features of a network, computed once for all runs."""
+  feature_size(run.network, real_images.shape)
+  # A few images and their features identify the data and the network.
+  indices = np.linspace(0, real_images.size - 1, NUM_PROBES).astype(int)
+  probes = real_images.take(indices)[0]
+  probe_features = np.concatenate([*run.extract(*array_images(probes))])
+  key = [str((real_images.size, real_images.shape, num_kept)).encode()]
   return reference_statistics.cached(
-    [*key, np.concatenate(features.kept).tobytes()],
-    lambda: reference_statistics.of(summary_of(one, source, keep)),
+    [*key, probes.tobytes(), probe_features.tobytes()],
+    lambda: feature_set_of(run, real_images, num_kept),
     # The network runs on all processes, or on none.
     lambda mine: bool(sharding.all_processes(np.array([mine]), mesh)[0]),
   )
 
 
-def summary_of(
-  one: Network, source: pipeline.Dataset, keep: int
-) -> streaming.StreamingMoments:
-  """Returns a network's summary of all images of a source, with a progress bar."""
-  network, extract = one
-  take, size = dataset_images(source)
+def feature_set_of(
+  run: FeatureRun, images: pipeline.Dataset, num_kept: int
+) -> FeatureSet:
+  """Returns all images of a data set in the features of a network; shows progress.
 
-  def shown(take: Callable, size: int) -> Iterable[np.ndarray]:
-    with tqdm.tqdm(total=size, desc=network.metric, disable=None, leave=False) as bar:
-      for features in extract(take, size):
-        yield features
-        bar.update(len(features))
+  Args:
+    run: the network.
+    images: the data set.
+    num_kept: largest number of images whose features are kept.
+  """
 
-  return streaming.summarize([(network, shown)], [(take, size)], size, keep)[0]
+  def extract(take: Callable, size: int) -> Iterable[np.ndarray]:
+    label = run.network.metric or "features"
+    with tqdm.tqdm(total=size, desc=label, disable=None, leave=False) as bar:
+      for batch in run.extract(take, size):
+        yield batch
+        bar.update(len(batch))
+
+  everything = Metric(lambda *_: {}, needs=(MOMENTS, FEATURES))
+  whole = FeatureRun(run.network, extract, (everything,))
+  batches = [dataset_images(images)]
+  (statistics,) = streaming.summarize([whole], batches, images.size, num_kept)
+  return streaming.feature_set(statistics)
 
 
-def _width(network: FeatureNetwork, shape: tuple[int, ...]) -> int:
+def feature_size(network: FeatureNetwork, shape: tuple[int, ...]) -> int:
   """Returns the number of features of images [H, W, C].
 
   Raises:
-    UserError: the network is for other images.
+    UserError: the network takes other images.
   """
   images = jax.ShapeDtypeStruct((1, *shape), np.uint8)
   try:
@@ -198,9 +245,9 @@ def _width(network: FeatureNetwork, shape: tuple[int, ...]) -> int:
 
 
 def _images(path: str) -> bool:
-  """Returns whether an .npz has images beside its statistics."""
+  """Returns whether an .npz has images besides its statistics."""
   try:
     with np.load(path) as arrays:
       return "arr_0" in arrays.files
-  except Exception:  # which `reference.read` tells of
+  except Exception:  # reported by `reference_statistics.read`
     return False

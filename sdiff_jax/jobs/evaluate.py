@@ -18,7 +18,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import image_io
-from sdiff_jax.metrics import baselines, streaming
+from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
 from sdiff_jax.samplers._sliding_window import Samples
 from sdiff_jax.samplers.sampler import Sampler
@@ -95,17 +95,15 @@ def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
     raise UserError(
       "config.evaluate: nothing to measure; give features=inception:PATH or clip=DIR"
     )
-  measured, real = {}, evaluation.real(config) if chosen.features else None
+  real = evaluation.real(config) if chosen.features else None
   if path.endswith(".npz"):
     source = npz.build(path=path)
   else:
     side, channels = (*real.shape[1:],) if real else (folder.side(path), 3)
     source = folder.build(dir=path, image_size=side, channels=channels)
-  if chosen.features:
-    meter = evaluation.metric_fn(config, mesh, real, source.shape)
-    measured |= meter([evaluation.dataset_images(source)], source.size)
-  if chosen.clip:
-    measured["clip_score"] = evaluation.clip_score(config, mesh, source, path)
+  prompts = evaluation.prompts_of(path) if chosen.clip else None
+  meter = evaluation.metric_fn(config, mesh, real, source.shape, prompts)
+  measured = meter([evaluation.dataset_images(source)], source.size)
   return _row(os.path.basename(path), "given images", measured, source.size)
 
 

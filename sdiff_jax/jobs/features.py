@@ -1,4 +1,4 @@
-"""Job `features`: trains the small classifier whose features `evaluate` measures in."""
+"""Job `features`: trains a small classifier, whose features `evaluate` can use."""
 
 import os
 
@@ -14,31 +14,38 @@ from sdiff_jax.types import UserError
 
 @registry.register("jobs", "features")
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes features.npz for --config.evaluate.features, from the labels of the data.
+  """Trains the classifier on config.data and writes features.npz.
+
+  Its path is a value of --config.evaluate.features. The accuracy is that on
+  config.reference, or else on the training images.
 
   Raises:
     UserError: the data have fewer than two classes, or are latents.
   """
-  source = registry.build("data", config.data.to_dict())
-  if source.classes < 2:
+  dataset = registry.build("data", config.data.to_dict(), "config.data")
+  if dataset.classes < 2:
     raise UserError(
-      f"config.data: {source.classes} classes; features come from telling classes apart"
+      f"config.data.name={config.data.name!r}: must be a labeled data set, this one has "
+      f"{dataset.classes} classes"
     )
   path = os.path.join(workdir, "features.npz")
   if jax.process_index():
     return path
-  images, labels = _all(source)
-  weights = classifier.fit(images, labels, source.classes)
-  os.makedirs(workdir, exist_ok=True)
+  images, labels = _read_all(dataset)
+  weights = classifier.fit(images, labels, dataset.classes)
   classifier.save(path, weights)
+  test = "training"
   if config.reference.name:
-    images, labels = _all(registry.build("data", config.reference.to_dict()))
-  accuracy = np.mean(classifier.predict(weights, images)[1].argmax(axis=1) == labels)
-  of = "reference" if config.reference.name else "training"
-  return f"accuracy on {len(labels)} {of} images {accuracy:.4f}: {path}"
+    test = "reference"
+    section = config.reference.to_dict()
+    images, labels = _read_all(registry.build("data", section, "config.reference"))
+  _, logits = classifier.predict(weights, images)
+  accuracy = np.mean(logits.argmax(axis=1) == labels)
+  return f"accuracy on {len(labels)} {test} images {accuracy:.4f}: {path}"
 
 
-def _all(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
-  pipeline.check_pixels(source)
-  images, cond = source.take(np.arange(source.size))
+def _read_all(dataset: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
+  """Returns all images, uint8 [N, H, W, C], and labels, int [N]."""
+  pipeline.check_pixels(dataset)
+  images, cond = dataset.take(np.arange(dataset.size))
   return images, cond["label"]

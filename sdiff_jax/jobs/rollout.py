@@ -74,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   for row in rows:
     row |= seconds[row["sampler"]]
   file_io.write_text(path, json.dumps(rows, indent=2))
-  print(runs.table(rows, runs.ROLLOUT))
+  print(runs.table(rows, runs.ROLLOUT_COLUMNS))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
 
 
@@ -124,7 +124,7 @@ def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
 
 
 def _row(model: str, sampler: str, made: rollout_lib.Episodes) -> dict[str, Any]:
-  """Returns a row of results; see report.ROLLOUT."""
+  """Returns a row of results; see reports.runs.ROLLOUT_COLUMNS."""
   count = len(made.reward)
   return {
     "model": model,

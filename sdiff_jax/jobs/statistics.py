@@ -8,27 +8,36 @@ import ml_collections
 from sdiff_jax import registry
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation
-from sdiff_jax.metrics import frechet, reference_statistics
+from sdiff_jax.metrics import frechet
+from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.types import UserError
 
 
 @registry.register("jobs", "statistics")
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes statistics.npz of config.reference, or else of config.data.
+  """Writes statistics.npz of the images of config.reference, or else of config.data.
 
   Raises:
-    UserError: the data are latents, or the network of evaluate.features does not fit.
+    UserError: the data are latents, or a network of evaluate.features takes other
+      images or has no Frechet distance.
   """
   if config.evaluate.reference:
-    raise UserError("config.evaluate.reference: empty it; it is what this job makes")
-  source = evaluation.real(config)
-  found = evaluation.networks(config, experiments.mesh(config), source.shape)
-  made = {
-    one[0].metric: frechet.estimated(evaluation.summary_of(one, source, 0).moments)
-    for one in found
-  }
+    raise UserError(
+      "config.evaluate.reference must be empty for --job=statistics, which computes it"
+    )
+  images = evaluation.real(config)
+  runs = evaluation.feature_runs(config, experiments.mesh(config), images.shape)
+  statistics = {}
+  for run in runs:
+    if run.network.metric is not None:
+      whole = evaluation.feature_set_of(run, images, num_kept=0)
+      statistics[run.network.metric] = frechet.Statistics(whole.mean, whole.cov)
+  if not statistics:
+    raise UserError(
+      f"config.evaluate.features={config.evaluate.features!r}: must name a network with "
+      "a Frechet distance"
+    )
   path = os.path.join(workdir, "statistics.npz")
   if jax.process_index() == 0:
-    os.makedirs(workdir, exist_ok=True)
-    reference_statistics.save(path, made)
-  return f"{', '.join(made)} of {source.size} images: {path}"
+    reference_statistics.save(path, statistics)
+  return f"{', '.join(statistics)} of {images.size} images: {path}"

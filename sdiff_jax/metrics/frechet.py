@@ -1,12 +1,16 @@
-"""Frechet distance between two sets of features (FID, where they are Inception's)."""
+"""Frechet distance between two sets of features; FID in those of Inception-v3."""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from sdiff_jax import registry
+from sdiff_jax.metrics._metric import MOMENTS, FeatureSet, Metric
+from sdiff_jax.metrics.features import FeatureNetwork
+
 
 class Statistics(NamedTuple):
-  """What the Frechet distance knows of a set of features.
+  """Mean and covariance of a set of features.
 
   Attributes:
     mean: float64 [D].
@@ -18,10 +22,10 @@ class Statistics(NamedTuple):
 
 
 class Moments(NamedTuple):
-  """What part of a set of features adds to its statistics.
+  """Moments of a part of a set of features; those of two parts can be merged.
 
   Attributes:
-    count: number of rows.
+    count: N, number of feature vectors.
     mean: float64 [D].
     scatter: float64 [D, D], the sum of (x - mean) (x - mean)^T.
   """
@@ -32,24 +36,25 @@ class Moments(NamedTuple):
 
 
 def moments(features: np.ndarray) -> Moments:
-  """Returns the moments of features [N, D], in float64.
+  """Returns the moments of features [N >= 1, D], computed in float64.
 
   Raises:
-    ValueError: features are not a matrix of at least one row.
+    ValueError: features are not [N >= 1, D].
   """
   if features.ndim != 2 or not len(features):
-    raise ValueError(f"features must be [N >= 1, D], got {list(features.shape)}")
+    raise ValueError(f"features: must be [N >= 1, D], got {list(features.shape)}")
   mean = features.mean(axis=0, dtype=np.float64)
-  centred = features - mean
-  return Moments(len(features), mean, centred.T @ centred)
+  centered = features - mean
+  return Moments(len(features), mean, centered.T @ centered)
 
 
 def merged(a: Moments, b: Moments) -> Moments:
-  """Returns the moments of two parts together, none of whose rows are needed.
+  """Returns the moments of two parts together, from those of each.
 
     S = S_a + S_b + (n_a n_b / n) d d^T,   d = mu_b - mu_a
 
-  No difference of large numbers is taken, so parts add up as well as the whole does.
+  No difference of large numbers is taken, so merged moments are as accurate as moments
+  of all features at once.
 
   Reference: Chan, Golub & LeVeque 1979, eq. 2.1.
   """
@@ -60,13 +65,15 @@ def merged(a: Moments, b: Moments) -> Moments:
 
 
 def estimated(whole: Moments) -> Statistics:
-  """Returns the statistics of a set of at least two rows.
+  """Returns mean and unbiased covariance of a set of at least two features.
 
   Raises:
     ValueError: there are fewer.
   """
   if whole.count < 2:
-    raise ValueError(f"a covariance needs two rows at least, got {whole.count}")
+    raise ValueError(
+      f"whole: {whole.count} image has no covariance; at least 2 are needed"
+    )
   return Statistics(whole.mean, whole.scatter / (whole.count - 1))
 
 
@@ -77,13 +84,13 @@ def statistics(features: np.ndarray) -> Statistics:
     features: [N, D], N >= 2.
 
   Returns:
-    Statistics of the N rows.
+    Mean [D] and unbiased covariance [D, D].
 
   Raises:
-    ValueError: features are not a matrix of at least two rows.
+    ValueError: features are not [N >= 2, D].
   """
   if features.ndim != 2 or len(features) < 2:
-    raise ValueError(f"features must be [N >= 2, D], got {list(features.shape)}")
+    raise ValueError(f"features: must be [N >= 2, D], got {list(features.shape)}")
   return estimated(moments(features))
 
 
@@ -92,17 +99,17 @@ def distance(a: Statistics, b: Statistics) -> float:
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^{1/2})
 
-  The trace of (A B)^{1/2} is the sum of the singular values of A^{1/2} B^{1/2}. Those
-  are exact to rounding for singular covariances too, where the roots of eigenvalues
-  of A B are only exact to the root of rounding.
+  The trace of (A B)^{1/2} is the sum of the singular values of A^{1/2} B^{1/2}, which
+  are accurate to machine epsilon for singular covariances, too. Square roots of the
+  eigenvalues of A B are accurate to its square root only.
 
   Args:
     a: statistics of one set, D features.
     b: statistics of the other, D features too.
 
   Returns:
-    The distance in squared units of the features; rounding can make that of equal
-    sets slightly negative.
+    The distance in squared units of the features. That of equal sets may be slightly
+    negative because of rounding.
 
   Raises:
     ValueError: the numbers of features differ.
@@ -110,7 +117,7 @@ def distance(a: Statistics, b: Statistics) -> float:
   Reference: Heusel et al., arXiv:1706.08500, eq. 6.
   """
   if a.mean.shape != b.mean.shape:
-    raise ValueError(f"sets of {a.mean.size} and of {b.mean.size} features")
+    raise ValueError(f"b: must have the {a.mean.size} features of a, got {b.mean.size}")
   overlap = np.linalg.norm(_root(a.cov) @ _root(b.cov), "nuc")
   gap = a.mean - b.mean
   return float(gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap)
@@ -120,3 +127,17 @@ def _root(cov: np.ndarray) -> np.ndarray:
   """Symmetric square root of a covariance, [D, D]."""
   values, vectors = np.linalg.eigh(cov)
   return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+
+@registry.register("metrics", "frechet", columns={})  # the networks name its columns
+def build(*, network: FeatureNetwork) -> Metric | None:
+  """Returns the Frechet distance in the features of a network that defines one."""
+  if network.metric is None:
+    return None
+
+  def compute(samples: FeatureSet, real: FeatureSet, sums: None) -> dict[str, float]:
+    del sums
+    a, b = (Statistics(x.mean, x.cov) for x in (samples, real))
+    return {network.metric: distance(a, b)}
+
+  return Metric(compute, needs=(MOMENTS,))

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from sdiff_jax import config as configs
+from sdiff_jax import registry
 from sdiff_jax.data import digits, idx
 from sdiff_jax.jobs import evaluate, features, statistics
-from sdiff_jax.metrics import frechet, inception_score, reference_statistics
-from sdiff_jax.metrics.features import base, classifier, dinov2, loading
+from sdiff_jax.metrics import frechet, inception_score
+from sdiff_jax.metrics.features import FeatureNetwork, classifier, dinov2
+from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.types import UserError
 
 
@@ -154,7 +156,7 @@ def test_statistics_instead_of_images(tmp_path, images):
   found = row(config, tmp_path)
   for name in ("precision", "recall"):
     assert found[name] == against_images[name]
-  with pytest.raises(UserError, match="config.evaluate.reference: empty it"):
+  with pytest.raises(UserError, match="config.evaluate.reference must be empty"):
     statistics.run(config, str(tmp_path / "made"))
 
 
@@ -201,15 +203,15 @@ def test_several_networks(tmp_path, images, fixture):
   assert both == alone
 
 
-def test_the_inception_score_is_measured(tmp_path, images, monkeypatch):
+def test_the_inception_score_is_measured(tmp_path, images):
   """Of a network with a head; here one whose classes are as bright as the image."""
 
   def load(path):
     head = np.array([[1.0, -1.0]], np.float32)
     mean = lambda params, x: x.astype(np.float32).mean((1, 2)) - params  # noqa: E731
-    return base.FeatureNetwork("fid", mean, np.float32(80), head)
+    return FeatureNetwork("fid", mean, np.float32(80), head)
 
-  monkeypatch.setitem(loading.FEATURE_NETWORKS, "bright", load)
+  registry.register("metrics.features", "bright", columns={})(load)
   found = row(config_for(tmp_path, images, features="bright:x"), tmp_path)
   bright = images[1000:1400].astype(np.float64).mean((1, 2, 3)) - 80
   logits = np.stack([bright, -bright], axis=1)
@@ -221,5 +223,7 @@ def test_the_inception_score_is_measured(tmp_path, images, monkeypatch):
 
 
 def test_two_networks_of_one_metric(tmp_path, images):
-  with pytest.raises(UserError, match="digits,fashion: two networks of one metric"):
+  with pytest.raises(
+    UserError, match="digits,fashion: two networks have the same metric"
+  ):
     evaluate.run(config_for(tmp_path, images, features="digits,fashion"), str(tmp_path))

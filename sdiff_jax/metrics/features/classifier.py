@@ -1,6 +1,6 @@
-"""Features of small images, by a small classifier that is trained on the same data.
+"""Features of a small classifier of small images, trained on the same data.
 
-The shipped ones, and others, are made by the job `features`.
+The job `features` trains such classifiers; those of two data sets ship with the package.
 """
 
 import pathlib
@@ -13,7 +13,9 @@ import optax
 import tqdm
 from flax import traverse_util
 
-from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax import registry
+from sdiff_jax.io import file_io
+from sdiff_jax.metrics.features._base import FeatureNetwork
 from sdiff_jax.types import Array, Params, PRNGKey, UserError
 
 Weights = dict[str, np.ndarray]
@@ -23,9 +25,10 @@ BATCH = 512
 
 
 class Classifier(nn.Module):
-  """A convolutional classifier: sides are halved until one is 3 or less.
+  """A convolutional classifier, which halves the image until a side is 3 or less.
 
-  Its features see the whole image: 100k parameters for 8 x 8 pixels, 400k for 28 x 28.
+  Features depend on the whole image. There are 100k parameters for 8 x 8 pixels, 400k
+  for 28 x 28.
 
   Attributes:
     classes: number of classes.
@@ -55,35 +58,35 @@ def fit(
   batch_size: int = 128,
   progress: bool = True,
 ) -> Weights:
-  """Trains a classifier, and fixes the unit of its features.
+  """Trains a classifier, and determines the scale of its features.
 
-  Adam with a cosine schedule. Augmentation makes the features see more than the
-  labels ask for; smoothed labels keep them from saturating.
+  Adam with a cosine schedule. Augmentation and smoothed labels keep the features from
+  collapsing to the classes.
 
   Args:
     images: uint8 [N, H, W, C].
-    labels: int [N], below classes.
+    labels: int [N], from 0 to classes - 1.
     classes: number of classes.
-    seed: seed of initialisation, batches and augmentation.
-    steps: number of batches.
+    seed: of initialization, batches and augmentation.
+    steps: number of training steps.
     batch_size: images in a batch.
     progress: whether to show a progress bar.
 
   Returns:
-    Parameters in float16, keyed "layer/name"; "scale" which makes the covariance of
-    the images' features have trace WIDTH; "image_shape" [3].
+    Parameters in float16, keyed "layer/name"; "scale", by which features are multiplied
+    so that their covariance has trace WIDTH; "image_shape" [3].
 
   Raises:
     ValueError: images are not uint8 [N, H, W, C], or labels do not fit them.
   """
   if images.dtype != np.uint8 or images.ndim != 4:
     raise ValueError(
-      f"images must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+      f"images: must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
     )
   if (
     labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < classes
   ):
-    raise ValueError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
+    raise ValueError(f"labels: must be {len(images)} integers from 0 to {classes - 1}")
   key_init, key_steps = jax.random.split(jax.random.key(seed))
   net = Classifier(classes)
   params = net.init(key_init, jnp.zeros((1, *images.shape[1:])))["params"]
@@ -96,10 +99,10 @@ def fit(
 
   @jax.jit
   def step(params, moments, key, images, labels):
-    key_rows, key_augment = jax.random.split(key)
-    rows = jax.random.randint(key_rows, (batch_size,), 0, len(images))
-    x = _augment(key_augment, _centre(images[rows]))
-    gradient = jax.grad(loss)(params, x, labels[rows])
+    key_batch, key_augment = jax.random.split(key)
+    indices = jax.random.randint(key_batch, (batch_size,), 0, len(images))
+    x = _augment(key_augment, _center(images[indices]))
+    gradient = jax.grad(loss)(params, x, labels[indices])
     # Adam's bias correction is float ** int32, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
       updates, moments = optimizer.update(gradient, moments)
@@ -113,7 +116,7 @@ def fit(
   flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
   weights = {name: value.astype(np.float16) for name, value in flat.items()}
   weights |= {"scale": np.float32(1), "image_shape": np.array(images.shape[1:])}
-  # The features of the rounded parameters, which are those that ship.
+  # The scale is that of the parameters in float16, which are returned.
   variance = predict(weights, images)[0].var(axis=0, ddof=1, dtype=np.float64)
   return weights | {"scale": np.float32(np.sqrt(WIDTH / variance.sum()))}
 
@@ -137,7 +140,7 @@ def predict(weights: Weights, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
   outputs = []
   for start in range(0, len(images), BATCH):
     batch = images[start : start + BATCH]
-    # A short last batch would be compiled anew.
+    # The last batch is padded: another size would be compiled.
     padded = np.pad(batch, [(0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
     output = jax.device_get(_forward(params, jax.device_put(padded)))
     outputs.append([array[: len(batch)] for array in output])
@@ -147,14 +150,27 @@ def predict(weights: Weights, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def save(path: str | pathlib.Path, weights: Weights) -> None:
   """Writes weights to an .npz file."""
-  np.savez(path, **weights)
+  file_io.write_npz(path, **weights)
 
 
+@registry.register(
+  "metrics.features",
+  "classifier",
+  columns={
+    "frechet": (
+      "Frechet",
+      "{:.2f}",
+      "Frechet distance to real images, lower is better; in features of the small "
+      "classifier that ships with sdiff_jax, scaled to trace 64: not comparable with FID",
+    )
+  },
+)
 def load(path: str | pathlib.Path) -> FeatureNetwork:
-  """Returns the network of a file.
+  """Returns a classifier as a feature network.
 
   Args:
-    path: an .npz file that save wrote, or the name of a shipped one, as "digits".
+    path: of an .npz file that `save` wrote, or the name of a classifier that ships with
+      the package, "digits" or "fashion".
 
   Raises:
     UserError: there is no such file.
@@ -165,8 +181,8 @@ def load(path: str | pathlib.Path) -> FeatureNetwork:
   if not file.exists():
     shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.npz")))
     raise UserError(
-      f"features={str(path)!r} not found: name one that is shipped ({shipped}), or an "
-      ".npz file that sdiff_jax.metrics.features.classifier.save wrote"
+      f"features={str(path)!r} not found: must be a shipped classifier ({shipped}) or an "
+      ".npz file that --job=features wrote"
     )
   with np.load(file) as arrays:
     weights = dict(arrays)
@@ -182,11 +198,11 @@ def load(path: str | pathlib.Path) -> FeatureNetwork:
 
 
 def _check(weights: Weights, images: Array) -> None:
-  """Raises ValueError for images of another shape than those that made the weights."""
+  """Raises a ValueError unless images have the shape of the training images."""
   shape = weights["image_shape"].tolist()
   if images.dtype != np.uint8 or list(images.shape[1:]) != shape:
     raise ValueError(
-      f"these features are for images uint8 [N, {', '.join(map(str, shape))}], got "
+      f"images: must be uint8 [N, {', '.join(map(str, shape))}], got "
       f"{images.dtype} {list(images.shape)}"
     )
 
@@ -196,16 +212,16 @@ def _forward(params: dict[str, Array], images: Array) -> tuple[Array, Array]:
   params = {name: value.astype(jnp.float32) for name, value in params.items()}
   net = Classifier(params["logits/bias"].size)
   params = traverse_util.unflatten_dict(params, sep="/")
-  return net.apply({"params": params}, _centre(images))
+  return net.apply({"params": params}, _center(images))
 
 
-def _centre(images: Array) -> Array:
+def _center(images: Array) -> Array:
   """Maps uint8 to float32 in [-1, 1]."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
 def _augment(key: PRNGKey, x: Array) -> Array:
-  """Moves each image by a pixel at most and adds faint noise; x [B, H, W, C]."""
+  """Shifts each image by up to one pixel and adds weak noise; x [B, H, W, C]."""
   key_shift, key_noise = jax.random.split(key)
   shifts = jax.random.randint(key_shift, (len(x), 2), 0, 3)
   padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")

@@ -1,6 +1,5 @@
-"""CLIP score: how well images fit their texts, by networks of both."""
+"""CLIP: embeddings of images and of their texts."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.metrics.features import clip_weights, resize
-from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax import registry
+from sdiff_jax.io import file_io
+from sdiff_jax.metrics.features import _clip_weights as clip_weights
+from sdiff_jax.metrics.features import _resize as resize
+from sdiff_jax.metrics.features._base import FeatureNetwork
 from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import clip_text, networks
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
@@ -20,7 +22,7 @@ from sdiff_jax.types import Array, Params, PRNGKey, UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-TEXTS = 64  # at a time
+TEXT_BATCH = 64
 FILES = ("model.safetensors", "pytorch_model.bin")  # of transformers
 OPEN_FILES = tuple(f"open_clip_{name}" for name in FILES)
 VISION = {  # fields of transformers and their defaults, those of ViT-B/32
@@ -36,13 +38,13 @@ VISION = {  # fields of transformers and their defaults, those of ViT-B/32
 
 
 class Towers(NamedTuple):
-  """The two networks, whose results have length 1.
+  """The image and the text network, whose embeddings have length 1.
 
   Attributes:
     init: (key) -> params, {"text": ..., "vision": ...}.
     image: (params of vision, images uint8 [B, H, W, C]) -> [B, E].
     text: (params of text, ids int32 [B, L]) -> [B, E].
-    length: L at most.
+    length: largest L.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -51,20 +53,8 @@ class Towers(NamedTuple):
   length: int
 
 
-class Clip(NamedTuple):
-  """The networks with their weights.
-
-  Attributes:
-    image: from images to [B, E].
-    text: texts -> float32 [N, E].
-  """
-
-  image: FeatureNetwork
-  text: Callable[[Sequence[str]], np.ndarray]
-
-
 class Vision(nn.Module):
-  """Normalised pixels [B, H, W, 3] to [B, E]: a transformer of patches."""
+  """Vision transformer, from normalized pixels [B, H, W, 3] to [B, E]."""
 
   width: int
   depth: int
@@ -75,73 +65,62 @@ class Vision(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     side, zeros = (self.patch, self.patch), nn.initializers.zeros
-    norm_of = {"epsilon": self.block["eps"], "dtype": jnp.float32}
+    norm = {"epsilon": self.block["eps"], "dtype": jnp.float32}
     patches = nn.Conv(
       self.width, side, side, "VALID", use_bias=False, name="embeddings.patch"
     )(x)
     h = patches.reshape(len(x), -1, self.width)
-    first = self.param("embeddings.class_embedding", zeros, (self.width,))
-    first = jnp.broadcast_to(first, (len(x), 1, self.width))
-    h = jnp.concatenate([first, h], axis=1)
-    places = nn.Embed(h.shape[1], self.width, name="embeddings.position_embedding")
-    h += places(jnp.arange(h.shape[1]))[None]
-    h = LayerNorm(**norm_of, name="pre_layrnorm")(h)
+    class_token = self.param("embeddings.class_embedding", zeros, (self.width,))
+    class_token = jnp.broadcast_to(class_token, (len(x), 1, self.width))
+    h = jnp.concatenate([class_token, h], axis=1)
+    positions = nn.Embed(h.shape[1], self.width, name="embeddings.position_embedding")
+    h += positions(jnp.arange(h.shape[1]))[None]
+    h = LayerNorm(**norm, name="pre_layrnorm")(h)
     for i in range(self.depth):
       name = f"encoder.layers.{i}"
       h = clip_text.Block(**self.block, causal=False, name=name)(h)
-    h = LayerNorm(**norm_of, name="post_layernorm")(h[:, 0])
+    h = LayerNorm(**norm, name="post_layernorm")(h[:, 0])
     return nn.Dense(self.out, use_bias=False, name="visual_projection")(h)
 
 
-def score(images: np.ndarray, texts: np.ndarray) -> float:
-  """Returns the mean of 100 max(cos, 0) over pairs of an image and its text.
+@registry.register("metrics.features", "clip", columns={})
+def load(folder: str) -> FeatureNetwork:
+  """Returns CLIP, whose image and text embeddings have length 1.
 
   Args:
-    images: of length 1, [N, E].
-    texts: of length 1, [N, E].
-
-  Raises:
-    ValueError: their shapes differ.
-
-  Reference: Hessel et al., arXiv:2104.08718, with 100 for their 2.5.
-  """
-  if images.shape != texts.shape:
-    raise ValueError(f"images {images.shape} and texts {texts.shape} are no pairs")
-  return float(100 * np.maximum((images * texts).sum(1, dtype=np.float64), 0).mean())
-
-
-def load(folder: str) -> Clip:
-  """Returns the networks of a folder with a config, weights and a tokenizer.
-
-  Args:
-    folder: of transformers' CLIPModel, or of open_clip (open_clip_config.json,
-      open_clip_model.safetensors or open_clip_pytorch_model.bin).
+    folder: with a config, weights and a tokenizer, of transformers' CLIPModel or of
+      open_clip (open_clip_config.json, open_clip_model.safetensors or
+      open_clip_pytorch_model.bin).
 
   Raises:
     UserError: files are missing or damaged, or do not fit each other.
 
   Reference: Radford et al., arXiv:2103.00020.
   """
-  opened = os.path.exists(os.path.join(folder, "open_clip_config.json"))
-  config = _json(os.path.join(folder, f"{'open_clip_' if opened else ''}config.json"))
+  open_clip = os.path.exists(os.path.join(folder, "open_clip_config.json"))
+  name = "open_clip_config.json" if open_clip else "config.json"
+  config = file_io.read_json(os.path.join(folder, name))
   try:
-    towers = from_config(clip_weights.config(config["model_cfg"]) if opened else config)
+    if open_clip:
+      config = clip_weights.config(config["model_cfg"])
+    towers = from_config(config)
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{folder}: config of no CLIP that is known: {error}") from error
-  params = _fitted(folder, towers, OPEN_FILES if opened else FILES)
+    raise UserError(f"{folder}: {name} is no supported CLIP: {error}") from error
+  params = _params(folder, towers, OPEN_FILES if open_clip else FILES)
   tokenizer = tokenizer_lib.load(folder, towers.length)
   text = jax.jit(towers.text)
   params_text = jax.device_put(params["text"])
 
   def encode(texts: Sequence[str]) -> np.ndarray:
-    out = []
-    for first in range(0, len(texts), TEXTS):
-      some = [*texts[first : first + TEXTS]]
-      ids = tokenizer.encode(some + [""] * (TEXTS - len(some)))
-      out.append(np.asarray(text(params_text, jax.device_put(ids)))[: len(some)])
-    return np.concatenate(out)
+    embeddings = []
+    for first in range(0, len(texts), TEXT_BATCH):
+      batch = [*texts[first : first + TEXT_BATCH]]
+      ids = tokenizer.encode(batch + [""] * (TEXT_BATCH - len(batch)))
+      out = text(params_text, jax.device_put(ids))
+      embeddings.append(np.asarray(out)[: len(batch)])
+    return np.concatenate(embeddings)
 
-  return Clip(FeatureNetwork("clip", towers.image, params["vision"]), encode)
+  return FeatureNetwork(None, towers.image, params["vision"], text=encode)
 
 
 def from_config(config: dict[str, Any]) -> Towers:
@@ -150,13 +129,18 @@ def from_config(config: dict[str, Any]) -> Towers:
   Raises:
     ValueError: sizes that do not fit, or values that are not supported.
   """
-  known = {k: v for k, v in config["text_config"].items() if k in clip_text.DEFAULTS}
-  encoder, out = clip_text.from_config(known), config.get("projection_dim", 512)
-  given = {k: v for k, v in config["vision_config"].items() if k in VISION}
-  c = config_fields.validated_config(given, VISION, {})
+  text_config, vision_config = config["text_config"], config["vision_config"]
+  text_config = {k: v for k, v in text_config.items() if k in clip_text.DEFAULTS}
+  encoder, out = clip_text.from_config(text_config), config.get("projection_dim", 512)
+  vision_config = {k: v for k, v in vision_config.items() if k in VISION}
+  c = config_fields.validated_config(vision_config, VISION, {})
   width, side = c["hidden_size"], c["image_size"]
   if c["hidden_act"] not in clip_text.ACTIVATIONS or width % c["num_attention_heads"]:
-    raise ValueError(f"vision_config={given}: unknown activation, or heads do not fit")
+    raise ValueError(
+      f"vision_config={vision_config}: hidden_act must be one of "
+      f"{', '.join(clip_text.ACTIVATIONS)}, and num_attention_heads must divide "
+      "hidden_size"
+    )
   block = {"heads": c["num_attention_heads"], "hidden": c["intermediate_size"]}
   block |= {"act": c["hidden_act"], "eps": c["layer_norm_eps"], "dtype": jnp.float32}
   vision = Vision(width, c["num_hidden_layers"], c["patch_size"], out, block)
@@ -181,10 +165,10 @@ def from_config(config: dict[str, Any]) -> Towers:
 
 
 def pixels(images: Array, side: int) -> Array:
-  """Returns the pixels as CLIP was trained on, float32 [B, side, side, 3].
+  """Preprocesses images as CLIP's training did, to float32 [B, side, side, 3].
 
-  The smaller side is resized by Pillow's bicubic, the middle is cropped, and CLIP's
-  mean and deviation are taken out.
+  The smaller side is resized by Pillow's bicubic filter, the center is cropped, and
+  pixels are normalized by CLIP's mean and standard deviation.
   """
   if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
     raise ValueError(
@@ -203,29 +187,19 @@ def _unit(x: Array) -> Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
 
 
-def _fitted(folder: str, towers: Towers, files: Sequence[str]) -> Params:
-  """Returns the parameters of both networks from the first of the files."""
-  found = [p for p in (os.path.join(folder, f) for f in files) if os.path.exists(p)]
-  if not found:
-    raise UserError(f"{folder} has no weights: there is none of {', '.join(files)}")
-  tensors = clip_weights.convert_open_clip(state_dict.read(found[0]))
+def _params(folder: str, towers: Towers, files: Sequence[str]) -> Params:
+  """Returns the parameters of both networks, from the first file that exists."""
+  paths = [p for p in (os.path.join(folder, f) for f in files) if os.path.exists(p)]
+  if not paths:
+    raise UserError(f"{folder}: has no weights, none of {', '.join(files)}")
+  tensors = clip_weights.convert_open_clip(state_dict.read(paths[0]))
   return {
     part: networks.load_state_dict(
       tensors[part],
       lambda key, part=part: towers.init(key)[part],
       dtype="float32",
-      path=found[0],
+      path=paths[0],
       network=f"CLIP's {part} network",
     )
     for part in ("text", "vision")
   }
-
-
-def _json(path: str) -> dict[str, Any]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      return json.load(file)
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from None
-  except ValueError as error:
-    raise UserError(f"{path} is damaged: {error}") from None

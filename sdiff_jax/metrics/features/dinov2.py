@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import registry
 from sdiff_jax.kernels.attention import attention
-from sdiff_jax.metrics.features import resize
-from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax.metrics.features import _resize as resize
+from sdiff_jax.metrics.features._base import FeatureNetwork
 from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import networks
 from sdiff_jax.pretrained.files import state_dict
@@ -18,11 +19,11 @@ from sdiff_jax.types import Array, Params, UserError
 
 SIDE, PATCH = 224, 14
 GRID = SIDE // PATCH
-HEAD = 64  # channels of a head, in every size
-OFFSET = 0.1  # patches more than there are, in the scale that positions are resized by
+HEAD = 64  # channels of an attention head, in every model size
+OFFSET = 0.1  # added to the number of patches when position embeddings are resized
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Norm = functools.partial(LayerNorm, epsilon=1e-6, dtype=jnp.float32)
-# Names of transformers and of torch hub.
+# Names of transformers -> names of torch hub.
 RENAMED = {
   "embeddings.cls_token": "cls_token",
   "embeddings.mask_token": "mask_token",
@@ -39,7 +40,7 @@ RENAMED = {
 
 
 class Block(nn.Module):
-  """Attention and an MLP, each after a norm and times a scale; [B, L, C]."""
+  """Transformer block with LayerScale, pre-norm; [B, L, C] -> [B, L, C]."""
 
   gated: bool
   hidden: int
@@ -66,7 +67,7 @@ def _gain(module: nn.Module, name: str, width: int) -> Array:
 
 
 class Transformer(nn.Module):
-  """Normalised pixels [B, 224, 224, 3] to the class token after the norm, [B, C]."""
+  """Maps normalized pixels [B, 224, 224, 3] to the normalized class token, [B, C]."""
 
   width: int
   depth: int
@@ -79,19 +80,20 @@ class Transformer(nn.Module):
     x = nn.Conv(self.width, side, side, "VALID", name="patch_embed.proj")(x)
     x = x.reshape(len(x), GRID**2, self.width)
     x += self.param("pos_embed", zeros, (GRID**2, self.width))[None]
-    first = self.param("cls_token", zeros, (self.width,))
-    first = jnp.broadcast_to(first, (len(x), 1, self.width))
-    x = jnp.concatenate([first, x], axis=1)
+    class_token = self.param("cls_token", zeros, (self.width,))
+    class_token = jnp.broadcast_to(class_token, (len(x), 1, self.width))
+    x = jnp.concatenate([class_token, x], axis=1)
     for i in range(self.depth):
       x = Block(self.gated, self.hidden, name=f"blocks.{i}")(x)
     return Norm(name="norm")(x[:, 0])
 
 
 def pixels(images: Array) -> Array:
-  """Returns the pixels as EDM2's evaluation makes them, float32 [B, 224, 224, 3].
+  """Preprocesses images as EDM2's evaluation does, to float32 [B, 224, 224, 3].
 
-  Bicubic with antialias, without rounding, and ImageNet's mean and deviation.
-  dgm-eval, which introduced the metric, resizes by Pillow, which rounds.
+  Bicubic resizing with antialiasing and without rounding, then normalization by
+  ImageNet's mean and standard deviation. dgm-eval, which introduced the metric, resizes
+  with Pillow, which rounds to integers.
   """
   if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
     raise ValueError(
@@ -103,6 +105,17 @@ def pixels(images: Array) -> Array:
   return (x - mean) / std
 
 
+@registry.register(
+  "metrics.features",
+  "dinov2",
+  columns={
+    "fd_dinov2": (
+      "FD-DINOv2",
+      "{:.1f}",
+      "Frechet distance to real images in features of DINOv2, lower is better",
+    )
+  },
+)
 def load(path: str) -> FeatureNetwork:
   """Returns the network of a file of weights; its size is read off them.
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.metrics.features import resize
-from sdiff_jax.metrics.features.base import FeatureNetwork
+from sdiff_jax import registry
+from sdiff_jax.metrics.features import _resize as resize
+from sdiff_jax.metrics.features._base import FeatureNetwork
 from sdiff_jax.pretrained.diffusers import networks
 from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Array, Params
@@ -204,6 +205,22 @@ def _resized(images: Array, matrix: Callable[[int, int], np.ndarray]) -> Array:
   return resize.apply(x, *(matrix(SIDE, n) for n in images.shape[1:3]))
 
 
+FID_COLUMN = {
+  "fid": (
+    "FID",
+    "{:.2f}",
+    "Frechet distance to real images in features of Inception-v3, lower is better",
+  )
+}
+
+
+@registry.register("metrics.features", "pytorch-fid", columns=FID_COLUMN)
+def load_pytorch_fid(path: str) -> FeatureNetwork:
+  """Returns the network with the resizing of the package pytorch-fid; see `load`."""
+  return load(path, pytorch_fid)
+
+
+@registry.register("metrics.features", "inception", columns=FID_COLUMN)
 def load(path: str, pixels: Callable[[Array], Array] = original) -> FeatureNetwork:
   """Returns the network of a file of weights.
 

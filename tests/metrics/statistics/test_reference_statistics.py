@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from sdiff_jax.metrics import frechet, precision_recall, reference_statistics, streaming
-from sdiff_jax.metrics.features import base
+from sdiff_jax.metrics import FeatureSet, frechet, precision_recall
+from sdiff_jax.metrics.features import FeatureNetwork
+from sdiff_jax.metrics.statistics import reference_statistics, streaming
 from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
@@ -25,23 +26,31 @@ def never():
   raise AssertionError("computed again")
 
 
-def made(features, keep=10**6, step=64):
-  """The summary of features, by a network that hands them on."""
-  net = base.FeatureNetwork("frechet", lambda params, x: x, None)
+def run(key="frechet", step=64):
+  """The identity as a feature network, with its metrics."""
+  net = FeatureNetwork(key, lambda params, x: x, None)
 
   def extract(take, size):
     for first in range(0, size, step):
       yield take(np.arange(first, min(first + step, size)))
 
-  half = len(features) // 3
-  batches = [(part.__getitem__, len(part)) for part in np.split(features, [half])]
-  return streaming.summarize([(net, extract)], batches, len(features), keep)[0]
+  metrics = (frechet.build(network=net), precision_recall.build(network=net))
+  return streaming.FeatureRun(net, extract, metrics)
+
+
+def summary(features, keep=10**6, step=64):
+  """The statistics of features, collected in parts."""
+  third = len(features) // 3
+  batches = [(part.__getitem__, len(part)) for part in np.split(features, [third])]
+  return streaming.summarize([run(step=step)], batches, len(features), keep)[0]
+
+
+def reference(features, keep=10**6) -> FeatureSet:
+  return streaming.feature_set(summary(features, keep))
 
 
 def test_measures_are_those_of_the_two_sets():
-  measured = reference_statistics.measure(
-    "frechet", made(FAKE), reference_statistics.of(made(REAL))
-  )
+  measured = streaming.measure(run(), summary(FAKE), reference(REAL))
   distance = frechet.distance(frechet.statistics(FAKE), frechet.statistics(REAL))
   assert measured.keys() == {"frechet", "precision", "recall"}
   assert measured["frechet"] == pytest.approx(distance, rel=1e-12)
@@ -50,7 +59,7 @@ def test_measures_are_those_of_the_two_sets():
 
 
 def test_neighbours_are_a_random_part_of_large_sets():
-  known = reference_statistics.of(made(REAL, keep=50))
+  known = reference(REAL, keep=50)
   np.testing.assert_allclose(known.mean, frechet.statistics(REAL).mean, rtol=1e-12)
   assert known.features.shape == (50, 5)
   rows = {row.tobytes() for row in known.features}
@@ -60,27 +69,28 @@ def test_neighbours_are_a_random_part_of_large_sets():
 
 
 def test_without_neighbours_there_is_the_distance_alone():
-  none = reference_statistics.of(made(REAL, keep=0))
+  none = reference(REAL, keep=0)
   assert none.features.shape == (0, 5)
-  assert reference_statistics.measure("fid", made(FAKE), none).keys() == {"fid"}
-  assert reference_statistics.measure("fid", made(FAKE, keep=0), none).keys() == {"fid"}
+  assert streaming.measure(run("fid"), summary(FAKE), none).keys() == {"fid"}
+  fake = summary(FAKE, keep=0)
+  assert streaming.measure(run("fid"), fake, none).keys() == {"fid"}
+  assert streaming.measure(run("fid"), fake, reference(REAL)).keys() == {"fid"}
 
 
 def test_too_few_images():
-  real = reference_statistics.of(made(REAL))
-  with pytest.raises(
-    UserError, match="neighbours: 3 samples and 300 real .* 4 at least"
-  ):
-    reference_statistics.measure("fid", made(FAKE[:3]), real)
-  with pytest.raises(UserError, match="one image has no covariance"):
-    reference_statistics.measure("fid", made(FAKE[:1]), real)
+  real = reference(REAL)
+  with pytest.raises(ValueError, match="3 samples and 300 real images .* at least 4"):
+    streaming.measure(run("fid"), summary(FAKE[:3]), real)
+  with pytest.raises(ValueError, match="1 image has no covariance"):
+    streaming.measure(run("fid"), summary(FAKE[:1], step=1), real)
 
 
 def test_other_numbers_of_images_than_announced():
-  net = (base.FeatureNetwork("x", None, None), lambda take, size: [take(size)])
+  net = FeatureNetwork("x", None, None)
+  one = streaming.FeatureRun(net, lambda take, size: [take(size)], ())
   for size in (7, 9):
-    with pytest.raises(ValueError, match=f"{size} .*announced"):
-      streaming.summarize([net], [(lambda n: REAL[:n], 8)], size, 0)
+    with pytest.raises(ValueError, match=f"size={size}: the batches hold"):
+      streaming.summarize([one], [(lambda n: REAL[:n], 8)], size, 0)
 
 
 def test_written_statistics_are_read_back(tmp_path):
@@ -136,7 +146,7 @@ def test_statistics_that_are_none(tmp_path):
 
   refused("no such file")
   np.savez(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.eye(4))
-  refused(r"mu \(3,\) and sigma \(4, 4\): save \[D\] and \[D, D\]")
+  refused(r"mu \(3,\) and sigma \(4, 4\): must be \[D\] and \[D, D\]")
   np.savez(tmp_path / "x.npz", mu_other=np.zeros(3))
   refused("no mu and sigma of fid: it has mu_other")
   (tmp_path / "x.npz").write_bytes(b"PK")
@@ -148,7 +158,7 @@ def test_statistics_that_are_none(tmp_path):
       return pathlib.Path.touch, (ran,)
 
   (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fid": Harmful()}))
-  refused("nothing of it was run", "x.pkl")
+  refused("no code of the file was run", "x.pkl")
   assert not ran.exists()
   objects = {"fid": {"mu": np.array([None]), "sigma": np.eye(1)}}
   (tmp_path / "x.pkl").write_bytes(pickle.dumps(objects, 4))
@@ -158,9 +168,7 @@ def test_statistics_that_are_none(tmp_path):
 
 
 def test_a_kept_reference_is_exact_and_not_computed_again():
-  first = reference_statistics.cached(
-    [b"a", b"b"], lambda: reference_statistics.of(made(REAL))
-  )
+  first = reference_statistics.cached([b"a", b"b"], lambda: reference(REAL))
   kept = reference_statistics.cached([b"a", b"b"], never)
   for a, b in zip(first, kept, strict=True):
     assert a.dtype == b.dtype
@@ -169,13 +177,13 @@ def test_a_kept_reference_is_exact_and_not_computed_again():
 
 @pytest.mark.parametrize("key", [[b"a"], [b"a", b"c"], [b"ab"], [b"b", b"a"]])
 def test_another_key_is_another_reference(key):
-  reference_statistics.cached([b"a", b"b"], lambda: reference_statistics.of(made(REAL)))
+  reference_statistics.cached([b"a", b"b"], lambda: reference(REAL))
   with pytest.raises(AssertionError, match="computed again"):
     reference_statistics.cached(key, never)
 
 
 def test_what_one_process_lacks_is_made_on_all():
-  reference_statistics.cached([b"a"], lambda: reference_statistics.of(made(REAL)))
+  reference_statistics.cached([b"a"], lambda: reference(REAL))
   asked = []
   with pytest.raises(AssertionError, match="computed again"):
     reference_statistics.cached([b"a"], never, lambda mine: asked.append(mine))
@@ -183,14 +191,10 @@ def test_what_one_process_lacks_is_made_on_all():
 
 
 def test_a_damaged_file_is_made_anew(folder):
-  first = reference_statistics.cached(
-    [b"a"], lambda: reference_statistics.of(made(REAL))
-  )
+  first = reference_statistics.cached([b"a"], lambda: reference(REAL))
   (file,) = folder.iterdir()
   file.write_bytes(file.read_bytes()[:100])
-  again = reference_statistics.cached(
-    [b"a"], lambda: reference_statistics.of(made(REAL))
-  )
+  again = reference_statistics.cached([b"a"], lambda: reference(REAL))
   np.testing.assert_array_equal(first.cov, again.cov)
   np.testing.assert_array_equal(
     reference_statistics.cached([b"a"], never).cov, first.cov

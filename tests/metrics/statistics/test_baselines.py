@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sdiff_jax.metrics import baselines
+from sdiff_jax.metrics.statistics import baselines
 
 
 def test_moments_of_each_class():

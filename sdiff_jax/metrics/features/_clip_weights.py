@@ -1,4 +1,4 @@
-"""CLIP's names of tensors and fields: open_clip's as those of transformers."""
+"""Conversion of open_clip's tensors and config fields to those of transformers."""
 
 import re
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from sdiff_jax.pretrained.diffusers import clip_text
 from sdiff_jax.pretrained.files import config_fields
 
-SKIPPED = ("logit_scale", "attn_mask")  # of training, and made anew
+SKIPPED = ("logit_scale", "attn_mask")  # of training; recomputed
 # Fields of open_clip and their defaults, which are those of its code.
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
 TEXT |= {"layers": 12, "mlp_ratio": 4.0}
 VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64}
 VISION |= {"mlp_ratio": 4.0, "patch_size": 16}
-# Patterns of open_clip's names, after those of the network's own layers.
+# Patterns of open_clip's names -> names of transformers; LAYERS are those inside a block.
 LAYERS = (
   (r"ln_1\.", "layer_norm1."),
   (r"ln_2\.", "layer_norm2."),
@@ -42,10 +42,10 @@ NAMES = (
 
 
 def config(model: dict[str, Any]) -> dict[str, Any]:
-  """Returns transformers' config of open_clip's, model_cfg of open_clip_config.json.
+  """Converts `model_cfg` of open_clip_config.json to a config of transformers.
 
   Raises:
-    ValueError: fields of networks other than CLIP's own transformers.
+    ValueError: fields of another architecture than CLIP's transformers.
     KeyError: a part is missing.
   """
   text = config_fields.validated_config(model["text_cfg"], TEXT, {})
@@ -70,14 +70,14 @@ def config(model: dict[str, Any]) -> dict[str, Any]:
 def convert_open_clip(
   tensors: dict[str, np.ndarray],
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Returns the tensors of the texts' and of the images' network.
+  """Returns the tensors of the "text" and of the "vision" network.
 
   Args:
-    tensors: by the names of transformers' CLIPModel, or of open_clip.
+    tensors: by their names in transformers' CLIPModel, or in open_clip.
   """
   out = {"text": {}, "vision": {}}
   for name, x in _open_clip(tensors).items():
-    # published.fitted takes this name for a table's.
+    # `load_state_dict` transposes what is named like an embedding table.
     name = name.replace("embeddings.patch_embedding.", "embeddings.patch.")
     part = "vision" if name.startswith("vis") else "text"
     out[part][name.removeprefix("vision_model.")] = x
@@ -85,7 +85,7 @@ def convert_open_clip(
 
 
 def _open_clip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns open_clip's tensors as transformers names them; others stay as they are."""
+  """Renames open_clip's tensors as in transformers; other names do not change."""
   out = {}
   for name, x in tensors.items():
     if name in ("visual.proj", "text_projection"):

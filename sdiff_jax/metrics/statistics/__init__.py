@@ -1,0 +1,1 @@
+"""Statistics of sets of images: collected batch by batch, stored, and drawn from."""
