@@ -1,23 +1,23 @@
-"""Pixels of LSUN Church by DDPM, many steps at a time (arXiv:2305.16317, 4.2).
+"""Images of LSUN Church by DDPM, many steps at a time (arXiv:2305.16317, 4.2).
 
   python -m sdiff_jax.main --config=configs/church.py --config.generate.folder=DIR
 
-Words: ddpm (the default) or ddim, with 1000 and 500 steps. DIR is a folder of the
-diffusers format with a U-Net without text, such as google/ddpm-church-256.
+Variants: ddpm (the default) or ddim, with 1000 and 500 steps. DIR is a folder in the
+diffusers format with an unconditional U-Net, such as google/ddpm-church-256.
 """
 
 from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
-# Sampler, steps, window, tolerance (the paper's, whose unit is the noise of a step).
+# Sampler, steps, window, tolerance (the paper's; its unit is the noise of a step).
 SAMPLERS = {
   "ddpm": ("paraddpm", 1000, 64, 0.5),
   "ddim": ("paraddim", 500, 40, 1e-3),
 }
 
 
-def get_config(given: str = ""):
-  chosen, _ = variants.parse_variant(given, "configs/church.py", SAMPLERS)
+def get_config(variant: str = ""):
+  chosen, _ = variants.parse_variant(variant, "configs/church.py", SAMPLERS)
   name, steps, window, tolerance = SAMPLERS[chosen]
   c = config.base()
   c.job = "generate"

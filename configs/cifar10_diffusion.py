@@ -7,8 +7,8 @@ from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
 
-def get_config(given: str = ""):
-  _, tiny = variants.parse_variant(given, "configs/cifar10_diffusion.py")
+def get_config(variant: str = ""):
+  _, tiny = variants.parse_variant(variant, "configs/cifar10_diffusion.py")
   c = config.base()
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
@@ -16,11 +16,11 @@ def get_config(given: str = ""):
   c.rehearse.update(shape=(32, 32, 3), classes=10)
   c.class_conditional = False
   c.model = config.component("models", "ddpmpp", dropout=0.13)
-  # The paper gives no proposal; this is EDM's, whose settings it says it takes.
+  # The paper gives no proposal distribution; this is EDM's, whose settings it uses.
   c.loss = config.component(
     "losses", "diffusion", p_mean=-1.2, p_std=1.2, label_dropout=0.0
   )
-  # Ours: mirror images, where EDM augments them more and tells the network how.
+  # Ours: mirrored images. EDM augments more and conditions the network on it.
   c.train.update(steps=400_000, batch_size=512, flip=True, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)
   c.optim.update(name="adam", learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8)

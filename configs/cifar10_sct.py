@@ -7,10 +7,10 @@ from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
 
-def get_config(given: str = ""):
-  _, tiny = variants.parse_variant(given, "configs/cifar10_sct.py")
+def get_config(variant: str = ""):
+  _, tiny = variants.parse_variant(variant, "configs/cifar10_sct.py")
   c = config.base()
-  teacher = variants.teacher("configs/cifar10_diffusion.py", given)
+  teacher = variants.teacher("configs/cifar10_diffusion.py", variant)
   c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
@@ -19,9 +19,9 @@ def get_config(given: str = ""):
   c.class_conditional = False
   c.model = config.component("models", "ddpmpp", dropout=0.20)
   c.loss = config.component("losses", "scm", velocity="data", p_mean=-1.0, p_std=1.4)
-  # |g| as it is printed; the paper does not say whether it is a sum or a mean.
+  # |g| as printed; the paper does not say whether the norm is a sum or a mean.
   c.loss.update(tangent_normalizer="l2", c=0.1, warmup_steps=10_000)
-  # Ours: 400,000 steps, which the paper leaves open, and mirrored images.
+  # Ours: 400,000 steps, which the paper does not specify, and mirrored images.
   c.train.update(steps=400_000, batch_size=512, flip=True, log_every=100)
   c.checkpoint.update(every=5000, keep_every=50_000)
   c.optim.update(name="radam", learning_rate=1e-4, b1=0.9, b2=0.99, eps=1e-8)

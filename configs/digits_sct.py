@@ -8,14 +8,14 @@ def get_config():
   c.teacher.config = "configs/digits_diffusion.py"
   c.init_from = "runs/digits_diffusion"
   c.model = config.component("models", "mlp", width=256, depth=4)
-  # w_phi(t) slows so short a run down: Frechet distance .60 with it, .54 without.
+  # w_phi(t) slows down a run this short: Fréchet distance .60 with it, .54 without.
   c.loss = config.component(
     "losses", "scm", velocity="data", warmup_steps=1600, adaptive_weight=False
   )
   c.train.update(steps=8000, batch_size=128, log_every=100, sample_every=2000)
   c.checkpoint.every = 2000
-  # The target is the network's own: momentum, which lags behind it, needs rates that
-  # are three times as small, and then ends worse.
+  # The target depends on the network itself. Momentum lags behind it, needs learning
+  # rates a third as large, and ends worse.
   c.optim.update(
     learning_rate=2e-3, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
   )

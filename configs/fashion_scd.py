@@ -1,4 +1,4 @@
-"""sCD on Fashion-MNIST: distils configs/fashion_diffusion.py to one and two steps."""
+"""sCD on Fashion-MNIST: distills configs/fashion_diffusion.py to one and two steps."""
 
 from sdiff_jax import config
 

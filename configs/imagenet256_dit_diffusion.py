@@ -1,7 +1,7 @@
 """TrigFlow teacher on ImageNet 256 x 256 with classes: a transformer of 1,024 tokens.
 
 Pixels in patches of 8, from TensorFlow Datasets (`tfds build imagenet2012
---file_format=array_record`); of latents, 32 x 32 x 4, model.patch=1 makes as many
+--file_format=array_record`); on latents of 32 x 32 x 4, model.patch=1 makes as many
 tokens. `configs/imagenet256_dit_diffusion.py:tiny` runs on a laptop, on digits. Not run
 in full; sizes and rate are those of DiT-B (arXiv:2212.09748).
 """
@@ -10,8 +10,8 @@ from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
 
-def get_config(given: str = ""):
-  _, tiny = variants.parse_variant(given, "configs/imagenet256_dit_diffusion.py")
+def get_config(variant: str = ""):
+  _, tiny = variants.parse_variant(variant, "configs/imagenet256_dit_diffusion.py")
   c = config.base()
   c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)

@@ -1,6 +1,6 @@
-"""sCD on ImageNet 256 x 256: distils configs/imagenet256_dit_diffusion.py.
+"""sCD on ImageNet 256 x 256: distills configs/imagenet256_dit_diffusion.py.
 
-The tangent goes through fused attention, in memory proportional to the 1,024 tokens.
+The tangent uses fused attention, whose memory is proportional to the 1,024 tokens.
 `configs/imagenet256_dit_scd.py:tiny` runs on a laptop, on digits. Not run in full;
 rates are those of the smallest model on ImageNet 512 (arXiv:2410.11081, table 5).
 """
@@ -9,10 +9,10 @@ from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
 
-def get_config(given: str = ""):
-  _, tiny = variants.parse_variant(given, "configs/imagenet256_dit_scd.py")
+def get_config(variant: str = ""):
+  _, tiny = variants.parse_variant(variant, "configs/imagenet256_dit_scd.py")
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet256_dit_diffusion.py", given))
+  c.teacher.update(variants.teacher("configs/imagenet256_dit_diffusion.py", variant))
   c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)

@@ -1,6 +1,6 @@
 """TrigFlow teacher on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
 
-Words: S, M, L, XL or XXL, and tiny, `configs/imagenet512_diffusion.py:S,tiny`, which
+Variants: S, M, L, XL or XXL, and tiny, `configs/imagenet512_diffusion.py:S,tiny`, which
 runs on a laptop, on digits. Not run in full.
 """
 
@@ -17,21 +17,23 @@ SIZES = {
 }
 
 
-def get_config(given: str = ""):
-  size, tiny = variants.parse_variant(given, "configs/imagenet512_diffusion.py", SIZES)
+def get_config(variant: str = ""):
+  size, tiny = variants.parse_variant(
+    variant, "configs/imagenet512_diffusion.py", SIZES
+  )
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
   )
   c.rehearse.update(shape=(64, 64, 4), classes=1000)
-  # Dropout at every resolution, as in EDM2. With remat="full" it takes less memory.
+  # Dropout at every resolution, as in EDM2. With remat="full" it uses less memory.
   c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16")
   c.loss = config.component(
     "losses", "diffusion", p_mean=-0.4, p_std=1.0, label_dropout=0.1
   )
-  # Ours: a loss scale of the number of elements, as if their sum was the loss.
+  # Ours: a loss scale of the number of elements, as if the loss were their sum.
   c.train.update(steps=steps, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=50_000)
   c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)

@@ -1,6 +1,6 @@
 """sCD on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
 
-It distils configs/imagenet512_diffusion.py. Words: S, M, L, XL or XXL, and tiny,
+It distills configs/imagenet512_diffusion.py. Variants: S, M, L, XL or XXL, and tiny,
 `configs/imagenet512_scd.py:S,tiny`, which runs on a laptop, on digits. Not run in full.
 """
 
@@ -17,11 +17,11 @@ SIZES = {
 }
 
 
-def get_config(given: str = ""):
-  size, tiny = variants.parse_variant(given, "configs/imagenet512_scd.py", SIZES)
+def get_config(variant: str = ""):
+  size, tiny = variants.parse_variant(variant, "configs/imagenet512_scd.py", SIZES)
   rate, dropout = SIZES[size]
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", given))
+  c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", variant))
   c.init_from = c.teacher.get_oneway_ref("workdir")
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
@@ -30,11 +30,11 @@ def get_config(given: str = ""):
   c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(guidance=True, dropout_resolution=16, dtype="float16")
   c.loss = config.component("losses", "scm", velocity="teacher", p_mean=-0.8, p_std=1.6)
-  # |g| as it is printed; the paper does not say whether it is a sum or a mean.
+  # |g| as printed; the paper does not say whether the norm is a sum or a mean.
   c.loss.update(
     tangent_normalizer="l2", c=0.1, warmup_steps=10_000, guidance=(1.0, 2.0)
   )
-  # Ours: a loss scale of the number of elements, as if their sum was the loss.
+  # Ours: a loss scale of the number of elements, as if the loss were their sum.
   c.train.update(steps=200_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=10_000)
   c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)

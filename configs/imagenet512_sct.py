@@ -1,6 +1,6 @@
 """sCT on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
 
-It starts from configs/imagenet512_diffusion.py. Words: S, M, L, XL or XXL, and tiny,
+It starts from configs/imagenet512_diffusion.py. Variants: S, M, L, XL or XXL, and tiny,
 `configs/imagenet512_sct.py:S,tiny`, which runs on a laptop, on digits. Not run in full.
 """
 
@@ -17,11 +17,11 @@ SIZES = {
 }
 
 
-def get_config(given: str = ""):
-  size, tiny = variants.parse_variant(given, "configs/imagenet512_sct.py", SIZES)
+def get_config(variant: str = ""):
+  size, tiny = variants.parse_variant(variant, "configs/imagenet512_sct.py", SIZES)
   rate, dropout = SIZES[size]
   c = config.base()
-  teacher = variants.teacher("configs/imagenet512_diffusion.py", given)
+  teacher = variants.teacher("configs/imagenet512_diffusion.py", variant)
   c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
@@ -30,9 +30,9 @@ def get_config(given: str = ""):
   c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=16, dtype="float16")
   c.loss = config.component("losses", "scm", velocity="data", p_mean=-0.8, p_std=1.6)
-  # |g| as it is printed; the paper does not say whether it is a sum or a mean.
+  # |g| as printed; the paper does not say whether the norm is a sum or a mean.
   c.loss.update(tangent_normalizer="l2", c=0.1, warmup_steps=10_000)
-  # Ours: a loss scale of the number of elements, as if their sum was the loss.
+  # Ours: a loss scale of the number of elements, as if the loss were their sum.
   c.train.update(steps=100_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=10_000)
   c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)

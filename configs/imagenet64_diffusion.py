@@ -1,6 +1,6 @@
 """TrigFlow teacher on ImageNet 64 x 64: EDM2's networks (arXiv:2410.11081, appendix G).
 
-Words: S, M, L or XL, and tiny, `configs/imagenet64_diffusion.py:S,tiny`, which runs on
+Variants: S, M, L or XL, and tiny, `configs/imagenet64_diffusion.py:S,tiny`, which runs on
 a laptop, on digits. Not run in full.
 """
 
@@ -16,21 +16,21 @@ SIZES = {
 }
 
 
-def get_config(given: str = ""):
-  size, tiny = variants.parse_variant(given, "configs/imagenet64_diffusion.py", SIZES)
+def get_config(variant: str = ""):
+  size, tiny = variants.parse_variant(variant, "configs/imagenet64_diffusion.py", SIZES)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
-  # ImageNet's folder of a folder for each class; larger images are cropped as EDM2's.
+  # A folder for each class, as in ImageNet; larger images are cropped as in EDM2.
   c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
-  # Dropout at every resolution, as in EDM2. With remat="full" it takes less memory.
+  # Dropout at every resolution, as in EDM2. With remat="full" it uses less memory.
   c.model = config.component("models", "edm2", preset=size, dropout=dropout)
   c.model.update(dropout_resolution=64, dtype="float16")
-  # There is no guidance on this data, so labels are kept.
+  # This data set is sampled without guidance, so labels are never dropped.
   c.loss = config.component(
     "losses", "diffusion", p_mean=-0.8, p_std=1.6, label_dropout=0.0
   )
-  # Ours: a loss scale of about the number of pixels, as if their sum was the loss.
+  # Ours: a loss scale of about the number of pixels, as if the loss were their sum.
   c.train.update(steps=steps, batch_size=2048, log_every=100, loss_scale=2.0**14)
   c.checkpoint.update(every=2000, keep_every=50_000)
   c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)

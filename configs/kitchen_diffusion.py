@@ -1,7 +1,7 @@
 """Diffusion Policy on Franka Kitchen, low-dimensional states (arXiv:2303.04137).
 
-Not run: needs the demonstrations of relay policy learning, .mjl logs of positions. The
-published run adds noise to observations, a tenth of the sensors'; this one does not.
+Not run: it needs the demonstrations of relay policy learning, .mjl logs of positions. The
+published run adds noise to observations, a tenth of that of the sensors; this one does not.
 """
 
 from sdiff_jax import config
@@ -10,7 +10,7 @@ from sdiff_jax import config
 def get_config():
   c = config.base()
   c.sigma_d = 1.0
-  # Numbers that barely change are not blown up.
+  # Numbers that hardly change are not scaled up.
   c.data = config.component(
     "data",
     "trajectories",

@@ -1,6 +1,6 @@
 """A policy for Push-T, taught by the scripted expert of --job=demos.
 
-Small, and in the block's frame: minutes on two CPU cores. With the word `published`
+Small, and in the block's frame: minutes on two CPU cores. The variant `published` is
 Diffusion Policy's own experiment with low-dimensional states (arXiv:2303.04137):
 keypoints and targets in the square, the 1-D U-Net, DDPM.
 
@@ -13,12 +13,14 @@ from sdiff_jax import config
 from sdiff_jax.types import UserError
 
 
-def get_config(words: str = ""):
-  if words not in ("", "published"):
-    raise UserError(f"configs/pusht_diffusion.py:{words}: the only word is 'published'")
+def get_config(variant: str = ""):
+  if variant not in ("", "published"):
+    raise UserError(
+      f"configs/pusht_diffusion.py:{variant}: the only variant is 'published'"
+    )
   c = config.base()
   c.optim.update(name="adamw", b1=0.95, schedule="cosine")
-  published(c) if words else small(c)
+  published(c) if variant else small(c)
   c.sampler.update(name="ddim", steps=15, window=20)
   c.rollout.samplers = ("ddim/15", "paraddim/15", "dpmpp2m/15", "paradpmpp2m/15")
   c.rollout.samplers += ("ddpm/100", "paraddpm/100", "specddpm/100")
@@ -27,7 +29,7 @@ def get_config(words: str = ""):
 
 def small(c):
   c.data = config.component("data", "trajectories", path="runs/pusht/block.npz")
-  # Chunks go on to an episode's end, where the last alignment is.
+  # Chunks continue to the end of an episode, where the last alignment happens.
   c.data.update(n_obs_steps=1, n_action_steps=16)
   c.data.update(observation_range="percentile", action_range="percentile")
   c.model = config.component("models", "mlp", width=256, depth=4, embed=256)
@@ -43,7 +45,7 @@ def published(c):
   c.sigma_d = 1.0
   c.demos.view = "keypoints"
   c.data = config.component("data", "trajectories", path="runs/pusht/keypoints.npz")
-  # As many episodes as its authors took; actions in [-1, 1] are not scaled again.
+  # As many episodes as its authors used; actions in [-1, 1] are not scaled again.
   c.data.update(episodes=90, held_out=0.02, std=1.0)
   c.model = config.component("models", "unet1d", process="ddpm")
   c.loss = config.component("losses", "ddpm")

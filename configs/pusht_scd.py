@@ -1,4 +1,4 @@
-"""sCD on Push-T: distils configs/pusht_diffusion.py to one and two network calls."""
+"""sCD on Push-T: distills configs/pusht_diffusion.py to one and two network calls."""
 
 from sdiff_jax import config
 
@@ -17,16 +17,16 @@ def get_config():
   )
   c.train.update(steps=12_000, batch_size=128, log_every=100)
   c.checkpoint.every = 1000
-  # As for the digits, without momentum. The error of the target, which is the network's
-  # own, grows with the rate: 5e-4 ends nearer to the teacher than 1e-3 or 2e-3.
+  # Without momentum, as for the digits. The error of the target, which depends on the
+  # network itself, grows with the rate: 5e-4 ends nearer to the teacher than 1e-3, 2e-3.
   c.optim.update(
     learning_rate=5e-4, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
   )
   c.ema.profiles = ("power/0.1",)
-  # A policy wants likely actions more than varied ones. Chosen on other episodes than
-  # those of --job=rollout (seeds from 200,000): the reward is 0.958 at a temperature of
-  # 1, 0.981 at 0.85 and 0.993 at 0.7. The second step from 0.7, not from the 1.1 of
-  # images, ends nearer to the teacher: what the first one leaves to mend is small.
+  # A policy benefits from likely actions more than from varied ones. The temperature was
+  # chosen on other episodes than those of --job=rollout (seeds from 200,000): the reward
+  # is 0.958 at 1, 0.981 at 0.85 and 0.993 at 0.7. A second step from 0.7 instead of 1.1,
+  # as for images, ends nearer to the teacher, because the first step leaves little error.
   c.sampler.update(
     name="consistency", steps=2, timesteps=(1.5645, 0.7), temperature=0.7
   )

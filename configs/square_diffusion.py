@@ -1,7 +1,7 @@
 """Diffusion Policy on robomimic's Square, low-dimensional states (arXiv:2303.04137).
 
-With the word `absolute` actions are poses instead of motions. Not run: needs the files
-of robomimic, low_dim.hdf5 or, of poses, low_dim_abs.hdf5.
+The variant `absolute` uses poses as actions instead of motions. Not run: it needs the
+files of robomimic, low_dim.hdf5 or, for poses, low_dim_abs.hdf5.
 """
 
 from sdiff_jax import config
@@ -10,20 +10,22 @@ from sdiff_jax.types import UserError
 FILES = {"": "low_dim.hdf5", "absolute": "low_dim_abs.hdf5"}
 
 
-def get_config(words: str = ""):
-  if words not in FILES:
-    raise UserError(f"configs/square_diffusion.py:{words}: the only word is 'absolute'")
+def get_config(variant: str = ""):
+  if variant not in FILES:
+    raise UserError(
+      f"configs/square_diffusion.py:{variant}: the only variant is 'absolute'"
+    )
   c = config.base()
   c.sigma_d = 1.0
-  # Motions are in [-1, 1] already; of poses the places are brought there.
+  # Motions are in [-1, 1] already; the positions of poses are scaled to that range.
   c.data = config.component(
     "data",
     "trajectories",
-    path=f"data/robomimic/datasets/square/ph/{FILES[words]}",
+    path=f"data/robomimic/datasets/square/ph/{FILES[variant]}",
     held_out=0.02,
     observation_range="max_abs",
-    action_range="position" if words else "none",
-    absolute=bool(words),
+    action_range="position" if variant else "none",
+    absolute=bool(variant),
     std=1.0,
   )
   c.model = config.component("models", "unet1d", process="ddpm")

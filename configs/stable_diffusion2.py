@@ -3,9 +3,9 @@
   python -m sdiff_jax.main --config=configs/stable_diffusion2.py \\
     --config.generate.folder=DIR --config.generate.prompts="a cat;a dog"
 
-Words: ddpm (the default), ddim or dpmsolver, with 1000, 200 and 200 steps. One step
-after the other, --config.sampler.name=ddim. Any folder of the diffusers format with a
-U-Net, an autoencoder and CLIP's text encoder will do.
+Variants: ddpm (the default), ddim or dpmsolver, with 1000, 200 and 200 steps. For
+sequential sampling use --config.sampler.name=ddim. DIR is any folder in the diffusers
+format with a U-Net, an autoencoder and CLIP's text encoder.
 """
 
 from sdiff_jax import config
@@ -19,12 +19,12 @@ SAMPLERS = {
 }
 
 
-def get_config(given: str = ""):
-  chosen, _ = variants.parse_variant(given, "configs/stable_diffusion2.py", SAMPLERS)
+def get_config(variant: str = ""):
+  chosen, _ = variants.parse_variant(variant, "configs/stable_diffusion2.py", SAMPLERS)
   name, steps, window = SAMPLERS[chosen]
   c = config.base()
   c.job = "generate"
-  c.generate.update(spacing="trailing", dtype="bfloat16")
+  c.generate.update(timestep_spacing="trailing", dtype="bfloat16")
   c.sampler.update(name=name, steps=steps, window=window, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=7.5)
   c.rehearse.program = "sample"

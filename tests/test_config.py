@@ -42,7 +42,7 @@ def test_push_t_as_published():
   config.validate(c)
   assert (c.model.name, c.model.process, c.loss.name) == ("unet1d", "ddpm", "ddpm")
   assert (c.data.horizon, c.data.n_obs_steps, c.data.n_action_steps) == (16, 2, 8)
-  with pytest.raises(UserError, match="the only word is 'published'"):
+  with pytest.raises(UserError, match="the only variant is 'published'"):
     load(path, "pubished")
 
 
@@ -82,7 +82,7 @@ def test_guided_word():
   c = load(CONFIGS / "digits_scd.py", "guided")
   assert c.model.guidance
   assert c.loss.guidance == (1.0, 2.0)
-  with pytest.raises(UserError, match="the only word is 'guided'"):
+  with pytest.raises(UserError, match="the only variant is 'guided'"):
     load(CONFIGS / "digits_scd.py", "guide")
 
 

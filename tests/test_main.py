@@ -304,7 +304,10 @@ def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
     (("--config.plugins=no_such",), "config.plugins='no_such': No module named"),
     (("--config.model.name=dot",), "models: no 'dot'; did you mean 'dit'"),
     (("--config=configs/none.py",), "--config=configs/none.py: no such file"),
-    (("--config=configs/digits_scd.py:x",), "configs/digits_scd.py:x: the only word"),
+    (
+      ("--config=configs/digits_scd.py:x",),
+      "configs/digits_scd.py:x: the only variant",
+    ),
     (("--config.sampler.name=rk4",), "config.sampler.name='rk4': take one of"),
   ],
 )

@@ -1,12 +1,12 @@
-"""Quality against the share of the teacher's compute."""
+"""Quality against compute, as a fraction of the teacher's."""
 
 from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/convergence.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/convergence.py")
   runs = {
     "teacher": studies.run(files.format("diffusion"), HEUN),
     "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),
@@ -15,7 +15,7 @@ def get_config(given: str = ""):
     "convergence",
     runs,
     title="What distillation costs",
-    lead="Distance of sCD against training FLOPs, both over its teacher's.",
+    lead="Distance of sCD against training FLOPs, both divided by its teacher's.",
     x="compute",
     panels=("ratio",),
     log="y",

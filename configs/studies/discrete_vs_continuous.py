@@ -5,8 +5,8 @@ from sdiff_jax.reports import studies
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/discrete_vs_continuous.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/discrete_vs_continuous.py")
   runs = {
     "teacher": studies.run(files.format("diffusion"), HEUN),
     "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),

@@ -1,12 +1,12 @@
-"""What tames the tangent: figure 5a and b of arXiv:2410.11081."""
+"""Normalization of the tangent: figures 5a and 5b of arXiv:2410.11081."""
 
 from sdiff_jax.reports import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/objective.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/objective.py")
   runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   variants = {
     "sCD": (),
@@ -22,9 +22,9 @@ def get_config(given: str = ""):
   return studies.build(
     "objective",
     runs,
-    title="Taming the tangent",
-    lead="sCD with the tangent normalised, clipped or as it is, and with an adaptive "
-    "weight: distance of one and two steps over training.",
+    title="Normalization of the tangent",
+    lead="sCD with the tangent normalized, clipped or unchanged, and with an adaptive "
+    "weight: distance in one and two steps over training.",
     x="step",
     panels=("frechet",),
     log="y",

@@ -1,4 +1,4 @@
-"""Parallel samplers over tolerances and windows, beside one row after the other."""
+"""Parallel samplers over tolerances and windows, against the sequential sampler."""
 
 from sdiff_jax.reports import studies
 
@@ -10,8 +10,8 @@ SOLVERS = {  # series -> sampler, steps
 }
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/parallel.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/parallel.py")
   runs = {"teacher": studies.run(files.format("diffusion"), drawn=False)}
   for series, (name, steps) in SOLVERS.items():
     runs[name] = studies.run(
@@ -28,9 +28,9 @@ def get_config(given: str = ""):
     "parallel",
     runs,
     title="Parallel sampling",
-    lead="ParaDiGMS and speculation on a trained network: passes, evaluations and the "
-    "difference to one row after the other, over tolerances at a window of 16 rows, "
-    "and over windows at a tolerance of 0.1.",
+    lead="ParaDiGMS and speculation on a trained network: iterations, evaluations and the "
+    "difference to the sequential sampler, over tolerances with a window of 16 steps, "
+    "and over windows with a tolerance of 0.1.",
     x="tolerance",
     panels=(*keys, *(("window", key) for key in keys)),
     log="xy",

@@ -14,8 +14,8 @@ SOLVERS = {  # series -> samplers of the teacher
 }
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/pareto.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/pareto.py")
   runs = {
     "teacher": studies.run(files.format("diffusion"), drawn=False),
     "sCD": studies.run(files.format("scd"), teacher="teacher", drawn=False),
@@ -39,8 +39,8 @@ def get_config(given: str = ""):
     runs,
     title="Quality against time",
     lead="Distance against the time of an image, in batches and alone; the numbers are "
-    "steps. Parallel samplers trade evaluations for time where a batch leaves the "
-    "machine idle.",
+    "steps. Parallel samplers exchange evaluations for time if a batch does not fill "
+    "the machine.",
     x="seconds",
     panels=("frechet", ("latency", "frechet")),
     log="xy",

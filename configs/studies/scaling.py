@@ -3,10 +3,10 @@
 from sdiff_jax.reports import studies
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/scaling.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/scaling.py")
   sizes = {f"{w}": (files, f"model.width={w}") for w in (64, 128, 256, 512)}
-  if given == "paper":
+  if variant == "paper":
     sizes = {w: (f"configs/imagenet64_{{}}.py:{w}",) for w in ("S", "M", "L", "XL")}
   runs = {}
   for size, (files, *fields) in sizes.items():
@@ -30,7 +30,7 @@ def get_config(given: str = ""):
     "scaling",
     runs,
     title="Sizes",
-    lead="Distance of teacher, sCD and sCT against training FLOPs; its ratio to the "
+    lead="Distance of teacher, sCD and sCT against training FLOPs, and its ratio to the "
     "teacher's.",
     x="flops",
     panels=("frechet", "ratio"),

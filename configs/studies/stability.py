@@ -1,7 +1,7 @@
-"""What steadies the tangent: figure 4 of arXiv:2410.11081, and what it is worth.
+"""What stabilizes the tangent: figure 4 of arXiv:2410.11081, and what it gains.
 
-Each variant goes without one of the three, and has a teacher of its own kind. The
-paper's word takes EDM2's modulation and features, of scale 1, for the plain ones.
+Each variant lacks one of the three parts and has a teacher of its own kind. With the
+variant `paper` the plain parts are EDM2's modulation and features of scale 1.
 """
 
 from sdiff_jax.reports import studies
@@ -10,9 +10,9 @@ HEUN = "evaluate.samplers=('heun/16',)"
 ONE = "evaluate.samplers=('consistency/1',)"
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/stability.py")
-  norm = "scale" if given == "paper" else "single"
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/stability.py")
+  norm = "scale" if variant == "paper" else "single"
   variants = {
     "edm_time": ("model.process=edm", "c_noise = ln(σ)/4"),
     "fourier": ("model.embedding=fourier", "Fourier features"),
@@ -42,9 +42,9 @@ def get_config(given: str = ""):
   return studies.build(
     "stability",
     runs,
-    title="Steadying the tangent",
+    title="Stabilizing the tangent",
     lead="sCD with the identity time transform, positional embedding and adaptive "
-    "double normalisation, and without one of them: the two parts of dF/dt, and the "
+    "double normalization, and without one of them: the two parts of dF/dt, and the "
     "distance of one step and of the teachers.",
     x="step",
     panels=("grad_x", "d_t", "frechet"),

@@ -7,8 +7,8 @@ from sdiff_jax.reports import studies
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
-def get_config(given: str = ""):
-  files, changes = studies.setting(given, "configs/studies/vsd.py")
+def get_config(variant: str = ""):
+  files, changes = studies.setting(variant, "configs/studies/vsd.py")
   scales = (1.0, 1.5, 2.0)
   students = {
     "guided_sCD": (),

@@ -1,4 +1,4 @@
-"""The words behind a config file's name, as in configs/imagenet512_scd.py:S,tiny."""
+"""Variants of a config file, as in configs/imagenet512_scd.py:S,tiny."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,8 @@ import ml_collections
 from sdiff_jax import config
 from sdiff_jax.types import UserError
 
-# Fields of a small network of each kind for the 8 x 8 digits; the rest stays.
+# Fields of a small network of each kind for the 8 x 8 digits; other fields keep their
+# values.
 TINY = {
   "dit": {"patch": 1, "width": 32, "depth": 2, "heads": 2},
   "ddpmpp": {
@@ -28,43 +29,45 @@ TINY = {
 }
 
 
-def parse_variant(given: str, file: str, sizes: Iterable[str] = ()) -> tuple[str, bool]:
-  """Returns the size and whether it is to be tiny, of words such as "S,tiny".
+def parse_variant(
+  variant: str, file: str, sizes: Iterable[str] = ()
+) -> tuple[str, bool]:
+  """Returns the size that a variant such as "S,tiny" names, and whether it is tiny.
 
   Args:
-    given: the words, in any order, with commas between them; "" for none.
+    variant: a size and "tiny", in any order and separated by a comma; "" for neither.
     file: config file, for the message.
-    sizes: names of the sizes; the first one is taken where none is given.
+    sizes: names of the sizes; the first one is the default.
 
   Raises:
-    UserError: another word, or two sizes; the message lists what there is.
+    UserError: an unknown name, or two sizes; the message lists the known names.
   """
-  sizes, words = (*sizes,), [word for word in given.split(",") if word]
-  chosen = [word for word in words if word != "tiny"]
-  if len(chosen) > 1 or not {*chosen} <= {*sizes}:
-    known = f"words are one of {', '.join(sizes)}, and" if sizes else "the only word is"
-    raise UserError(f"{file}:{given}: {known} 'tiny'")
-  return (*chosen, *sizes, "")[0], "tiny" in words
+  sizes, names = (*sizes,), [name for name in variant.split(",") if name]
+  size = [name for name in names if name != "tiny"]
+  if len(size) > 1 or not {*size} <= {*sizes}:
+    known = f"variants are one of {', '.join(sizes)}, and" if sizes else ""
+    raise UserError(f"{file}:{variant}: {known or 'the only variant is'} 'tiny'")
+  return (*size, *sizes, "")[0], "tiny" in names
 
 
 def workdir(file: str) -> str:
-  """Returns runs/X_words of configs/X.py:words, where its run lives."""
-  name, _, words = os.path.basename(file).partition(".py")
-  words = words.removeprefix(":").split(",")
-  return os.path.join("runs", "_".join([name, *filter(None, words)]))
+  """Returns runs/X_S_tiny for configs/X.py:S,tiny, the run's work directory."""
+  name, _, variant = os.path.basename(file).partition(".py")
+  names = variant.removeprefix(":").split(",")
+  return os.path.join("runs", "_".join([name, *filter(None, names)]))
 
 
-def teacher(file: str, given: str) -> dict[str, str]:
-  """Returns the section `teacher` of the run of a config file with the same words."""
-  file = f"{file}:{given}" if given else file
+def teacher(file: str, variant: str) -> dict[str, str]:
+  """Returns the section `teacher` for the run of a config file's same variant."""
+  file = f"{file}:{variant}" if variant else file
   return {"config": file, "workdir": workdir(file)}
 
 
 def make_tiny(c: ml_collections.ConfigDict) -> None:
-  """Turns a config into seconds of work on the digits, with the same kind of network.
+  """Reduces a config to seconds of work on the digits with the same kind of network.
 
-  What is left of the experiment is all that does not need size: precision, losses,
-  optimiser, averages, samplers.
+  Everything that does not need size stays: precision, losses, optimizer, averages,
+  samplers.
   """
   c.data = config.component("data", "digits")
   c.rehearse.shape = ()

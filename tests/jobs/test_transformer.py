@@ -47,6 +47,8 @@ def test_a_few_steps_of_the_student(tmp_path):
 
 @pytest.mark.parametrize("name", ["diffusion", "scd"])
 def test_other_words(name):
-  with pytest.raises(UserError, match=f"dit_{name}.py:small: the only word is 'tiny'"):
+  with pytest.raises(
+    UserError, match=f"dit_{name}.py:small: the only variant is 'tiny'"
+  ):
     load(f"imagenet256_dit_{name}", "small")
   assert load(f"imagenet256_dit_{name}", "").model.patch == 8  # 32 x 32 tokens

@@ -1,0 +1,18 @@
+"""A job: counts the parameters of the network that a config describes."""
+
+import jax
+
+from sdiff_jax import registry
+from sdiff_jax.experiment import build as experiments
+
+
+@registry.register(
+  "jobs", "count_parameters", defaults={"count_parameters": {"unit": 1.0}}
+)
+def run(config, workdir):
+  """Prints the number of parameters, in units of config.count_parameters.unit."""
+  del workdir
+  experiment = experiments.build(config)
+  params = jax.eval_shape(experiment.network.init, jax.random.key(0))["net"]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return f"{count / config.count_parameters.unit:g} parameters"
