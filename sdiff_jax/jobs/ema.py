@@ -1,4 +1,4 @@
-"""Job `ema`: makes averages of another width from those that a run stored."""
+"""Job `ema`: computes a post-hoc EMA of another width from the stored averages."""
 
 import os
 import shutil
@@ -29,48 +29,55 @@ DEFAULTS = {
 
 @registry.register("jobs", "ema", defaults=DEFAULTS, runtime=("ema.posthoc_std",))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes WORKDIR/posthoc/WIDTH, a work directory of the average of that width.
+  """Writes WORKDIR/posthoc/WIDTH, a work directory with the average of that width.
 
-  It is the average up to the newest checkpoint, or up to sample.checkpoint's step
-  (into WIDTH_STEP); its own checkpoint is of step 0.
+  The average is that up to the newest checkpoint, or up to the step of
+  config.sample.checkpoint (into WIDTH_STEP). Its own checkpoint has step 0.
 
   Raises:
-    UserError: config.ema.posthoc_std is no power profile, or the run stored none.
+    UserError: config.ema.posthoc_std is not a power profile, or the run stored none.
   """
   kind, sigma_rel = config_lib.name_and_number(
     config.ema.posthoc_std, "ema.posthoc_std"
   )
-  chosen = workdir_lib.read(workdir)
-  powers = [p for p in chosen.ema.profiles if p.startswith("power/")]
+  stored = workdir_lib.read(workdir)
+  parsed = {profile: ema.parse_profile(profile) for profile in stored.ema.profiles}
+  widths = {p: number for p, (name, number) in parsed.items() if name == "power"}
+  powers = [*widths]
   if kind != "power" or not powers:
     raise UserError(
-      f"config.ema.posthoc_std={config.ema.posthoc_std!r}: takes power/sigma_rel, of a run "
-      f"with power profiles; those of {workdir} are {', '.join(chosen.ema.profiles)}"
+      f"config.ema.posthoc_std={config.ema.posthoc_std!r}: must be power/sigma_rel, of a "
+      f"run with power profiles; those of {workdir} are {', '.join(stored.ema.profiles)}"
     )
   step = config.sample.checkpoint or checkpoints_lib.newest(workdir)
   steps = [s for s in checkpoints_lib.steps(workdir) if step and 0 < s <= step]
-  chosen.mesh = config.mesh
-  experiment = experiments.build(chosen)
+  stored.mesh = config.mesh
+  experiment = experiments.build(stored)
   if not steps:
     raise UserError(f"{workdir} has no checkpoint up to step {step}; train it first")
-  widths = [config_lib.name_and_number(p, "ema.profiles")[1] for p in powers]
   try:
-    w, left = ema.posthoc(
-      np.repeat(steps, len(powers)), np.tile(widths, len(steps)), step, sigma_rel
+    w, distance = ema.posthoc(
+      np.repeat(steps, len(powers)),
+      np.tile([*widths.values()], len(steps)),
+      step,
+      sigma_rel,
     )
   except ValueError as error:
     raise UserError(
       f"config.ema.posthoc_std={config.ema.posthoc_std!r}: {error}"
     ) from error
   if jax.process_index() == 0:
-    print(f"{len(w)} averages make it up to {left:.2%} of its profile", file=sys.stderr)
+    print(
+      f"sum of {len(w)} averages; relative error of the profile: {distance:.2%}",
+      file=sys.stderr,
+    )
   name = f"{sigma_rel:g}" + (f"_{step}" if config.sample.checkpoint else "")
   folder = os.path.join(workdir, "posthoc", name)
   convert.check_empty(folder)
   w = np.float32(w).reshape(len(steps), len(powers))
-  total = _combined(chosen, experiment, workdir, steps, powers, w)
-  chosen.ema.profiles = (config.ema.posthoc_std,)
-  convert.write(chosen, experiment, folder, total)
+  total = _combined(stored, experiment, workdir, steps, powers, w)
+  stored.ema.profiles = (config.ema.posthoc_std,)
+  convert.write(stored, experiment, folder, total)
   cost = os.path.join(workdir, "training.json")
   if jax.process_index() == 0 and os.path.exists(cost):
     shutil.copy(cost, folder)
@@ -85,16 +92,16 @@ def _combined(
   profiles: list[str],
   w: np.ndarray,
 ) -> Params:
-  """Returns the sum of averages times w [steps, profiles], a step at a time."""
+  """Returns the sum of the averages times w [steps, profiles], one step at a time."""
   total = None
   for step, weights in zip(steps, w, strict=True):
-    found = workdir_lib.restore_ema(
+    averages = workdir_lib.restore_ema(
       config, experiment.network, experiment.mesh, workdir, "--job=train", step
     )
 
     def mix(*parts: Array, weights: np.ndarray = weights) -> Array:
       return sum(k * x for k, x in zip(weights, parts, strict=True))
 
-    part = jax.tree.map(mix, *(found[p] for p in profiles))
+    part = jax.tree.map(mix, *(averages[p] for p in profiles))
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   return total

@@ -1,4 +1,4 @@
-"""Checkpoints of the training state; the only file that knows Orbax."""
+"""Checkpoints of the training state; the only module that uses Orbax."""
 
 import contextlib
 import errno
@@ -23,8 +23,8 @@ PARTIAL = ocp.options.PyTreeOptions(
 
 
 def steps(workdir: str) -> list[int]:
-  """Returns the steps of the complete checkpoints on disk, rising."""
-  try:  # a checkpoint gets its name, the step, when it is complete
+  """Returns the steps of the complete checkpoints on disk, in ascending order."""
+  try:  # Orbax renames a checkpoint to its step when it is complete.
     names = os.listdir(os.path.join(workdir, FOLDER))
   except OSError:
     return []
@@ -32,15 +32,21 @@ def steps(workdir: str) -> list[int]:
 
 
 def newest(workdir: str) -> int | None:
-  """Returns the step of the newest complete checkpoint on disk, None without one."""
+  """Returns the step of the newest complete checkpoint on disk, or None."""
   return max(steps(workdir), default=None)
 
 
 class Checkpoints:
-  """The checkpoints of a work directory; a context manager.
+  """The checkpoints of a work directory, as a context manager.
 
-  Saving is asynchronous: an error of one save is raised at the next, or at the end.
-  Every process calls every method.
+  Saving is asynchronous: the error of a save is raised at the next one, or at the end.
+  In a run of several processes every process calls every method.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+    ...   print(checkpoints.latest)
+    None
   """
 
   def __init__(self, workdir: str, *, keep: int = 1, keep_every: int = 0):
@@ -48,8 +54,8 @@ class Checkpoints:
 
     Args:
       workdir: directory of the run.
-      keep: how many of the newest checkpoints are kept.
-      keep_every: those of its multiples are kept for good; 0 for none.
+      keep: number of the newest checkpoints that are kept.
+      keep_every: checkpoints of its multiples are kept permanently; 0 for none.
     """
     self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
     self._pending = None
@@ -72,38 +78,39 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
-    """The step of the newest checkpoint, None if there is none."""
+    """The step of the newest checkpoint, or None."""
     newest = self._checkpointer.latest
     return None if newest is None else newest.step
 
   def check_disk(self, state: TrainState, saves: Iterable[int]) -> None:
-    """Checks that the checkpoints of a run can be written, and that there is space.
+    """Checks that the checkpoints of a run can be written and fit on the disk.
 
     Args:
-      state: the state, or its shapes.
-      saves: steps, rising, of all checkpoints of the run.
+      state: the state or its shapes.
+      saves: steps of all checkpoints of the run, in ascending order.
 
     Raises:
       PermissionError: the folder of the checkpoints cannot be written.
-      UserError: the space will not do.
+      UserError: there is not enough space.
     """
     folder, saves = str(self._checkpointer.directory), list(saves)
     if not os.access(folder, os.W_OK | os.X_OK):
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-    for_good = {s for s in saves if self._keep_every and s % self._keep_every == 0}
-    at_once = for_good.union(saves[-self._keep - 1 :])  # the last is being written
-    more = len(at_once) - len(self._checkpointer.checkpoints)
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e6
+    permanent = {s for s in saves if self._keep_every and s % self._keep_every == 0}
+    # The last one is written before the oldest one is deleted.
+    simultaneous = permanent.union(saves[-self._keep - 1 :])
+    more = len(simultaneous) - len(self._checkpointer.checkpoints)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e6
     free = shutil.disk_usage(folder).free / 1e6
-    if more * each > free:
+    if more * size > free:
       raise UserError(
-        f"{self._workdir}: {more} more checkpoints of {each:.1f} MB need "
-        f"{more * each:.1f} MB, and {free:.1f} MB are free; make space, take another "
-        "--workdir, or keep fewer by config.checkpoint.keep and keep_every"
+        f"{self._workdir}: {more} more checkpoints of {size:.1f} MB need "
+        f"{more * size:.1f} MB, and {free:.1f} MB are free; free space, use another "
+        "directory, or keep fewer checkpoints"
       )
 
   def wait(self) -> None:
-    """Waits for the save that is under way and raises its error, if it had one."""
+    """Waits for the save in progress, and raises its error if it failed."""
     if self._pending is not None:
       self._pending, response = None, self._pending
       with self._os_errors():
@@ -111,7 +118,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _os_errors(self) -> Iterator[None]:
-    """Makes OSErrors of TensorStore's ValueErrors, if a refusal of the system's."""
+    """Turns a ValueError of TensorStore about a system call into an OSError."""
     try:
       yield
     except ValueError as error:
@@ -122,7 +129,7 @@ class Checkpoints:
       raise OSError(int(code[1]), os.strerror(int(code[1])), folder) from error
 
   def save(self, step: int, state: TrainState) -> None:
-    """Starts saving; the averages are apart, so that they can be read alone."""
+    """Starts saving. The averages are separate, so that they can be read alone."""
     self.wait()
     training = {"params": state.params, "opt_state": state.opt_state}
     self._pending = self._checkpointer.save_checkpointables_async(
@@ -132,13 +139,19 @@ class Checkpoints:
   def restore(self, abstract: TrainState) -> TrainState | None:
     """Returns the newest state that can be read, None if there is no checkpoint.
 
-    Arrays are placed as the shardings of `abstract` say. A checkpoint that is newer
-    but damaged is named on stderr, and removed; so is what a killed save left.
+    Newer checkpoints that are damaged are reported on stderr and removed. So are the
+    temporary files of a save that was killed.
+
+    Args:
+      abstract: shapes, types and shardings of the state.
+
+    Raises:
+      Exception: there are checkpoints, and all are damaged.
     """
     tree = {"params": abstract.params, "opt_state": abstract.opt_state}
-    wanted = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
-    loaded, damaged = self._newest(wanted)
-    for step in damaged:  # Orbax would refuse to save older steps beside it
+    target = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
+    loaded, damaged = self._newest(target)
+    for step in damaged:  # Orbax refuses to save a step before the newest one
       self._checkpointer.delete(step)
     if jax.process_index() == 0:
       folder = str(self._checkpointer.directory)
@@ -150,19 +163,22 @@ class Checkpoints:
   def restore_ema(
     self, abstract: dict[str, Params], step: int = 0
   ) -> dict[str, Params] | None:
-    """Returns the averages alone, as `restore` does, but removes nothing.
+    """Returns averages alone, as `restore` does, but removes no file.
 
-    The work directory may be another run's, which reading must not change.
+    The work directory may belong to another run, which must not be changed.
 
     Args:
-      abstract: what is wanted, by profile.
-      step: of the checkpoint; 0 for the newest.
+      abstract: profile -> shapes of the averages to read; others are not read.
+      step: step of the checkpoint; 0 for the newest.
+
+    Returns:
+      The averages, or None if there is no such checkpoint.
     """
     loaded, _ = self._newest({"ema": abstract}, step)
     return loaded and loaded["ema"]
 
   def _newest(
-    self, wanted: dict[str, Any], only: int = 0
+    self, target: dict[str, Any], only: int = 0
   ) -> tuple[dict[str, Any] | None, list[int]]:
     """Returns the newest checkpoint that can be read, and the damaged newer steps."""
     damaged: dict[int, Exception] = {}
@@ -171,13 +187,15 @@ class Checkpoints:
     for step in steps:
       try:
         with ocp.Context(pytree_options=PARTIAL):
-          loaded = self._checkpointer.load_checkpointables(step, wanted)
-      except Exception as error:  # whatever a missing or short file leads to
+          loaded = self._checkpointer.load_checkpointables(step, target)
+      except Exception as error:  # missing or short files raise errors of any type
         damaged[step] = error
         continue
-      for bad, error in damaged.items():
+      for bad_step, error in damaged.items():
         reason = str(error).splitlines()[0][:200]
-        print(f"checkpoint {bad} is damaged, using {step}: {reason}", file=sys.stderr)
+        print(
+          f"checkpoint {bad_step} is damaged, using {step}: {reason}", file=sys.stderr
+        )
       return loaded, [*damaged]
     if damaged:
       raise damaged[steps[0]]

@@ -61,7 +61,7 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
   made = run / "posthoc" / "0.1"
   wanted = f"averaged 12 checkpoints up to step 48: {made}\n"
   assert done.stdout == wanted, done.stderr
-  assert "24 averages make it up to 0." in done.stderr
+  assert "sum of 24 averages; relative error of the profile: 0." in done.stderr
   found, expected, start = weights(made), weights(other), weights(run)
   apart, moved = (
     jax.tree.map(lambda a, b: float(np.abs(a - b).max()), x, expected)
@@ -85,6 +85,6 @@ def test_mistakes(run):
       ema.run(config, str(run))
 
   refused("config.ema.posthoc_std: '' is not of the form name/number", "")
-  refused("takes power/sigma_rel, of a run with power", "half_life/3")
+  refused("must be power/sigma_rel, of a run with power", "half_life/3")
   refused(r"posthoc='power/0.5': .* must be in \(0, 0.28\)", "power/0.5")
   refused("has no checkpoint up to step 3", "power/0.1", checkpoint=3)

@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(cache, disk):
   big = "--config.model.width=128"
   line = refused(start(cache, *CONFIG, big, f"--workdir={run}"))
   assert line.startswith(f"error: {run}: 3 more checkpoints of ")
-  assert " MB are free; make space, take another --workdir, or keep fewer by" in line
+  assert " MB are free; free space, use another directory, or keep fewer" in line
   assert not (run / "metrics.jsonl").exists()
 
 
