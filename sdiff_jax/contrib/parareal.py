@@ -12,25 +12,27 @@ consistency model.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from sdiff_jax import registry
 from sdiff_jax.samplers import sequential
 from sdiff_jax.samplers._ring_buffer import RingBuffer, map_slots, wide
 from sdiff_jax.samplers._sliding_window import Samples
 from sdiff_jax.samplers.solvers import TOLERANCE_UNIT, SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser
+from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
 def check(table: SolverTableau, tolerance: float) -> None:
   """Raises a ValueError for a table with noise or a bad tolerance."""
   if table.uses("s"):
-    raise ValueError("sampler.name: parareal takes solvers without noise: srdsddim")
+    raise ValueError("name: parareal takes solvers without noise: srdsddim")
   if not 0 <= tolerance < float("inf"):
-    raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
+    raise ValueError(f"tolerance={tolerance}: take 0 or more")
 
 
 def boundaries(rows: int, blocks: int) -> np.ndarray:
@@ -42,7 +44,7 @@ def boundaries(rows: int, blocks: int) -> np.ndarray:
   size = -(-rows // blocks) if 1 <= blocks <= rows else 0
   if not size or size * (blocks - 1) >= rows:
     raise ValueError(
-      f"sampler.window={blocks}: {rows} rows cannot be cut into so many blocks of one "
+      f"window={blocks}: {rows} rows cannot be cut into so many blocks of one "
       f"size; take {max(1, round(rows**0.5))}"
     )
   return np.arange(blocks) * size
@@ -54,7 +56,7 @@ def check_blocks(table: SolverTableau, starts: np.ndarray) -> None:
   first = [getattr(table, k)[starts[1:]] for k in "pce"]
   if np.any(first) or np.any(table.e[later[1:]]):
     raise ValueError(
-      "sampler.name: parareal takes solvers that remember no step before the one they "
+      "name: parareal takes solvers that remember no step before the one they "
       f"take, such as srdsddim, and blocks of whole steps; not rows {starts.tolist()}"
     )
 
@@ -222,3 +224,58 @@ def sample(
   passes = swept + k * (size + swept)
   none = jnp.zeros_like(change)
   return Samples(last, passes, k * table.evaluations, change, none)
+
+
+def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+  """Returns the options, with a number of blocks if there is none.
+
+  Raises:
+    ValueError: a tableau with noise or with history, or an option that does not fit.
+  """
+  check(tableau, options["tolerance"])
+  if tableau.uses("p", "c", "e"):
+    raise ValueError("name: of the solvers, parareal takes ddim alone: srdsddim")
+  blocks = options["window"] or round(tableau.evaluations**0.5)
+  boundaries(tableau.evaluations, blocks)
+  return options | {"window": blocks}
+
+
+@registry.register(
+  "samplers", "parareal", prefix="srds", aliases=("parareal",), check=check_options
+)
+def sample_by_name(
+  denoiser: Denoiser,
+  tableau: SolverTableau,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  *,
+  window: int = 0,
+  tolerance: float = 0.1,
+  sharding: NamedSharding | None = None,
+  coarse_denoiser: Denoiser | None = None,
+) -> Samples:
+  """Returns what `sample` does, under the arguments that all sampling loops share.
+
+  Args:
+    denoiser: see `sample`.
+    tableau: of a solver without noise.
+    x: first states, [B, ...].
+    keys: not used: there is no noise.
+    cond: conditions, leading [B].
+    window: number of blocks.
+    tolerance: see `sample`.
+    sharding: see `sample`.
+    coarse_denoiser: of the sequential sweep; None for `denoiser`.
+  """
+  del keys
+  return sample(
+    denoiser,
+    tableau,
+    x,
+    cond,
+    coarse=coarse_denoiser or denoiser,
+    blocks=window,
+    tolerance=tolerance,
+    sharding=sharding,
+  )

@@ -40,21 +40,21 @@ class Samples(NamedTuple):
 
   Attributes:
     x: the last states, [B, ...].
-    passes: calls of the denoiser that a sample took part in, int32 [B].
-    evaluations: states of the sample that these evaluated, int32 [B].
+    num_iterations: calls of the denoiser that a sample took part in, int32 [B].
+    num_evaluations: states of the sample that these evaluated, int32 [B].
     error: largest change of a state that was taken for done, as a root mean square
       in the tolerance's unit, float32 [B].
-    variation: sum over those of |change| / (2 s), s being the noise that leaves the
+    tv_bound: sum over those of |change| / (2 s), s being the noise that leaves the
       state: a bound of the total variation to the law of one row after the other, if
       each change is at least what is missing (arXiv:2305.16317, section 3.3); infinite
       where no noise follows a change; float32 [B].
   """
 
   x: Array
-  passes: Array
-  evaluations: Array
+  num_iterations: Array
+  num_evaluations: Array
   error: Array
-  variation: Array
+  tv_bound: Array
 
 
 class WindowState(NamedTuple):
@@ -126,6 +126,14 @@ class UpdateRule(NamedTuple):
   published: bool = False
 
 
+def check_window(tableau: SolverTableau, window: int) -> None:
+  """Raises a ValueError for a window that does not fit the tableau; 0 is unset."""
+  if not 0 <= window <= tableau.evaluations:
+    raise ValueError(
+      f"window={window}: must be 1 to {tableau.evaluations}, the number of solver steps"
+    )
+
+
 def sliding_window(
   denoiser: Denoiser,
   table: SolverTableau,
@@ -135,7 +143,7 @@ def sliding_window(
   ring: RingBuffer,
   method: UpdateRule,
   callback: Callback | None = None,
-  max_passes: int = 0,
+  max_iterations: int = 0,
 ) -> Samples:
   """Returns the last state of the recurrence of `tables`; one loop on the device.
 
@@ -148,21 +156,17 @@ def sliding_window(
     ring: the window; every sample has its own.
     method: how it is improved.
     callback: see Callback; None for none.
-    max_passes: most calls of the denoiser. A sample that is not done by then is what
+    max_iterations: most calls of the denoiser. A sample that is not done by then is what
       the last call made of the last state of its window; 0 for as many as it takes.
 
   Raises:
     ValueError: a window that does not fit the table or the devices.
   """
-  if not 1 <= ring.window <= table.evaluations:
-    raise ValueError(
-      f"sampler.window={ring.window}: take 1 to {table.evaluations}, the rows of the "
-      "table"
-    )
+  check_window(table, ring.window)
   if ring.window % ring.parts(1):
     raise ValueError(
-      f"sampler.window={ring.window}: does not divide over the {ring.parts(1)} devices "
-      "of mesh.window"
+      f"window={ring.window}: does not divide over the {ring.parts(1)} devices "
+      "of the mesh's axis window"
     )
   rows = _Rows(ring, table, keys, method)
   evaluate = map_slots(ring, denoiser, cond)
@@ -180,13 +184,13 @@ def sliding_window(
   def going(carry: tuple[WindowState, Samples]) -> Array:
     now, result = carry
     left = now.begin < table.evaluations
-    if max_passes:
-      left &= result.passes < max_passes
+    if max_iterations:
+      left &= result.num_iterations < max_iterations
     return jnp.any(left)
 
   now, result = jax.lax.while_loop(going, one_pass, rows.start(x))
   last = gather_slot(now.x, slot_offset(ring, now.begin) == 0)
-  if 0 < max_passes < table.evaluations:
+  if 0 < max_iterations < table.evaluations:
     done = wide(now.begin >= table.evaluations, x.ndim)
     last = jnp.where(done, last, gather_slot(now.before[1], rows.latest(now)))
   return result._replace(x=last)
@@ -277,10 +281,10 @@ class _Rows(NamedTuple):
     left = table.evaluations - now.begin
     result = Samples(
       result.x,
-      result.passes + (left > 0).astype(jnp.int32),
-      result.evaluations + jnp.clip(left, 0, self.ring.window),
+      result.num_iterations + (left > 0).astype(jnp.int32),
+      result.num_evaluations + jnp.clip(left, 0, self.ring.window),
       jnp.maximum(result.error, error),
-      result.variation + variation,
+      result.tv_bound + variation,
     )
     last = k == (stride - 1)[:, None]  # of the rows that are done now
     states = jnp.roll(new, 1, axis=1)  # in their own slots

@@ -6,11 +6,13 @@ changed by no more than the tolerance. With tolerance 0 the result is that of
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from sdiff_jax import registry
 from sdiff_jax.samplers import _sliding_window
 from sdiff_jax.samplers._ring_buffer import RingBuffer
 from sdiff_jax.samplers._sliding_window import Callback, Iteration, Samples, UpdateRule
@@ -20,16 +22,26 @@ from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 ULPS = 4  # changes of so many units in the last place count as none
 
 
+def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+  """Returns the options, or raises a ValueError for one that does not fit."""
+  _sliding_window.check_window(tableau, options["window"])
+  check(options["tolerance"], options["update_rule"])
+  return options
+
+
 def check(tolerance: float | Array, update_rule: str) -> None:
   """Raises a ValueError for a tolerance or a rule that does not exist."""
   if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
-    raise ValueError(f"sampler.tolerance={tolerance}: take 0 or more")
+    raise ValueError(f"tolerance={tolerance}: take 0 or more")
   if update_rule not in UPDATE_RULES:
     raise ValueError(
-      f"sampler.update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}"
+      f"update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}"
     )
 
 
+@registry.register(
+  "samplers", "paradigms", prefix="para", check=check_options, bounds_tv=True
+)
 def sample(
   denoiser: Denoiser,
   table: SolverTableau,
@@ -37,12 +49,12 @@ def sample(
   keys: PRNGKey,
   cond: Cond,
   *,
-  window: int,
-  tolerance: float | Array,
+  window: int = 0,
+  tolerance: float | Array = 0.1,
   update_rule: str = "secant",
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
-  max_passes: int = 0,
+  max_iterations: int = 0,
 ) -> Samples:
   """Returns the last state of the recurrence of `tables`, found in parallel.
 
@@ -60,7 +72,7 @@ def sample(
       last d, and keep a multistep solver's history.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see windows.Callback); None for none.
-    max_passes: most calls of the denoiser (see windows.run); 0 for any number.
+    max_iterations: most calls of the denoiser (see windows.run); 0 for any number.
 
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
@@ -86,7 +98,7 @@ def sample(
     return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
 
   method = UpdateRule(UPDATE_RULES[update_rule], improve, published)
-  given = (x, keys, cond, ring, method, callback, max_passes)
+  given = (x, keys, cond, ring, method, callback, max_iterations)
   return _sliding_window.sliding_window(denoiser, table, *given)
 
 

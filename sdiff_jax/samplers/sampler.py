@@ -1,220 +1,394 @@
-"""How to sample, by name: a solver's table and the loop that runs its rows.
+"""Samplers by name: a solver's tableau, and the loop that runs its steps.
 
-A name is a solver's, whose rows then run one after the other, or one with the loop in
-front: paraddpm, paraddim, paradpmpp2m, paraheun, ... (ParaDiGMS), specddpm,
-specdpmpp2m_sde (speculation), srdsddim (parareal).
+The name of a sampler is that of a solver, whose steps then run sequentially, or that of
+a solver behind the prefix of a parallel loop: paraddpm, paraddim, paradpmpp2m, paraheun
+(ParaDiGMS), specddpm (speculative sampling), srdsddim (parareal).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
-from sdiff_jax.contrib import parareal
-from sdiff_jax.samplers import (
-  _gaussian_mixture,
-  paradigms,
-  sequential,
-  solvers,
-  speculative,
-)
-from sdiff_jax.samplers._sliding_window import Samples
+from sdiff_jax import contrib, registry
+from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.distributed import sharding as sharding_lib
+from sdiff_jax.samplers import sequential, solvers
+from sdiff_jax.samplers._sliding_window import Callback, Samples
 from sdiff_jax.samplers.solvers import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
-LOOPS = ("para", "spec", "srds")
 ALIASES = {"paradpmsolver": "paradpmpp2m"}
+# Options that are given when samples are made; all others when a sampler is built.
+RUNTIME = {
+  "mesh": "sharding",
+  "callback": "callback",
+  "coarse_denoiser": "coarse_denoiser",
+}
+# Options of every sampler that is built on the TrigFlow process.
+COMMON = {"timesteps": (), "temperature": 1.0}
 
 
-class Sampler(NamedTuple):
-  """A sampler.
+class SamplingStats(NamedTuple):
+  """The cost and the accuracy of samples, one value a sample.
 
   Attributes:
-    loop: one of LOOPS, or "" for one row after the other.
-    table: the solver.
-    window: rows at once, or blocks of parareal; 0 where it is yet to be chosen.
-    tolerance: see `paradigms.sample` and `parareal.sample`.
-    update_rule: see `paradigms.sample`.
-    max_passes: see `windows.run`; for para and spec.
+    num_iterations: sequential calls of the denoiser, int32 [B].
+    num_evaluations: states that the denoiser was evaluated at, int32 [B].
+    error: largest accepted change of a state, in the unit of the tolerance, float32
+      [B]; 0 for exact samplers.
+    tv_bound: bound of the total variation distance to the sequential sampler's
+      distribution, float32 [B] (see `Samples`).
   """
 
+  num_iterations: Array
+  num_evaluations: Array
+  error: Array
+  tv_bound: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+  """A solver and the loop that runs its steps; made by `build`.
+
+  Attributes:
+    name: as in `names()`.
+    tableau: the solver's coefficients.
+    loop: the loop, a piece of the registry's kind "samplers".
+    options: the loop's options: window, tolerance, ...
+  """
+
+  name: str
+  tableau: SolverTableau
   loop: str
-  table: SolverTableau
-  window: int = 0
-  tolerance: float = 0.1
-  update_rule: str = "secant"
-  max_passes: int = 0
+  options: Mapping[str, Any]
+
+  @property
+  def num_steps(self) -> int:
+    """The number of solver steps, each with one evaluation of the denoiser."""
+    return self.tableau.evaluations
+
+  @property
+  def window(self) -> int:
+    """The number of steps that are evaluated at once; 0 if it is yet to be chosen."""
+    return self.options.get("window", 1)
+
+  @property
+  def is_parallel(self) -> bool:
+    """Whether the loop evaluates several steps at once."""
+    return self.takes("window")
+
+  def takes(self, option: str) -> bool:
+    """Returns whether the sampler has an option, `mesh` and `callback` included."""
+    return RUNTIME.get(option, option) in _loop_parameters(self.loop)
+
+  def fact(self, name: str) -> Any:
+    """Returns what the loop says of itself under a name, None if it says nothing."""
+    return _loops()[self.loop].facts.get(name)
+
+  def replace(self, **options: Any) -> "Sampler":
+    """Returns the sampler with other options of its loop.
+
+    Raises:
+      ValueError: the loop does not take an option, or not that value.
+    """
+    return from_tableau(self.name, self.tableau, **{**self.options, **options})
+
+  def sequential(self) -> "Sampler":
+    """Returns the sampler that runs the same steps sequentially."""
+    solver = _lookup(self.name)[1]
+    return Sampler(solver, self.tableau, _lookup(solver)[0], {})
 
 
-def build(
-  *,
-  name: str,
-  window: int = 0,
-  tolerance: float = 0.1,
-  update_rule: str = "secant",
-  **solver: object,
-) -> Sampler:
-  """Returns the plan of a name, such as "paraddpm".
+def names() -> list[str]:
+  """Returns the names of all samplers: every solver, alone and behind every prefix.
+
+  Example:
+    >>> {"ddim", "paraddim"} <= set(names())
+    True
+  """
+  return sorted(_table())
+
+
+def options(name: str) -> dict[str, Any]:
+  """Returns the options that `build` takes for a sampler, with their defaults.
 
   Args:
-    name: a solver, maybe with a loop in front.
-    window: see Plan.
-    tolerance: see Plan.
-    update_rule: see Plan.
-    **solver: the other arguments of `tables.build`.
-
-  Raises:
-    ValueError: an unknown name, or values that do not fit.
-  """
-  loop, kind = parse(name)
-  table = solvers.build(name=kind, **solver)
-  return from_tableau(
-    loop, table, window=window, tolerance=tolerance, update_rule=update_rule
-  )
-
-
-def parse(name: str) -> tuple[str, str]:
-  """Returns the loop and the solver of a name, ("para", "ddpm") of "paraddpm".
+    name: of the sampler.
 
   Raises:
     ValueError: an unknown name.
+
+  Example:
+    >>> options("heun")
+    {'timesteps': (), 'temperature': 1.0}
   """
-  full = ALIASES.get(name, name)
-  loop = next((loop for loop in LOOPS if full.startswith(loop)), "")
-  if full.removeprefix(loop) not in solvers.SOLVERS:
-    raise ValueError(
-      f"sampler.name={name!r}: take one of {[*solvers.SOLVERS]}, maybe with 'para', "
-      "'spec' or 'srds' in front"
-    )
-  return loop, full.removeprefix(loop)
+  loop, solver = _lookup(name)
+  of_loop = {k: v for k, v in _loop_parameters(loop).items() if k not in RUNTIME_ONLY}
+  return COMMON | _solver_options(solver) | of_loop
 
 
-def from_tableau(
-  loop: str,
-  table: SolverTableau,
+def build(
+  name: str,
+  schedule: NoiseSchedule | None = None,
   *,
-  window: int = 0,
-  tolerance: float = 0.1,
-  update_rule: str = "secant",
+  sigma_d: float | None = None,
+  steps: int | None = None,
+  **options: Any,
 ) -> Sampler:
-  """Returns the plan of a table; the arguments are those of Plan.
+  """Returns the sampler of a name, on a noise schedule or on the TrigFlow process.
+
+  Args:
+    name: a solver, sequential or behind the prefix of a loop (see `names`).
+    schedule: noise levels at every step; None for the TrigFlow process.
+    sigma_d: standard deviation of the data; of the TrigFlow process alone.
+    steps: number of steps; of the TrigFlow process alone.
+    **options: options of the solver and of the loop (see `options`). On the TrigFlow
+      process these are also `timesteps`, the TrigFlow time at which every step starts,
+      in (0, pi/2], and `temperature`, a factor of all noise.
 
   Raises:
-    ValueError: values that do not fit.
+    ValueError: an unknown name, an option that the sampler does not take, or a value
+      that does not fit; the message starts with the name of the argument.
+
+  Example:
+    >>> sampler = build("paraddim", sigma_d=0.5, steps=50, window=16, tolerance=0.1)
+    >>> sampler.num_steps, sampler.window, sampler.loop
+    (50, 16, 'paradigms')
   """
-  plan = Sampler(loop, table, window, tolerance, update_rule)
-  if not loop:
-    return plan
-  if not 0 <= window <= table.evaluations:
-    raise ValueError(
-      f"sampler.window={window}: take 1 to {table.evaluations}, the rows of the table, "
-      "or 0 for one that fits the machine"
-    )
-  if loop == "para":
-    paradigms.check(tolerance, update_rule)
-  if loop == "spec":
-    speculative.check(table)
-  if loop == "srds":
-    parareal.check(table, tolerance)
-    if table.uses("p", "c", "e"):
-      raise ValueError("sampler.name: of the names, parareal takes srdsddim alone")
-    blocks = window or round(table.evaluations**0.5)
-    parareal.boundaries(table.evaluations, blocks)
-    plan = plan._replace(window=blocks)
-  return plan
+  loop, solver = _lookup(name)
+  common, of_solver = {}, _solver_options(solver)
+  if schedule is None:
+    if sigma_d is None or steps is None:
+      missing = "sigma_d" if sigma_d is None else "steps"
+      raise ValueError(f"{missing}: needed without a noise schedule")
+    common = COMMON
+  elif sigma_d is not None or steps is not None:
+    extra, value = ("steps", steps) if sigma_d is None else ("sigma_d", sigma_d)
+    raise ValueError(f"{extra}={value}: the noise schedule determines it")
+  known = common.keys() | of_solver.keys() | _loop_parameters(loop).keys()
+  for option, value in options.items():
+    if option not in known - RUNTIME_ONLY:
+      _refuse(name, option, value)
+  if schedule is None:
+    of_tableau = {k: v for k, v in options.items() if k in common or k in of_solver}
+    tableau = solvers.build(sigma_d=sigma_d, name=solver, steps=steps, **of_tableau)
+  else:
+    of_tableau = {k: v for k, v in options.items() if k in of_solver}
+    tableau = _solver(solver)(schedule, **of_tableau)
+  return from_tableau(
+    name, tableau, **{k: v for k, v in options.items() if k not in of_tableau}
+  )
+
+
+def from_tableau(name: str, tableau: SolverTableau, **options: Any) -> Sampler:
+  """Returns the sampler that runs a tableau by the loop of a sampler's name.
+
+  Args:
+    name: of the sampler; its solver is not built.
+    tableau: the solver's coefficients.
+    **options: of the loop.
+
+  Raises:
+    ValueError: an option that the loop does not take, or a value that does not fit.
+
+  Example:
+    >>> tableau = build("ddim", sigma_d=0.5, steps=8).tableau
+    >>> from_tableau("paraddim", tableau, window=4).options["window"]
+    4
+  """
+  loop, _ = _lookup(name)
+  piece, parameters = _loops()[loop], _loop_parameters(loop)
+  for option, value in options.items():
+    if option not in parameters.keys() - RUNTIME_ONLY:
+      _refuse(name, option, value)
+  defaults = {k: v for k, v in parameters.items() if k not in RUNTIME_ONLY}
+  complete = defaults | options
+  if "check" in piece.facts:
+    complete = piece.facts["check"](tableau, complete)
+  return Sampler(name, tableau, loop, complete)
+
+
+def sample(
+  sampler: Sampler,
+  denoiser: Denoiser,
+  seeds: Array | Sequence[int],
+  shape: tuple[int, ...],
+  cond: Cond = None,
+  *,
+  mesh: Mesh | None = None,
+  callback: Callback | None = None,
+  coarse_denoiser: Denoiser | None = None,
+) -> Samples:
+  """Returns one sample for each seed; sample k depends on seeds[k] and cond[k] alone.
+
+  It may be called inside `jax.jit`, with seeds and conditions that are traced.
+
+  Args:
+    sampler: what `build` returned, with its window chosen.
+    denoiser: (x [N, ...], time [N], cond) -> estimate of x0 [N, ...].
+    seeds: integers, [B].
+    shape: of one sample.
+    cond: conditions by name, each with leading [B]; None for none.
+    mesh: devices that the window is distributed over; None for one device.
+    callback: called on the host in every iteration (see `Callback`).
+    coarse_denoiser: denoiser of parareal's sequential sweep; None for `denoiser`.
+
+  Returns:
+    Samples x [B, *shape], with their cost and accuracy.
+
+  Raises:
+    ValueError: an argument that the sampler does not take, or a window that is not
+      chosen or does not divide over the mesh.
+
+  Example:
+    >>> sampler = build("paraddim", sigma_d=0.5, steps=8, window=4)
+    >>> samples = sample(sampler, lambda x, time, cond: 0 * x, range(3), shape=(2, 2))
+    >>> samples.x.shape
+    (3, 2, 2)
+  """
+  keys = sequential.keys_from_seeds(jnp.asarray(seeds))
+  return run(
+    sampler,
+    denoiser,
+    sequential.sample_prior(sampler.tableau, keys, tuple(shape)),
+    keys,
+    cond,
+    mesh=mesh,
+    callback=callback,
+    coarse_denoiser=coarse_denoiser,
+  )
 
 
 def run(
-  plan: Sampler,
+  sampler: Sampler,
   denoiser: Denoiser,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
-  *,
-  sharding: NamedSharding | None = None,
-  coarse: Denoiser | None = None,
+  **runtime: Any,
 ) -> Samples:
-  """Returns what a plan makes of the first state, and what it took.
+  """Returns what a sampler makes of given first states, such as noised images.
 
   Args:
-    plan: with its window chosen.
-    denoiser: (x [N, ...], time [N], cond) -> d [N, ...].
-    x: first state, [B, ...].
-    keys: one key a sample, [B].
-    cond: conditions, leading [B].
-    sharding: of the axes [B, window]; None on one device.
-    coarse: denoiser of parareal's sweep; None for `denoiser`.
-  """
-  if plan.loop == "para":
-    options = {"tolerance": plan.tolerance, "update_rule": plan.update_rule}
-    options |= {"window": plan.window, "sharding": sharding}
-    options["max_passes"] = plan.max_passes
-    return paradigms.sample(denoiser, plan.table, x, keys, cond, **options)
-  if plan.loop == "spec":
-    options = {"window": plan.window, "sharding": sharding}
-    options["max_passes"] = plan.max_passes
-    return speculative.sample(denoiser, plan.table, x, keys, cond, **options)
-  if plan.loop == "srds":
-    return parareal.sample(
-      denoiser,
-      plan.table,
-      x,
-      cond,
-      coarse=coarse or denoiser,
-      blocks=plan.window,
-      tolerance=plan.tolerance,
-      sharding=sharding,
-    )
-  count = jnp.full(len(x), plan.table.evaluations, jnp.int32)
-  x = sequential.sample(denoiser, plan.table, x, keys, cond)
-  none = jnp.zeros(len(x), x.dtype)
-  return Samples(x, count, count, none, none)
-
-
-class WindowEstimate(NamedTuple):
-  """What a window is expected to take: passes, and seconds for a batch."""
-
-  window: int
-  passes: float
-  seconds: float
-
-
-def autotune_window(
-  plan: Sampler, cost: Callable[[int], float], multiple: int = 1
-) -> list[WindowEstimate]:
-  """Returns what windows are expected to take, the best one first.
-
-  Passes hang on solver and tolerance more than on the network: they are those of a
-  mixture of Gaussians in 16 dimensions. Windows grow until the time does.
-
-  Args:
-    plan: with any window.
-    cost: window -> seconds of a call of the denoiser for a batch, measured.
-    multiple: windows are multiples of it.
+    sampler: see `sample`.
+    denoiser: see `sample`.
+    x: first states, [B, ...].
+    keys: one random key a sample, [B].
+    cond: see `sample`.
+    **runtime: `mesh`, `callback` and `coarse_denoiser` of `sample`.
 
   Raises:
-    ValueError: no multiple fits the table.
+    ValueError: see `sample`.
   """
-  rows, tried = plan.table.evaluations, []
-  sizes = [n for k in range(2, 10) for n in (2**k, 3 * 2 ** (k - 1))] + [rows]
-  for window in sorted({n for n in sizes if n <= rows and n % multiple == 0}):
-    count = expected_iterations(plan._replace(window=window))
-    tried.append(WindowEstimate(window, count, count * cost(window)))
-    if tried[-1].seconds > 1.5 * min(t.seconds for t in tried):
-      break
-  if not tried:
+  given = {k: v for k, v in runtime.items() if v is not None}
+  for option in given:
+    if not sampler.takes(option):
+      _refuse(sampler.name, option, None)
+  if sampler.is_parallel and not sampler.window:
     raise ValueError(
-      f"sampler.steps: no window of {rows} rows divides over {multiple} devices"
+      f"window=0: name one of 1 to {sampler.num_steps}, or choose it by "
+      "autotune.autotune_window"
     )
-  return sorted(tried, key=lambda t: t.seconds)
+  if "mesh" in given:
+    given["sharding"] = sharding_lib.window(given.pop("mesh"))
+  loop = _loops()[sampler.loop].build
+  return loop(denoiser, sampler.tableau, x, keys, cond, **sampler.options, **given)
 
 
-def expected_iterations(plan: Sampler) -> float:
-  """Returns the mean calls of the denoiser that 16 samples of the mixture take."""
-  denoiser = _gaussian_mixture.denoiser(plan.table.sigma_d)
-  keys = sequential.keys_from_seeds(np.arange(16))
-  x = sequential.sample_prior(plan.table, keys, (16,))
-  return float(jax.jit(lambda: run(plan, denoiser, x, keys, None).passes)().mean())
+@registry.register("samplers", "sequential", prefix="")
+def _sequential(
+  denoiser: Denoiser, tableau: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
+) -> Samples:
+  """Runs the steps of a tableau sequentially; see `sequential.sample`."""
+  count = jnp.full(len(x), tableau.evaluations, jnp.int32)
+  x = sequential.sample(denoiser, tableau, x, keys, cond)
+  zero = jnp.zeros(len(x), x.dtype)
+  return Samples(x, count, count, zero, zero)
+
+
+RUNTIME_ONLY = frozenset(RUNTIME.values())
+
+
+def _loops() -> dict[str, registry.Piece]:
+  """Returns all registered loops by name; those of `contrib` are imported as well."""
+  for module in pkgutil.iter_modules(contrib.__path__):
+    importlib.import_module(f"{contrib.__name__}.{module.name}")
+  return {name: registry.lookup("samplers", name) for name in registry.names("samplers")}
+
+
+def _loop_parameters(loop: str) -> dict[str, Any]:
+  """Returns the keyword arguments of a loop with their defaults."""
+  parameters = inspect.signature(_loops()[loop].build).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+
+
+def _solver(name: str) -> Callable[..., SolverTableau]:
+  return solvers.SOLVERS[name][0]
+
+
+def _solver_options(name: str) -> dict[str, Any]:
+  """Returns the options of a solver with their defaults."""
+  return {"eta": 0.0} if name == "ddim" else {}
+
+
+def _table() -> dict[str, tuple[str, str]]:
+  """Returns name -> (loop, solver) of every sampler."""
+  table = {}
+  for loop, piece in _loops().items():
+    for prefix in (piece.facts["prefix"], *piece.facts.get("aliases", ())):
+      for solver in solvers.SOLVERS:
+        name = prefix + solver
+        if name in table:
+          raise ValueError(
+            f"name={name!r}: stands for {table[name]} and for {(loop, solver)}; rename "
+            "the solver, or the prefix of the loop"
+          )
+        table[name] = loop, solver
+  return table | {alias: table[name] for alias, name in ALIASES.items()}
+
+
+def _lookup(name: str) -> tuple[str, str]:
+  """Returns the loop and the solver of a sampler's name.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  table = _table()
+  if name not in table:
+    near = difflib.get_close_matches(name, table, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    prefixes = [p.facts["prefix"] for p in _loops().values() if p.facts["prefix"]]
+    raise ValueError(
+      f"name={name!r}: must be a solver, one of {', '.join(solvers.SOLVERS)}, alone or "
+      f"behind a prefix, one of {', '.join(prefixes)}{hint}"
+    )
+  return table[name]
+
+
+def _refuse(name: str, option: str, value: Any) -> None:
+  """Raises a ValueError: a sampler does not take an option; says which ones do."""
+  loop, solver = _lookup(name)
+  stated = option if value is None else f"{option}={value!r}"
+  takers = []
+  of_solvers = [s for s in solvers.SOLVERS if option in _solver_options(s)]
+  if of_solvers:
+    takers.append(f"the solver {', '.join(of_solvers)}")
+  prefixes = [
+    f"{piece.facts['prefix']}{solver}"
+    for key, piece in _loops().items()
+    if RUNTIME.get(option, option) in _loop_parameters(key)
+  ]
+  if prefixes:
+    takers.append(" or ".join(prefixes))
+  if option in RUNTIME and prefixes and RUNTIME[option] in _loop_parameters(loop):
+    raise ValueError(f"{stated}: given to `sample`, not to `build`")
+  known = f"; it is for {' or '.join(takers)}" if takers else "; no sampler does"
+  raise ValueError(f"{stated}: the sampler {name!r} does not take it{known}")

@@ -211,7 +211,7 @@ def heun(path: NoiseSchedule) -> SolverTableau:
   noise_next = path.sigma_next / path.alpha_next
   if noise[0] > HEUN_MAX:
     raise ValueError(
-      f"sampler.timesteps: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
+      f"timesteps: heun cannot start at noise {noise[0]:.4g} (pi/2 is infinite); "
       f"start below {HEUN_MAX:g}, or take dpm2s or ddim"
     )
   for i, time in enumerate(path.time):
@@ -303,15 +303,15 @@ def build(
       temperature that does not fit.
   """
   if not 0 <= temperature < float("inf"):
-    raise ValueError(f"sampler.temperature={temperature}: must be 0 or more")
+    raise ValueError(f"temperature={temperature}: must be 0 or more")
   if name not in SOLVERS:
-    raise ValueError(f"sampler.name={name!r}: take one of {[*SOLVERS]}")
+    raise ValueError(f"name={name!r}: take one of {[*SOLVERS]}")
   if steps < 1:
-    raise ValueError(f"sampler.steps={steps}: take 1 or more")
+    raise ValueError(f"steps={steps}: take 1 or more")
   if not 0 <= eta <= 1:
-    raise ValueError(f"sampler.eta={eta}: take 0 to 1")
+    raise ValueError(f"eta={eta}: take 0 to 1")
   if eta and name != "ddim":
-    raise ValueError(f"sampler.eta={eta}: ddim alone has an eta")
+    raise ValueError(f"eta={eta}: ddim alone has an eta")
   solver, grid = SOLVERS[name]
   t = time_grids.given_timesteps(timesteps) if timesteps else grid(steps, sigma_d)
   path = noise_schedules.trigflow(t, sigma_d)

@@ -9,10 +9,13 @@ draft's noise is independent of its means, noise of rows that come after a rejec
 one is used again, and their next guess starts from what the pass has found there.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from sdiff_jax import registry
 from sdiff_jax.samplers import _sliding_window
 from sdiff_jax.samplers._ring_buffer import RingBuffer, wide
 from sdiff_jax.samplers._sliding_window import Callback, Iteration, Samples, UpdateRule
@@ -21,15 +24,25 @@ from sdiff_jax.samplers.solvers import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
+def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+  """Returns the options, or raises a ValueError for one that does not fit."""
+  _sliding_window.check_window(tableau, options["window"])
+  check(tableau)
+  return options
+
+
 def check(table: SolverTableau) -> None:
   """Raises a ValueError for a table without noise."""
   if not (table.s[:-1] > 0).all():
     raise ValueError(
-      "sampler.name: speculation needs noise in every row but the last: specddpm, "
+      "name: speculation needs noise in every row but the last: specddpm, "
       "specdpmpp2m_sde"
     )
 
 
+@registry.register(
+  "samplers", "speculative", prefix="spec", check=check_options, exact=True
+)
 def sample(
   denoiser: Denoiser,
   table: SolverTableau,
@@ -37,10 +50,10 @@ def sample(
   keys: PRNGKey,
   cond: Cond,
   *,
-  window: int,
+  window: int = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
-  max_passes: int = 0,
+  max_iterations: int = 0,
 ) -> Samples:
   """Returns a draw with the law of `sequential.sample`; `error` is 0.
 
@@ -53,7 +66,7 @@ def sample(
     window: rows verified at once, theta.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see windows.Callback); None for none.
-    max_passes: most calls of the denoiser (see windows.run); 0 for any number.
+    max_iterations: most calls of the denoiser (see windows.run); 0 for any number.
 
   Raises:
     ValueError: a window that does not exist, or a table without noise.
@@ -79,7 +92,7 @@ def sample(
     return new, stride, none, none
 
   method = UpdateRule(secant, improve)
-  given = (x, keys, cond, ring, method, callback, max_passes)
+  given = (x, keys, cond, ring, method, callback, max_iterations)
   return _sliding_window.sliding_window(denoiser, table, *given)
 
 
