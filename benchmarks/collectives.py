@@ -29,9 +29,9 @@ def main() -> None:
   import jax
   import jax.numpy as jnp
 
+  from sdiff_jax import samplers
   from sdiff_jax.capacity import hlo
   from sdiff_jax.distributed import sharding
-  from sdiff_jax.samplers import paradigms, sequential, solvers
 
   mesh = sharding.make_mesh(data=1, fsdp=1, window=args.devices)
   shape = tuple(int(n) for n in args.shape.split(","))
@@ -45,18 +45,17 @@ def main() -> None:
     d = jax.lax.with_sharding_constraint(denoiser(x, time, cond), sharding.batch(mesh))
     return jax.lax.with_sharding_constraint(d, sharding.replicated(mesh))
 
-  ways = {"ring": (denoiser, sharding.window(mesh)), "plain": (spread, None)}
+  ways = {"ring": (denoiser, mesh), "plain": (spread, None)}
   print("| table | way | kind | in a pass | bytes | in states |")
   print("|---|---|---|---|---|---|")
   for name in ("ddpm", "dpmpp2m", "heun"):
-    table = solvers.build(sigma_d=0.5, name=name, steps=100)
+    sampler = samplers.build(
+      f"para{name}", sigma_d=0.5, steps=100, window=args.window, tolerance=0.1
+    )
     for way, (net, over) in ways.items():
-      call = functools.partial(
-        paradigms.sample, net, table, window=args.window, tolerance=0.1, sharding=over
-      )
-      x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-      keys = jax.eval_shape(lambda: sequential.keys_from_seeds(jnp.arange(1)))
-      run = jax.jit(lambda x, k, f=call: f(x, k, None)).lower(x, keys).compile()
+      call = functools.partial(samplers.sample, sampler, net, shape=shape, mesh=over)
+      seeds = jax.ShapeDtypeStruct((1,), jnp.int32)
+      run = jax.jit(lambda seeds, f=call: f(seeds=seeds)).lower(seeds).compile()
       found = [c for c in hlo.read(run.as_text()) if c.loop]
       kinds = [c._replace(dtype="") for c in found]
       for (kind, _), (number, size, _) in hlo.total(kinds).items():

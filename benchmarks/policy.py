@@ -17,9 +17,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import policies, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.policies import policy
+from sdiff_jax.policies import Policy
 
 # float32 matrix products in FLOP/s (TF32 on the H100, 6 passes of bf16 on TPU v5e and
 # v6e), bytes/s of memory, seconds a launch (CUDA graphs; steps of a TPU program).
@@ -42,10 +42,9 @@ def main() -> None:
   rows = json.loads((given.run / "rollout" / "results.json").read_text())
   print(f"{'sampler':16} passes " + " ".join(f"{name:>12}" for name in CHIPS))
   for row in rows:
-    plan = sampling.plan(config, row["sampler"])
-    batch = plan.window if plan.loop else 1
-    flops, size = _cost(experiment, params, batch)
-    launches = _launches(config, experiment, params, plan)
+    sampler = sampling.build_sampler(config, row["sampler"], config.rollout.samplers)
+    flops, size = _cost(experiment, params, sampler.window)
+    launches = _launches(policies.build(config, experiment, params, sampler))
     times = [
       row["passes"] * (max(flops / peak, size / memory) + launches * launch)
       for peak, memory, launch in CHIPS.values()
@@ -68,10 +67,9 @@ def _cost(experiment, params, batch: int) -> tuple[float, float]:
   )
 
 
-def _launches(config, experiment, params, plan) -> int:
+def _launches(policy: Policy) -> int:
   """Returns the instructions of the loop's body, or of all of it without a loop."""
-  act = policy.Policy(config, experiment, params, plan)
-  text = act._call.as_text()
+  text = policy.compiled.as_text()
   blocks = re.split(r"\n\n", text)
   counts = [len(KERNELS.findall(b)) for b in blocks if not b.startswith("%fused")]
   return max(counts)

@@ -18,11 +18,12 @@ import sys
 import jax
 
 from sdiff_jax import config as config_lib
+from sdiff_jax import samplers
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity import lowering, roofline
 from sdiff_jax.capacity.hlo import Collective
 from sdiff_jax.distributed import sharding
-from sdiff_jax.samplers import sampler
+from sdiff_jax.samplers import autotune
 
 SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
@@ -155,9 +156,9 @@ def windows(name: str) -> str:
   lines = ["| window | passes, published rule | secant | 1 chip | 4 chips | 8 chips |"]
   lines += ["|---" * 6 + "|"]
   for window in WINDOWS:
-    plan = sampler.build(sigma_d=0.5, name="paraddpm", steps=ROWS, window=window)
+    sampler = samplers.build("paraddpm", sigma_d=0.5, steps=ROWS, window=window)
     passes = [
-      sampler.expected_iterations(plan._replace(update_rule=r))
+      autotune.expected_iterations(sampler.replace(update_rule=r))
       for r in ("published", "secant")
     ]
     cells = []

@@ -308,7 +308,7 @@ def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
       ("--config=configs/digits_scd.py:x",),
       "configs/digits_scd.py:x: the only variant",
     ),
-    (("--config.sampler.name=rk4",), "config.sampler.name='rk4': take one of"),
+    (("--config.sampler.name=rk4",), "config.sampler.name='rk4': must be a solver"),
   ],
 )
 def test_mistakes_are_one_line_and_code_2(refused, tmp_path, args, message):

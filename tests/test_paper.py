@@ -78,7 +78,7 @@ def test_teachers_of_imagenet(data, size):
   assert c.loss.name == "diffusion"
   assert c.loss.label_dropout == {"imagenet64": 0, "imagenet512": 0.1}[data]
   assert not c.model.guidance
-  assert sampling.plan(c).table.evaluations == 63
+  assert sampling.build_sampler(c).tableau.evaluations == 63
   guidance = 1 if data == "imagenet64" else 1.4 if size == "S" else 1.2
   assert c.sample.guidance == guidance
 
@@ -137,7 +137,7 @@ def test_cifar10(kind):
   assert c.ema.profiles == ("half_life/500000",)
   assert (c.data.mean, c.data.std) == ((0.0,), (0.5,))
   assert not c.class_conditional
-  evaluations = sampling.plan(c).table.evaluations
+  evaluations = sampling.build_sampler(c).tableau.evaluations
   assert evaluations == (35 if teacher else 2)
 
 
@@ -154,7 +154,7 @@ def test_objectives(name):
       0.1,
       10_000,
     )
-    grid = sampling.plan(c, "consistency/2").table.time
+    grid = sampling.build_sampler(c, "consistency/2").tableau.time
     np.testing.assert_allclose(grid[:2], [np.arctan(80 / 0.5), 1.1])
 
 

@@ -65,8 +65,8 @@ def ours(case: dict, rule: str, net, shape: tuple[int, ...]) -> dict:
     seconds.append(time.perf_counter() - begin)
   error = np.sqrt(np.mean((found.x - alone) ** 2) / np.mean(alone**2))
   return {
-    "passes": float(found.passes.mean()),
-    "evaluations": float(found.evaluations.mean()),
+    "passes": float(found.num_iterations.mean()),
+    "evaluations": float(found.num_evaluations.mean()),
     "seconds": sorted(seconds)[2],
     "error": float(error),
   }

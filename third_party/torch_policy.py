@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax import policies
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.policies import policy
 
 HALF = pathlib.Path(__file__).with_name("torch_policy_half.py")
 SAMPLERS = ("ddpm/100", "paraddpm/100", "specddpm/100", "ddim/15", "paraddim/15")
@@ -37,10 +37,10 @@ def main() -> None:
   parser.add_argument("--student", required=True)
   parser.add_argument("--turns", type=int, default=50)
   given = parser.parse_args()
-  ours = {name: policy.load(given.teacher, sampler=name) for name in SAMPLERS}
+  ours = {name: policies.load(given.teacher, sampler=name) for name in SAMPLERS}
   for steps in (1, 2):
     name = f"consistency/{steps}"
-    ours[name] = policy.load(given.student, sampler=name)
+    ours[name] = policies.load(given.student, sampler=name)
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "policy.npz")
     _export(given.teacher, path)
@@ -69,7 +69,7 @@ def _export(workdir: str, path: str) -> None:
 
 
 def _turns(
-  ours: dict[str, policy.Policy], half: subprocess.Popen, turns: int
+  ours: dict[str, policies.Policy], half: subprocess.Popen, turns: int
 ) -> dict[str, np.ndarray]:
   """Returns seconds of a chunk, by name, [turns]."""
   took = {name: [] for name in ("PyTorch, diffusers' DDPM/100", *ours)}

@@ -17,12 +17,13 @@ from sdiff_jax.capacity import hlo
 from sdiff_jax.data.pipeline import Dataset
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling, text_to_image
+from sdiff_jax.experiment import pipelines, sampling, text_to_image
 from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
-from sdiff_jax.samplers import sampler
+from sdiff_jax.experiment.pipelines import Pipeline
+from sdiff_jax.samplers import Sampler, autotune
 from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.types import Network, Params, UserError
 
@@ -145,97 +146,65 @@ def training(
 def sampled(
   config: ml_collections.ConfigDict, experiment: experiments.Experiment
 ) -> Program:
-  """Returns a batch of samples, whose loop is counted once: an evaluation or a pass."""
-  source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
-  size = config.sample.batch_size
-  over = sharding.samples(mesh)
-  with config_errors("config.sample"):
-    sharding.check_batch(size, over)
-  chosen = sampling.plan(config)
-  if chosen.loop and not chosen.window:
-    raise UserError(NO_WINDOW)
-  everywhere = sharding.replicated(mesh)
-  params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
-  placed = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params
+  """Returns the program of a batch of samples of a network trained here.
+
+  Raises:
+    UserError: the batch or the window does not divide over the mesh, or there is no
+      window.
+  """
+  everywhere = sharding.replicated(experiment.mesh)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    jax.eval_shape(experiment.network.init, key),
   )
-  row = jax.ShapeDtypeStruct((size,), jnp.int32)
-  call = sampling.sampler(config, experiment, chosen)
-  rows = size * max(chosen.window, 1)
-
-  def flops(remat: bool) -> float:
-    del remat  # nothing goes backward
-    x = jax.ShapeDtypeStruct((rows, *source.shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    label = jax.ShapeDtypeStruct((rows,), jnp.int32)
-
-    def denoise(params: Params, x: Any, t: Any, label: Any) -> Any:
-      net = sampling.denoiser(experiment, params, config.sample.guidance)
-      return net(x, t, {"label": label})
-
-    return flops_lib.count_flops(denoise, params, x, t, label)
-
-  return Program(
-    lambda: call.func.lower(*call.args, placed, row, row),
-    flops,
-    {"parameters": bytes_per_device(params, everywhere)},
-    sum(x.size for x in jax.tree.leaves(params)),
-    size,
-    1,
-    sampler.expected_iterations(chosen),
-  )
+  pipeline = sampling.pipeline(config, experiment)
+  return _sampling_program(config, pipeline, sampling.build_sampler(config), params)
 
 
 def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
-  """Returns a batch by a model of the diffusers format, whose loop is counted once.
+  """Returns the program of a batch of samples by a model of the diffusers format.
 
   Of its folder the config files alone are read. The decoder is left out: it runs once,
-  the U-Net in every pass.
+  the U-Net in every iteration.
 
   Raises:
     UserError: the batch or the window does not divide over the mesh, or there is no
       window, or the folder does not fit.
   """
-  size, scale = config.sample.batch_size, config.sample.guidance
-  with config_errors("config.sample"):
-    sharding.check_batch(size, sharding.samples(mesh))
-  model, chosen = text_to_image.from_config(config, abstract=True)
-  if chosen.loop and not chosen.window:
-    raise UserError(NO_WINDOW)
-  with config_errors("config.sampler"):
-    sharding.check_window(chosen.window, mesh)
+  model, sampler = text_to_image.from_config(config, abstract=True)
   weights = {k: v for k, v in model.params.items() if k != "vae"}
   model = model._replace(vae=None, params=weights)
-  call = text_to_image.sampler(model, chosen, mesh, scale=scale)
-  arguments = text_to_image.shapes(model, size, mesh)
-  rows = size * max(chosen.window, 1)
+  pipeline = text_to_image.pipeline(
+    model, sampler, mesh, guidance_scale=config.sample.guidance
+  )
+  params = text_to_image.params_with_sharding(model, mesh)
+  return _sampling_program(config, pipeline, sampler, params)
 
-  def flops(remat: bool) -> float:
-    del remat  # nothing goes backward
-    shapes = {"x": (rows, *model.unet.shape), "t": (rows,)}
-    if model.unet.text:
-      length = model.text_encoder.length
-      shapes |= {
-        "text": (rows, length, model.unet.text),
-        "empty": (length, model.unet.text),
-      }
-    arrays = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
 
-    def denoise(params: Any, arrays: dict[str, Any]) -> Any:
-      text, empty = arrays.get("text"), arrays.get("empty")
-      net = text_to_image.denoiser(model, chosen, params, empty, scale)
-      return net(arrays["x"], arrays["t"], None if text is None else {"text": text})
-
-    return flops_lib.count_flops(denoise, model.params, arrays)
-
+def _sampling_program(
+  config: ml_collections.ConfigDict,
+  pipeline: Pipeline,
+  sampler: Sampler,
+  params: Params,
+) -> Program:
+  """Returns the program of a batch, whose loop over iterations is counted once."""
+  size = config.sample.batch_size
+  with config_errors("config.sample"):
+    sharding.check_batch(size, sharding.samples(pipeline.mesh))
+  if not sampler.window:
+    raise UserError(NO_WINDOW)
+  compiled = pipelines.batch_sampler(pipeline, sampler)
+  x = jax.ShapeDtypeStruct((size * sampler.window, *pipeline.shape), jnp.float32)
+  weights = jax.tree.leaves(params)
   return Program(
-    lambda: call.lower(*arguments),
-    flops,
-    {"parameters": bytes_per_device(model.params, sharding.state(model.params, mesh))},
-    sum(x.size for x in jax.tree.leaves(model.params)),
-    size,
-    1,
-    sampler.expected_iterations(chosen),
+    lower=lambda: compiled.lower(params, size),
+    flops=lambda remat: flops_lib.count_flops(pipeline.placeholder, params, x),
+    held={"parameters": bytes_per_device(params, [w.sharding for w in weights])},
+    parameters=sum(w.size for w in weights),
+    images=size,
+    turns=1,
+    repeats=autotune.expected_iterations(sampler),
   )
 
 

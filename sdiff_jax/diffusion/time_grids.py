@@ -85,6 +85,6 @@ def given_timesteps(angles: Sequence[float]) -> np.ndarray:
   grid = np.append(np.asarray(angles, np.float64), 0.0)
   if not (grid[0] <= 1.5708 and np.all(np.diff(grid) < 0)):
     raise ValueError(
-      f"sampler.timesteps={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
+      f"timesteps={tuple(angles)}: give falling angles in (0, pi/2 = 1.5708]"
     )
   return np.minimum(grid, np.pi / 2)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from sdiff_jax.data import pipeline
 from sdiff_jax.diffusion import time_grids, trigflow
@@ -14,7 +15,7 @@ from sdiff_jax.experiment import sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.losses import _velocity, scm, tangent_norm
-from sdiff_jax.samplers import comparison, sequential
+from sdiff_jax.samplers import comparison
 from sdiff_jax.types import Array, Denoiser, Params
 
 TOLERANCES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -63,44 +64,50 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
 def parallel_sampling(
   config: ml_collections.ConfigDict, workdir: str
 ) -> list[dict[str, Any]]:
-  """Returns what config.sampler takes beside one row after the other, see `Taken`.
+  """Returns the cost of config.sampler and its error to the sequential sampler.
 
-  For TOLERANCES at sampler.window, then for WINDOWS at sampler.tolerance; of sample.num
-  images. Speculation has no tolerance, and is other samples of the same law.
+  It is measured at each of TOLERANCES with sampler.window, then with each of WINDOWS at
+  sampler.tolerance, on sample.num images. Speculative sampling has no tolerance and
+  draws different samples from the same distribution, so it has no error.
   """
   experiment, params = workdir_lib.trained(config, workdir)
-  mesh, chosen = experiment.mesh, sampling.plan(config)
+  mesh, sampler = experiment.mesh, sampling.build_sampler(config)
   count = config.sample.num
   with config_errors("config.sample"):
     sharding.check_batch(count, sharding.samples(mesh), name="num")
-  seeds, labels = sampling.seeds_and_labels(config, experiment, 0, count)
-  keys = sequential.keys_from_seeds(seeds)
+  seeds, labels = sampling.seeds_and_labels(config, experiment, np.arange(count))
 
-  def bound(params: Params) -> Denoiser:
+  def denoiser_of(params: Params) -> Denoiser:
     return sharding.with_mesh(
       mesh, sampling.denoiser(experiment, params, config.sample.guidance)
     )
 
-  sweep = comparison.sweep(
-    bound,
+  measure = comparison.sweep(
+    denoiser_of,
     params,
-    chosen.table,
-    sequential.sample_prior(chosen.table, keys, experiment.dataset.shape),
-    keys,
+    sampler,
+    seeds,
+    experiment.dataset.shape,
     {"label": jnp.asarray(labels)},
-    sharding=sharding.window(mesh),
+    mesh=mesh,
   )
   rows = []
-  if chosen.loop == "para":
-    taken = sweep(chosen, TOLERANCES)
+  if sampler.takes("tolerance"):
+    costs = measure(sampler, TOLERANCES)
     rows += [
-      {"tolerance": tolerance} | row._asdict()
-      for tolerance, row in zip(TOLERANCES, taken, strict=True)
+      {"tolerance": tolerance} | _row(cost)
+      for tolerance, cost in zip(TOLERANCES, costs, strict=True)
     ]
   for window in WINDOWS:
-    if window <= chosen.table.evaluations:
-      (row,) = sweep(chosen._replace(window=window), [chosen.tolerance])
-      rows.append({"window": window} | row._asdict())
-  if chosen.loop == "spec":
+    if window <= sampler.num_steps:
+      (cost,) = measure(sampler.replace(window=window))
+      rows.append({"window": window} | _row(cost))
+  if sampler.fact("exact"):
     rows = [row | {"error": None} for row in rows]
   return rows
+
+
+def _row(cost: comparison.Cost) -> dict[str, float]:
+  """Returns a cost under the names that studies store."""
+  iterations, evaluations, error = cost
+  return {"passes": iterations, "evaluations": evaluations, "error": error}

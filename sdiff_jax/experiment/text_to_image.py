@@ -1,42 +1,42 @@
-"""Samples of a model of the diffusers format, over the devices of a mesh."""
+"""The pipeline of a model in the diffusers format, with or without text."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax.data import pipeline
+from sdiff_jax import samplers
+from sdiff_jax.data import pipeline as pipeline_lib
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.experiment.pipelines import Inputs, Pipeline
 from sdiff_jax.pretrained.diffusers import loading, scheduler
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
-from sdiff_jax.samplers import sampler as sampler_lib
-from sdiff_jax.samplers import sequential
-from sdiff_jax.samplers._sliding_window import Samples
-from sdiff_jax.samplers.sampler import Sampler
-from sdiff_jax.types import Array, Denoiser, Params, PRNGKey, UserError
+from sdiff_jax.samplers import Sampler
+from sdiff_jax.types import Array, Cond, Denoiser, Params, UserError
 
-# (params, seeds int32 [B], tokens int32 [B, L], negative int32 [1, L]) -> images uint8
-# [B, H, W, C] and a Result whose x is None. Without text both tokens are None.
-Call = Callable[..., tuple[Array, Samples]]
-TYPES = ("float32", "bfloat16", "float16")
-SOLVER = ("name", "steps", "tolerance", "update_rule")  # fields of config.sampler
+DTYPES = ("float32", "bfloat16", "float16")
+# Fields of config.sampler that only networks trained here have: the noise schedule of a
+# model in the diffusers format determines its timesteps.
+TRIGFLOW_FIELDS = ("timesteps", "eta", "coarse_workdir", "temperature")
 
 
 def from_config(
   config: ml_collections.ConfigDict, *, abstract: bool = False
 ) -> tuple[Model, Sampler]:
-  """Returns the model, its schedule as it is solved, and the plan.
+  """Returns the model, whose schedule names the solver, and the sampler.
 
   Args:
     config: of the job `generate`.
-    abstract: read config files alone; weights are shapes.
+    abstract: read the model's config files alone; weights are shapes.
 
   Raises:
     UserError: the folder or a field does not fit.
@@ -47,178 +47,182 @@ def from_config(
     model = loading.abstract(loading.configs(folder), dtype=dtype)
   else:
     model = loading.load(folder, dtype=dtype)
-  try:
-    schedule, chosen = plan(
+  section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
+  name, steps = section.pop("name"), section.pop("steps")
+  with config_errors("config.sampler"):
+    taken = samplers.options(name)
+    options = {k: v for k, v in section.items() if k in taken or v != defaults[k]}
+    schedule, sampler = build_sampler(
       model.schedule,
-      **{k: config.sampler[k] for k in SOLVER},
-      window=config.sampler.window,
+      name=name,
+      steps=steps,
       spacing=config.generate.timestep_spacing,
+      **{k: v for k, v in options.items() if k not in TRIGFLOW_FIELDS},
     )
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
-  return model._replace(schedule=schedule), chosen
+  return model._replace(schedule=schedule), sampler
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
-  """Raises a UserError for what can be seen to be wrong before anything is read."""
-  chosen = config.generate
-  if not chosen.folder:
+  """Raises a UserError for a field that is wrong whatever the folder holds."""
+  generate, defaults = config.generate, configs.base().sampler
+  if not generate.folder:
     raise UserError(
       "config.generate.folder is empty: name a folder of the diffusers format, or "
       "hf://organisation/name"
     )
-  if chosen.dtype not in TYPES:
+  if generate.dtype not in DTYPES:
     raise UserError(
-      f"config.generate.dtype={chosen.dtype!r}: take one of {', '.join(TYPES)}"
+      f"config.generate.dtype={generate.dtype!r}: must be one of {', '.join(DTYPES)}"
     )
-  own = ("timesteps", "eta", "coarse_workdir", "temperature")
-  if any(config.sampler[name] != configs.base().sampler[name] for name in own):
-    raise UserError(
-      f"config.sampler: {', '.join(own)} are for networks trained here alone"
-    )
-  try:
-    sampler_lib.parse(config.sampler.name)
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
+  for field in TRIGFLOW_FIELDS:
+    if config.sampler[field] != defaults[field]:
+      raise UserError(
+        f"config.sampler.{field}={config.sampler[field]}: only for networks trained "
+        "here, not for models in the diffusers format"
+      )
+  with config_errors("config.sampler"):
+    samplers.options(config.sampler.name)
 
 
-def plan(
-  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **loop: Any
+def build_sampler(
+  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **options: Any
 ) -> tuple[Schedule, Sampler]:
-  """Returns the schedule as it is to be solved, and the plan.
+  """Returns the schedule with its solver and spacing, and the sampler.
 
   Args:
     schedule: the model's.
-    name: a solver, maybe with a loop in front (see `plans`).
+    name: of the sampler.
     steps: number of steps.
-    spacing: of the timesteps (see `paths.timesteps`); "" for the schedule's own.
-    **loop: window, tolerance and rule of the plan.
+    spacing: of the timesteps; "" for the schedule's own.
+    **options: of the sampling loop: window, tolerance, ...
 
   Raises:
-    ValueError: an unknown name, or values that do not fit.
+    ValueError: an unknown name, or a value that does not fit.
   """
-  front, solver = sampler_lib.parse(name)
+  solver = samplers.solver_of(name)
   schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
-  return schedule, sampler_lib.from_tableau(
-    front, scheduler.table(schedule, steps), **loop
-  )
+  tableau = scheduler.table(schedule, steps)
+  return schedule, samplers.from_tableau(name, tableau, **options)
 
 
-def texts(model: Model, params: dict[str, Params], tokens: Array) -> Array:
-  """Returns the condition "text" [B, L, E] of tokens int32 [B, L]."""
+def encode_text(model: Model, params: dict[str, Params], tokens: Array) -> Array:
+  """Returns the text condition [B, L, E] of tokens int32 [B, L]."""
   return model.text_encoder.apply(params["text_encoder"], tokens).hidden
 
 
 def denoiser(
   model: Model,
-  chosen: Sampler,
+  sampler: Sampler,
   params: dict[str, Params],
   empty: Array | None,
-  scale: float,
+  guidance_scale: float,
 ) -> Denoiser:
-  """Returns the guided denoiser of a model, for the table of a plan.
+  """Returns the denoiser of a model with classifier-free guidance.
 
   Args:
-    model: its schedule is what `plan` returned.
-    chosen: the plan.
+    model: with the schedule that `build_sampler` returned.
+    sampler: gives the solver's tableau.
     params: of the model.
-    empty: the text [L, E] of classifier-free guidance, empty or negative; None for a
-      model without text.
-    scale: of the guidance; 1 is none.
+    empty: the text [L, E] of the empty or negative prompt; None for a model without
+      text.
+    guidance_scale: of classifier-free guidance; 1 is none.
   """
   net = functools.partial(model.unet.apply, params["unet"])
-  if scale != 1:
-    net = guidance.classifier_free(net, scale, guidance.without_text(empty))
-  return scheduler.denoiser(net, model.schedule, chosen.table)
+  if guidance_scale != 1:
+    without = guidance.without_text(empty)
+    net = guidance.classifier_free(net, guidance_scale, without)
+  return scheduler.denoiser(net, model.schedule, sampler.tableau)
 
 
-def latents(
-  model: Model,
-  chosen: Sampler,
-  params: dict[str, Params],
-  x: Array,
-  keys: PRNGKey,
-  tokens: Array | None,
-  negative: Array | None,
-  *,
-  scale: float,
-  mesh: Mesh,
-) -> Samples:
-  """Returns what the plan makes of the first states x [B, ...], before any decoder.
-
-  Args:
-    model: its schedule is what `plan` returned.
-    chosen: the plan, with its window.
-    params: of the model.
-    x: first states, [B, ...].
-    keys: one key a sample, [B].
-    tokens: of the prompts, int32 [B, L], or None.
-    negative: of the negative prompt, int32 [1, L], or None.
-    scale: of the guidance; 1 is none.
-    mesh: the devices.
-  """
-  cond, empty = None, None
-  if tokens is not None:
-    cond = {"text": texts(model, params, tokens)}
-    empty = texts(model, params, negative)[0]
-  net, over = denoiser(model, chosen, params, empty, scale), sharding.window(mesh)
-  return sampler_lib.run(chosen, net, x, keys, cond, sharding=over)
-
-
-def pixels(model: Model, params: dict[str, Params], x: Array, mesh: Mesh) -> Array:
-  """Returns uint8 images of what was sampled, decoded one on each device at a time."""
+def decode(model: Model, params: dict[str, Params], x: Array, mesh: Mesh) -> Array:
+  """Returns uint8 images of samples, decoded one a device at a time."""
   if model.vae is None:
-    return pipeline.pixels(x)
-  decode = functools.partial(model.vae.decode, params["vae"])
-  images = sharding.map_one_per_device(mesh, decode)(x / model.vae.scaling)
-  return pipeline.pixels(images)
+    return pipeline_lib.pixels(x)
+  decode_latents = functools.partial(model.vae.decode, params["vae"])
+  images = sharding.map_one_per_device(mesh, decode_latents)(x / model.vae.scaling)
+  return pipeline_lib.pixels(images)
 
 
-def sampler(model: Model, chosen: Sampler, mesh: Mesh, *, scale: float = 1.0) -> Call:
-  """Returns what makes a batch of images, jitted; image k is made of seeds[k] alone.
+def pipeline(
+  model: Model,
+  sampler: Sampler,
+  mesh: Mesh,
+  *,
+  guidance_scale: float = 1.0,
+  prompts: Sequence[str | None] = (None,),
+  negative_prompt: str = "",
+  seed: int = 0,
+) -> Pipeline:
+  """Returns the pipeline of a model; its parameters are an argument.
 
-  It can be lowered and compiled with shapes in place of all its arguments (see
-  `diffusers_folder.abstract`), for devices that are not here.
+  It can be lowered and compiled with shapes in place of the parameters (see
+  `loading.abstract`), for devices that are not here.
 
   Args:
-    model: its schedule is what `plan` returned.
-    chosen: the plan, with its window.
-    mesh: the devices; samples are spread over `data` and `fsdp`, windows over `window`.
-    scale: of classifier-free guidance; 1 is none.
+    model: with the schedule that `build_sampler` returned.
+    sampler: gives the solver's tableau.
+    mesh: the devices.
+    guidance_scale: of classifier-free guidance; 1 is none.
+    prompts: image k has prompt k modulo their number; (None,) without text.
+    negative_prompt: text that guidance leads away from.
+    seed: of the first image.
   """
+  over_samples = sharding.samples(mesh)
+  shardings = {"tokens": over_samples, "negative_tokens": sharding.replicated(mesh)}
 
-  def generate(
-    params: dict[str, Params],
-    seeds: Array,
-    tokens: Array | None,
-    negative: Array | None,
-  ) -> tuple[Array, Samples]:
-    keys = sequential.keys_from_seeds(seeds)
-    x = sequential.sample_prior(chosen.table, keys, model.unet.shape)
-    made = latents(
-      model, chosen, params, x, keys, tokens, negative, scale=scale, mesh=mesh
-    )
-    return pixels(model, params, made.x, mesh), made._replace(x=None)
+  def guided(params: Params, inputs: Inputs) -> tuple[Denoiser, Cond]:
+    if not inputs:
+      return denoiser(model, sampler, params, None, guidance_scale), None
+    cond = {"text": encode_text(model, params, inputs["tokens"])}
+    empty = encode_text(model, params, inputs["negative_tokens"])[0]
+    return denoiser(model, sampler, params, empty, guidance_scale), cond
 
-  over_samples, everywhere = sharding.samples(mesh), sharding.replicated(mesh)
-  return jax.jit(
-    sharding.with_mesh(mesh, generate),
-    in_shardings=(None, over_samples, over_samples, everywhere),
-    out_shardings=(over_samples, everywhere),
+  def placeholder(params: Params, x: Array) -> Array:
+    cond, empty = None, None
+    if model.text_encoder is not None:
+      empty = jnp.zeros((_length(model), model.unet.text))
+      cond = {"text": jnp.zeros((len(x), *empty.shape))}
+    net = denoiser(model, sampler, params, empty, guidance_scale)
+    return net(x, jnp.ones(len(x)), cond)
+
+  def shapes(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    if model.text_encoder is None:
+      return {}
+    sizes = {"tokens": batch_size, "negative_tokens": 1}
+    return {
+      name: jax.ShapeDtypeStruct((size, _length(model)), jnp.int32)
+      for name, size in sizes.items()
+    }
+
+  def requests(indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    seeds = np.asarray(indices, np.int32) + np.int32(seed)
+    if model.text_encoder is None:
+      return seeds, {}
+    encode = model.tokenizer.encode
+    tokens = encode([prompts[k % len(prompts)] for k in indices])
+    return seeds, {"tokens": tokens, "negative_tokens": encode([negative_prompt])}
+
+  return Pipeline(
+    mesh=mesh,
+    shape=model.unet.shape,
+    denoiser=guided,
+    placeholder=placeholder,
+    decode=lambda _, params, x: decode(model, params, x, mesh),
+    inputs=shapes,
+    input_shardings={name: shardings[name] for name in shapes(1)},
+    requests=requests,
   )
 
 
-def shapes(model: Model, batch_size: int, mesh: Mesh) -> tuple:
-  """Returns the arguments of `sampler(...)` as shapes, the weights with shardings."""
-  where = sharding.state(model.params, mesh)
-  params = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.params, where
+def params_with_sharding(model: Model, mesh: Mesh) -> dict[str, Params]:
+  """Returns the shapes of a model's parameters with their sharding over a mesh."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    model.params,
+    sharding.state(model.params, mesh),
   )
-  seeds = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-  if model.text_encoder is None:
-    return params, seeds, None, None
-  length = model.tokenizer.length if model.tokenizer else model.text_encoder.length
-  tokens, negative = (
-    jax.ShapeDtypeStruct((n, length), jnp.int32) for n in (batch_size, 1)
-  )
-  return params, seeds, tokens, negative
+
+
+def _length(model: Model) -> int:
+  """Returns the number of tokens of a prompt."""
+  return model.tokenizer.length if model.tokenizer else model.text_encoder.length

@@ -47,9 +47,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   del workdir
   path, demos = config.data.path, config.demos
-  if demos.view not in observations.FRAMES:
+  if demos.view not in observations.VIEWS:
     raise UserError(
-      f"config.demos.view={demos.view!r}: take one of {[*observations.FRAMES]}"
+      f"config.demos.view={demos.view!r}: take one of {[*observations.VIEWS]}"
     )
   if not path.endswith(".npz"):
     raise UserError(f"config.data.path={path!r}: name the .npz file to write")
@@ -122,7 +122,7 @@ def _join(folder: str, seeds: range, path: str, view: str) -> int:
   first[np.append(0, ends[:-1])] = True
   before = np.where(first[:, None], states, np.roll(states, 1, axis=0))
   arrays = {"state": states, "action": actions, "episode_ends": ends}
-  observe, frame = observations.FRAMES[view]
+  _, observe, frame, _ = observations.VIEWS[view]
   arrays["observation"] = np.asarray(observe(states, before))
   if frame:
     arrays["frame"] = np.asarray(frame(states))

@@ -15,15 +15,16 @@ from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.data import folder, npz, pipeline
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import evaluation, sampling
+from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import image_io
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
-from sdiff_jax.samplers._sliding_window import Samples
-from sdiff_jax.samplers.sampler import Sampler
+from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.types import Params, UserError
 
+# Names in results.json of fields of SamplingStats.
+STORED_STATS = {"passes": "num_iterations", "evaluations": "num_evaluations"}
 ALONE = 16  # images that are timed one by one
 
 
@@ -112,7 +113,8 @@ def _trained(
 ) -> list[dict[str, Any]]:
   """Returns the rows of a trained work directory, and writes their grids."""
   experiment, params = workdir_lib.trained(config, workdir)
-  samplers = [(s, sampling.plan(config, s)) for s in config.evaluate.samplers]
+  among = config.evaluate.samplers
+  samplers = [(s, sampling.build_sampler(config, s, among)) for s in among]
   stored = workdir_lib.read(workdir)
   config = config.copy_and_resolve_references()
   config.data = stored.data
@@ -208,8 +210,8 @@ def _sample(
 
   measured = meter(batches(), num)
   measured["images_per_second"] = num / sum(seconds)
-  for name in ("passes", "evaluations"):
-    values = np.concatenate([getattr(result, name) for result in results])
+  for name, stat in STORED_STATS.items():
+    values = np.concatenate([getattr(stats, stat) for stats in results])
     measured[name] = float(values.mean())
   if config.evaluate.latency:
     mesh = experiment.mesh
@@ -226,16 +228,20 @@ def _timed(
   params: Params,
   num: int,
   batch_size: int,
-) -> Iterator[tuple[np.ndarray, Samples, float]]:
+) -> Iterator[tuple[np.ndarray, SamplingStats, float]]:
   """Yields images, what they took, and the seconds, batch by batch, once compiled."""
-  settings = {"num": num, "batch_size": batch_size, "field": "evaluate.batch_size"}
-  chosen = sampling.with_window(config, experiment, chosen, params, batch_size)
-  call = sampling.sampler(config, experiment, chosen)
-  next(sampling.generate(config, experiment, call, params, **settings))
-  made = sampling.generate(config, experiment, call, params, **settings)
+  field = "evaluate.batch_size"
+  pipeline = sampling.pipeline(config, experiment)
+  shape = (batch_size, *pipeline.shape)
+  chosen = pipelines.with_window(
+    pipeline.mesh, chosen, pipeline.placeholder, params, shape
+  )
+  sampler = pipelines.batch_sampler(pipeline, chosen)
+  next(pipelines.batches(pipeline, sampler, params, num, batch_size, field))
+  batches = pipelines.batches(pipeline, sampler, params, num, batch_size, field)
   begin = time.perf_counter()
-  for images, _, result in made:
-    yield images, result, time.perf_counter() - begin
+  for images, stats in batches:
+    yield images, stats, time.perf_counter() - begin
     begin = time.perf_counter()
 
 

@@ -1,62 +1,81 @@
-"""Job `generate`: makes images by a model in a folder of the diffusers format.
+"""Job `generate`: images by a model in a folder of the diffusers format.
 
-Each image is a PNG that holds its prompt, its seed, how it was made and what it took,
-so what is there says what is missing, and what was made otherwise.
+Each image is a PNG that holds its prompt, its seed, its settings and its cost, so the
+images themselves tell which ones are missing, and which were made with other settings.
 """
 
 import concurrent.futures
-import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
-from sdiff_jax.samplers import autotune
-from sdiff_jax.samplers.sampler import Sampler
-from sdiff_jax.types import UserError
+from sdiff_jax.samplers import Sampler, SamplingStats
+from sdiff_jax.types import Params, UserError
 
-STATS = ("passes", "evaluations", "error")  # of a Result, one an image
-SHOWN = 16  # images of the picture
-WRITERS = 4  # threads
+NUM_SHOWN = 16  # images of the picture
+NUM_WRITERS = 4  # threads
+# Fields of config.sampler that are stored with an image.
+STORED_FIELDS = ("name", "steps", "tolerance", "update_rule")
+# Names of earlier versions, in their images -> present names.
+RENAMED = {"passes": "num_iterations", "evaluations": "num_evaluations"}
+# What a PNG says of its image; None where there is none.
+Description = dict[str, Any] | None
 
 
-class PendingImages(NamedTuple):
-  """What is to be made, and by what.
+class Images(NamedTuple):
+  """The images of the job.
 
   Attributes:
-    folder: where the images go.
-    wanted: what decides each image: prompt, seed and fields of the config.
-    model: on the host, its schedule as it is solved.
-    chosen: the plan.
-    mesh: the devices.
-    scale: of the guidance.
-    negative: negative prompt.
+    folder: where they lie.
+    settings: what determines each image: prompt, seed and fields of the config.
   """
 
   folder: str
-  wanted: list[dict[str, Any]]
-  model: Model
-  chosen: Sampler
-  mesh: Mesh
-  scale: float
-  negative: str
+  settings: list[dict[str, Any]]
+
+  def path(self, k: int) -> str:
+    """Returns the path of image k."""
+    return os.path.join(self.folder, f"{k:05d}.png")
+
+  def descriptions(self) -> list[Description]:
+    """Returns what the existing images say of themselves, None for the others.
+
+    Raises:
+      UserError: an image was made with other settings.
+    """
+    descriptions = [_description(self.path(k)) for k in range(len(self.settings))]
+    for k, (stored, settings) in enumerate(
+      zip(descriptions, self.settings, strict=True)
+    ):
+      if stored is None:
+        continue
+      of_settings = {name: stored.get(name) for name in settings}
+      if different := resumable.differences(of_settings, settings):
+        raise UserError(
+          f"{self.path(k)} was made with other settings: {', '.join(different)}; use "
+          "another --workdir, or the same values"
+        )
+    return descriptions
 
 
 DEFAULTS = {
@@ -76,176 +95,139 @@ DEFAULTS = {
   "jobs", "generate", defaults=DEFAULTS, runtime=("generate",), creates_workdir=True
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes images/00000.png, ..., images.json and images.png; only what is missing.
+  """Writes images/00000.png, ..., images.json and images.png; only missing ones.
 
   Raises:
-    UserError: the folder, the captions or a field does not fit, or the images there
-      were made otherwise.
+    UserError: the folder, the prompts or a field does not fit, or existing images were
+      made with other settings.
   """
   size, compare = config.sample.batch_size, config.sample.compare_sequential
-  work, there = _prepare(config, os.path.join(workdir, "images"))
-  missing = [k for k, found in enumerate(there) if not found]
-  compiled = None
-  if missing or compare:
-    params = sharding.device_put_global(
-      work.model.params, sharding.state(work.model.params, work.mesh)
-    )
-    work = _with_window(work, params, size)
-    begin = time.perf_counter()
-    call = _compiled(work, work.chosen, params, size)
-    compiled = time.perf_counter() - begin
-    _make(work, functools.partial(call, params), missing, size)
-  if compare:
-    alone = _compiled(work, work.chosen._replace(loop=""), params, size)
-    inputs = _inputs(work, [k % len(there) for k in range(size)])
-    calls = ((lambda c=c: c(params, *inputs)[0]) for c in (call, alone))
-    line = autotune.compare_with_sequential(work.mesh, size, *calls)
-    if jax.process_index() == 0:
-      print(line, file=sys.stderr)
-  took = _finish(work, workdir, compiled) if jax.process_index() == 0 else ""
-  return f"made {len(missing)} of {len(there)} images ({took}): {work.folder}"
-
-
-def _prepare(
-  config: ml_collections.ConfigDict, images: str
-) -> tuple[PendingImages, list]:
-  """Returns the work, and what is there of it (see `_there`)."""
-  chosen, scale = config.generate, config.sample.guidance
-  prompts = prompts_lib.read(chosen.prompts) if chosen.prompts else []
+  section, scale = config.generate, config.sample.guidance
+  prompts = prompts_lib.read(section.prompts) if section.prompts else []
   mesh = experiments.mesh(config)
   with config_errors("config.sample"):
-    sharding.check_batch(config.sample.batch_size, sharding.samples(mesh))
-  model, plan = text_to_image.from_config(config)
-  prompts = _check_texts(model, chosen, prompts, scale)
-  fields = {k: config.sampler[k] for k in text_to_image.SOLVER}
-  sections = {"sampler": fields, "generate": chosen.to_dict()}
-  del sections["generate"]["prompts"]
-  settings = resumable.flatten(sections) | {"sample.guidance": scale}
-  wanted = [
-    {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | settings
+    sharding.check_batch(size, sharding.samples(mesh))
+  model, sampler = text_to_image.from_config(config)
+  prompts = _check_prompts(model, section, prompts, scale)
+  images = _images(config, prompts, os.path.join(workdir, "images"))
+  descriptions = images.descriptions()
+  sampler = _stored_window(sampler, descriptions, images.folder)
+  missing = [k for k, stored in enumerate(descriptions) if not stored]
+  compile_seconds = None
+  if missing or compare:
+    where = sharding.state(model.params, mesh)
+    params = sharding.device_put_global(model.params, where)
+    pipeline = text_to_image.pipeline(
+      model,
+      sampler,
+      mesh,
+      guidance_scale=scale,
+      prompts=prompts,
+      negative_prompt=section.negative_prompt,
+      seed=config.sample.seed,
+    )
+    shape = (size, *pipeline.shape)
+    sampler = pipelines.with_window(mesh, sampler, pipeline.placeholder, params, shape)
+    begin = time.perf_counter()
+    compiled = pipelines.batch_sampler(pipeline, sampler).compile(params, size)
+    compile_seconds = time.perf_counter() - begin
+    window = sampler.window if sampler.is_parallel else 0
+    _make(images, missing, pipeline, compiled, params, size, window)
+  if compare:
+    indices = np.arange(size) % config.sample.num
+    pipelines.report_comparison(pipeline, sampler, compiled, params, indices)
+  summary = ""
+  if jax.process_index() == 0:
+    summary = _finish(images, sampler, mesh, workdir, compile_seconds)
+  return (
+    f"made {len(missing)} of {config.sample.num} images ({summary}): {images.folder}"
+  )
+
+
+def _images(
+  config: ml_collections.ConfigDict, prompts: list[str | None], folder: str
+) -> Images:
+  """Returns the images of a config, each with what determines it."""
+  fields = {name: config.sampler[name] for name in STORED_FIELDS}
+  generate = config.generate.to_dict()
+  del generate["prompts"]
+  common = resumable.flatten({"sampler": fields, "generate": generate})
+  common |= {"sample.guidance": config.sample.guidance}
+  settings = [
+    {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | common
     for k in range(config.sample.num)
   ]
-  work = PendingImages(images, wanted, model, plan, mesh, scale, chosen.negative)
-  there = _there(work)
-  return work._replace(chosen=_go_on(plan, there, images)), there
+  return Images(folder, settings)
 
 
-def _go_on(plan: Sampler, there: list[dict[str, Any] | None], images: str) -> Sampler:
-  """Returns the plan with the window of the images that are there.
+def _stored_window(
+  sampler: Sampler, descriptions: list[Description], folder: str
+) -> Sampler:
+  """Returns the sampler with the window of the existing images.
 
   Raises:
-    UserError: another one is asked for.
+    UserError: they were made with another window than the sampler's.
   """
-  windows = {found["sampler.window"] for found in there if found}
-  if plan.loop and not plan.window and windows:
-    return plan._replace(window=windows.pop())
-  if plan.loop and windows - {plan.window}:
+  windows = {stored["sampler.window"] for stored in descriptions if stored}
+  if not sampler.is_parallel or not windows:
+    return sampler
+  if not sampler.window:
+    return sampler.replace(window=windows.pop())
+  if other := windows - {sampler.window}:
     raise UserError(
-      f"{images} holds images of config.sampler.window={windows.pop()}, not "
-      f"{plan.window}; take another --workdir, or the same value"
+      f"{folder} holds images of config.sampler.window={other.pop()}, not "
+      f"{sampler.window}; use another --workdir, or the same value"
     )
-  return plan
+  return sampler
 
 
-def _check_texts(
-  model: Model, chosen: ml_collections.ConfigDict, prompts: list[str], scale: float
+def _check_prompts(
+  model: Model, section: ml_collections.ConfigDict, prompts: list[str], scale: float
 ) -> list[str | None]:
   """Returns the prompts, [None] for a model without text."""
   if model.unet.text is None:
-    if prompts or chosen.negative or scale != 1:
+    if prompts or section.negative_prompt or scale != 1:
       raise UserError(
-        f"{chosen.folder} takes no text: leave config.generate.prompts and negative "
-        "empty, and config.sample.guidance 1"
+        f"{section.folder} takes no text: leave config.generate.prompts and "
+        "negative_prompt empty, and config.sample.guidance 1"
       )
     return [None]
   if model.text_encoder is None or model.tokenizer is None:
-    raise UserError(f"{chosen.folder} has no text encoder, or no tokenizer")
-  if chosen.negative and scale == 1:
+    raise UserError(f"{section.folder} has no text encoder, or no tokenizer")
+  if section.negative_prompt and scale == 1:
     raise UserError(
       "config.generate.negative_prompt: has no effect with config.sample.guidance=1"
     )
-  return prompts or prompts_lib.read(chosen.prompts)
+  return prompts or prompts_lib.read(section.prompts)
 
 
-def _path(images: str, k: int) -> str:
-  return os.path.join(images, f"{k:05d}.png")
-
-
-def _there(work: PendingImages) -> list[dict[str, Any] | None]:
-  """Returns what the images that are there say of themselves, None for the others.
-
-  Raises:
-    UserError: one was made otherwise.
-  """
-  there = [_facts(_path(work.folder, k)) for k in range(len(work.wanted))]
-  for k, (found, wanted) in enumerate(zip(there, work.wanted, strict=True)):
-    if found is None:
-      continue
-    differ = resumable.differences({n: found.get(n) for n in wanted}, wanted)
-    if differ:
-      raise UserError(
-        f"{_path(work.folder, k)} was made otherwise: {', '.join(differ)}; take "
-        "another --workdir, or the same values"
-      )
-  return there
-
-
-def _facts(path: str) -> dict[str, Any] | None:
-  """Returns what a PNG of ours says of itself, None where there is none."""
+def _description(path: str) -> Description:
+  """Returns what a PNG says of its image, None where there is no image of this job."""
   if not os.path.exists(path):
     return None
   try:
-    found = json.loads(image_io.about(path))
-    return found if "sampler.window" in found else None
-  except (*folder.UNREADABLE, TypeError) as error:
+    stored = json.loads(image_io.about(path))
+    names = configs.RENAMED | RENAMED
+    stored = {names.get(name, name): value for name, value in stored.items()}
+    return stored if "sampler.window" in stored else None
+  except (*folder.UNREADABLE, AttributeError, TypeError) as error:
     print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
     return None
 
 
-def _with_window(work: PendingImages, params: dict, size: int) -> PendingImages:
-  """Returns the work with a window, timed where none was given."""
-  model = work.model
-
-  def denoise(params: dict, x: jax.Array) -> jax.Array:
-    cond, empty = None, None
-    if model.text_encoder is not None:
-      shape = (model.tokenizer.length, model.unet.text)
-      empty = jnp.zeros(shape)
-      cond = {"text": jnp.zeros((len(x), *shape))}
-    net = text_to_image.denoiser(model, work.chosen, params, empty, work.scale)
-    return net(x, jnp.ones(len(x)), cond)
-
-  shape = (size, *model.unet.shape)
-  chosen = autotune.window(work.chosen, work.mesh, denoise, params, shape)
-  if chosen.loop:
-    with config_errors("config.sampler"):
-      sharding.check_window(chosen.window, work.mesh)
-  return work._replace(chosen=chosen)
-
-
-def _compiled(work: PendingImages, chosen: Sampler, params: dict, size: int) -> Any:
-  call = text_to_image.sampler(work.model, chosen, work.mesh, scale=work.scale)
-  shapes = text_to_image.shapes(work.model, size, work.mesh)
-  return call.lower(*shapes).compile()
-
-
-def _inputs(work: PendingImages, chosen: list[int]) -> tuple:
-  """Returns seeds, tokens and negative tokens of images, over the devices."""
-  over_samples = sharding.samples(work.mesh)
-  seeds = np.array([work.wanted[k]["seed"] for k in chosen], np.int32)
-  if work.model.text_encoder is None:
-    return sharding.device_put_global(seeds, over_samples), None, None
-  encode = work.model.tokenizer.encode
-  tokens = encode([work.wanted[k]["prompt"] for k in chosen])
-  where = over_samples, over_samples, sharding.replicated(work.mesh)
-  return sharding.device_put_global((seeds, tokens, encode([work.negative])), where)
-
-
-def _make(work: PendingImages, call: Any, missing: list[int], size: int) -> None:
-  """Makes the images that are missing, and waits for the other processes."""
-  # All look at what is there before one writes.
-  sharding.all_processes(np.ones(1, bool), work.mesh)
-  quiet, total = jax.process_index() > 0, len(work.wanted)
+def _make(
+  images: Images,
+  missing: list[int],
+  pipeline: Pipeline,
+  sampler: CompiledSampler,
+  params: Params,
+  size: int,
+  window: int,
+) -> None:
+  """Makes the missing images, and waits for the other processes."""
+  # All processes look at the existing images before one of them writes.
+  sharding.all_processes(np.ones(1, bool), pipeline.mesh)
+  quiet, total = jax.process_index() > 0, len(images.settings)
   with (
     tqdm.tqdm(
       total=total,
@@ -254,28 +236,38 @@ def _make(work: PendingImages, call: Any, missing: list[int], size: int) -> None
       desc="generate",
       disable=quiet or None,
     ) as bar,
-    concurrent.futures.ThreadPoolExecutor(WRITERS) as pool,
+    concurrent.futures.ThreadPoolExecutor(NUM_WRITERS) as pool,
   ):
     for first in range(0, len(missing), size):
-      chosen = missing[first : first + size]
-      inputs = _inputs(work, chosen + chosen[-1:] * (size - len(chosen)))
+      indices = missing[first : first + size]
+      padded = np.array(indices + indices[-1:] * (size - len(indices)))
       begin = time.perf_counter()
-      images, result = jax.block_until_ready(call(*inputs))
+      batch = pipelines.start_batch(pipeline, sampler, params, padded)
+      pixels, stats = jax.block_until_ready(batch)
       seconds = time.perf_counter() - begin
-      took = {name: np.asarray(getattr(result, name)).tolist() for name in STATS}
-      facts = [
-        work.wanted[k]
-        | {"sampler.window": work.chosen.window, "seconds": seconds}
-        | {"batch": len(chosen)}
-        | {name: values[row] for name, values in took.items()}
-        for row, k in enumerate(chosen)
-      ]
-      rows = [r for r in _rows(images) if r[0] < len(chosen)]
-      paths = [_path(work.folder, chosen[row]) for row, _ in rows]
-      about = [json.dumps(facts[row]) for row, _ in rows]
+      stats = jax.device_put(stats, sharding.replicated(pipeline.mesh))
+      cost = {"sampler.window": window, "seconds": seconds, "batch": len(indices)}
+      texts = _texts(images, indices, stats, cost)
+      rows = [(row, image) for row, image in _rows(pixels) if row < len(indices)]
+      paths = [images.path(indices[row]) for row, _ in rows]
+      about = [texts[row] for row, _ in rows]
       list(pool.map(image_io.save_png, paths, [image for _, image in rows], about))
-      bar.update(len(chosen))
-  sharding.all_processes(np.ones(1, bool), work.mesh)
+      bar.update(len(indices))
+  sharding.all_processes(np.ones(1, bool), pipeline.mesh)
+
+
+def _texts(
+  images: Images, indices: list[int], stats: SamplingStats, cost: Mapping[str, Any]
+) -> list[str]:
+  """Returns what the images of a batch say of themselves, as JSON."""
+  values = {
+    name: np.asarray(getattr(stats, name)).tolist()
+    for name in ("num_iterations", "num_evaluations", "error")
+  }
+  return [
+    json.dumps({**images.settings[k], **cost, **{n: v[row] for n, v in values.items()}})
+    for row, k in enumerate(indices)
+  ]
 
 
 def _rows(images: jax.Array) -> list[tuple[int, np.ndarray]]:
@@ -288,30 +280,36 @@ def _rows(images: jax.Array) -> list[tuple[int, np.ndarray]]:
   ]
 
 
-def _finish(work: PendingImages, workdir: str, compiled: float | None) -> str:
-  """Writes images.json and images.png; returns what the images took, in words."""
-  there = _there(work)
-  lost = [k for k, found in enumerate(there) if found is None]
-  if lost:
-    raise UserError(f"{work.folder} has lost images: the same command makes them again")
-  seconds = sum(found["seconds"] / found["batch"] for found in there)
-  names = [os.path.basename(_path("", k)) for k in range(len(there))]
+def _finish(
+  images: Images,
+  sampler: Sampler,
+  mesh: Mesh,
+  workdir: str,
+  compile_seconds: float | None,
+) -> str:
+  """Writes images.json and images.png; returns a summary."""
+  descriptions = images.descriptions()
+  if not all(descriptions):
+    raise UserError(f"{images.folder} lost images: the same command makes them again")
+  seconds = sum(stored["seconds"] / stored["batch"] for stored in descriptions)
+  paths = [images.path(k) for k in range(len(descriptions))]
   summary = {
-    "images_per_second": len(there) / seconds,  # without compilation and writing
-    "compile_seconds": compiled,
+    "images_per_second": len(descriptions) / seconds,  # without compiling and writing
+    "compile_seconds": compile_seconds,
     "devices": [jax.device_count(), jax.devices()[0].device_kind],
-    "mesh": dict(work.mesh.shape),
-    "rows": work.chosen.table.evaluations,
-    "images": [{"file": n} | found for n, found in zip(names, there, strict=True)],
+    "mesh": dict(mesh.shape),
+    "num_steps": sampler.num_steps,
+    "images": [
+      {"file": os.path.basename(path), **stored}
+      for path, stored in zip(paths, descriptions, strict=True)
+    ],
   }
-  path = os.path.join(workdir, "images.json")
-  file_io.write_text(path, json.dumps(summary, indent=2))
-  shown = [folder.decode(_path(work.folder, k)) for k in range(len(there))[:SHOWN]]
-  image_io.save_png(os.path.join(workdir, "images.png"), image_io.grid(np.stack(shown)))
-  passes, evaluations = (
-    np.mean([found[name] for found in there]) for name in ("passes", "evaluations")
-  )
-  return (
-    f"{summary['images_per_second']:.4g} images/s, {evaluations:.4g} evaluations each "
-    f"in {passes:.4g} passes, {summary['rows']} one by one"
-  )
+  file_io.write_json(os.path.join(workdir, "images.json"), summary)
+  shown = np.stack([folder.decode(path) for path in paths[:NUM_SHOWN]])
+  image_io.save_png(os.path.join(workdir, "images.png"), image_io.grid(shown))
+  stats = {
+    name: np.array([stored.get(name, np.inf) for stored in descriptions])
+    for name in SamplingStats._fields
+  }
+  line = pipelines.describe(sampler, SamplingStats(**stats))
+  return f"{summary['images_per_second']:.4g} images/s, {line}"

@@ -1,7 +1,6 @@
 """Job `rollout`: a policy acts in Push-T, by several samplers, in the same episodes."""
 
 import functools
-import json
 import os
 import time
 from typing import Any
@@ -10,16 +9,16 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from sdiff_jax import registry
-from sdiff_jax.experiment import sampling
+from sdiff_jax import losses, registry
+from sdiff_jax.experiment import policies
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
-from sdiff_jax.policies import policy as policies
-from sdiff_jax.policies.policy import Policy
+from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.policies.pusht import rollout as rollout_lib
 from sdiff_jax.reports import runs
 from sdiff_jax.types import UserError
+
 
 DEFAULTS = {
   "rollout": {
@@ -44,43 +43,38 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   rollout = config.rollout
   if rollout.episodes < 1 or rollout.num_timed < 1:
     raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
-  experiment, params = workdir_lib.trained(config, workdir)
-  if experiment.dataset.normaliser is None:
-    raise UserError(f"{workdir} holds no policy: its data are images")
+  experiment, params = policies.trained(config, workdir)
   folder = os.path.join(workdir, "rollout")
   os.makedirs(folder, exist_ok=True)
-  plans = {
-    name: sampling.with_window(
-      config, experiment, sampling.plan(config, name), params, 1
-    )
+  samplers = {
+    name: policies.build_sampler(config, experiment, params, name)
     for name in rollout.samplers
   }
-  build = functools.partial(Policy, config, experiment, params)
-  model = runs.title(workdir_lib.read(workdir).loss.to_dict())
+  build = functools.partial(policies.build, config, experiment, params)
+  model = losses.facts(workdir_lib.read(workdir).loss).title
   path = os.path.join(folder, "results.json")
   envs = [env.make() for _ in range(rollout.episodes)]
   rows, histories = [], []
-  for name, plan in plans.items():
-    act = build(plan, batch_size=rollout.episodes)
+  for name, sampler in samplers.items():
+    policy = build(sampler, batch_size=rollout.episodes)
     film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
-    made = _episodes(rollout, act, envs, name, film)
-    histories.append(made.histories)
-    rows.append(_row(model, name, made))
+    episodes = _episodes(rollout, policy, envs, name, film)
+    histories.append(episodes.histories)
+    rows.append(_row(model, name, episodes))
     rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
-    file_io.write_text(path, json.dumps(rows, indent=2))  # times are to come
-  seconds = _seconds(
-    {n: build(p) for n, p in plans.items()}, histories, rollout.num_timed
-  )
+    file_io.write_json(path, rows)  # the times follow
+  single = {name: build(sampler) for name, sampler in samplers.items()}
+  seconds = _seconds(single, histories, rollout.num_timed)
   for row in rows:
     row |= seconds[row["sampler"]]
-  file_io.write_text(path, json.dumps(rows, indent=2))
+  file_io.write_json(path, rows)
   print(runs.table(rows, runs.ROLLOUT_COLUMNS))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
 
 
 def _episodes(
   rollout: ml_collections.ConfigDict,
-  act: Policy,
+  policy: Policy,
   envs: list[Any],
   name: str,
   film: str,
@@ -88,30 +82,30 @@ def _episodes(
   """Returns the episodes of one sampler, and writes a film of the first few."""
   starts = np.array([env.initial(rollout.seed + k) for k in range(rollout.episodes)])
 
-  def do(states: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, dict]:
-    actions, result = act.many(states, seeds)
-    took = {"passes": result.passes, "evaluations": result.evaluations}
-    return actions, {k: np.asarray(v) for k, v in took.items()}
+  def act(states: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, dict]:
+    actions, stats = policy.many(states, seeds)
+    cost = {"passes": stats.num_iterations, "evaluations": stats.num_evaluations}
+    return actions, {k: np.asarray(v) for k, v in cost.items()}
 
-  shown = [[] for _ in envs[: rollout.num_videos]]
+  frames = [[] for _ in envs[: rollout.num_videos]]
 
   def watch(episode: int) -> None:
-    if episode < len(shown):
-      shown[episode].append(envs[episode].render())
+    if episode < len(frames):
+      frames[episode].append(envs[episode].render())
 
   with tqdm.tqdm(total=env.STEPS, unit="step", desc=name, disable=None) as bar:
-    made = rollout_lib.run(
-      do,
+    episodes = rollout_lib.run(
+      act,
       envs,
       starts,
-      states=act.states,
+      states=policy.num_states,
       seed=rollout.noise_seed,
       progress=lambda step: bar.update(step - bar.n),
       watch=watch,
     )
-  if shown:
-    image_io.save_gif(film, shown, env.RATE)
-  return made
+  if frames:
+    image_io.save_gif(film, frames, env.RATE)
+  return episodes
 
 
 def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
@@ -123,43 +117,48 @@ def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
   return {"difference": float(gained.mean()), "difference_error": float(error)}
 
 
-def _row(model: str, sampler: str, made: rollout_lib.Episodes) -> dict[str, Any]:
-  """Returns a row of results; see reports.runs.ROLLOUT_COLUMNS."""
-  count = len(made.reward)
+def _row(model: str, sampler: str, episodes: rollout_lib.Episodes) -> dict[str, Any]:
+  """Returns a row of results; see `reports.runs.ROLLOUT_COLUMNS`."""
+  count, cost = len(episodes.reward), episodes.cost
   return {
     "model": model,
     "sampler": sampler,
     "kind": "model",
     "episodes": count,
-    "reward": float(made.reward.mean()),
-    "error": float(made.reward.std(ddof=1) / count**0.5) if count > 1 else None,
-    "solved": float(made.solved.mean()),
-    "passes": float(made.took["passes"].mean()),
-    "most_passes": int(made.took["passes"].max()),
-    "evaluations": float(made.took["evaluations"].mean()),
-    "rewards": made.reward.tolist(),
+    "reward": float(episodes.reward.mean()),
+    "error": float(episodes.reward.std(ddof=1) / count**0.5) if count > 1 else None,
+    "solved": float(episodes.solved.mean()),
+    "passes": float(cost["passes"].mean()),
+    "most_passes": int(cost["passes"].max()),
+    "evaluations": float(cost["evaluations"].mean()),
+    "rewards": episodes.reward.tolist(),
   }
 
 
 def _seconds(
-  policies: dict[str, policies.Policy], histories: list[np.ndarray], count: int
+  policies: dict[str, Policy], histories: list[np.ndarray], count: int
 ) -> dict[str, dict[str, float]]:
-  """Returns median and 95th percentile of the time of a chunk for one robot, by name.
+  """Returns median and 95th percentile of the seconds of a chunk for one robot.
 
-  The policies take turns, so that what else the machine does falls on all of them.
+  The policies take turns, so that other load on the machine affects all of them.
+
+  Args:
+    policies: by name.
+    histories: states that were observed, [n, K, S] each.
+    count: number of timed chunks.
   """
-  seen = np.concatenate(histories)
-  seen = seen[np.random.default_rng(0).integers(len(seen), size=count + 1)]
-  took: dict[str, list[float]] = {name: [] for name in policies}
-  for seed, states in enumerate(seen):
-    for name, act in policies.items():
+  states = np.concatenate(histories)
+  states = states[np.random.default_rng(0).integers(len(states), size=count + 1)]
+  times: dict[str, list[float]] = {name: [] for name in policies}
+  for seed, history in enumerate(states):
+    for name, policy in policies.items():
       begin = time.perf_counter()
-      act(states, seed)
-      took[name].append(time.perf_counter() - begin)
+      policy(history, seed)
+      times[name].append(time.perf_counter() - begin)
   return {
     name: {
-      "median": float(np.median(times[1:])),  # the first one warms up
-      "p95": float(np.percentile(times[1:], 95)),
+      "median": float(np.median(seconds[1:])),  # the first call warms up
+      "p95": float(np.percentile(seconds[1:], 95)),
     }
-    for name, times in took.items()
+    for name, seconds in times.items()
   }

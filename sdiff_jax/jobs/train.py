@@ -15,7 +15,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import pipeline
 from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling, training
+from sdiff_jax.experiment import pipelines, sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, image_io
@@ -143,17 +143,18 @@ def _sample_fn(
   if not config.train.sample_every:
     return None
   sampling.check_images(experiment)
-  plan = sampling.plan(config)
-  call = sampling.sampler(config, experiment, plan._replace(loop=""))
+  among = (*config.evaluate.samplers, *config.rollout.samplers)
+  sampler = sampling.build_sampler(config, among=among).sequential()
+  image_pipeline = sampling.pipeline(config, experiment)
+  compiled = pipelines.batch_sampler(image_pipeline, sampler)
   profile = config.ema.profiles[0]
 
   def sample(state: TrainState) -> np.ndarray:
     num, columns = sampling.grid_size(experiment)
     batch_size = -(-num // experiment.mesh.size) * experiment.mesh.size
-    images = sampling.generate(
-      config, experiment, call, state.ema[profile], num=num, batch_size=batch_size
-    )
-    return image_io.grid(next(images)[0], columns)
+    params = state.ema[profile]
+    batches = pipelines.batches(image_pipeline, compiled, params, num, batch_size)
+    return image_io.grid(next(batches)[0], columns)
 
   return sample
 

@@ -16,6 +16,7 @@ from sdiff_jax.samplers.sampler import (
   names,
   options,
   sample,
+  solver_of,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
   "names",
   "options",
   "sample",
+  "solver_of",
 ]

@@ -1,9 +1,14 @@
-"""Times of samplers: the window that should be fastest, one sampler beside another."""
+"""The window of a parallel sampler that should be fastest, from timings of a network.
+
+The time of a batch is the number of iterations times the time of an iteration. The
+former depends on the solver and the tolerance more than on the network, so it is
+measured on a mixture of Gaussians; the latter is timed on the network itself.
+"""
 
 import functools
-import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,97 +16,113 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.samplers import sampler
-from sdiff_jax.samplers.sampler import Sampler
-from sdiff_jax.types import Array, Params, UserError
+from sdiff_jax.samplers import _gaussian_mixture
+from sdiff_jax.samplers.sampler import Sampler, sample
+from sdiff_jax.types import Array, Params
 
-TIMED = 3  # calls of the network, of which the fastest counts
+NUM_TIMED = 3  # calls of the network, of which the fastest counts
 
 
-def window(
-  chosen: Sampler,
-  mesh: Mesh,
-  denoise: Callable[[Params, Array], Array],
-  params: Params,
-  shape: tuple[int, ...],
-) -> Sampler:
-  """Returns the plan with a window: its own, or the one that timings say.
+class WindowEstimate(NamedTuple):
+  """The expected cost of a batch with a window.
+
+  Attributes:
+    window: solver steps that are evaluated at once.
+    num_iterations: expected sequential calls of the denoiser.
+    seconds: expected time of a batch.
+  """
+
+  window: int
+  num_iterations: float
+  seconds: float
+
+
+def autotune_window(
+  sampler: Sampler, cost: Callable[[int], float], multiple: int = 1
+) -> list[WindowEstimate]:
+  """Returns the expected cost of windows, the fastest first.
+
+  Windows grow until the expected time does. The expected number of iterations is that
+  of a mixture of Gaussians in 16 dimensions.
 
   Args:
-    chosen: the plan.
-    mesh: the devices.
-    denoise: (params, x [N, ...]) -> d [N, ...], which is timed.
-    params: of the network.
-    shape: of a batch of samples, [B, ...].
+    sampler: parallel, with any window.
+    cost: window -> seconds of a call of the denoiser for a batch, measured.
+    multiple: windows are multiples of it.
 
   Raises:
-    UserError: no window fits the mesh.
+    ValueError: no multiple fits the number of solver steps.
+
+  Example:
+    >>> from sdiff_jax import samplers
+    >>> sampler = samplers.build("paraddpm", sigma_d=0.5, steps=8)
+    >>> autotune_window(sampler, cost=lambda window: 1.0)[0].window > 4
+    True
   """
-  if not chosen.loop or chosen.window:
-    return chosen
-  cost = functools.partial(_seconds, mesh, denoise, params, shape)
-  try:
-    tried = sampler.autotune_window(chosen, cost, mesh.shape["window"])
-  except ValueError as error:
-    raise UserError(f"config.{error}") from error
-  best, rows = tried[0], chosen.table.evaluations
-  alone = rows * cost(1)
-  if jax.process_index() == 0:
-    print(
-      f"window {best.window}: about {best.passes:.1f} passes, {best.seconds:.2g} s a "
-      f"batch; one row after the other {rows} and {alone:.2g} s",
-      file=sys.stderr,
+  steps, estimates = sampler.num_steps, []
+  sizes = [n for k in range(2, 10) for n in (2**k, 3 * 2 ** (k - 1))] + [steps]
+  for window in sorted({n for n in sizes if n <= steps and n % multiple == 0}):
+    iterations = expected_iterations(sampler.replace(window=window))
+    estimates.append(WindowEstimate(window, iterations, iterations * cost(window)))
+    if estimates[-1].seconds > 1.5 * min(e.seconds for e in estimates):
+      break
+  if not estimates:
+    raise ValueError(
+      f"steps: no window of {steps} solver steps divides over {multiple} devices"
     )
-  return chosen._replace(window=best.window)
+  return sorted(estimates, key=lambda estimate: estimate.seconds)
 
 
-def _seconds(
+def expected_iterations(sampler: Sampler) -> float:
+  """Returns the mean number of sequential calls of the denoiser a sample.
+
+  It is measured on 16 samples of a mixture of Gaussians whose denoiser is known.
+
+  Example:
+    >>> from sdiff_jax import samplers
+    >>> expected_iterations(samplers.build("ddim", sigma_d=0.5, steps=8))
+    8.0
+  """
+  denoiser = _gaussian_mixture.denoiser(sampler.tableau.sigma_d)
+
+  @jax.jit
+  def iterations(seeds: Array) -> Array:
+    return sample(sampler, denoiser, seeds, (16,)).num_iterations
+
+  return float(iterations(np.arange(16)).mean())
+
+
+def time_denoiser(
   mesh: Mesh,
   denoise: Callable[[Params, Array], Array],
   params: Params,
   shape: tuple[int, ...],
   window: int,
 ) -> float:
-  """Returns the time of a call of the network for a batch of windows."""
-  count = shape[0] * window
-  spread = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
+  """Returns the seconds of a call of a network for a batch of windows.
 
-  @functools.partial(jax.jit, out_shardings=spread)
-  @functools.partial(sharding.with_mesh, mesh)
-  def call(params: Params) -> Array:
-    x = jnp.zeros((count, *shape[1:]), jnp.float32)
-    return denoise(params, jax.lax.with_sharding_constraint(x, spread))
-
-  call(params).block_until_ready()
-  seconds = []
-  for _ in range(TIMED):
-    begin = time.perf_counter()
-    call(params).block_until_ready()
-    seconds.append(time.perf_counter() - begin)
-  # The slowest process's, so that all choose alike.
-  return float(sharding.process_max(np.float32([min(seconds)]), mesh)[0])
-
-
-def compare_with_sequential(
-  mesh: Mesh, size: int, chosen: Callable[[], Array], alone: Callable[[], Array]
-) -> str:
-  """Returns a line on a batch beside the sequential sampler's: times, difference.
+  Of several processes it is the slowest one's time, so that all choose alike.
 
   Args:
     mesh: the devices.
-    size: images of the batch.
-    chosen: () -> images uint8 [B, H, W, C], compiled.
-    alone: the same one row after the other.
+    denoise: (params, x [N, ...]) -> d [N, ...].
+    params: of the network.
+    shape: of a batch of samples, [B, ...].
+    window: states of a sample that are evaluated at once; N = B window.
   """
-  images, seconds = [], []
-  for each in (chosen, alone):
+  count = shape[0] * window
+  over = sharding.batch(mesh) if count % mesh.size == 0 else sharding.samples(mesh)
+
+  @functools.partial(jax.jit, out_shardings=over)
+  @functools.partial(sharding.with_mesh, mesh)
+  def call(params: Params) -> Array:
+    x = jnp.zeros((count, *shape[1:]), jnp.float32)
+    return denoise(params, jax.lax.with_sharding_constraint(x, over))
+
+  call(params).block_until_ready()
+  seconds = []
+  for _ in range(NUM_TIMED):
     begin = time.perf_counter()
-    everywhere = sharding.replicated(mesh)
-    images.append(np.asarray(jax.device_put(each(), everywhere)).astype(np.float64))
+    call(params).block_until_ready()
     seconds.append(time.perf_counter() - begin)
-  off = np.sqrt(np.mean((images[0] - images[1]) ** 2))
-  return (
-    f"a batch of {size}: {seconds[0]:.3g} s; one row after the other "
-    f"{seconds[1]:.3g} s ({seconds[1] / seconds[0]:.2f}x); images "
-    f"differ by {off:.3g} of 255 levels"
-  )
+  return float(sharding.process_max(np.float32([min(seconds)]), mesh)[0])

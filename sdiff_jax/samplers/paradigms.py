@@ -34,9 +34,7 @@ def check(tolerance: float | Array, update_rule: str) -> None:
   if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
     raise ValueError(f"tolerance={tolerance}: take 0 or more")
   if update_rule not in UPDATE_RULES:
-    raise ValueError(
-      f"update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}"
-    )
+    raise ValueError(f"update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}")
 
 
 @registry.register(

@@ -13,9 +13,8 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sdiff_jax import contrib, registry
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
@@ -133,6 +132,19 @@ def options(name: str) -> dict[str, Any]:
   loop, solver = _lookup(name)
   of_loop = {k: v for k, v in _loop_parameters(loop).items() if k not in RUNTIME_ONLY}
   return COMMON | _solver_options(solver) | of_loop
+
+
+def solver_of(name: str) -> str:
+  """Returns the solver of a sampler.
+
+  Raises:
+    ValueError: an unknown name.
+
+  Example:
+    >>> solver_of("paraddim")
+    'ddim'
+  """
+  return _lookup(name)[1]
 
 
 def build(
@@ -321,7 +333,9 @@ def _loops() -> dict[str, registry.Piece]:
   """Returns all registered loops by name; those of `contrib` are imported as well."""
   for module in pkgutil.iter_modules(contrib.__path__):
     importlib.import_module(f"{contrib.__name__}.{module.name}")
-  return {name: registry.lookup("samplers", name) for name in registry.names("samplers")}
+  return {
+    name: registry.lookup("samplers", name) for name in registry.names("samplers")
+  }
 
 
 def _loop_parameters(loop: str) -> dict[str, Any]:

@@ -27,15 +27,15 @@ def run(blocks, tolerance, steps=36, coarse=None, name="ddim", coarse_table=None
 def test_ends_where_the_sequential_loop_does(blocks):
   table, _, alone, found = run(blocks, 0.0)
   np.testing.assert_allclose(found.x, alone, atol=2e-6)
-  sweeps = found.evaluations / table.evaluations
+  sweeps = found.num_evaluations / table.evaluations
   assert np.all(sweeps <= blocks)
   size = -(-table.evaluations // blocks)
-  np.testing.assert_array_equal(found.passes, blocks + sweeps * (size + blocks))
+  np.testing.assert_array_equal(found.num_iterations, blocks + sweeps * (size + blocks))
 
 
 def test_a_tolerance_is_kept_in_fewer_sweeps():
   table, _, alone, found = run(6, 1e-2)
-  assert np.all(found.evaluations < 6 * table.evaluations)
+  assert np.all(found.num_evaluations < 6 * table.evaluations)
   assert np.all(found.error <= 1e-2)
   np.testing.assert_allclose(found.x, alone, atol=5e-3)
 
@@ -62,7 +62,7 @@ def test_a_coarse_denoiser_that_knows_the_end_needs_one_sweep():
   )
   for found in (exact, rough):
     np.testing.assert_allclose(found.x, alone, atol=2e-2)
-  assert np.all(exact.passes <= rough.passes)
+  assert np.all(exact.num_iterations <= rough.num_iterations)
 
 
 def coarser(name, every, steps=36, fine="ddim"):
@@ -85,24 +85,24 @@ def coarser(name, every, steps=36, fine="ddim"):
 def test_any_two_solvers_end_where_the_slow_one_does(name, blocks, coarse_table):
   table, _, alone, found = run(blocks, 0.0, name=name, coarse_table=coarse_table)
   np.testing.assert_allclose(found.x, alone, atol=2e-6)
-  sweeps = found.evaluations / table.evaluations
+  sweeps = found.num_evaluations / table.evaluations
   swept, size = coarse_table.evaluations, -(-table.evaluations // blocks)
-  np.testing.assert_array_equal(found.passes, swept + sweeps * (size + swept))
+  np.testing.assert_array_equal(found.num_iterations, swept + sweeps * (size + swept))
 
 
 def test_a_better_coarse_solver_needs_fewer_sweeps():
   rough = run(6, 1e-2)[-1]
   better = run(6, 1e-2, coarse_table=coarser("ddim", 2))[-1]
-  assert better.evaluations.mean() < rough.evaluations.mean()
+  assert better.num_evaluations.mean() < rough.num_evaluations.mean()
 
 
 def test_refusals():
   table = solvers.build(sigma_d=0.5, name="ddpm", steps=9)
   with pytest.raises(ValueError, match="without noise: srdsddim"):
     parareal.check(table, 0.1)
-  with pytest.raises(ValueError, match=r"sampler\.tolerance=nan"):
+  with pytest.raises(ValueError, match=r"tolerance=nan"):
     parareal.check(solvers.build(sigma_d=0.5, name="ddim", steps=9), float("nan"))
-  with pytest.raises(ValueError, match=r"sampler\.window=8: 10 rows .* take 3"):
+  with pytest.raises(ValueError, match=r"window=8: 10 rows .* take 3"):
     parareal.boundaries(10, 8)
   other = coarser("ddim", 6, steps=33)
   with pytest.raises(ValueError, match="coarse_table: its blocks start at other"):

@@ -50,7 +50,7 @@ def test_the_flow_velocity_samples_the_gaussian():
   np.testing.assert_allclose(found, STD * x, rtol=2e-2)
   result = paradigms.sample(net, table, x, keys, None, window=50, tolerance=1e-2)
   np.testing.assert_allclose(result.x, found, atol=2e-3)
-  assert np.all(result.passes < 40)
+  assert np.all(result.num_iterations < 40)
 
 
 def test_clipping():

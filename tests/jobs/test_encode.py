@@ -190,7 +190,7 @@ def test_an_autoencoder_decodes_what_the_network_makes(tmp_path):
   moments = experiment.dataset.take(np.arange(8))[0]
   z = pipeline.sample_posterior(moments, 0, 0, np.arange(8))
   x0 = pipeline.encode(experiment.dataset, z, config.sigma_d)
-  found = jax.jit(functools.partial(sampling._decoded, experiment))(params, x0)
+  found = jax.jit(functools.partial(sampling.decode, experiment))(params, x0)
   decoded = np.asarray(jax.jit(vae.decode)(params, z))
   wanted = np.clip(np.round(decoded * 255), 0, 255)
   assert np.abs(np.asarray(found).astype(int) - wanted).max() <= 1

@@ -15,12 +15,13 @@ from conftest import FIXTURES
 from PIL import Image
 
 from sdiff_jax import config as configs
-from sdiff_jax import main
+from sdiff_jax import main, samplers
 from sdiff_jax.distributed import processes, sharding
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading
-from sdiff_jax.samplers import sampler, sequential
+from sdiff_jax.samplers import autotune, sequential
+from sdiff_jax.samplers import sampler as sampler_lib
 from sdiff_jax.types import UserError
 
 SD2, CHURCH = FIXTURES / "tiny-sd2", FIXTURES / "tiny-ddpm-church"
@@ -57,9 +58,9 @@ def sd2() -> loading.Model:
 
 
 def planned(**fields):
-  """Returns the model with its schedule as it is solved, and the plan."""
-  schedule, chosen = text_to_image.plan(sd2().schedule, **fields)
-  return sd2()._replace(schedule=schedule), chosen
+  """Returns the model with its schedule as it is solved, and the sampler."""
+  schedule, sampler = text_to_image.build_sampler(sd2().schedule, **fields)
+  return sd2()._replace(schedule=schedule), sampler
 
 
 def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
@@ -67,21 +68,27 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
   with np.load(SD2 / "expected_text_to_image.npz") as arrays:
     wanted = dict(arrays)
   meta = json.loads(str(wanted["meta"]))
-  model, chosen = planned(name="ddim", steps=10)
+  model, sampler = planned(name="ddim", steps=10)
   mesh = sharding.make_mesh()
-  texts = ([meta[k]] for k in ("prompt", "negative_prompt"))
-  tokens, negative = (jnp.asarray(model.tokenizer.encode(text)) for text in texts)
+  pipeline = text_to_image.pipeline(
+    model,
+    sampler,
+    mesh,
+    guidance_scale=7.5,
+    prompts=[meta["prompt"]],
+    negative_prompt=meta["negative_prompt"],
+  )
+  _, inputs = pipeline.requests(np.arange(8))
 
   @jax.jit
-  def run(params, x, tokens, negative):
+  def run(params, x, inputs):
+    denoiser, cond = pipeline.denoiser(params, inputs)
     keys = sequential.keys_from_seeds(jnp.arange(8))
-    settings = {"scale": 7.5, "mesh": mesh}
-    args = keys, jnp.tile(tokens, (8, 1)), negative
-    made = text_to_image.latents(model, chosen, params, x, *args, **settings).x
-    return made, text_to_image.pixels(model, params, made, mesh)
+    made = sampler_lib.run(sampler, denoiser, x, keys, cond).x
+    return made, pipeline.decode(None, params, made)
 
   x = jnp.asarray(np.moveaxis(wanted["latents_in"], 1, -1))
-  latents, pixels = run(model.params, jnp.tile(x, (8, 1, 1, 1)), tokens, negative)
+  latents, pixels = run(model.params, jnp.tile(x, (8, 1, 1, 1)), inputs)
   expected = np.moveaxis(wanted["latents_out"], 1, -1)
   assert np.abs(latents - expected).max() < 1e-3
   assert (
@@ -100,24 +107,25 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
 def test_in_parallel_at_tolerance_0(name):
   """Windows over 4 devices end where the rows one after the other do."""
   options = {"steps": 6, "spacing": "trailing", "window": 4, "tolerance": 0.0}
-  model, chosen = planned(name=name, **options)
+  model, sampler = planned(name=name, **options)
   mesh = sharding.make_mesh(window=4)
+  pipeline = text_to_image.pipeline(
+    model, sampler, mesh, guidance_scale=7.5, prompts=["a cat", "a dog"]
+  )
+  seeds, inputs = pipeline.requests(np.arange(2))
 
   @jax.jit
-  def run(params, tokens):
-    keys = sequential.keys_from_seeds(jnp.arange(2))
-    x = sequential.sample_prior(chosen.table, keys, model.unet.shape)
-    args = params, x, keys, tokens, tokens[:1] * 0
+  def run(params, seeds, inputs):
+    denoiser, cond = pipeline.denoiser(params, inputs)
     return [
-      text_to_image.latents(model, plan, *args, scale=7.5, mesh=mesh)
-      for plan in (chosen, chosen._replace(loop=""))
+      samplers.sample(by, denoiser, seeds, model.unet.shape, cond, mesh=over)
+      for by, over in ((sampler, mesh), (sampler.sequential(), None))
     ]
 
-  tokens = jnp.asarray(model.tokenizer.encode(["a cat", "a dog"]))
-  many, one = run(model.params, tokens)
+  many, one = run(model.params, seeds, inputs)
   np.testing.assert_allclose(many.x, one.x, rtol=1e-4, atol=1e-4)
-  assert (one.evaluations == 6).all()
-  assert (many.passes <= 6).all()
+  assert (one.num_evaluations == 6).all()
+  assert (many.num_iterations <= 6).all()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,7 @@ def test_what_is_written(made):
   assert [row["prompt"] for row in rows] == ["a cat", "a dog"] * 2 + ["a cat"]
   assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
   assert [row["batch"] for row in rows] == [2, 2, 2, 2, 1]
-  assert all(row["seconds"] > 0 and row["evaluations"] == 3 for row in rows)
+  assert all(row["seconds"] > 0 and row["num_evaluations"] == 3 for row in rows)
   assert summary["compile_seconds"] > 0
   seconds = sum(row["seconds"] / row["batch"] for row in rows)
   assert summary["images_per_second"] == pytest.approx(5 / seconds)
@@ -184,18 +192,18 @@ def test_images_of_other_settings_are_refused(copy):
 
 
 def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
-  def choose(chosen, cost, multiple):
-    return [sampler.WindowEstimate(2 * multiple, 3.0, 1.0)]
+  def choose(sampler, cost, multiple):
+    return [autotune.WindowEstimate(2 * multiple, 3.0, 1.0)]
 
-  monkeypatch.setattr(sampler, "autotune_window", choose)
+  monkeypatch.setattr(autotune, "autotune_window", choose)
   fields = {"sampler__name": "paraddpm", "sampler__steps": 8, "sample__num": 2}
   fields |= {"sample__guidance": 1.0}
   generate.run(settings(**fields), str(tmp_path))
-  assert "one row after the other 8 and" in capsys.readouterr().err
+  assert "sequential sampling needs 8 evaluations," in capsys.readouterr().err
   row = json.loads((tmp_path / "images.json").read_text())["images"][0]
   assert row["sampler.window"] == 8
   generate.run(settings(**fields), str(tmp_path))
-  assert "one row after" not in capsys.readouterr().err
+  assert "sequential sampling" not in capsys.readouterr().err
   with pytest.raises(UserError, match="images of config.sampler.window=8, not 4;"):
     generate.run(settings(sampler__window=4, **fields), str(tmp_path))
 
@@ -209,7 +217,7 @@ def test_a_model_without_text(tmp_path, capsys):
   assert (
     json.loads((tmp_path / "images.json").read_text())["images"][0]["prompt"] is None
   )
-  for field, value in (("prompts", "a cat"), ("negative", "blur")):
+  for field, value in (("prompts", "a cat"), ("negative_prompt", "blur")):
     config = settings(**church | {f"generate__{field}": value})
     with pytest.raises(UserError, match="takes no text"):
       generate.run(config, str(tmp_path))
@@ -220,16 +228,18 @@ def test_the_program_of_a_real_model_without_its_weights():
   found = loading.configs(str(SD2))
   assert [*found] == ["unet", "vae", "text_encoder", "scheduler"]
   model = loading.abstract(found, dtype="bfloat16")
-  schedule, chosen = text_to_image.plan(
+  schedule, sampler = text_to_image.build_sampler(
     model.schedule, name="paraddpm", steps=9, window=4
   )
   model, mesh = model._replace(schedule=schedule), sharding.make_mesh(window=4)
-  call = text_to_image.sampler(model, chosen, mesh, scale=7.5)
-  shapes = text_to_image.shapes(model, 2, mesh)
-  images, took = jax.eval_shape(call, *shapes)
+  pipeline = text_to_image.pipeline(model, sampler, mesh, guidance_scale=7.5)
+  call = pipelines.batch_sampler(pipeline, sampler)
+  params = text_to_image.params_with_sharding(model, mesh)
+  seeds = jax.ShapeDtypeStruct((2,), jnp.int32)
+  images, stats = jax.eval_shape(call, params, seeds, pipeline.inputs(2))
   assert (images.shape, images.dtype) == ((2, 16, 16, 3), jnp.uint8)
-  assert took.passes.shape == (2,)
-  assert "while" in call.lower(*shapes).as_text()
+  assert stats.num_iterations.shape == (2,)
+  assert "while" in call.lower(params, 2).as_text()
   with pytest.raises(UserError, match="scheduler: _class_name='Euler'"):
     loading.abstract(found | {"scheduler": {"_class_name": "Euler"}})
 
@@ -305,18 +315,27 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
     ({"generate__folder": "/none"}, "/none: no such folder"),
     ({"generate__prompts": ""}, "config.generate.prompts is empty"),
     ({"generate__prompts": "none.json"}, "prompts='none.json': No such file"),
-    ({"generate__dtype": "int8"}, "config.generate.dtype='int8': take one of float32"),
+    (
+      {"generate__dtype": "int8"},
+      "config.generate.dtype='int8': must be one of float32",
+    ),
     ({"generate__timestep_spacing": "odd"}, "odd"),
-    ({"sampler__name": "rk4"}, "config.sampler.name='rk4': take one of"),
+    ({"sampler__name": "rk4"}, "config.sampler.name='rk4': must be a solver"),
     ({"sampler__steps": 0}, "steps"),
-    ({"sampler__timesteps": (1.0, 0.5)}, "config.sampler: angles, eta, coarse, temper"),
-    ({"sampler__temperature": 0.5}, "config.sampler: angles, eta, coarse, temperature"),
+    (
+      {"sampler__timesteps": (1.0, 0.5)},
+      "config.sampler.timesteps=(1.0, 0.5): only for networks",
+    ),
+    (
+      {"sampler__temperature": 0.5},
+      "config.sampler.temperature=0.5: only for networks",
+    ),
     ({"sampler__name": "paraddim", "sampler__window": 2}, "over mesh.window=4"),
     ({"sampler__name": "paraddim", "sampler__window": 9}, "config.sampler.window=9"),
     ({"sample__batch_size": 3}, "config.sample.batch_size=3: does not divide over 2"),
     (
       {"sample__guidance": 1.0, "generate__negative_prompt": "x"},
-      "negative: has no effect",
+      "negative_prompt: has no effect",
     ),
   ],
 )

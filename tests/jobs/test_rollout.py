@@ -10,10 +10,12 @@ import pytest
 from closed_forms import random_params
 
 from sdiff_jax import config as configs
+from sdiff_jax import policies
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import policies as policy_lib
+from sdiff_jax.experiment import sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import rollout
-from sdiff_jax.policies import policy
 from sdiff_jax.policies.pusht import env as env_lib
 from sdiff_jax.policies.pusht import observations
 from sdiff_jax.policies.pusht import rollout as rollout_lib
@@ -42,7 +44,9 @@ def trained(tmp_path_factory) -> str:
   c.data.update(n_obs_steps=1, action_range="percentile")
   c.model = configs.component("models", "mlp", width=16, depth=1)
   c.sampler.update(name="ddim", steps=2, window=5)
-  c.rollout.update(samplers=("ddim/2", "paraddpm/5"), episodes=2, timed=2, filmed=1)
+  c.rollout.update(
+    samplers=("ddim/2", "paraddpm/5"), episodes=2, num_timed=2, num_videos=1
+  )
   workdir = str(folder / "run")
   built = experiments.build(c)
   workdir_lib.save_or_check_config(c, workdir, built.dataset)
@@ -87,7 +91,7 @@ def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
   assert parallel["difference_error"] == pytest.approx(abs(gained[1] - gained[0]) / 2)
   assert "difference" not in sequential
   assert "paraddpm/5" in capsys.readouterr().out
-  config.rollout.update(samplers=("ddim/2",), timed=1, filmed=0)
+  config.rollout.update(samplers=("ddim/2",), num_timed=1, num_videos=0)
   rollout.run(config, trained)
   (again,) = json.loads((folder / "results.json").read_text())
   assert again["rewards"] == sequential["rewards"]
@@ -110,7 +114,7 @@ def test_episode_ends_with_the_reward_of_its_best_step(short):
   made = rollout_lib.run(act, [env], np.zeros((1, 5)), states=3, seed=0)
   assert made.reward.tolist() == [0.7]
   assert made.solved.tolist() == [True]
-  assert made.took["passes"].tolist() == [1, 1]
+  assert made.cost["passes"].tolist() == [1, 1]
   assert given[0].shape == (1, 3, 5)
 
 
@@ -138,7 +142,9 @@ def test_failures_are_one_line(change, message):
 
 
 def test_actions_depend_on_their_own_states_and_seed_alone(trained):
-  one, many = (policy.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3))
+  one, many = (
+    policies.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3)
+  )
   states = np.random.default_rng(1).uniform(100, 400, (3, 2, 5))
   seeds = np.array([4, 5, 6], np.int32)
   together, _ = many.many(states, seeds)
@@ -152,36 +158,42 @@ def test_passes_are_bounded(trained):
   config = workdir_lib.read(trained)
   config.sampler.tolerance = 0.0
   states = np.random.default_rng(1).uniform(100, 400, (1, 2, 5))
-  bounded = policy.load(trained, sampler="paraddpm/5", max_passes=2, config=config)
-  actions, result = bounded.many(states, np.zeros(1, np.int32))
-  assert bounded.max_passes == int(result.passes[0]) == 2
+  bounded = policies.load(
+    trained, sampler="paraddpm/5", max_iterations=2, config=config
+  )
+  actions, stats = bounded.many(states, np.zeros(1, np.int32))
+  assert bounded.max_iterations == int(stats.num_iterations[0]) == 2
   assert np.isfinite(actions).all()
-  with pytest.raises(UserError, match="max_passes=1: 1 passes are too few"):
-    policy.load(trained, sampler="ddim/2", max_passes=1)
+  with pytest.raises(ValueError, match="max_iterations=1: 1 iterations are too few"):
+    policies.load(trained, sampler="ddim/2", max_iterations=1)
 
 
 def test_time_is_bounded(trained, monkeypatch):
-  monkeypatch.setattr(policy.Policy, "pass_seconds", lambda self: 0.01)
-  act = policy.load(trained, sampler="paraddpm/5", seconds=0.035)
-  assert act.max_passes == 3
-  assert policy.load(trained, sampler="ddim/2", seconds=0.021).max_passes == 2
-  with pytest.raises(UserError, match="seconds=0.015: 1 passes are too few .* allow"):
-    policy.load(trained, sampler="ddim/2", seconds=0.015)
-  with pytest.raises(UserError, match="seconds=0.005: 0 passes are too few"):
-    policy.load(trained, sampler="paraddpm/5", seconds=0.005)
+  monkeypatch.setattr(policies.Policy, "iteration_seconds", lambda self: 0.01)
+  act = policies.load(trained, sampler="paraddpm/5", seconds=0.035)
+  assert act.max_iterations == 3
+  assert policies.load(trained, sampler="ddim/2", seconds=0.021).max_iterations == 2
+  with pytest.raises(
+    ValueError, match="seconds=0.015: 1 iterations are too few .* allow"
+  ):
+    policies.load(trained, sampler="ddim/2", seconds=0.015)
+  with pytest.raises(ValueError, match="seconds=0.005: 0 iterations are too few"):
+    policies.load(trained, sampler="paraddpm/5", seconds=0.005)
 
 
 def test_policies_of_other_observations_are_refused(trained):
   config = workdir_lib.read(trained)
   experiment, params = workdir_lib.trained(config, trained)
-  plan = policy.sampling.plan(config)
+  sampler = sampling.build_sampler(config, among=config.rollout.samplers)
   config.demos.view = "keypoints"
-  with pytest.raises(UserError, match="shows 20 numbers .* trained on 14"):
-    policy.Policy(config, experiment, params, plan)
+  with pytest.raises(UserError, match="observes 20 numbers .* trained on 14"):
+    policy_lib.build(config, experiment, params, sampler)
   config.demos.view = "block"
   config.rollout.n_action_steps = 17
-  with pytest.raises(UserError, match="config.rollout.n_action_steps=17: take 1 to 16"):
-    policy.Policy(config, experiment, params, plan)
+  with pytest.raises(
+    UserError, match="config.rollout.n_action_steps=17: must be 1 to 16"
+  ):
+    policy_lib.build(config, experiment, params, sampler)
 
 
 def test_only_the_sampler_of_the_config_has_its_angles():
@@ -189,7 +201,7 @@ def test_only_the_sampler_of_the_config_has_its_angles():
   config.sampler.update(name="consistency", steps=2, timesteps=(1.5, 0.7))
   config.sampler.temperature = 0.5
   own, other = (
-    policy.sampling.plan(config, name).table for name in ("consistency/2", "ddim/2")
+    sampling.build_sampler(config, name).tableau for name in ("consistency/2", "ddim/2")
   )
   np.testing.assert_allclose(own.time, [1.5, 0.7])
   assert own.init_std == 0.25 * np.sin(1.5)
@@ -198,8 +210,8 @@ def test_only_the_sampler_of_the_config_has_its_angles():
 
 
 def test_wrong_states_are_refused(trained):
-  act = policy.load(trained)
-  with pytest.raises(UserError, match=r"states \(1, 3, 5\): the policy takes"):
+  act = policies.load(trained)
+  with pytest.raises(ValueError, match=r"states: have shape \(1, 3, 5\), must be"):
     act(np.zeros((3, 5)))
-  with pytest.raises(UserError, match="states are not finite"):
+  with pytest.raises(ValueError, match="states: are not finite"):
     act(np.full((2, 5), np.nan))

@@ -19,8 +19,9 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.pipelines import CompiledSampler
+from sdiff_jax.io import resumable
 from sdiff_jax.jobs import sample
 from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -34,17 +35,22 @@ PROCESS = """
 import sys, time, jax, numpy as np
 number, port, *workdirs = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
-from sdiff_jax.experiment import sampling, workdir as workdir_lib
+from sdiff_jax.experiment import pipelines, sampling, workdir as workdir_lib
+from sdiff_jax.io import resumable
 from sdiff_jax.jobs import sample
-write = sample._write_part
-sample._write_part = lambda *args: (time.sleep(0.3 * int(number)), write(*args))
+write = resumable.Output.write_part
+def slowly(*args, **arrays):
+  time.sleep(0.3 * int(number))
+  write(*args, **arrays)
+resumable.Output.write_part = slowly
 for workdir in workdirs:
   config = workdir_lib.read(workdir)
   sample.run(config, workdir)
 built, params = workdir_lib.trained(config, workdir)
-call = sampling.sampler(config, built, sampling.plan(config))
-made = sampling.generate(config, built, call, params, num=12, batch_size=8)
-np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, *_ in made]))
+pipeline = sampling.pipeline(config, built)
+sampler = pipelines.batch_sampler(pipeline, sampling.build_sampler(config))
+batches = pipelines.batches(pipeline, sampler, params, num=12, batch_size=8)
+np.save(f"{workdir}/{number}.npy", np.concatenate([images for images, _ in batches]))
 """
 
 
@@ -113,20 +119,21 @@ def images(workdir: pathlib.Path) -> np.ndarray:
 def watch(monkeypatch):
   """What the job did, `events`; it is stopped as it would start the image `stop`."""
   watched = types.SimpleNamespace(events=[], stop=None)
-  start, write = sampling.start_batch, sample._write_part
+  start, write = CompiledSampler.__call__, resumable.Output.write_part
 
-  def starting(config, experiment, call, params, first, size):
+  def starting(self, params, seeds, inputs):
+    first = int(seeds[0])
     if first == watched.stop:
       raise KeyboardInterrupt
     watched.events.append(("start", first))
-    return start(config, experiment, call, params, first, size)
+    return start(self, params, seeds, inputs)
 
-  def writing(folder, first, *made):
-    write(folder, first, *made)
-    watched.events.append(("write", first))
+  def writing(self, name, **arrays):
+    write(self, name, **arrays)
+    watched.events.append(("write", int(name.split("-")[0])))
 
-  monkeypatch.setattr(sampling, "start_batch", starting)
-  monkeypatch.setattr(sample, "_write_part", writing)
+  monkeypatch.setattr(CompiledSampler, "__call__", starting)
+  monkeypatch.setattr(resumable.Output, "write_part", writing)
   return watched
 
 
@@ -155,13 +162,13 @@ def test_a_stopped_job_goes_on_and_ends_the_same(copy, watch, capsys):
   whole, resumed = copy("whole"), copy("resumed")
   (resumed / "samples").mkdir()  # grids of the training
   wanted = run(whole)
-  assert "going on" not in capsys.readouterr().err
+  assert "resuming" not in capsys.readouterr().err
   stopped(resumed, watch)
   assert parts(resumed) == ["00000000-p0.npz", "00000008-p0.npz"]
   (resumed / "samples.parts" / "00000016-p0.npz.tmp").write_bytes(b"PK half")
   assert run(resumed) == wanted
   assert starts(watch) == [16, 24]
-  assert "going on: 16 of 30 images are there" in capsys.readouterr().err
+  assert "resuming: 16 of 30 images exist" in capsys.readouterr().err
   left = {p.name for p in resumed.iterdir()} - {"checkpoints", "command.txt"}
   assert left == {"config.json", "samples", "samples.npz", "samples.png"}
   with np.load(resumed / "samples.npz") as arrays:
@@ -204,7 +211,7 @@ def test_parts_of_other_samples_are_refused(copy, watch):
   stopped(workdir, watch)
   message = (
     r"samples\.parts holds parts of other samples: sample\.seed \(0 there, 1 now\), "
-    r"sampler\.timesteps \(\[\] there, \[1\.5\] now\); remove it, or take the same values"
+    r"sampler\.timesteps \(\[\] there, \[1\.5\] now\); remove it, or use the same values"
   )
   with pytest.raises(UserError, match=message):
     run(workdir, seed=1, sampler__timesteps=(1.5,))
@@ -277,8 +284,9 @@ def test_a_part_is_written_whole_or_not_at_all(copy, watch, monkeypatch):
 
 def test_lost_parts_do_not_become_samples(copy, monkeypatch):
   workdir = copy("run")
-  monkeypatch.setattr(sample, "_write_part", lambda *args: None)
-  with pytest.raises(UserError, match="has lost parts: the same command makes them"):
+  write = lambda *args, **arrays: None  # noqa: E731
+  monkeypatch.setattr(resumable.Output, "write_part", write)
+  with pytest.raises(UserError, match="lost parts: the same command makes them"):
     run(workdir)
   assert not (workdir / "samples.npz").exists()
 
@@ -340,9 +348,9 @@ def test_parallel_samplers_by_name(copy, capsys, name):
   config.sample.update(num=16, compare_sequential=True)
   line = sample.run(config, str(workdir))
   assert "evaluations each in" in line
-  assert "16 one by one" in line
+  assert "16 in sequential sampling" in line
   err = capsys.readouterr().err
-  assert "one row after the other" in err
+  assert "sequential sampling" in err
   if name != "specddpm":  # which draws others of the same law
     assert float(re.search(r"differ by ([\d.e-]+)", err)[1]) < 3
 
@@ -359,7 +367,7 @@ def test_a_window_is_chosen_once(copy, watch, capsys):
   assert chosen > 0
   watch.stop = None
   run(workdir, **fields)
-  assert "passes," not in capsys.readouterr().err
+  assert "iterations," not in capsys.readouterr().err
 
 
 def test_a_coarse_network_is_for_parareal_alone(copy):

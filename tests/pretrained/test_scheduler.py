@@ -163,5 +163,5 @@ def test_what_is_not_supported(fields, message):
 
 
 def test_unknown_solver():
-  with pytest.raises(ValueError, match=r"sampler\.name='plms': take one of \['ddim'"):
+  with pytest.raises(ValueError, match=r"name='plms': take one of \['ddim'"):
     scheduler.table(of("DDIM"), 10, "plms")

@@ -116,8 +116,8 @@ def test_published_is_the_loop_of_diffusers(name, monkeypatch):
   )
   result = run(x, keys, None)
   jax.effects_barrier()
-  np.testing.assert_array_equal(result.passes, PEER[f"{name}/iters"])
-  np.testing.assert_array_equal(result.evaluations, PEER[f"{name}/evals"])
+  np.testing.assert_array_equal(result.num_iterations, PEER[f"{name}/iters"])
+  np.testing.assert_array_equal(result.num_evaluations, PEER[f"{name}/evals"])
   for mine, theirs in zip(np.array(begins).T, PEER[f"{name}/begins"], strict=True):
     theirs = theirs[(theirs >= 0) & (theirs < case["N"])]
     np.testing.assert_array_equal(mine[: len(theirs)], theirs)
@@ -162,10 +162,10 @@ def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch
   monkeypatch.setattr(paradigms, "ULPS", 0)
   table, alone, parallel = both(name, 9, window, 0.0, rule, denoiser=exact)
   np.testing.assert_array_equal(parallel.x, alone)
-  assert np.all(parallel.passes <= table.evaluations)
+  assert np.all(parallel.num_iterations <= table.evaluations)
   if window == 1:
-    np.testing.assert_array_equal(parallel.passes, table.evaluations)
-    np.testing.assert_array_equal(parallel.evaluations, table.evaluations)
+    np.testing.assert_array_equal(parallel.num_iterations, table.evaluations)
+    np.testing.assert_array_equal(parallel.num_evaluations, table.evaluations)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch
 )
 def test_small_tolerances_are_kept(name, rule):
   _, alone, parallel = both(name, 40, 20, 1e-3, rule)
-  assert np.all(parallel.passes < 40)
+  assert np.all(parallel.num_iterations < 40)
   assert np.all(parallel.error <= 1e-3)
   np.testing.assert_allclose(parallel.x, alone, atol=2e-3)
 
@@ -197,7 +197,7 @@ def test_tolerance_zero_of_any_table_window_and_batch(name, steps, share, batch)
         name, steps, window, 0.0, "secant", range(batch), denoiser
       )
     np.testing.assert_allclose(parallel.x, alone, rtol=5 * atol, atol=atol)
-    assert np.all(parallel.passes <= rows)
+    assert np.all(parallel.num_iterations <= rows)
 
 
 def test_networks_to_1e_5_and_in_fewer_passes():
@@ -215,7 +215,7 @@ def test_networks_to_1e_5_and_in_fewer_passes():
   call = functools.partial(paradigms.sample, denoiser, table, window=40, tolerance=0.0)
   parallel = jax.jit(call)(x, keys, cond)
   np.testing.assert_allclose(parallel.x, alone, rtol=1e-5, atol=1e-5)
-  assert np.all(parallel.passes < 40)
+  assert np.all(parallel.num_iterations < 40)
 
 
 def test_histories_are_kept_where_the_published_rule_forgets_them():
@@ -232,8 +232,8 @@ def test_samples_of_a_batch_do_not_know_of_each_other():
   for seed in range(3):
     _, _, one = both("ddpm", 30, 8, 0.05, "secant", seeds=(seed,))
     _, _, many = both("ddpm", 30, 8, 0.05, "secant", seeds=(0, 1, 2))
-    assert one.passes[0] == many.passes[seed]
-    assert one.evaluations[0] == many.evaluations[seed]
+    assert one.num_iterations[0] == many.num_iterations[seed]
+    assert one.num_evaluations[0] == many.num_evaluations[seed]
     # Not to the bit: XLA rounds the mixture of a single row in another way.
     np.testing.assert_allclose(one.x[0], many.x[seed], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(one.error[0], many.error[seed], rtol=1e-3)
@@ -248,23 +248,23 @@ def test_samples_of_a_batch_do_not_know_of_each_other():
 )
 def test_counts_are_possible(window, tolerance, rule, name):
   _, _, result = both(name, 24, window, tolerance, rule)
-  assert np.all(result.passes <= 24)
-  assert np.all(result.passes * window >= 24)
-  assert np.all(result.evaluations <= result.passes * window)
-  assert np.all(result.evaluations >= 24)
+  assert np.all(result.num_iterations <= 24)
+  assert np.all(result.num_iterations * window >= 24)
+  assert np.all(result.num_evaluations <= result.num_iterations * window)
+  assert np.all(result.num_evaluations >= 24)
   assert np.all(np.isfinite(result.x))
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"window": 0}, r"sampler\.window=0: take 1 to 5"),
-    ({"window": 6}, r"sampler\.window=6: take 1 to 5"),
-    ({"tolerance": -1.0}, r"sampler\.tolerance=-1\.0: take 0 or more"),
-    ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
+    ({"window": 0}, r"window=0: take 1 to 5"),
+    ({"window": 6}, r"window=6: take 1 to 5"),
+    ({"tolerance": -1.0}, r"tolerance=-1\.0: take 0 or more"),
+    ({"tolerance": float("nan")}, r"tolerance=nan: take 0 or more"),
     (
       {"update_rule": "newton"},
-      r"sampler\.update_rule='newton': take one of \['published'",
+      r"update_rule='newton': take one of \['published'",
     ),
   ],
 )

@@ -103,5 +103,5 @@ def test_data_whose_elements_are_independent_take_few_passes(name):
   found = jax.jit(call)(x, keys, None)
   np.testing.assert_allclose(found.x, alone, atol=1e-4)
   linear = jax.jit(functools.partial(call, update_rule="linear"))(x, keys, None)
-  assert np.all(found.passes <= 4)
-  assert np.all(found.passes < linear.passes)
+  assert np.all(found.num_iterations <= 4)
+  assert np.all(found.num_iterations < linear.num_iterations)

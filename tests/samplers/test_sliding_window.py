@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from sdiff_jax import samplers
 from sdiff_jax.contrib import parareal
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.samplers import (
   _gaussian_mixture,
+  autotune,
   paradigms,
-  sampler,
   sequential,
   solvers,
 )
@@ -40,14 +41,11 @@ def guided(x, t, cond):
 
 
 def run(name, steps, over=None, denoiser=KNOWN, **options):
-  plan = sampler.build(sigma_d=0.5, name=name, steps=steps, **options)
-  spread = sharding.window(over) if over else None
+  sampler = samplers.build(name, sigma_d=0.5, steps=steps, **options)
 
   def call(seeds):
-    keys = sequential.keys_from_seeds(seeds)
-    x = sequential.sample_prior(plan.table, keys, (16,))
     cond = {"label": seeds % 3}
-    return sampler.run(plan, denoiser, x, keys, cond, sharding=spread)
+    return samplers.sample(sampler, denoiser, seeds, (16,), cond, mesh=over)
 
   if over is None:
     return jax.jit(call)(np.arange(8))
@@ -77,22 +75,20 @@ def test_the_same_on_any_mesh(name, denoiser, sizes):
   steps = 9 if name == "paraheun" else 16
   options = {"window": 8, "tolerance": 1e-3, "denoiser": denoiser}
   one, many = run(name, steps, **options), run(name, steps, mesh(*sizes), **options)
-  np.testing.assert_array_equal(one.passes, many.passes)
-  np.testing.assert_array_equal(one.evaluations, many.evaluations)
+  np.testing.assert_array_equal(one.num_iterations, many.num_iterations)
+  np.testing.assert_array_equal(one.num_evaluations, many.num_evaluations)
   np.testing.assert_allclose(one.x, many.x, atol=1e-5)
 
 
 def test_parareal_over_devices():
   one = run("srdsddim", 16, window=4)
   many = run("srdsddim", 16, mesh(2, 1, 4), window=4)
-  np.testing.assert_array_equal(one.passes, many.passes)
+  np.testing.assert_array_equal(one.num_iterations, many.num_iterations)
   np.testing.assert_allclose(one.x, many.x, atol=1e-5)
 
 
 def test_a_window_that_does_not_divide_over_the_devices_is_refused():
-  with pytest.raises(
-    ValueError, match=r"sampler\.window=6: does not divide over the 4"
-  ):
+  with pytest.raises(ValueError, match=r"window=6: does not divide over the 4"):
     run("paraddpm", 16, mesh(1, 1, 4), window=6)
 
 
@@ -131,50 +127,53 @@ def test_previews_are_the_rows_that_are_done():
 
 @pytest.mark.parametrize("name", ["paraddim", "paradpmsolver", "specddpm", "srdsddim"])
 def test_names_are_loops_and_solvers(name):
-  plan = sampler.build(sigma_d=0.5, name=name, steps=16, window=4)
-  assert plan.loop == name[:4]
-  assert plan.table.evaluations == 16
+  sampler = samplers.build(name, sigma_d=0.5, steps=16, window=4)
+  loops = {"para": "paradigms", "spec": "speculative", "srds": "parareal"}
+  assert sampler.loop == loops[name[:4]]
+  assert sampler.tableau.evaluations == 16
   found = run(name, 16, window=4)
-  assert np.all(found.passes > 1)
+  assert np.all(found.num_iterations > 1)
   assert np.all(np.isfinite(found.x))
 
 
 def test_plain_names_run_one_row_after_the_other():
   found = run("heun", 8)
-  np.testing.assert_array_equal(found.passes, 15)
+  np.testing.assert_array_equal(found.num_iterations, 15)
   np.testing.assert_array_equal(found.error, 0)
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "paraeuler2"}, r"sampler\.name='paraeuler2': take one of"),
-    ({"window": 17}, r"sampler\.window=17: take 1 to 16, the rows"),
-    ({"window": -1}, r"sampler\.window=-1: take 1 to 16"),
-    ({"tolerance": float("nan")}, r"sampler\.tolerance=nan: take 0 or more"),
-    ({"update_rule": "newton"}, r"sampler\.update_rule='newton': take one of"),
+    ({"name": "paraeuler2"}, r"name='paraeuler2': must be a solver, one of"),
+    ({"window": 17}, r"window=17: must be 1 to 16, the number"),
+    ({"window": -1}, r"window=-1: must be 1 to 16"),
+    ({"tolerance": float("nan")}, r"tolerance=nan: take 0 or more"),
+    ({"update_rule": "newton"}, r"update_rule='newton': take one of"),
     ({"name": "specddim"}, "speculation needs noise in every row but the last"),
     ({"name": "srdsddpm"}, "parareal takes solvers without noise"),
-    ({"name": "srdsddim", "window": 15}, r"sampler\.window=15: 16 rows"),
+    ({"name": "srdsddim", "window": 15}, r"window=15: 16 rows"),
   ],
 )
 def test_mistakes_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    sampler.build(**{"sigma_d": 0.5, "name": "paraddpm", "steps": 16} | changes)
+    samplers.build(**{"sigma_d": 0.5, "name": "paraddpm", "steps": 16} | changes)
 
 
 def test_the_window_grows_with_what_a_call_costs():
   """Where a call takes as long for any window, the widest; where time grows, few."""
-  plan = sampler.build(sigma_d=0.5, name="paraddpm", steps=24)
-  free = sampler.autotune_window(plan, lambda window: 1.0)[0]
-  linear = sampler.autotune_window(plan, lambda window: float(window))[0]
+  sampler = samplers.build("paraddpm", sigma_d=0.5, steps=24)
+  free = autotune.autotune_window(sampler, lambda window: 1.0)[0]
+  linear = autotune.autotune_window(sampler, lambda window: float(window))[0]
   assert free.window >= 12
   assert linear.window <= 6
-  assert free.seconds == free.passes < 15
-  spread = sampler.autotune_window(plan, lambda window: 1.0, multiple=8)[0]
+  assert free.seconds == free.num_iterations < 15
+  spread = autotune.autotune_window(sampler, lambda window: 1.0, multiple=8)[0]
   assert spread.window % 8 == 0
-  with pytest.raises(ValueError, match="no window of 24 rows divides over 64 devices"):
-    sampler.autotune_window(plan, lambda window: 1.0, multiple=64)
+  with pytest.raises(
+    ValueError, match="no window of 24 solver steps divides over 64 devices"
+  ):
+    autotune.autotune_window(sampler, lambda window: 1.0, multiple=64)
 
 
 def test_jumps_over_a_block_are_its_rows_with_one_d():
@@ -199,30 +198,27 @@ def test_jumps_over_a_block_are_its_rows_with_one_d():
   ],
 )
 def test_bounded_passes_end_with_the_last_thing_that_was_seen(name, most, window, row):
-  plan = sampler.build(sigma_d=0.5, name=name, steps=12, window=window)
-  times = jnp.asarray(plan.table.time, jnp.float32)
+  sampler = samplers.build(name, sigma_d=0.5, steps=12, window=window)
+  times = jnp.asarray(sampler.tableau.time, jnp.float32)
 
   def told(x, time, cond):  # the first pass does one row, and corrects the others
     return jnp.repeat(time[:, None], x.shape[1], axis=1)
 
-  keys = sequential.keys_from_seeds(np.arange(3))
-  x = sequential.sample_prior(plan.table, keys, (2,))
-  made = sampler.run(plan._replace(max_passes=most), told, x, keys, None)
-  assert (made.passes <= most).all()
-  whole = sampler.run(plan, told, x, keys, None)
-  if (whole.passes <= most).all():
+  bounded = sampler.replace(max_iterations=most)
+  made = samplers.sample(bounded, told, np.arange(3), (2,))
+  assert (made.num_iterations <= most).all()
+  whole = samplers.sample(sampler, told, np.arange(3), (2,))
+  if (whole.num_iterations <= most).all():
     np.testing.assert_array_equal(made.x, whole.x)
   else:
     np.testing.assert_array_equal(made.x, np.full((3, 2), times[row]))
 
 
 def test_bound_that_is_not_reached_changes_nothing():
-  plan = sampler.build(sigma_d=0.5, name="paraddpm", steps=20, window=5)
-  keys = sequential.keys_from_seeds(np.arange(3))
-  x = sequential.sample_prior(plan.table, keys, (16,))
+  sampler = samplers.build("paraddpm", sigma_d=0.5, steps=20, window=5)
   free, bounded = (
-    sampler.run(plan._replace(max_passes=most), KNOWN, x, keys, None)
+    samplers.sample(sampler.replace(max_iterations=most), KNOWN, np.arange(3), (16,))
     for most in (0, 19)
   )
   np.testing.assert_array_equal(free.x, bounded.x)
-  assert (free.passes == bounded.passes).all()
+  assert (free.num_iterations == bounded.num_iterations).all()

@@ -294,12 +294,12 @@ def test_angles_replace_the_grid():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "rk4"}, r"sampler\.name='rk4': take one of \['ddim', 'euler'"),
-    ({"steps": 0}, r"sampler\.steps=0: take 1 or more"),
-    ({"temperature": -1.0}, r"sampler\.temperature=-1\.0: must be 0 or more"),
-    ({"eta": 1.5}, r"sampler\.eta=1\.5: take 0 to 1"),
-    ({"name": "heun", "eta": 0.5}, r"sampler\.eta=0\.5: ddim alone has an eta"),
-    ({"timesteps": (1.0, 1.2)}, r"sampler\.timesteps=\(1\.0, 1\.2\): give falling"),
+    ({"name": "rk4"}, r"name='rk4': take one of \['ddim', 'euler'"),
+    ({"steps": 0}, r"steps=0: take 1 or more"),
+    ({"temperature": -1.0}, r"temperature=-1\.0: must be 0 or more"),
+    ({"eta": 1.5}, r"eta=1\.5: take 0 to 1"),
+    ({"name": "heun", "eta": 0.5}, r"eta=0\.5: ddim alone has an eta"),
+    ({"timesteps": (1.0, 1.2)}, r"timesteps=\(1\.0, 1\.2\): give falling"),
   ],
 )
 def test_mistakes_are_refused(changes, message):

@@ -50,7 +50,7 @@ def test_the_law_is_that_of_the_sequential_sampler(name, window):
   truth, found = draws(name, window, np.arange(4000))
   rng = np.random.default_rng(0)
   assert energy_p_value(truth, np.asarray(found.x), rng) > 0.01
-  assert found.passes.mean() < 16
+  assert found.num_iterations.mean() < 16
   assert np.all(found.error == 0)
 
 
@@ -75,7 +75,7 @@ def test_one_row_at_a_time_is_the_sequential_sampler():
   alone = sequential.sample(denoiser, table, x, keys, None)
   found = speculative.sample(denoiser, table, x, keys, None, window=1)
   np.testing.assert_allclose(found.x, alone, atol=1e-5)
-  np.testing.assert_array_equal(found.passes, 7)
+  np.testing.assert_array_equal(found.num_iterations, 7)
 
 
 def test_coupling_draws_from_the_target():

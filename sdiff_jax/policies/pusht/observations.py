@@ -8,6 +8,7 @@ diagonal that the goal's stem lies on.
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.types import Array
 
@@ -93,5 +94,9 @@ def mirror(state: Array, action: Array) -> tuple[Array, Array]:
   return jnp.concatenate(image, -1), flip(action)
 
 
-# name of a view -> (observation of a state and the one before, frame or None)
-FRAMES = {"block": (block, frame), "keypoints": (keypoints, None)}
+STATE_SIZE = 5  # position of the agent, position and angle of the block
+REST = np.full(STATE_SIZE, 200.0, np.float32)
+VIEWS = {
+  "block": View(STATE_SIZE, block, frame, REST),
+  "keypoints": View(STATE_SIZE, keypoints, None, REST),
+}

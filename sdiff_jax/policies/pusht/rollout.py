@@ -9,7 +9,7 @@ from sdiff_jax.policies.pusht import env as env_lib
 from sdiff_jax.types import UserError
 
 # (states up to now [B, K, 5], seed of each episode's noise int32 [B]) -> actions
-# [B, Ta, 2] and what they took, arrays [B] by name.
+# [B, Ta, 2] and their cost, arrays [B] by name.
 Act = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -19,13 +19,13 @@ class Episodes(NamedTuple):
   Attributes:
     reward: largest of each, float64 [E].
     solved: which ended with the goal reached, bool [E].
-    took: of every chunk of actions of every episode, [chunks], by name.
+    cost: of every chunk of actions of every episode, [chunks], by name.
     histories: what the policy was given for some chunks, [n, K, 5].
   """
 
   reward: np.ndarray
   solved: np.ndarray
-  took: dict[str, np.ndarray]
+  cost: dict[str, np.ndarray]
   histories: np.ndarray
 
 
@@ -57,10 +57,10 @@ def run(
   first = [_do(k, 0, env_lib.reset, env, starts[k]) for k, env in enumerate(envs)]
   history = np.repeat(np.array(first)[:, None], states, axis=1)
   reward, solved, going = np.zeros(E), np.zeros(E, bool), np.ones(E, bool)
-  seeds, step, took, seen = np.arange(E, dtype=np.int32) + seed * E, 0, [], []
+  seeds, step, costs, seen = np.arange(E, dtype=np.int32) + seed * E, 0, [], []
   while going.any():
     actions, cost = act(history, seeds + np.int32(1_000_003 * step))
-    took.append({name: values[going] for name, values in cost.items()})
+    costs.append({name: values[going] for name, values in cost.items()})
     seen.append(history[going][:1])
     for action in np.moveaxis(np.float64(actions), 1, 0):
       for k in np.flatnonzero(going):
@@ -71,7 +71,7 @@ def run(
         going[k] = not (done or late)
       step += 1
       progress(step)
-  joined = {name: np.concatenate([t[name] for t in took]) for name in took[0]}
+  joined = {name: np.concatenate([c[name] for c in costs]) for name in costs[0]}
   return Episodes(reward, solved, joined, np.concatenate(seen))
 
 

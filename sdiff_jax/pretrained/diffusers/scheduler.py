@@ -183,7 +183,7 @@ def table(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
   """
   solver = solver or schedule.solver
   if solver not in solvers.SOLVERS:
-    raise ValueError(f"sampler.name={solver!r}: take one of {[*solvers.SOLVERS]}")
+    raise ValueError(f"name={solver!r}: take one of {[*solvers.SOLVERS]}")
   abar, spacing, last = schedule.abar, schedule.spacing, schedule.last
   T, ends = len(abar), None
   if solver.startswith("dpmpp") and spacing != "trailing":
