@@ -19,7 +19,6 @@ from sdiff_jax.policies.pusht import rollout as rollout_lib
 from sdiff_jax.reports import runs
 from sdiff_jax.types import UserError
 
-
 DEFAULTS = {
   "rollout": {
     "samplers": ("ddim/15",),  # name/steps
