@@ -21,8 +21,8 @@ from sdiff_jax.experiment import pipelines, sampling, text_to_image
 from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.experiment.pipelines import Pipeline
+from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import Sampler, autotune
 from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.types import Network, Params, UserError
