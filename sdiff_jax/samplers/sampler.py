@@ -6,33 +6,19 @@ a solver behind the prefix of a parallel loop: paraddpm, paraddim, paradpmpp2m, 
 """
 
 import dataclasses
-import difflib
-import importlib
-import inspect
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sdiff_jax import contrib, registry
+from sdiff_jax import registry
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.distributed import sharding as sharding_lib
-from sdiff_jax.samplers import sequential, solvers
+from sdiff_jax.samplers import _names, sequential, solvers
 from sdiff_jax.samplers._sliding_window import Callback, Samples
 from sdiff_jax.samplers.solvers import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
-
-ALIASES = {"paradpmsolver": "paradpmpp2m"}
-# Options that are given when samples are made; all others when a sampler is built.
-RUNTIME = {
-  "mesh": "sharding",
-  "callback": "callback",
-  "coarse_denoiser": "coarse_denoiser",
-}
-# Options of every sampler that is built on the TrigFlow process.
-COMMON = {"timesteps": (), "temperature": 1.0}
 
 
 class SamplingStats(NamedTuple):
@@ -86,11 +72,11 @@ class Sampler:
 
   def takes(self, option: str) -> bool:
     """Returns whether the sampler has an option, `mesh` and `callback` included."""
-    return RUNTIME.get(option, option) in _loop_parameters(self.loop)
+    return _names.RUNTIME.get(option, option) in _names.loop_parameters(self.loop)
 
   def fact(self, name: str) -> Any:
     """Returns what the loop says of itself under a name, None if it says nothing."""
-    return _loops()[self.loop].facts.get(name)
+    return _names.loops()[self.loop].facts.get(name)
 
   def replace(self, **options: Any) -> "Sampler":
     """Returns the sampler with other options of its loop.
@@ -102,8 +88,8 @@ class Sampler:
 
   def sequential(self) -> "Sampler":
     """Returns the sampler that runs the same steps sequentially."""
-    solver = _lookup(self.name)[1]
-    return Sampler(solver, self.tableau, _lookup(solver)[0], {})
+    solver = _names.lookup(self.name)[1]
+    return Sampler(solver, self.tableau, _names.lookup(solver)[0], {})
 
 
 def names() -> list[str]:
@@ -113,7 +99,7 @@ def names() -> list[str]:
     >>> {"ddim", "paraddim"} <= set(names())
     True
   """
-  return sorted(_table())
+  return sorted(_names.table())
 
 
 def options(name: str) -> dict[str, Any]:
@@ -129,9 +115,13 @@ def options(name: str) -> dict[str, Any]:
     >>> options("heun")
     {'timesteps': (), 'temperature': 1.0}
   """
-  loop, solver = _lookup(name)
-  of_loop = {k: v for k, v in _loop_parameters(loop).items() if k not in RUNTIME_ONLY}
-  return COMMON | _solver_options(solver) | of_loop
+  loop, solver = _names.lookup(name)
+  of_loop = {
+    k: v
+    for k, v in _names.loop_parameters(loop).items()
+    if k not in _names.RUNTIME_ONLY
+  }
+  return _names.COMMON | _names.solver_options(solver) | of_loop
 
 
 def solver_of(name: str) -> str:
@@ -144,7 +134,7 @@ def solver_of(name: str) -> str:
     >>> solver_of("paraddim")
     'ddim'
   """
-  return _lookup(name)[1]
+  return _names.lookup(name)[1]
 
 
 def build(
@@ -175,26 +165,26 @@ def build(
     >>> sampler.num_steps, sampler.window, sampler.loop
     (50, 16, 'paradigms')
   """
-  loop, solver = _lookup(name)
-  common, of_solver = {}, _solver_options(solver)
+  loop, solver = _names.lookup(name)
+  common, of_solver = {}, _names.solver_options(solver)
   if schedule is None:
     if sigma_d is None or steps is None:
       missing = "sigma_d" if sigma_d is None else "steps"
       raise ValueError(f"{missing}: needed without a noise schedule")
-    common = COMMON
+    common = _names.COMMON
   elif sigma_d is not None or steps is not None:
     extra, value = ("steps", steps) if sigma_d is None else ("sigma_d", sigma_d)
     raise ValueError(f"{extra}={value}: the noise schedule determines it")
-  known = common.keys() | of_solver.keys() | _loop_parameters(loop).keys()
+  known = common.keys() | of_solver.keys() | _names.loop_parameters(loop).keys()
   for option, value in options.items():
-    if option not in known - RUNTIME_ONLY:
-      _refuse(name, option, value)
+    if option not in known - _names.RUNTIME_ONLY:
+      _names.refuse(name, option, value)
   if schedule is None:
     of_tableau = {k: v for k, v in options.items() if k in common or k in of_solver}
     tableau = solvers.build(sigma_d=sigma_d, name=solver, steps=steps, **of_tableau)
   else:
     of_tableau = {k: v for k, v in options.items() if k in of_solver}
-    tableau = _solver(solver)(schedule, **of_tableau)
+    tableau = _names.tableau(solver, schedule, **of_tableau)
   return from_tableau(
     name, tableau, **{k: v for k, v in options.items() if k not in of_tableau}
   )
@@ -216,12 +206,12 @@ def from_tableau(name: str, tableau: SolverTableau, **options: Any) -> Sampler:
     >>> from_tableau("paraddim", tableau, window=4).options["window"]
     4
   """
-  loop, _ = _lookup(name)
-  piece, parameters = _loops()[loop], _loop_parameters(loop)
+  loop, _ = _names.lookup(name)
+  piece, parameters = _names.loops()[loop], _names.loop_parameters(loop)
   for option, value in options.items():
-    if option not in parameters.keys() - RUNTIME_ONLY:
-      _refuse(name, option, value)
-  defaults = {k: v for k, v in parameters.items() if k not in RUNTIME_ONLY}
+    if option not in parameters.keys() - _names.RUNTIME_ONLY:
+      _names.refuse(name, option, value)
+  defaults = {k: v for k, v in parameters.items() if k not in _names.RUNTIME_ONLY}
   complete = defaults | options
   if "check" in piece.facts:
     complete = piece.facts["check"](tableau, complete)
@@ -303,7 +293,7 @@ def run(
   given = {k: v for k, v in runtime.items() if v is not None}
   for option in given:
     if not sampler.takes(option):
-      _refuse(sampler.name, option, None)
+      _names.refuse(sampler.name, option, None)
   if sampler.is_parallel and not sampler.window:
     raise ValueError(
       f"window=0: name one of 1 to {sampler.num_steps}, or choose it by "
@@ -311,7 +301,7 @@ def run(
     )
   if "mesh" in given:
     given["sharding"] = sharding_lib.window(given.pop("mesh"))
-  loop = _loops()[sampler.loop].build
+  loop = _names.loops()[sampler.loop].build
   return loop(denoiser, sampler.tableau, x, keys, cond, **sampler.options, **given)
 
 
@@ -324,85 +314,3 @@ def _sequential(
   x = sequential.sample(denoiser, tableau, x, keys, cond)
   zero = jnp.zeros(len(x), x.dtype)
   return Samples(x, count, count, zero, zero)
-
-
-RUNTIME_ONLY = frozenset(RUNTIME.values())
-
-
-def _loops() -> dict[str, registry.Piece]:
-  """Returns all registered loops by name; those of `contrib` are imported as well."""
-  for module in pkgutil.iter_modules(contrib.__path__):
-    importlib.import_module(f"{contrib.__name__}.{module.name}")
-  return {
-    name: registry.lookup("samplers", name) for name in registry.names("samplers")
-  }
-
-
-def _loop_parameters(loop: str) -> dict[str, Any]:
-  """Returns the keyword arguments of a loop with their defaults."""
-  parameters = inspect.signature(_loops()[loop].build).parameters.values()
-  return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-
-
-def _solver(name: str) -> Callable[..., SolverTableau]:
-  return solvers.SOLVERS[name][0]
-
-
-def _solver_options(name: str) -> dict[str, Any]:
-  """Returns the options of a solver with their defaults."""
-  return {"eta": 0.0} if name == "ddim" else {}
-
-
-def _table() -> dict[str, tuple[str, str]]:
-  """Returns name -> (loop, solver) of every sampler."""
-  table = {}
-  for loop, piece in _loops().items():
-    for prefix in (piece.facts["prefix"], *piece.facts.get("aliases", ())):
-      for solver in solvers.SOLVERS:
-        name = prefix + solver
-        if name in table:
-          raise ValueError(
-            f"name={name!r}: stands for {table[name]} and for {(loop, solver)}; rename "
-            "the solver, or the prefix of the loop"
-          )
-        table[name] = loop, solver
-  return table | {alias: table[name] for alias, name in ALIASES.items()}
-
-
-def _lookup(name: str) -> tuple[str, str]:
-  """Returns the loop and the solver of a sampler's name.
-
-  Raises:
-    ValueError: an unknown name.
-  """
-  table = _table()
-  if name not in table:
-    near = difflib.get_close_matches(name, table, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    prefixes = [p.facts["prefix"] for p in _loops().values() if p.facts["prefix"]]
-    raise ValueError(
-      f"name={name!r}: must be a solver, one of {', '.join(solvers.SOLVERS)}, alone or "
-      f"behind a prefix, one of {', '.join(prefixes)}{hint}"
-    )
-  return table[name]
-
-
-def _refuse(name: str, option: str, value: Any) -> None:
-  """Raises a ValueError: a sampler does not take an option; says which ones do."""
-  loop, solver = _lookup(name)
-  stated = option if value is None else f"{option}={value!r}"
-  takers = []
-  of_solvers = [s for s in solvers.SOLVERS if option in _solver_options(s)]
-  if of_solvers:
-    takers.append(f"the solver {', '.join(of_solvers)}")
-  prefixes = [
-    f"{piece.facts['prefix']}{solver}"
-    for key, piece in _loops().items()
-    if RUNTIME.get(option, option) in _loop_parameters(key)
-  ]
-  if prefixes:
-    takers.append(" or ".join(prefixes))
-  if option in RUNTIME and prefixes and RUNTIME[option] in _loop_parameters(loop):
-    raise ValueError(f"{stated}: given to `sample`, not to `build`")
-  known = f"; it is for {' or '.join(takers)}" if takers else "; no sampler does"
-  raise ValueError(f"{stated}: the sampler {name!r} does not take it{known}")
