@@ -17,8 +17,8 @@ SAMPLERS = {
 
 
 def get_config(variant: str = ""):
-  chosen, _ = variants.parse_variant(variant, "configs/church.py", SAMPLERS)
-  name, steps, window, tolerance = SAMPLERS[chosen]
+  (sampler,) = variants.parse(variant, SAMPLERS)
+  name, steps, window, tolerance = SAMPLERS[sampler]
   c = config.base()
   c.job = "generate"
   c.sampler.update(name=name, steps=steps, window=window, tolerance=tolerance)

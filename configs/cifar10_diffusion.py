@@ -8,7 +8,7 @@ from sdiff_jax.experiment import variants
 
 
 def get_config(variant: str = ""):
-  _, tiny = variants.parse_variant(variant, "configs/cifar10_diffusion.py")
+  (tiny,) = variants.parse(variant, variants.TINY_WORD)
   c = config.base()
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)

@@ -8,10 +8,9 @@ from sdiff_jax.experiment import variants
 
 
 def get_config(variant: str = ""):
-  _, tiny = variants.parse_variant(variant, "configs/cifar10_scd.py")
+  (tiny,) = variants.parse(variant, variants.TINY_WORD)
   c = config.base()
-  c.teacher.update(variants.teacher("configs/cifar10_diffusion.py", variant))
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/cifar10_diffusion.py", variant)
   c.data = config.component(
     "data", "tfds", tfds_name="cifar10", mean=(0.0,), std=(0.5,)
   )

@@ -1,13 +1,12 @@
 """sCD on Fashion-MNIST: distills configs/fashion_diffusion.py to one and two steps."""
 
 from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 
 def get_config():
   c = config.base()
-  c.teacher.config = "configs/fashion_diffusion.py"
-  c.teacher.workdir = "runs/fashion_diffusion"
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/fashion_diffusion.py")
   c.data = config.component("data", "idx")
   c.reference = config.component("data", "idx", split="test")
   c.model = config.component("models", "mlp", width=1024, depth=4)

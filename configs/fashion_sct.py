@@ -1,24 +1,19 @@
-"""sCT on Fashion-MNIST: a consistency model trained on data, from the teacher's EMA."""
+"""sCT on Fashion-MNIST: a consistency model trained on data, from the teacher's weights.
+
+python -m sdiff_jax.main --config=configs/fashion_sct.py
+"""
+
+import pathlib
 
 from sdiff_jax import config
+from sdiff_jax.experiment import variants
+
+DISTILLATION = pathlib.Path(__file__).with_name("fashion_scd.py")
 
 
 def get_config():
-  c = config.base()
-  c.teacher.config = "configs/fashion_diffusion.py"
-  c.init_from = "runs/fashion_diffusion"
-  c.data = config.component("data", "idx")
-  c.reference = config.component("data", "idx", split="test")
-  c.model = config.component("models", "mlp", width=1024, depth=4)
-  c.loss = config.component(
-    "losses", "scm", velocity="data", warmup_steps=300, adaptive_weight=False
-  )
-  c.train.update(steps=1500, batch_size=256, log_every=50, sample_every=300)
-  c.optim.update(
-    learning_rate=1e-3, b1=0.0, b2=0.99, schedule="cosine", end_lr_fraction=0.02
-  )
-  c.ema.profiles = ("power/0.1",)
-  c.sampler.update(name="consistency", steps=2)
-  c.evaluate.update(features="fashion", num=20_000, batch_size=1000)
-  c.evaluate.samplers = ("consistency/1", "consistency/2")
+  c = config.load(str(DISTILLATION))
+  variants.train_on_data(c)
+  c.train.steps = 1500
+  c.checkpoint.update(every=1000, keep_every=0)
   return c

@@ -11,7 +11,7 @@ from sdiff_jax.experiment import variants
 
 
 def get_config(variant: str = ""):
-  _, tiny = variants.parse_variant(variant, "configs/imagenet256_dit_diffusion.py")
+  (tiny,) = variants.parse(variant, variants.TINY_WORD)
   c = config.base()
   c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)

@@ -10,10 +10,9 @@ from sdiff_jax.experiment import variants
 
 
 def get_config(variant: str = ""):
-  _, tiny = variants.parse_variant(variant, "configs/imagenet256_dit_scd.py")
+  (tiny,) = variants.parse(variant, variants.TINY_WORD)
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet256_dit_diffusion.py", variant))
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/imagenet256_dit_diffusion.py", variant)
   c.data = config.component("data", "tfds", tfds_name="imagenet2012", image_size=256)
   c.rehearse.update(shape=(256, 256, 3), classes=1000)
   c.model = config.component("models", "dit", patch=8, width=768, depth=12, heads=12)

@@ -18,9 +18,7 @@ SIZES = {
 
 
 def get_config(variant: str = ""):
-  size, tiny = variants.parse_variant(
-    variant, "configs/imagenet512_diffusion.py", SIZES
-  )
+  size, tiny = variants.parse(variant, SIZES, variants.TINY_WORD)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
   c.data = config.component(

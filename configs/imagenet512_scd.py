@@ -18,11 +18,10 @@ SIZES = {
 
 
 def get_config(variant: str = ""):
-  size, tiny = variants.parse_variant(variant, "configs/imagenet512_scd.py", SIZES)
+  size, tiny = variants.parse(variant, SIZES, variants.TINY_WORD)
   rate, dropout = SIZES[size]
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet512_diffusion.py", variant))
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/imagenet512_diffusion.py", variant)
   c.data = config.component(
     "data", "latents", dir="runs/imagenet512_latents", scale="scm"
   )

@@ -1,46 +1,27 @@
-"""sCT on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
+"""sCT on latents of ImageNet 512 x 512, from the teacher's weights (arXiv:2410.11081).
 
-It starts from configs/imagenet512_diffusion.py. Variants: S, M, L, XL or XXL, and tiny,
-`configs/imagenet512_sct.py:S,tiny`, which runs on a laptop, on digits. Not run in full.
+  python -m sdiff_jax.main --config=configs/imagenet512_sct.py:S
+
+The settings are those of appendix G. Variants: S, M, L, XL or XXL, and `tiny`, seconds on
+digits. Not run in full.
 """
+
+import pathlib
 
 from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
-# Learning rate, dropout.
-SIZES = {
-  "S": (1e-4, 0.25),
-  "M": (9e-5, 0.35),
-  "L": (8e-5, 0.35),
-  "XL": (7e-5, 0.35),
-  "XXL": (6.5e-5, 0.35),
-}
+DISTILLATION = pathlib.Path(__file__).with_name("imagenet512_scd.py")
+DROPOUT = {"S": 0.25, "M": 0.35, "L": 0.35, "XL": 0.35, "XXL": 0.35}
 
 
 def get_config(variant: str = ""):
-  size, tiny = variants.parse_variant(variant, "configs/imagenet512_sct.py", SIZES)
-  rate, dropout = SIZES[size]
-  c = config.base()
-  teacher = variants.teacher("configs/imagenet512_diffusion.py", variant)
-  c.init_from, c.teacher.config = teacher["workdir"], teacher["config"]
-  c.data = config.component(
-    "data", "latents", dir="runs/imagenet512_latents", scale="scm"
-  )
-  c.rehearse.update(shape=(64, 64, 4), classes=1000)
-  c.model = config.component("models", "edm2", preset=size, dropout=dropout)
-  c.model.update(dropout_resolution=16, dtype="float16")
-  c.loss = config.component("losses", "scm", velocity="data", p_mean=-0.8, p_std=1.6)
-  # |g| as printed; the paper does not say whether the norm is a sum or a mean.
-  c.loss.update(tangent_normalizer="l2", c=0.1, warmup_steps=10_000)
-  # Ours: a loss scale of the number of elements, as if the loss were their sum.
-  c.train.update(steps=100_000, batch_size=2048, log_every=100, loss_scale=2.0**14)
-  c.checkpoint.update(every=2000, keep_every=10_000)
-  c.optim.update(name="adam", learning_rate=rate, b1=0.9, b2=0.99, eps=1e-11)
-  c.optim.update(schedule="inverse_sqrt", reference_steps=70_000)
-  c.optim.rampup_images = 10_000_000  # EDM2's
-  c.ema.profiles = ("power/0.05",)
-  c.sampler.update(name="consistency", steps=2)
-  c.evaluate.update(num=50_000, samplers=("consistency/1", "consistency/2"))
-  if tiny:
-    variants.make_tiny(c)
+  size, tiny = variants.parse(variant, DROPOUT, variants.TINY_WORD)
+  c = config.load(f"{DISTILLATION}:{variant}")
+  variants.train_on_data(c)
+  c.model.update(dropout=DROPOUT[size], guidance=False)
+  c.loss.guidance = ()
+  c.sample.guidance = 1.0
+  if not tiny:
+    c.train.steps = 100_000
   return c

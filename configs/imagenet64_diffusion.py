@@ -17,7 +17,7 @@ SIZES = {
 
 
 def get_config(variant: str = ""):
-  size, tiny = variants.parse_variant(variant, "configs/imagenet64_diffusion.py", SIZES)
+  size, tiny = variants.parse(variant, SIZES, variants.TINY_WORD)
   steps, rate, dropout, width = SIZES[size]
   c = config.base()
   # A folder for each class, as in ImageNet; larger images are cropped as in EDM2.

@@ -13,10 +13,9 @@ RATES = {"S": 1e-4, "M": 9e-5, "L": 8e-5, "XL": 7e-5}
 
 
 def get_config(variant: str = ""):
-  size, tiny = variants.parse_variant(variant, "configs/imagenet64_scd.py", RATES)
+  size, tiny = variants.parse(variant, RATES, variants.TINY_WORD)
   c = config.base()
-  c.teacher.update(variants.teacher("configs/imagenet64_diffusion.py", variant))
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/imagenet64_diffusion.py", variant)
   c.data = config.component("data", "folder", dir="data/imagenet64", image_size=64)
   c.rehearse.update(shape=(64, 64, 3), classes=1000)
   c.model = config.component("models", "edm2", preset=size, dropout=0.0)

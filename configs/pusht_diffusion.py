@@ -10,17 +10,14 @@ keypoints and targets in the square, the 1-D U-Net, DDPM.
 """
 
 from sdiff_jax import config
-from sdiff_jax.types import UserError
+from sdiff_jax.experiment import variants
 
 
 def get_config(variant: str = ""):
-  if variant not in ("", "published"):
-    raise UserError(
-      f"configs/pusht_diffusion.py:{variant}: the only variant is 'published'"
-    )
+  (as_published,) = variants.parse(variant, ("", "published"))
   c = config.base()
   c.optim.update(name="adamw", b1=0.95, schedule="cosine")
-  published(c) if variant else small(c)
+  published(c) if as_published else small(c)
   c.sampler.update(name="ddim", steps=15, window=20)
   c.rollout.samplers = ("ddim/15", "paraddim/15", "dpmpp2m/15", "paradpmpp2m/15")
   c.rollout.samplers += ("ddpm/100", "paraddpm/100", "specddpm/100")

@@ -1,13 +1,12 @@
 """sCD on Push-T: distills configs/pusht_diffusion.py to one and two network calls."""
 
 from sdiff_jax import config
+from sdiff_jax.experiment import variants
 
 
 def get_config():
   c = config.base()
-  c.teacher.config = "configs/pusht_diffusion.py"
-  c.teacher.workdir = "runs/pusht_diffusion"
-  c.init_from = c.teacher.get_oneway_ref("workdir")
+  variants.distill(c, "configs/pusht_diffusion.py")
   c.data = config.component("data", "trajectories", path="runs/pusht/block.npz")
   c.data.update(n_obs_steps=1, n_action_steps=16)
   c.data.update(observation_range="percentile", action_range="percentile")

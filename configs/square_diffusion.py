@@ -5,27 +5,24 @@ files of robomimic, low_dim.hdf5 or, for poses, low_dim_abs.hdf5.
 """
 
 from sdiff_jax import config
-from sdiff_jax.types import UserError
+from sdiff_jax.experiment import variants
 
 FILES = {"": "low_dim.hdf5", "absolute": "low_dim_abs.hdf5"}
 
 
 def get_config(variant: str = ""):
-  if variant not in FILES:
-    raise UserError(
-      f"configs/square_diffusion.py:{variant}: the only variant is 'absolute'"
-    )
+  (actions,) = variants.parse(variant, FILES)
   c = config.base()
   c.sigma_d = 1.0
   # Motions are in [-1, 1] already; the positions of poses are scaled to that range.
   c.data = config.component(
     "data",
     "trajectories",
-    path=f"data/robomimic/datasets/square/ph/{FILES[variant]}",
+    path=f"data/robomimic/datasets/square/ph/{FILES[actions]}",
     held_out=0.02,
     observation_range="max_abs",
-    action_range="position" if variant else "none",
-    absolute=bool(variant),
+    action_range="position" if actions else "none",
+    absolute=bool(actions),
     std=1.0,
   )
   c.model = config.component("models", "unet1d", process="ddpm")

@@ -20,8 +20,8 @@ SAMPLERS = {
 
 
 def get_config(variant: str = ""):
-  chosen, _ = variants.parse_variant(variant, "configs/stable_diffusion2.py", SAMPLERS)
-  name, steps, window = SAMPLERS[chosen]
+  (sampler,) = variants.parse(variant, SAMPLERS)
+  name, steps, window = SAMPLERS[sampler]
   c = config.base()
   c.job = "generate"
   c.generate.update(timestep_spacing="trailing", dtype="bfloat16")

@@ -5,6 +5,7 @@ The fields of a job are the `defaults` that it registers. All others are here.
 """
 
 import copy
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -284,7 +285,10 @@ def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
   spec.loader.exec_module(module)
   if variant and not inspect.signature(module.get_config).parameters:
     raise UserError(f"{file}: the file has no variants; use {path}")
-  return module.get_config(variant) if variant else module.get_config()
+  try:
+    return module.get_config(variant) if variant else module.get_config()
+  except ValueError as error:
+    raise UserError(f"{file}: {error}") from error
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -298,7 +302,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if config[section].name or section != "reference":
       registry.check(kind, config[section].to_dict(), f"config.{section}")
   values = resumable.flatten(config.to_dict())
-  for name, default in resumable.flatten(_defaults()).items():
+  for name in values.keys() & RENAMED.keys():
+    raise UserError(f"config.{name}: is now config.{RENAMED[name]}")
+  defaults = resumable.flatten(_defaults())
+  for name in sorted(values.keys() - defaults.keys()):
+    if name.partition(".")[0] not in {*PIECES, "plugins", "study"}:
+      near = difflib.get_close_matches(name, defaults, 1)
+      hint = f"; did you mean config.{near[0]}?" if near else ""
+      raise UserError(f"config.{name}: there is no such field{hint}")
+  for name, default in defaults.items():
     if isinstance(default, Ranged) and name in values:
       default.check(name, values[name])
   if not config.ema.profiles:

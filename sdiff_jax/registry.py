@@ -155,7 +155,7 @@ def check(kind: str, section: dict[str, Any], label: str) -> None:
     near = difflib.get_close_matches(field, known, 1) or sorted(known)
     raise UserError(
       f"{label}.{field}: {kind}/{section['name']} has no such field; did you mean "
-      f"{', '.join(near)}? (a section for another piece is made by config.component)"
+      f"{', '.join(near)}? (another piece has other fields)"
     )
 
 

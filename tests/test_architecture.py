@@ -82,6 +82,61 @@ def test_outside_packages_stay_where_they_belong(path):
       assert top not in ("flax", "optax", "orbax")
 
 
+# Who sees config objects: the command line, and what builds an experiment from one.
+CONFIG = {"main", "config", "experiment", "jobs"}
+# Files outside of these that still see configs.
+SEES_CONFIGS = {"capacity/lowering.py", "policies/policy.py"}
+# Files of the library that still name fields of a config in their messages.
+NAMES_FIELDS = {
+  *(f"capacity/{name}.py" for name in ("chips", "lowering", "report")),
+  *(f"data/episodes/{name}.py" for name in ("kitchen", "reader")),
+  *(f"data/{name}.py" for name in ("folder", "idx", "latents", "normalizer", "npz")),
+  *(f"data/{name}.py" for name in ("pipeline", "tfds", "trajectories")),
+  "policies/policy.py",
+  "pretrained/diffusers/prompts.py",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_config_ends_at_the_door(path):
+  """Below the experiment layer there are no config objects, and no names of fields."""
+  if of(path) in CONFIG:
+    return
+  inside = str(path.relative_to(ROOT))
+  if inside not in SEES_CONFIGS:
+    assert not {n for n in imports(path) if n.startswith("ml_collections")}
+    assert "sdiff_jax.config" not in imports(path)
+  if inside not in NAMES_FIELDS:
+    for text in messages(path):
+      assert not re.search(r"\bconfig\.(?!json|py\b)[a-z]", text), text
+
+
+def messages(path: pathlib.Path) -> list[str]:
+  """Returns the string literals of a file, without docstrings."""
+  tree = ast.parse(path.read_text("utf-8"))
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docs = {
+    id(node.body[0].value)
+    for node in ast.walk(tree)
+    if isinstance(node, documented) and ast.get_docstring(node) is not None
+  }
+  return [
+    node.value
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Constant)
+    and isinstance(node.value, str)
+    and id(node) not in docs
+  ]
+
+
+def test_jobs_are_jobs_alone():
+  """Every module of jobs/ registers one job, and nothing imports it but by name."""
+  modules = {p.stem for p in (ROOT / "jobs").glob("*.py")} - {"__init__"}
+  assert modules == set(registry.names("jobs"))
+  for path in FILES:
+    assert not {n for n in imports(path) if n.startswith("sdiff_jax.jobs")}, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_are(path):
   text = path.read_text("utf-8")
@@ -96,8 +151,3 @@ def test_every_module_has_a_layer():
 def test_the_mesh_is_made_in_one_place():
   makers = [p.name for p in FILES if re.search(r"\bMesh\(", p.read_text("utf-8"))]
   assert set(makers) == {"sharding.py"}
-
-
-def test_every_job_can_be_named():
-  jobs = [p for p in (ROOT / "jobs").glob("*.py") if "\ndef run(" in p.read_text()]
-  assert {p.stem for p in jobs} == set(registry.names("jobs"))

@@ -1,6 +1,6 @@
 """Configs: fields, validation, and every experiment file of the repository."""
 
-import importlib.util
+import json
 import pathlib
 
 import jax
@@ -10,17 +10,15 @@ import pytest
 
 from sdiff_jax import config, registry
 from sdiff_jax.data import digits, pipeline
-from sdiff_jax.experiment import build, sampling, training
+from sdiff_jax.experiment import build, sampling, training, workdir
+from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-def load(path: pathlib.Path, *words: str):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*words)
+def load(path: pathlib.Path, *variant: str):
+  return config.load(":".join([str(path), *variant]))
 
 
 ALL = sorted(CONFIGS.glob("*.py"))
@@ -147,3 +145,102 @@ def test_name_and_number():
   for text in ("heun", "heun/", "heun/a"):
     with pytest.raises(UserError, match="config.x: .* name/number"):
       config.name_and_number(text, "x")
+
+
+def test_old_names_of_fields_are_refused_with_the_new_ones():
+  c = config.base()
+  c.train.accumulate = 2
+  with pytest.raises(
+    UserError,
+    match=r"^config\.train\.accumulate: is now config\.train\.grad_accum_steps$",
+  ):
+    config.validate(c)
+
+
+def test_unknown_fields_of_any_section_are_refused():
+  c = config.base()
+  c.train.step = 2
+  message = (
+    r"^config\.train\.step: there is no such field; did you mean config\.train\.step"
+  )
+  with pytest.raises(UserError, match=message):
+    config.validate(c)
+
+
+def test_every_new_name_is_a_field():
+  """The map of renamed fields ends in fields that exist, and starts at ones that don't."""
+  c = config.base().to_dict()
+  known = resumable.flatten(c).keys()
+  pieces = {
+    f"{section}.{field}"
+    for section, kind in config.PIECES.items()
+    for name in registry.names(kind)
+    for field in registry.fields(kind, name)
+  }
+  for old, new in config.RENAMED.items():
+    assert new in known | pieces, new
+    assert old not in known | pieces, old
+
+
+# The fields that were renamed, as a work directory of before has them.
+STORED = {
+  "conditional": False,
+  "pod": "v5e:16x16",
+  "ema": {"profiles": ["power/0.1"], "posthoc": "power/0.2"},
+  "evaluate": {"samplers": ["heun/16"], "neighbours": 7},
+  "generate": {"negative": "rain", "spacing": "leading"},
+  "loss": {"name": "scm", "stabiliser": "l2", "segments": [0.5]},
+  "optim": {"final": 0.1},
+  "rehearse": {"what": "sample"},
+  "rollout": {"actions": 4, "noise": 3},
+  "sample": {"compare": True},
+  "sampler": {
+    "name": "heun",
+    "angles": [1.5, 1.0],
+    "coarse": "runs/x",
+    "rule": "picard",
+  },
+  "train": {"accumulate": 4, "steps": 12},
+}
+
+
+def test_a_work_directory_of_before_is_read_under_the_new_names(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(STORED))
+  c = workdir.read(str(tmp_path))
+  assert (c.class_conditional, c.rehearse.topology) == (False, "v5e:16x16")
+  assert (c.ema.profiles, c.ema.posthoc_std) == (("power/0.1",), "power/0.2")
+  assert c.evaluate.pr_num_images == 7
+  assert (c.generate.negative_prompt, c.generate.timestep_spacing) == (
+    "rain",
+    "leading",
+  )
+  assert (c.loss.tangent_normalizer, c.loss.segment_boundaries) == ("l2", (0.5,))
+  assert c.loss.p_mean == registry.fields("losses", "scm")["p_mean"]
+  assert (c.optim.end_lr_fraction, c.rehearse.program) == (0.1, "sample")
+  assert (c.rollout.n_action_steps, c.rollout.noise_seed) == (4, 3)
+  assert c.sample.compare_sequential
+  sampler = (c.sampler.timesteps, c.sampler.coarse_workdir, c.sampler.update_rule)
+  assert sampler == ((1.5, 1.0), "runs/x", "picard")
+  assert (c.train.grad_accum_steps, c.train.steps) == (4, 12)
+  config.validate(c)
+
+
+def test_a_section_is_a_runtime_field_by_its_exact_name(tmp_path):
+  """A field whose name starts like a runtime field is not one."""
+  c = config.base()
+  workdir.save_or_check_config(c, str(tmp_path), digits.build())
+  c.sampler.steps, c.train.log_every, c.evaluate.num = 3, 7, 9
+  workdir.save_or_check_config(c, str(tmp_path), digits.build())
+  stored = json.loads((tmp_path / "config.json").read_text())
+  stored["jobs"] = stored["vaes"] = stored["train"]["log_every_thing"] = 1
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(UserError) as refused:
+    workdir.save_or_check_config(c, str(tmp_path), digits.build())
+  for name in ("jobs", "vaes", "train.log_every_thing"):
+    assert f"{name} (1 there, None now)" in str(refused.value)
+
+
+def test_runtime_fields_exist():
+  known = resumable.flatten(config.base().to_dict()).keys() | {"model.remat"}
+  known |= {name.partition(".")[0] for name in known}
+  assert config.runtime_fields() <= known

@@ -194,7 +194,9 @@ def test_words():
     assert c.train.steps == 4
   assert get("imagenet64_sct", "tiny").init_from.endswith("64_diffusion_tiny")
   for given in ("XXL", "S,M", "S tiny", "s"):
-    message = f"imagenet64_sct.py:{given}: variants are one of S, M, L, XL, and 'tiny'"
+    message = (
+      f"imagenet64_sct.py:{given}: variants are one of 'S', 'M', 'L', 'XL', and 'tiny'"
+    )
     with pytest.raises(UserError, match=message):
       get("imagenet64_sct", given)
   with pytest.raises(UserError, match="cifar10_scd.py:S: the only variant is 'tiny'"):

@@ -1,12 +1,12 @@
 """Quality against compute, as a fraction of the teacher's."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/convergence.py")
+  files, changes = studies.parse_variant(variant)
   runs = {
     "teacher": studies.run(files.format("diffusion"), HEUN),
     "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),

@@ -1,12 +1,12 @@
 """Discrete against continuous time: figure 5c of arXiv:2410.11081."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/discrete_vs_continuous.py")
+  files, changes = studies.parse_variant(variant)
   runs = {
     "teacher": studies.run(files.format("diffusion"), HEUN),
     "sCD": studies.run(files.format("scd"), teacher="teacher", checkpoints=True),

@@ -1,12 +1,12 @@
 """Normalization of the tangent: figures 5a and 5b of arXiv:2410.11081."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/objective.py")
+  files, changes = studies.parse_variant(variant)
   runs = {"teacher": studies.run(files.format("diffusion"), HEUN)}
   variants = {
     "sCD": (),

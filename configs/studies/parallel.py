@@ -1,6 +1,6 @@
 """Parallel samplers over tolerances and windows, against the sequential sampler."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 SOLVERS = {  # series -> sampler, steps
   "ParaDDPM, 100": ("paraddpm", 100),
@@ -11,7 +11,7 @@ SOLVERS = {  # series -> sampler, steps
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/parallel.py")
+  files, changes = studies.parse_variant(variant)
   runs = {"teacher": studies.run(files.format("diffusion"), drawn=False)}
   for series, (name, steps) in SOLVERS.items():
     runs[name] = studies.run(

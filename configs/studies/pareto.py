@@ -1,6 +1,6 @@
 """Quality against time: solvers, parallel samplers and distillation in one picture."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 SOLVERS = {  # series -> samplers of the teacher
   "Heun": ("heun/8", "heun/16", "heun/32"),
@@ -15,7 +15,7 @@ SOLVERS = {  # series -> samplers of the teacher
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/pareto.py")
+  files, changes = studies.parse_variant(variant)
   runs = {
     "teacher": studies.run(files.format("diffusion"), drawn=False),
     "sCD": studies.run(files.format("scd"), teacher="teacher", drawn=False),

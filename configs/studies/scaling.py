@@ -1,10 +1,10 @@
 """Distance against training FLOPs over sizes: figure 6 of arXiv:2410.11081."""
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/scaling.py")
+  files, changes = studies.parse_variant(variant)
   sizes = {f"{w}": (files, f"model.width={w}") for w in (64, 128, 256, 512)}
   if variant == "paper":
     sizes = {w: (f"configs/imagenet64_{{}}.py:{w}",) for w in ("S", "M", "L", "XL")}

@@ -4,14 +4,14 @@ Each variant lacks one of the three parts and has a teacher of its own kind. Wit
 variant `paper` the plain parts are EDM2's modulation and features of scale 1.
 """
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 ONE = "evaluate.samplers=('consistency/1',)"
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/stability.py")
+  files, changes = studies.parse_variant(variant)
   norm = "scale" if variant == "paper" else "single"
   variants = {
     "edm_time": ("model.process=edm", "c_noise = ln(σ)/4"),

@@ -2,13 +2,13 @@
 
 import itertools
 
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
 
 HEUN = "evaluate.samplers=('heun/16',)"
 
 
 def get_config(variant: str = ""):
-  files, changes = studies.setting(variant, "configs/studies/vsd.py")
+  files, changes = studies.parse_variant(variant)
   scales = (1.0, 1.5, 2.0)
   students = {
     "guided_sCD": (),

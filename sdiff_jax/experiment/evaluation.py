@@ -25,6 +25,15 @@ NUM_PROBES = 64  # images that identify a data set in the cache of references
 MetricFn = Callable[[Iterable[streaming.Images], int], dict[str, float]]
 
 
+def results_folder(config: ml_collections.ConfigDict) -> str:
+  """Returns the folder of results in a work directory: evaluate.folder.
+
+  "_STEP" follows if the samples are those of the checkpoint of a step.
+  """
+  step = config.sample.checkpoint
+  return config.evaluate.folder + (f"_{step}" if step else "")
+
+
 def feature_runs(
   config: ml_collections.ConfigDict,
   mesh: Mesh,

@@ -10,11 +10,14 @@ import optax
 
 from sdiff_jax import losses, registry
 from sdiff_jax.data import normalizer, pipeline
+from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.training import ema, flops, optimizers
+from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import ema, flops, optimizers, state
+from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import LossFn, Network, Params, UserError
@@ -228,3 +231,47 @@ def step_flops(
   trainer = build_trainer(config, network, teacher, mesh=None)
   batch = batch_shapes(dataset, config.train.batch_size)
   return flops.count_flops(trainer.update, state, batch, key, frozen)
+
+
+def check_no_checkpoints(workdir: str) -> None:
+  """Checks that a work directory has no checkpoints.
+
+  Raises:
+    UserError: it has some.
+  """
+  if checkpoints_lib.newest(workdir) is not None:
+    raise UserError(f"{workdir}: has checkpoints already; choose another --workdir")
+
+
+def save_initial(
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  workdir: str,
+  params: Params,
+) -> None:
+  """Writes the work directory of a run that starts from given parameters.
+
+  It holds the config and a checkpoint of step 0, so the other jobs accept it like the
+  work directory of a trained run.
+
+  Args:
+    config: of the run.
+    experiment: its pieces.
+    workdir: the directory.
+    params: parameters of the network.
+
+  Raises:
+    UserError: the directory holds another experiment, or the disk is full.
+  """
+  optimizer = optimization(config).optimizer
+  workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
+
+  def create(params: Params) -> TrainState:
+    return state.create(params, optimizer, tuple(config.ema.profiles))
+
+  abstract = jax.eval_shape(create, params)
+  placed = sharding.abstract_state(abstract, experiment.mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, placed)
+  with Checkpoints(workdir) as checkpoints:
+    checkpoints.check_disk(abstract, [0])
+    checkpoints.save(0, jax.jit(create, out_shardings=shardings)(params))

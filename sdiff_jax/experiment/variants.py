@@ -1,4 +1,4 @@
-"""Variants of a config file, as in configs/imagenet512_scd.py:S,tiny."""
+"""Variants of a config file, the words behind its name: configs/imagenet512_scd.py:S,tiny."""
 
 import os
 from collections.abc import Iterable
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import ml_collections
 
 from sdiff_jax import config
-from sdiff_jax.types import UserError
 
-# Fields of a small network of each kind for the 8 x 8 digits; other fields keep their
-# values.
+# The word for seconds of work on the digits, see `make_tiny`.
+TINY_WORD = ("", "tiny")
+# Fields of a small network of each kind for 8 x 8 digits; the other fields stay.
 TINY = {
   "dit": {"patch": 1, "width": 32, "depth": 2, "heads": 2},
   "ddpmpp": {
@@ -29,45 +29,62 @@ TINY = {
 }
 
 
-def parse_variant(
-  variant: str, file: str, sizes: Iterable[str] = ()
-) -> tuple[str, bool]:
-  """Returns the size that a variant such as "S,tiny" names, and whether it is tiny.
+def parse(variant: str, *groups: Iterable[str]) -> tuple[str, ...]:
+  """Returns one word of every group, for the words of a variant.
 
   Args:
-    variant: a size and "tiny", in any order and separated by a comma; "" for neither.
-    file: config file, for the message.
-    sizes: names of the sizes; the first one is the default.
+    variant: words in any order, separated by commas; "" for none.
+    *groups: alternatives, such as sizes; the first one is used if none is named. A
+      group that starts with "" is optional.
 
   Raises:
-    UserError: an unknown name, or two sizes; the message lists the known names.
+    ValueError: a word that is in no group, or two of one group.
+
+  Example:
+    >>> parse("tiny", ("S", "M"), ("", "tiny"))
+    ('S', 'tiny')
   """
-  sizes, names = (*sizes,), [name for name in variant.split(",") if name]
-  size = [name for name in names if name != "tiny"]
-  if len(size) > 1 or not {*size} <= {*sizes}:
-    known = f"variants are one of {', '.join(sizes)}, and" if sizes else ""
-    raise UserError(f"{file}:{variant}: {known or 'the only variant is'} 'tiny'")
-  return (*size, *sizes, "")[0], "tiny" in names
+  groups = tuple(tuple(group) for group in groups)
+  words = [word for word in variant.split(",") if word]
+  choices = [[word for word in words if word in group] for group in groups]
+  if sum(map(len, choices)) != len(words) or any(len(c) > 1 for c in choices):
+    names = [[repr(w) for w in group if w] for group in groups]
+    if sum(map(len, names)) == 1:
+      raise ValueError(f"the only variant is {''.join(*names)}")
+    known = [f"one of {', '.join(g)}" if len(g) > 1 else g[0] for g in names]
+    raise ValueError(f"variants are {', and '.join(known)}")
+  return tuple((*c, *group)[0] for c, group in zip(choices, groups, strict=True))
 
 
 def workdir(file: str) -> str:
-  """Returns runs/X_S_tiny for configs/X.py:S,tiny, the run's work directory."""
-  name, _, variant = os.path.basename(file).partition(".py")
-  names = variant.removeprefix(":").split(",")
-  return os.path.join("runs", "_".join([name, *filter(None, names)]))
+  """Returns runs/X_words of configs/X.py:words, the default work directory."""
+  name, _, words = os.path.basename(file).partition(".py")
+  words = words.removeprefix(":").split(",")
+  return os.path.join("runs", "_".join([name, *filter(None, words)]))
 
 
-def teacher(file: str, variant: str) -> dict[str, str]:
-  """Returns the section `teacher` for the run of a config file's same variant."""
-  file = f"{file}:{variant}" if variant else file
-  return {"config": file, "workdir": workdir(file)}
+def distill(c: ml_collections.ConfigDict, file: str, variant: str = "") -> None:
+  """Makes the run of a config file, in the same variant, teacher and initial weights."""
+  c.teacher.config = f"{file}:{variant}" if variant else file
+  c.teacher.workdir = workdir(c.teacher.config)
+  c.init_from = c.teacher.get_oneway_ref("workdir")
+
+
+def train_on_data(c: ml_collections.ConfigDict) -> None:
+  """Turns sCD into sCT: the velocity is that of the data, and there is no teacher.
+
+  The run that was distilled still gives the initial weights.
+  """
+  file = c.teacher.config
+  c.init_from = workdir(file)
+  c.teacher.workdir = ""
+  c.loss.velocity = "data"
 
 
 def make_tiny(c: ml_collections.ConfigDict) -> None:
-  """Reduces a config to seconds of work on the digits with the same kind of network.
+  """Turns a config into seconds of work on the digits, with the same kind of network.
 
-  Everything that does not need size stays: precision, losses, optimizer, averages,
-  samplers.
+  Precision, loss, optimizer, averages and samplers stay those of the experiment.
   """
   c.data = config.component("data", "digits")
   c.rehearse.shape = ()

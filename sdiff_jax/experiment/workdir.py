@@ -13,7 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import losses
+from sdiff_jax import losses, registry
 from sdiff_jax.data import normalizer, pipeline, trajectories
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
@@ -95,7 +95,9 @@ def read(workdir: str) -> ml_collections.ConfigDict:
   stored = configs.with_new_names(_with_tuples(file_io.read_json(path)))
   config = configs.base(tuple(stored.get("plugins", ())))
   for section in configs.PIECES.keys() & stored.keys():
-    config[section] = ml_collections.ConfigDict(stored[section])
+    name = stored[section].get("name")
+    fields = registry.fields(configs.PIECES[section], name) if name else {}
+    config[section] = ml_collections.ConfigDict(fields | stored[section])
   config.update(stored)
   if "init_from" not in stored:  # the teacher was also what the network started from
     config.init_from = config.teacher.workdir

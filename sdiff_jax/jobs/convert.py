@@ -9,16 +9,11 @@ import numpy as np
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import trajectories
-from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
-from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import state
-from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Params, UserError
 
 DEFAULTS = {
@@ -45,46 +40,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     raise UserError(
       "config.convert.file is empty: set it to the path of the pretrained weights"
     )
-  check_empty(workdir)
+  training.check_no_checkpoints(workdir)
   if config.data.name == "trajectories":
     config, experiment, params = _policy(config)
   else:
     experiment = experiments.build(config)
     like = jax.eval_shape(experiment.network.init, jax.random.key(0))
     params = _params(config, like)
-  write(config, experiment, workdir, params)
+  training.save_initial(config, experiment, workdir, params)
   count = sum(x.size for x in jax.tree.leaves(params["net"]))
   return f"converted {count} parameters of {config.convert.file}: {workdir}"
-
-
-def check_empty(workdir: str) -> None:
-  """Raises a UserError if a work directory has checkpoints."""
-  if checkpoints_lib.newest(workdir) is not None:
-    raise UserError(f"{workdir}: has checkpoints already; choose another --workdir")
-
-
-def write(
-  config: ml_collections.ConfigDict,
-  experiment: experiments.Experiment,
-  workdir: str,
-  params: Params,
-) -> None:
-  """Writes the work directory of a run of `experiment` that starts from `params`.
-
-  The other jobs accept it like the work directory of a trained run.
-  """
-  optimizer = training.optimization(config).optimizer
-  workdir_lib.save_or_check_config(config, workdir, experiment.dataset)
-
-  def create(params: Params) -> state.TrainState:
-    return state.create(params, optimizer, tuple(config.ema.profiles))
-
-  abstract = jax.eval_shape(create, params)
-  placed = sharding.abstract_state(abstract, experiment.mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, placed)
-  with Checkpoints(workdir) as checkpoints:
-    checkpoints.check_disk(abstract, [0])
-    checkpoints.save(0, jax.jit(create, out_shardings=shardings)(params))
 
 
 def _params(config: ml_collections.ConfigDict, like: Params) -> Params:

@@ -12,8 +12,8 @@ import numpy as np
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.jobs import convert
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema
 from sdiff_jax.types import Array, Params, UserError
@@ -73,11 +73,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     )
   name = f"{sigma_rel:g}" + (f"_{step}" if config.sample.checkpoint else "")
   folder = os.path.join(workdir, "posthoc", name)
-  convert.check_empty(folder)
+  training.check_no_checkpoints(folder)
   w = np.float32(w).reshape(len(steps), len(powers))
   total = _combined(stored, experiment, workdir, steps, powers, w)
   stored.ema.profiles = (config.ema.posthoc_std,)
-  convert.write(stored, experiment, folder, total)
+  training.save_initial(stored, experiment, folder, total)
   cost = os.path.join(workdir, "training.json")
   if jax.process_index() == 0 and os.path.exists(cost):
     shutil.copy(cost, folder)

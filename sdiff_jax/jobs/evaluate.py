@@ -61,7 +61,7 @@ DEFAULTS = {
   configs_of=("train", "generate"),
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes results.json and a grid of samples for each solver into `folder_of`.
+  """Writes results.json and a grid of samples for each solver into the folder evaluate.folder.
 
   With evaluate.images, or in a work directory of the job `generate`, it measures those
   alone, into images.json. See report.py for what a row holds.
@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   images = config.evaluate.images
   if config.job == "generate":
     images = images or os.path.join(workdir, "images")
-  folder = os.path.join(workdir, folder_of(config))
+  folder = os.path.join(workdir, evaluation.results_folder(config))
   os.makedirs(folder, exist_ok=True)
   if images:
     name, rows = "images.json", [_given(config, images)]
@@ -81,12 +81,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       json.dump(rows, file, indent=2)
     print(runs.table(rows))
   return f"measured {len(rows)} rows: {path}"
-
-
-def folder_of(config: ml_collections.ConfigDict) -> str:
-  """Returns evaluate.folder, or that and _STEP for sample.checkpoint."""
-  step = config.sample.checkpoint
-  return config.evaluate.folder + (f"_{step}" if step else "")
 
 
 def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:

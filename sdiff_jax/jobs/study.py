@@ -1,11 +1,10 @@
-"""Job `study`: trains and measures all runs of a study, and draws what came of it.
+"""Job `study`: train and evaluate all runs of a study, and plot the results.
 
-A study is a config with runs (see `runs` below): each is an experiment's config file
-with some fields changed. What is there already is not made again, so a study that was
-stopped goes on with the same command.
+A study is a config with a list of runs (see experiment/studies.py). Each run is the
+config file of an experiment with some fields changed. Runs and results that exist are
+reused, so an interrupted study resumes when the command is repeated.
 """
 
-import ast
 import json
 import os
 import sys
@@ -18,11 +17,11 @@ import ml_collections
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
-from sdiff_jax.experiment import probes
+from sdiff_jax.experiment import evaluation, probes, studies
 from sdiff_jax.io import file_io
-from sdiff_jax.jobs import evaluate, train
-from sdiff_jax.reports import html, studies
-from sdiff_jax.training import metric_writer
+from sdiff_jax.reports import html
+from sdiff_jax.reports import studies as figures
+from sdiff_jax.training import checkpoints, metric_writer
 from sdiff_jax.types import UserError
 
 DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs/studies
@@ -32,19 +31,20 @@ DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs
   "jobs", "study", defaults=DEFAULTS, runtime=("study",), creates_workdir=True
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes NAME.html, NAME.png, NAME.svg and NAME.json; runs lie in seedK/RUN.
+  """Writes NAME.html, NAME.png, NAME.svg and NAME.json; runs are stored in seedK/RUN.
 
-  Studies may share a work directory, and with it the runs that they have in common.
+  Studies that share a work directory share the runs that they have in common.
 
   Raises:
-    UserError: the config is no study's, or a run of it refuses its fields.
+    UserError: the config is not that of a study, or a run refuses its fields.
   """
   study = config.study.to_dict()
   if not study["runs"]:
-    raise UserError("config.study.runs is empty: name a file of configs/studies/")
-  study["runs"] = {entry["name"]: entry for entry in study["runs"]}  # in this order
+    raise UserError("config.study.runs is empty: use a file of configs/studies/")
+  study["runs"] = {run["name"]: run for run in study["runs"]}  # in this order
   pairs = [(seed, name) for seed in study["seeds"] for name in study["runs"]]
-  prepared = {p: config_of(study, workdir, *p) for p in pairs}  # mistakes before work
+  # All configs first, so that mistakes appear before any work is done.
+  prepared = {pair: run_config(study, workdir, *pair) for pair in pairs}
   rows = []
   for k, (seed, name) in enumerate(pairs):
     _say(f"{k + 1} of {len(pairs)}: {name}, seed {seed}")
@@ -63,7 +63,7 @@ def _folder(workdir: str, seed: int, name: str) -> str:
   return os.path.join(workdir, f"seed{seed}", name)
 
 
-def config_of(
+def run_config(
   study: dict[str, Any], workdir: str, seed: int, name: str
 ) -> ml_collections.ConfigDict:
   """Returns the config of a run."""
@@ -76,39 +76,11 @@ def config_of(
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
     loaded.init_from = loaded.teacher.workdir
   for change in (*study["set"], *entry["set"]):
-    assign(loaded, change)
+    studies.apply(loaded, change)
   if not losses.facts(loaded.loss).needs_teacher:
     loaded.teacher.workdir = ""
   config_lib.validate(loaded)
   return loaded
-
-
-def assign(config: ml_collections.ConfigDict, change: str) -> None:
-  """Changes a field of a config by "section.field=value".
-
-  "section=name" takes another piece, which keeps the fields that both have.
-
-  Raises:
-    UserError: there is no such field, or it has another type.
-  """
-  field, _, text = change.partition("=")
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  if field in config_lib.PIECES:
-    piece = config_lib.component(config_lib.PIECES[field], value)
-    old = config[field].to_dict()
-    piece.update({k: old[k] for k in piece if k in old and k != "name"})
-    config[field] = piece
-    return
-  *sections, last = field.split(".")
-  try:
-    for name in sections:
-      config = config[name]
-    config.update({last: value if last in config else config[last]})
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"config.study: {change}: {error}") from error
 
 
 def _points(
@@ -119,109 +91,119 @@ def _points(
   config: ml_collections.ConfigDict,
   earlier: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-  """Returns the points of a run, which is trained and measured where it is not."""
+  """Trains and evaluates a run unless its results exist; returns its points.
+
+  Args:
+    study: the section config.study, with the runs by name.
+    workdir: of the study.
+    seed: of the run.
+    name: of the run.
+    config: of the run.
+    earlier: points of the runs before.
+
+  Returns:
+    Points: key -> value; see reports/studies.py for the keys.
+  """
   entry = study["runs"][name]
   weights = _folder(workdir, seed, entry["weights"] or name)
-  if not entry["weights"] and not os.path.exists(f"{weights}/training.json"):
-    _say(train.run(config, weights))
-    jax.clear_caches()
-    if not os.path.exists(f"{weights}/training.json"):
-      raise UserError("stopped; the same command goes on")
+  summary = os.path.join(weights, "training.json")
+  if not entry["weights"] and not os.path.exists(summary):
+    _run_job("train", config, weights)
+    if not os.path.exists(summary):
+      raise UserError("interrupted; repeat the command to resume")
   if not entry["drawn"]:
     return []
-  known = {"seed": seed, "run": name, "guidance": entry["guidance"]}
-  named = known | {"series": entry["series"] or name}
+  labels = {"seed": seed, "run": name, "guidance": entry["guidance"]}
+  series = labels | {"series": entry["series"] or name}
   if study["source"] == "log":
-    return [named | row for row in metric_writer.read_metrics(weights)]
+    return [series | row for row in metric_writer.read_metrics(weights)]
   if study["source"] == "parallel":
     path = os.path.join(weights, f"parallel-{name}.json")
-    found = _kept(path, probes.parallel_sampling, config, weights)
-    return [named | row for row in found]
-  with open(os.path.join(weights, "training.json"), encoding="utf-8") as file:
-    known["flops"] = json.load(file)["flops"]
-  rows = []
-  of = entry["teacher"] or entry["weights"] or name
-  for step in _steps(weights) if entry["checkpoints"] else [0]:
-    at = _at(config, name, step)
-    more = {"step": step or config.train.steps}
+    rows = _cached(path, probes.parallel_sampling, config, weights)
+    return [series | row for row in rows]
+  labels["flops"] = file_io.read_json(summary)["flops"]
+  points = []
+  baseline = entry["teacher"] or entry["weights"] or name
+  for step in _checkpoints(weights) if entry["checkpoints"] else [0]:
+    at_step = _at_step(config, name, step)
+    extra = {"step": step or config.train.steps}
     if study["source"] == "tangent" and entry["teacher"]:
-      path = os.path.join(weights, evaluate.folder_of(at), "tangent.json")
-      more |= _kept(path, probes.tangent_terms, at, weights)
-    for row in _measured(at, weights):
-      row = known | row | more
-      row["series"] = entry["series"] or f"{name}, {row['sampler']}"
+      path = os.path.join(weights, evaluation.results_folder(at_step), "tangent.json")
+      extra |= _cached(path, probes.tangent_terms, at_step, weights)
+    for row in _evaluate(at_step, weights):
+      point = labels | row | extra
+      point["series"] = entry["series"] or f"{name}, {row['sampler']}"
       if row["images_per_second"]:
-        row["seconds"] = 1 / row["images_per_second"]
-      rows.append(row)
-      theirs = _first([*earlier, *rows], seed, of)
-      if theirs:
-        row["ratio"] = row["frechet"] / theirs["frechet"]
-  return rows
+        point["seconds"] = 1 / row["images_per_second"]
+      points.append(point)
+      reference = _first([*earlier, *points], seed, baseline)
+      if reference:
+        point["ratio"] = point["frechet"] / reference["frechet"]
+  return points
 
 
-def _first(rows: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] | None:
-  """Returns the first row of a run."""
-  return next((r for r in rows if r["seed"] == seed and r["run"] == name), None)
+def _run_job(name: str, config: ml_collections.ConfigDict, workdir: str) -> None:
+  _say(registry.lookup("jobs", name).build(config, workdir))
+  jax.clear_caches()
 
 
-def _kept(
+def _first(points: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] | None:
+  """Returns the first point of a run, None if it has none."""
+  return next((p for p in points if p["seed"] == seed and p["run"] == name), None)
+
+
+def _cached(
   path: str,
   measure: Callable[[ml_collections.ConfigDict, str], Any],
   config: ml_collections.ConfigDict,
   workdir: str,
 ) -> Any:
-  """Returns what a file holds; before there is one, what is measured, and writes it."""
+  """Reads a JSON result, or computes `measure(config, workdir)` and stores it."""
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      return json.load(file)
-  found = measure(config, workdir)
+    return file_io.read_json(path, "remove it to measure again")
+  result = measure(config, workdir)
   jax.clear_caches()
   if jax.process_index() == 0:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    file_io.write_text(path, json.dumps(found, indent=1))
-  return found
+    file_io.write_json(path, result, indent=1)
+  return result
 
 
-def _at(
+def _at_step(
   config: ml_collections.ConfigDict, name: str, step: int
 ) -> ml_collections.ConfigDict:
-  """Returns the config that a run's checkpoint is measured with."""
+  """Returns the config that evaluates a checkpoint of a run."""
   config = config.copy_and_resolve_references()
   config.sample.checkpoint = step
   config.evaluate.folder = f"evaluate-{name}"
   return config
 
 
-def _steps(workdir: str) -> list[int]:
-  """Returns the steps of the checkpoints before the last, and 0 for that one."""
-  found = os.listdir(os.path.join(workdir, "checkpoints"))
-  return [*sorted(int(f) for f in found if f.isdigit())[:-1], 0]
+def _checkpoints(workdir: str) -> list[int]:
+  """Returns the steps of all checkpoints but the last, and 0 for the last."""
+  return [*checkpoints.steps(workdir)[:-1], 0]
 
 
-def _measured(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]:
-  """Returns the rows of the job evaluate, from its file if they are there."""
-  path = os.path.join(workdir, evaluate.folder_of(config), "results.json")
+def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]:
+  """Returns the rows of the job `evaluate`, which is run unless its file exists."""
+  path = os.path.join(workdir, evaluation.results_folder(config), "results.json")
   if not os.path.exists(path):
-    _say(evaluate.run(config, workdir))
-    jax.clear_caches()
-  with open(path, encoding="utf-8") as file:
-    return [row for row in json.load(file) if row["evaluations"]]
+    _run_job("evaluate", config, workdir)
+  return [row for row in file_io.read_json(path) if row["evaluations"]]
 
 
 def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> None:
-  """Writes what a study found."""
+  """Writes figure, tables and points of a study."""
   x, panels = study["x"], tuple(study["panels"])
   path = os.path.join(workdir, study["name"])
-  figure = studies.draw(rows, x, panels, study["log"])
-  drawn = {kind: studies.picture(figure, kind) for kind in ("png", "svg")}
-  for kind, content in drawn.items():
-    with open(f"{path}.{kind}", "wb") as file:
-      file.write(content)
-  file_io.write_text(f"{path}.json", json.dumps(rows, indent=1))
-  tables = studies.tables(rows, x, panels)
+  figure = figures.draw(rows, x, panels, study["log"])
+  pictures = {kind: figures.picture(figure, kind) for kind in ("png", "svg")}
+  for kind, content in pictures.items():
+    file_io.write_bytes(f"{path}.{kind}", content)
+  file_io.write_json(f"{path}.json", rows, indent=1)
+  tables = figures.tables(rows, x, panels)
   for lines in tables:
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-  uri = html.uri(drawn["svg"], "svg+xml")
+  uri = html.uri(pictures["svg"], "svg+xml")
   body = f'<img src="{uri}" alt="{escape(study["title"])}">\n'
   body += "".join(html.table(head, lines) for head, *lines in tables)
   runs = json.dumps({"seeds": study["seeds"], **study["runs"]}, indent=2)

@@ -3,11 +3,7 @@
 import io
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_collections
 import numpy as np
-
-from sdiff_jax import config
-from sdiff_jax.types import UserError
 
 if TYPE_CHECKING:  # slow to import
   from matplotlib.axes import Axes
@@ -33,129 +29,6 @@ COLUMNS = 3  # of panels
 Panel = str | tuple[str, str]  # y, or x and y
 
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
-
-# Word -> config files of the runs, by kind, and what all runs of a study change.
-SETTINGS = {
-  "": (
-    "configs/fashion_{}.py",
-    (
-      "model.width=256",
-      "train.sample_every=0",
-      "evaluate.num=5000",
-      "evaluate.baselines=False",
-    ),
-  ),
-  "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
-  "tiny": (
-    "configs/digits_{}.py",
-    (
-      "model.width=16",
-      "model.depth=1",
-      "train.steps=4",
-      "train.sample_every=0",
-      "checkpoint.every=2",
-      "checkpoint.keep_every=2",
-      "evaluate.num=64",
-      "evaluate.batch_size=64",
-      "evaluate.baselines=False",
-    ),
-  ),
-}
-
-
-def setting(given: str, file: str) -> tuple[str, tuple[str, ...]]:
-  """Returns the entry of SETTINGS for the word behind a study's file.
-
-  Raises:
-    UserError: another word.
-  """
-  if given not in SETTINGS:
-    known = ", ".join(word for word in SETTINGS if word)
-    raise UserError(f"{file}:{given}: the words are {known}")
-  return SETTINGS[given]
-
-
-def run(
-  file: str,
-  *changes: str,
-  teacher: str = "",
-  weights: str = "",
-  series: str = "",
-  guidance: float | None = None,
-  checkpoints: bool = False,
-  drawn: bool = True,
-) -> dict[str, Any]:
-  """Returns one run of a study.
-
-  Args:
-    file: config of the experiment, "configs/X.py" or "configs/X.py:words".
-    *changes: "section.field=value" each; "loss=scm_discrete" takes another piece, which
-      keeps the fields that both have.
-    teacher: name of the run that it distils.
-    weights: name of the run whose network is measured; "" trains one.
-    series: what its points are called; "" for the run's name and the sampler.
-    guidance: of its points, where that is an axis.
-    checkpoints: measure all checkpoints that were kept, not the last alone.
-    drawn: whether it has points, beside those of the runs that need it.
-  """
-  return {
-    "config": file,
-    "set": changes,
-    "teacher": teacher,
-    "weights": weights,
-    "series": series,
-    "guidance": guidance,
-    "checkpoints": checkpoints,
-    "drawn": drawn,
-  }
-
-
-def build(
-  name: str,
-  runs: dict[str, dict[str, Any]],
-  *,
-  title: str,
-  lead: str,
-  x: str,
-  panels: tuple[Panel, ...],
-  log: str = "",
-  source: str = "evaluate",
-  seeds: tuple[int, ...] = (0, 1, 2),
-  changes: tuple[str, ...] = (),
-) -> ml_collections.ConfigDict:
-  """Returns the config of a study.
-
-  Args:
-    name: of its files.
-    runs: by name, see `run`; a teacher stands before its students.
-    title: of the page.
-    lead: what the study asks, a sentence or two.
-    x: key of a point on the horizontal axis.
-    panels: keys of a point on the vertical axes; (x, y) has another horizontal one.
-    log: the logarithmic axes, some of "xy".
-    source: "evaluate" for rows of that job; "tangent" for those with the parts of the
-      tangent beside, "parallel" for what parallel samplers take (see probes.py);
-      "log" for lines of the training's log.
-    seeds: each run is made with each.
-    changes: fields that differ in all runs, see `run`.
-  """
-  c = config.base()
-  c.job = "study"
-  c.study = ml_collections.ConfigDict(
-    {
-      "name": name,
-      "runs": tuple({"name": k} | v for k, v in runs.items()),
-      "title": title,
-      "lead": lead,
-      "x": x,
-      "panels": panels,
-      "log": log,
-      "source": source,
-      "seeds": seeds,
-      "set": changes,
-    }
-  )
-  return c
 
 
 class Curve(NamedTuple):
@@ -231,7 +104,7 @@ def draw(
   Args:
     rows: see `curves`.
     x: key of the horizontal axis.
-    panels: see `build`; after COLUMNS of them comes another line.
+    panels: see `Panel`; after COLUMNS of them comes another line.
     log: the logarithmic axes, some of "xy".
   """
   from matplotlib.figure import Figure  # slow to import

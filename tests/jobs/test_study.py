@@ -7,8 +7,8 @@ import os
 import pytest
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.jobs import study, train
-from sdiff_jax.reports import studies
+from sdiff_jax.experiment import studies
+from sdiff_jax.jobs import study
 from sdiff_jax.types import UserError
 
 CHANGES = (
@@ -22,6 +22,11 @@ CHANGES = (
   "evaluate.baselines=False",
   "evaluate.pr_num_images=0",
 )
+
+
+def runs_on_disk(folder):
+  """Returns the files of all runs of a study, with the times that they were written."""
+  return {p: p.stat().st_mtime_ns for p in folder.glob("seed*/**/*") if p.is_file()}
 
 
 def tiny(**more):
@@ -51,7 +56,7 @@ def tiny(**more):
   )
 
 
-def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_study_ends_in_a_page_and_resumes(tmp_path, capsys):
   config, workdir = tiny(), str(tmp_path)
   made = study.run(config, workdir)
   assert made == f"study of 3 runs: {tmp_path}/tiny.html"
@@ -74,9 +79,9 @@ def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
   for name in ("tiny.png", "tiny.svg"):
     assert (tmp_path / name).stat().st_size > 1000
   # A second time nothing is trained or measured, and the page is the same.
-  monkeypatch.setattr(train, "run", None)
-  monkeypatch.setattr(study.evaluate, "run", None)
+  before = runs_on_disk(tmp_path)
   study.run(config, workdir)
+  assert runs_on_disk(tmp_path) == before
   assert (tmp_path / "tiny.html").read_text() == text
   # The training's log gives points, too.
   logged = tiny(source="log")
@@ -88,7 +93,7 @@ def test_a_study_ends_in_a_page_and_goes_on(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
+def test_the_tangent_of_every_checkpoint(tmp_path):
   digits = "configs/digits_{}.py".format
   one = "evaluate.samplers=('consistency/1',)"
   runs = {
@@ -122,8 +127,9 @@ def test_the_tangent_of_every_checkpoint(tmp_path, monkeypatch):
   assert rows[0]["state"] == rows[1]["state"]  # the batch is the same
   assert rows[0]["d_t"] != rows[1]["d_t"]
   text = (tmp_path / "parts.html").read_text()
-  monkeypatch.setattr(study.probes, "tangent", None)
+  before = runs_on_disk(tmp_path)
   study.run(config, str(tmp_path))
+  assert runs_on_disk(tmp_path) == before
   assert (tmp_path / "parts.html").read_text() == text
 
 
@@ -162,8 +168,9 @@ def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
   assert rough["passes"] == 2 < exact["passes"] <= 6
   assert (alone["passes"], alone["evaluations"]) == (6, 6)
   assert all(r["error"] is None for r in rows if r["series"] == "specddpm")
-  monkeypatch.setattr(study.probes, "parallel", None)
+  before = runs_on_disk(tmp_path)
   study.run(config, str(tmp_path))
+  assert runs_on_disk(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -198,10 +205,12 @@ def test_runs_of_every_study_load(path, given, tmp_path):
   for k, (name, entry) in enumerate(runs.items()):
     before = [*runs][:k]
     assert {entry["teacher"], entry["weights"]} <= {"", *before}, name
-    loaded = study.config_of({**wanted, "runs": runs}, str(tmp_path), 1, name)
+    loaded = study.run_config({**wanted, "runs": runs}, str(tmp_path), 1, name)
     assert loaded.seed == 1
 
 
 def test_another_word_is_refused():
-  with pytest.raises(UserError, match="vsd.py:big: the words are paper, tiny"):
+  with pytest.raises(
+    UserError, match="vsd.py:big: variants are one of 'paper', 'tiny'"
+  ):
     config_lib.load("configs/studies/vsd.py:big", "missing")

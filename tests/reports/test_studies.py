@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sdiff_jax.experiment import studies as configs
 from sdiff_jax.reports import studies
 
 ROWS = [
@@ -82,7 +83,7 @@ def test_figure_has_a_panel_for_each_key():
 
 
 def test_a_study_is_a_config():
-  runs = {"t": studies.run("configs/digits_diffusion.py", "train.steps=4")}
-  c = studies.build("x", runs, title="T", lead="L", x="step", panels=("frechet",))
+  runs = {"t": configs.run("configs/digits_diffusion.py", "train.steps=4")}
+  c = configs.build("x", runs, title="T", lead="L", x="step", panels=("frechet",))
   assert c.study.runs[0]["set"] == ("train.steps=4",)
   assert c.job == "study"

@@ -1,0 +1,162 @@
+"""The config of a study: runs of several experiments, and the figure they end in."""
+
+import ast
+from typing import Any
+
+import ml_collections
+
+from sdiff_jax import config as configs
+from sdiff_jax.experiment import variants
+from sdiff_jax.reports import studies
+from sdiff_jax.types import UserError
+
+# Variant -> config files of the runs, and the fields that all runs of a study change.
+SETTINGS = {
+  "": (
+    "configs/fashion_{}.py",
+    (
+      "model.width=256",
+      "train.sample_every=0",
+      "evaluate.num=5000",
+      "evaluate.baselines=False",
+    ),
+  ),
+  "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
+  "tiny": (
+    "configs/digits_{}.py",
+    (
+      "model.width=16",
+      "model.depth=1",
+      "train.steps=4",
+      "train.sample_every=0",
+      "checkpoint.every=2",
+      "checkpoint.keep_every=2",
+      "evaluate.num=64",
+      "evaluate.batch_size=64",
+      "evaluate.baselines=False",
+    ),
+  ),
+}
+
+
+def parse_variant(variant: str) -> tuple[str, tuple[str, ...]]:
+  """Returns the entry of SETTINGS for the variant of a study's file.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  (word,) = variants.parse(variant, SETTINGS)
+  return SETTINGS[word]
+
+
+def run(
+  file: str,
+  *changes: str,
+  teacher: str = "",
+  weights: str = "",
+  series: str = "",
+  guidance: float | None = None,
+  checkpoints: bool = False,
+  drawn: bool = True,
+) -> dict[str, Any]:
+  """Returns one run of a study.
+
+  Args:
+    file: config of the experiment, "configs/X.py" or "configs/X.py:variant".
+    *changes: each "section.field=value"; "loss=scm_discrete" switches to another
+      component, which keeps the fields that both have.
+    teacher: name of the run that this one distills.
+    weights: name of the run whose network is measured; "" trains one.
+    series: name of its points; "" for the names of the run and the sampler.
+    guidance: scale of guidance of its points, if that is an axis.
+    checkpoints: whether to measure all stored checkpoints, instead of the last.
+    drawn: whether its points are drawn; False for runs that only others need.
+  """
+  return {
+    "config": file,
+    "set": changes,
+    "teacher": teacher,
+    "weights": weights,
+    "series": series,
+    "guidance": guidance,
+    "checkpoints": checkpoints,
+    "drawn": drawn,
+  }
+
+
+def build(
+  name: str,
+  runs: dict[str, dict[str, Any]],
+  *,
+  title: str,
+  lead: str,
+  x: str,
+  panels: tuple[studies.Panel, ...],
+  log: str = "",
+  source: str = "evaluate",
+  seeds: tuple[int, ...] = (0, 1, 2),
+  changes: tuple[str, ...] = (),
+) -> ml_collections.ConfigDict:
+  """Returns the config of a study.
+
+  Args:
+    name: of its files.
+    runs: name -> `run`; a teacher comes before its students.
+    title: of the page.
+    lead: the question of the study, in a sentence or two.
+    x: key of a point for the horizontal axis.
+    panels: keys of a point for the vertical axis of each panel; (x, y) for a panel with
+      another horizontal axis.
+    log: the logarithmic axes, some of "xy".
+    source: where the points come from: "evaluate" for the rows of that job, "tangent"
+      for these with the terms of the tangent, "parallel" for the cost of parallel
+      samplers (see probes.py), "log" for the lines of the training log.
+    seeds: every run is repeated with each of them.
+    changes: fields that differ in all runs, see `run`.
+  """
+  c = configs.base()
+  c.job = "study"
+  c.study = ml_collections.ConfigDict(
+    {
+      "name": name,
+      "runs": tuple({"name": k} | v for k, v in runs.items()),
+      "title": title,
+      "lead": lead,
+      "x": x,
+      "panels": panels,
+      "log": log,
+      "source": source,
+      "seeds": seeds,
+      "set": changes,
+    }
+  )
+  return c
+
+
+def apply(config: ml_collections.ConfigDict, change: str) -> None:
+  """Changes a config by "section.field=value", or "section=name" for a component.
+
+  A component keeps the fields that it shares with the previous one. Unlike the flags of
+  `ml_collections.config_flags`, the changes are read from a file.
+
+  Raises:
+    UserError: there is no such field, or it has another type.
+  """
+  field, _, text = change.partition("=")
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text  # a string without quotes
+  if field in configs.PIECES:
+    previous = config[field].to_dict()
+    configs.switch(config, field, value)
+    shared = previous.keys() & config[field].keys() - {"name"}
+    config[field].update({k: previous[k] for k in shared})
+    return
+  config.lock()  # so that fields that do not exist are refused
+  try:
+    config.update_from_flattened_dict({field: value})
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"config.study: {change}: {error}") from error
+  finally:
+    config.unlock()
