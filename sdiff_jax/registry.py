@@ -178,7 +178,7 @@ def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> 
   options = {k: v for k, v in section.items() if k != "name"}
   try:
     for p in accepted.values():
-      if dataclasses.is_dataclass(p.default):
+      if dataclasses.is_dataclass(p.default) and not isinstance(p.default, type):
         own = {f.name for f in dataclasses.fields(p.default)} & options.keys()
         changed = {k: options.pop(k) for k in own}
         options[p.name] = dataclasses.replace(p.default, **changed)

@@ -28,6 +28,7 @@ import jax
 Array = jax.Array
 PRNGKey = jax.Array
 Params = Any
+Batch = dict[str, Any]  # {"x0": float32 [B, ...], "cond": Cond}
 Cond = dict[str, Array] | None
 
 
@@ -72,7 +73,7 @@ class LossFn(Protocol):
   """A pure training objective."""
 
   def __call__(
-    self, params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
+    self, params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
   ) -> tuple[Array, dict[str, Array]]:
     """Returns a scalar and a dict of scalars to log.
 

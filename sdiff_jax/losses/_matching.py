@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.losses import _weighting
-from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Network, Params, PRNGKey
 
 # (key, B) -> TrigFlow times t [B].
 TimeSampler = Callable[[PRNGKey, int], Array]
@@ -34,7 +34,7 @@ def velocity_matching(
   """
 
   def loss(
-    params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
+    params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
   ) -> tuple[Array, dict[str, Array]]:
     del step, frozen
     x0 = batch["x0"]

@@ -16,7 +16,7 @@ from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity
 from sdiff_jax.losses._velocity import TeacherFn
-from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, Cond, LossFn, NetFn, Network, Params, PRNGKey
 
 
 def consistency(
@@ -77,10 +77,11 @@ def adjacent_times(
     True
   """
   low, high = (s ** (1 / 7) for s in (time_grids.SIGMA_MIN, time_grids.SIGMA_MAX))
-  edges = [
+  lower, upper = (
     (math.log(s) - p_mean) / p_std for s in (time_grids.SIGMA_MIN, time_grids.SIGMA_MAX)
-  ]
-  tau = p_mean + p_std * jax.random.truncated_normal(key, *edges, (batch,), jnp.float32)
+  )
+  draws = jax.random.truncated_normal(key, lower, upper, (batch,), jnp.float32)
+  tau = p_mean + p_std * draws
   ramp = (jnp.exp(tau / 7) - low) / (high - low)
   n = n.astype(jnp.float32)
   i = jnp.clip(jnp.floor(ramp * n), 0, n - 1)
@@ -144,7 +145,7 @@ def build(
   velocity_of = _velocity.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
 
   def loss(
-    params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
+    params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
   ) -> tuple[Array, dict[str, Array]]:
     x0 = batch["x0"]
     key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)

@@ -159,7 +159,7 @@ def build(
     raise ValueError(
       f"segment_boundaries={tuple(segment_boundaries)}: must be times in (0, pi/2)"
     )
-  ends = np.float32([0.0, *sorted(segment_boundaries)])
+  ends = np.asarray([0.0, *sorted(segment_boundaries)], np.float32)
 
   def time_sampler(key: PRNGKey, batch: int) -> Times:
     t = time_grids.log_normal(

@@ -16,7 +16,7 @@ from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting, scm
 from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions
 from sdiff_jax.losses._velocity import TeacherFn
-from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Network, Params, PRNGKey
 
 
 def init_extra_params(params: Params) -> Params:
@@ -75,7 +75,7 @@ def build(
   noisy = functools.partial(_noisy, sigma_d=sigma_d)
 
   def loss(
-    params: Params, batch: dict, key: PRNGKey, step: Array, frozen: Params
+    params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
   ) -> tuple[Array, dict[str, Array]]:
     key_scd, key_s, key_start, key_net, key_vsd, key_fake = jax.random.split(key, 6)
     start = jnp.full(len(batch["x0"]), jnp.arctan(time_grids.SIGMA_MAX / sigma_d))

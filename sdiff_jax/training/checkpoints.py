@@ -158,7 +158,9 @@ class Checkpoints:
       for name in os.listdir(folder):
         if "orbax-checkpoint-tmp" in name:
           shutil.rmtree(os.path.join(folder, name))
-    return loaded and TrainState(ema=loaded["ema"], **loaded["training"])
+    if loaded is None:
+      return None
+    return TrainState(ema=loaded["ema"], **loaded["training"])
 
   def restore_ema(
     self, abstract: dict[str, Params], step: int = 0
@@ -175,7 +177,7 @@ class Checkpoints:
       The averages, or None if there is no such checkpoint.
     """
     loaded, _ = self._newest({"ema": abstract}, step)
-    return loaded and loaded["ema"]
+    return None if loaded is None else loaded["ema"]
 
   def _newest(
     self, target: dict[str, Any], only: int = 0
@@ -191,8 +193,8 @@ class Checkpoints:
       except Exception as error:  # missing or short files raise errors of any type
         damaged[step] = error
         continue
-      for bad_step, error in damaged.items():
-        reason = str(error).splitlines()[0][:200]
+      for bad_step, cause in damaged.items():
+        reason = str(cause).splitlines()[0][:200]
         print(
           f"checkpoint {bad_step} is damaged, using {step}: {reason}", file=sys.stderr
         )

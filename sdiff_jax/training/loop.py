@@ -84,7 +84,7 @@ def run(
   clock = time.perf_counter() - seconds
 
   def read() -> list[dict[str, np.ndarray]]:
-    host = jax.device_get(recent)
+    host: list[dict[str, np.ndarray]] = jax.device_get(recent)
     skipped = [i for i, metrics in enumerate(host) if metrics["skipped"]]
     if skipped and not options.skip_nonfinite:
       raise FloatingPointError(
@@ -115,7 +115,7 @@ def run(
     if (done + 1) % options.save_every == 0 and done + 1 < steps:
       read()  # checks that the state to save is finite
       checkpoints.save(done + 1, state)
-    if options.sample_every and (done + 1) % options.sample_every == 0:
+    if sample and options.sample_every and (done + 1) % options.sample_every == 0:
       pause = time.perf_counter()
       writer.image(done + 1, "grid", sample(state))
       clock += time.perf_counter() - pause

@@ -1,4 +1,4 @@
-"""Where metrics and sample images go: JSON lines, TensorBoard, a progress bar."""
+"""Writes metrics and sample images: JSON lines, TensorBoard, a progress bar."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorboardX
@@ -14,34 +16,36 @@ import tqdm
 from sdiff_jax.io import file_io, image_io
 
 METRICS = "metrics.jsonl"
-PLAIN_SECONDS = 10.0  # between two progress lines when there is no terminal
+PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
+
+Path = str | os.PathLike[str]
 
 
 class Writer:
-  """Writes what a training run reports, as a context manager.
+  """Writes the metrics of a training run, as a context manager.
 
-  A run that starts again at step `start` first drops what an earlier, killed run
+  A run that resumes at step `start` first removes the lines that an earlier, killed run
   wrote after its last checkpoint, so that every step appears once. Values must be on
-  the host already: the writer never waits for a device.
+  the host already; the writer never waits for a device.
   """
 
   def __init__(
     self,
-    workdir: str | os.PathLike,
+    workdir: Path,
     *,
     total: int,
     start: int = 0,
     unit: str = "images",
     active: bool = True,
   ):
-    """Notes where and what to write; files are opened on entering.
+    """Stores the options; files are opened on entering the context.
 
     Args:
-      workdir: directory of the run, made if missing.
-      total: steps of the whole run.
-      start: steps that earlier runs finished and saved.
-      unit: what the rate in the progress bar counts.
-      active: False on all processes but the first of a pod: nothing is written.
+      workdir: directory of the run, created if it does not exist.
+      total: number of steps of the whole run.
+      start: number of steps that earlier runs finished and saved.
+      unit: what the throughput in the progress bar counts.
+      active: whether anything is written; False on all but one of several processes.
     """
     self._workdir = pathlib.Path(workdir)
     self._total = total
@@ -53,14 +57,14 @@ class Writer:
     if not self._active:
       return self
     self._workdir.mkdir(parents=True, exist_ok=True)
-    first = self._start + 1 if self._start else 0  # of the steps this run will write
+    first = self._start + 1 if self._start else 0  # first step of this run
     path = self._workdir / METRICS
     _keep_before(path, first)
     self._lines = path.open("a", encoding="utf-8", buffering=1)
     self._board = tensorboardX.SummaryWriter(
       str(self._workdir / "tensorboard"),
       purge_step=first,
-      max_queue=0,  # no limit: a full disk ends its thread, and a full queue blocks
+      max_queue=0,  # No limit: a full disk ends the thread, and a full queue blocks.
       filename_suffix=f".{self._start}",
     )
     self._bar = tqdm.tqdm(
@@ -71,18 +75,18 @@ class Writer:
       bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps"
       "{postfix}, {remaining} left",
     )
-    self._began = None
+    self._began: tuple[int, float] | None = None
     self._printed = -math.inf
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, *exception: Any) -> None:
     if self._active:
       self._bar.close()
       self._board.close()
       self._lines.close()
 
-  def scalars(self, step: int, values: dict) -> None:
-    """Appends one line {"step": step, name: number, ...}; NaN and inf become null."""
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends a line {"step": step, name: number, ...}; NaN and inf become null."""
     if not self._active:
       return
     numbers = {name: _finite(value) for name, value in values.items()}
@@ -99,7 +103,7 @@ class Writer:
     self._board.add_image(name, image, step, dataformats="HWC")
 
   def progress(self, step: int, *, images_per_second: float, loss: float) -> None:
-    """Moves the bar to `step`; without a terminal, prints a line now and then."""
+    """Moves the bar to `step`; without a terminal, prints a line every 10 seconds."""
     if not self._active:
       return
     numbers = f"{images_per_second:,.0f} {self._unit}/s, loss {loss:.4g}"
@@ -108,8 +112,7 @@ class Writer:
       self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
-    if self._began is None:
-      self._began = (step, now)
+    self._began = self._began or (step, now)
     if now - self._printed < PLAIN_SECONDS and step < self._total:
       return
     self._printed = now
@@ -118,31 +121,30 @@ class Writer:
     if steps > 0:
       remaining = seconds / steps * (self._total - step)
       left = f", {tqdm.tqdm.format_interval(remaining)} left"
-    # print and not logging: it shows whatever the verbosity of the logs.
+    # This is print and not logging, so that it does not depend on the log level.
     print(f"step {step}/{self._total}, {numbers}{left}", file=sys.stderr, flush=True)
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
   """Returns the lines of a run's metrics.jsonl, [] if it has none."""
   path = pathlib.Path(workdir) / METRICS
-  rows = []
+  rows: list[dict[str, Any]] = []
   for line in path.read_text("utf-8").splitlines() if path.exists() else ():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
-      continue  # a killed run leaves half a line behind
+      continue  # a killed run may leave an incomplete line
   return rows
 
 
-def _finite(value) -> float | None:
-  """Returns a numpy, JAX or Python scalar as a float; None, JSON's null, if not
-  finite."""
+def _finite(value: Any) -> float | None:
+  """Returns a NumPy, JAX or Python scalar as a float, or None if it is not finite."""
   number = float(value)
   return number if math.isfinite(number) else None
 
 
 def _keep_before(path: pathlib.Path, first: int) -> None:
-  """Drops, at one stroke, the lines of steps >= first and a truncated last line."""
+  """Removes, atomically, the lines of steps >= first and an incomplete last line."""
   if not path.exists():
     return
   kept = [row for row in read_metrics(path.parent) if row["step"] < first]

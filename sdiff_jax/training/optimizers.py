@@ -47,9 +47,9 @@ def build_schedule(
     raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
   cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), end_lr_fraction)
 
-  def rate(step: Array) -> Array:
+  def rate(step: Array) -> Array | float:
     step = jnp.asarray(step, jnp.float32)
-    ramp = 1.0
+    ramp: Array | float = 1.0
     if rampup_images:
       ramp = jnp.minimum(step * (batch_size / rampup_images), 1.0)
     if schedule == "cosine":

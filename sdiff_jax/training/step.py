@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sdiff_jax.distributed import sharding
 from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Array, LossFn, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Params, PRNGKey
 
 # (state, batch, key, frozen) -> (state, metrics).
 Step = Callable[..., tuple[TrainState, dict[str, Array]]]
@@ -65,7 +65,7 @@ def build(
     gradient_of = accumulated(gradient_of, grad_accum_steps)
 
   def step(
-    state: TrainState, batch: dict, key: PRNGKey, frozen: Params
+    state: TrainState, batch: Batch, key: PRNGKey, frozen: Params
   ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(key, state.step)
     (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
@@ -111,11 +111,11 @@ def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., An
     1.5
   """
 
-  def mean(params: Params, batch: dict, key: PRNGKey, *rest: Any) -> Any:
+  def mean(params: Params, batch: Batch, key: PRNGKey, *rest: Any) -> Any:
     def split(x: Array) -> Array:
       return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
-    def accumulate(sums: Any, part: tuple[Array, dict]) -> tuple[Any, None]:
+    def accumulate(sums: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
       i, samples = part
       values = gradient_of(params, samples, jax.random.fold_in(key, i), *rest)
       return jax.tree.map(jnp.add, sums, values), None

@@ -97,10 +97,10 @@ class Trainer:
 
   def abstract_state(self) -> TrainState:
     """Returns shapes, types and, on a mesh, shardings of the state."""
-    abstract = jax.eval_shape(self.create_state, jax.random.key(0))
-    if self.mesh is None:
-      return abstract
-    return sharding.abstract_state(abstract, self.mesh)
+    abstract: TrainState = jax.eval_shape(self.create_state, jax.random.key(0))
+    if self.mesh is not None:
+      abstract = sharding.abstract_state(abstract, self.mesh)
+    return abstract
 
   def init(self, key: PRNGKey, init_from: Params | None = None) -> TrainState:
     """Returns the first state, before any update.
@@ -120,7 +120,8 @@ class Trainer:
     if self.mesh is not None:
       shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
     create = jax.jit(self.create_state, out_shardings=shardings)
-    return create(key, init_from)
+    state: TrainState = create(key, init_from)
+    return state
 
   def lower(
     self, state: TrainState, batch: Any, key: PRNGKey, frozen: Params = None
@@ -133,7 +134,10 @@ class Trainer:
       key: see `step`.
       frozen: see `step`.
     """
-    return self._jit(state, frozen).lower(state, batch, key, frozen)
+    lowered: jax.stages.Lowered = self._jit(state, frozen).lower(
+      state, batch, key, frozen
+    )
+    return lowered
 
   def step(
     self, state: TrainState, batch: Any, key: PRNGKey, frozen: Params = None
@@ -159,7 +163,7 @@ class Trainer:
     return self._compiled[structure](state, batch, key, frozen)
 
   @functools.cached_property
-  def _compiled(self) -> dict[Any, Callable[..., Any]]:
+  def _compiled(self) -> dict[Any, step_lib.Step]:
     return {}
 
   def _jit(self, state: TrainState, frozen: Params) -> Any:
