@@ -14,7 +14,7 @@ DISTILLATION = pathlib.Path(__file__).with_name("digits_scd.py")
 
 
 def get_config():
-  c = config.load(str(DISTILLATION))
+  c = config.inherit(DISTILLATION)
   variants.train_on_data(c)
   c.train.steps = 8000
   return c

@@ -12,7 +12,7 @@ DISTILLATION = pathlib.Path(__file__).with_name("fashion_scd.py")
 
 
 def get_config():
-  c = config.load(str(DISTILLATION))
+  c = config.inherit(DISTILLATION)
   variants.train_on_data(c)
   c.train.steps = 1500
   c.checkpoint.update(every=1000, keep_every=0)

@@ -17,7 +17,7 @@ DROPOUT = {"S": 0.25, "M": 0.35, "L": 0.35, "XL": 0.35, "XXL": 0.35}
 
 def get_config(variant: str = ""):
   size, tiny = variants.parse(variant, DROPOUT, variants.TINY_WORD)
-  c = config.load(f"{DISTILLATION}:{variant}")
+  c = config.inherit(DISTILLATION, variant)
   variants.train_on_data(c)
   c.model.update(dropout=DROPOUT[size], guidance=False)
   c.loss.guidance = ()

@@ -15,7 +15,7 @@ DISTILLATION = pathlib.Path(__file__).with_name("imagenet64_scd.py")
 
 
 def get_config(variant: str = ""):
-  c = config.load(f"{DISTILLATION}:{variant}")
+  c = config.inherit(DISTILLATION, variant)
   variants.train_on_data(c)
   c.model.dropout = 0.45
   return c

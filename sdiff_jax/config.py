@@ -280,15 +280,32 @@ def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
   path, _, variant = file.partition(":")
   if not os.path.exists(path):
     raise UserError(missing or f"--config={path}: no such file")
+  try:
+    return inherit(path, variant)
+  except ValueError as error:
+    raise UserError(f"{file}: {error}") from error
+
+
+def inherit(
+  path: str | os.PathLike[str], variant: str = ""
+) -> ml_collections.ConfigDict:
+  """Returns the config of another file, for a config file to change some fields of.
+
+  Args:
+    path: of the file.
+    variant: of the file.
+
+  Raises:
+    ValueError: the file has no such variant.
+  """
   spec = importlib.util.spec_from_file_location("loaded_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  if variant and not inspect.signature(module.get_config).parameters:
-    raise UserError(f"{file}: the file has no variants; use {path}")
-  try:
-    return module.get_config(variant) if variant else module.get_config()
-  except ValueError as error:
-    raise UserError(f"{file}: {error}") from error
+  if not variant:
+    return module.get_config()
+  if not inspect.signature(module.get_config).parameters:
+    raise ValueError("the file has no variants")
+  return module.get_config(variant)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

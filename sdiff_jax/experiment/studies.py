@@ -150,7 +150,7 @@ def apply(config: ml_collections.ConfigDict, change: str) -> None:
   if field in configs.PIECES:
     previous = config[field].to_dict()
     configs.switch(config, field, value)
-    shared = previous.keys() & config[field].keys() - {"name"}
+    shared = ({*previous} & {*config[field]}) - {"name"}
     config[field].update({k: previous[k] for k in shared})
     return
   config.lock()  # so that fields that do not exist are refused
