@@ -55,7 +55,6 @@ _MODULES = {
   "trigflow": "diffusion.trigflow",
 }
 _OBJECTS = {
-  "CondSpec": "types",
   "Denoiser": "types",
   "LossFn": "types",
   "Network": "types",

@@ -79,12 +79,28 @@ class Ranged(NamedTuple):
 
 
 def positive(default: float) -> Ranged:
-  """Returns a default whose field must be above 0."""
+  """Returns a default whose field must be above 0.
+
+  Args:
+    default: the value of the default.
+
+  Example:
+    >>> positive(0.5).minimum, positive(0.5).exclusive
+    (0, True)
+  """
   return Ranged(default, 0, exclusive=True)
 
 
 def not_negative(default: float) -> Ranged:
-  """Returns a default whose field must be 0 or above."""
+  """Returns a default whose field must be 0 or above.
+
+  Args:
+    default: the value of the default.
+
+  Example:
+    >>> not_negative(2.0).exclusive
+    False
+  """
   return Ranged(default, 0, exclusive=False)
 
 
@@ -168,6 +184,10 @@ def component(kind: str, name: str, **changed: Any) -> ml_collections.ConfigDict
 
   Raises:
     UserError: an unknown component or field.
+
+  Example:
+    >>> component("losses", "diffusion", p_std=1.0).p_std
+    1.0
   """
   section = {"name": name} | registry.fields(kind, name)
   registry.check(kind, {"name": name, **changed}, kind)
@@ -184,6 +204,12 @@ def switch(config: ml_collections.ConfigDict, section: str, name: str) -> None:
 
   Raises:
     UserError: an unknown component.
+
+  Example:
+    >>> config = base()
+    >>> switch(config, "model", "dit")
+    >>> config.model.patch > 0
+    True
   """
   if config[section].name != name:
     config[section] = component(PIECES[section], name)
@@ -197,6 +223,9 @@ def load_plugins(modules: Iterable[str]) -> None:
 
   Raises:
     UserError: there is no such module.
+
+  Example:
+    >>> load_plugins(("json",))
   """
   for name in modules:
     try:
@@ -217,6 +246,10 @@ def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
 
   Raises:
     UserError: a plugin cannot be imported.
+
+  Example:
+    >>> base().model.name
+    'mlp'
   """
   load_plugins(plugins)
   config = ml_collections.ConfigDict(_plain(_defaults()))
@@ -249,7 +282,21 @@ def _plain(value: Any) -> Any:
 
 
 def complete(config: ml_collections.ConfigDict) -> None:
-  """Imports the plugins of a config, and adds the sections of jobs that it lacks."""
+  """Imports the plugins of a config, and adds the sections of jobs that it lacks.
+
+  Args:
+    config: changed in place.
+
+  Raises:
+    UserError: a plugin cannot be imported.
+
+  Example:
+    >>> config = base()
+    >>> del config.sample
+    >>> complete(config)
+    >>> "sample" in config
+    True
+  """
   load_plugins(config.plugins)
   missing = {k: v for k, v in _plain(_defaults()).items() if k not in config}
   with config.unlocked():
@@ -260,6 +307,10 @@ def runtime_fields() -> set[str]:
   """Returns the sections and fields that do not identify an experiment.
 
   They are RUNTIME and what jobs register as `runtime`.
+
+  Example:
+    >>> "mesh" in runtime_fields()
+    True
   """
   names = {*RUNTIME}
   for _, job in _jobs():
@@ -276,6 +327,11 @@ def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
 
   Raises:
     UserError: the file does not exist, or has no such variant.
+
+  Example:
+    >>> load("nothing.py")
+    Traceback (most recent call last):
+    sdiff_jax.types.UserError: --config=nothing.py: no such file
   """
   path, _, variant = file.partition(":")
   if not os.path.exists(path):
@@ -311,8 +367,14 @@ def inherit(
 def validate(config: ml_collections.ConfigDict) -> None:
   """Checks what can be checked before any work starts.
 
+  Args:
+    config: of an experiment, with all fields.
+
   Raises:
     UserError: one line that names field, value and remedy.
+
+  Example:
+    >>> validate(base())
   """
   load_plugins(config.plugins)
   for section, kind in PIECES.items():
@@ -335,7 +397,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
-  """Returns a stored config with the present names of its fields (see `RENAMED`)."""
+  """Returns a stored config with the present names of its fields (see `RENAMED`).
+
+  Args:
+    stored: config of a work directory, as nested dicts.
+
+  Example:
+    >>> with_new_names({"sampler": {"angles": (1.5,)}})
+    {'sampler': {'timesteps': (1.5,)}}
+  """
   stored = copy.deepcopy(stored)
   for old, new in RENAMED.items():
     section, _, field = old.rpartition(".")
@@ -350,8 +420,16 @@ def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
 def name_and_number(text: str, field: str) -> tuple[str, float]:
   """Splits "heun/16" into ("heun", 16.0).
 
+  Args:
+    text: a name and a number with a slash between them.
+    field: of the config that holds the text, for the message.
+
   Raises:
-    UserError: not of that form.
+    UserError: the text is not of that form.
+
+  Example:
+    >>> name_and_number("heun/16", "evaluate.samplers")
+    ('heun', 16.0)
   """
   name, _, number = text.partition("/")
   try:

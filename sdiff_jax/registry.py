@@ -54,6 +54,12 @@ def register(kind: str, name: str, **facts: Any) -> Callable[[Function], Functio
 
   Raises:
     ValueError: another function has that name already.
+
+  Example:
+    >>> @register("examples", "example")
+    ... def build(*, network, sigma_d, weight=1.0): ...
+    >>> fields("examples", "example"), required("examples", "example")
+    ({'weight': 1.0}, ['network', 'sigma_d'])
   """
 
   def decorate(function: Function) -> Function:
@@ -74,10 +80,18 @@ def _source(function: Callable[..., Any]) -> tuple[str, str]:
 
 
 def lookup(kind: str, name: str) -> Piece:
-  """Returns the piece `name` of a kind; its module is imported if need be.
+  """Returns the piece `name` of a kind; its module is imported if necessary.
+
+  Args:
+    kind: see `register`.
+    name: of the piece.
 
   Raises:
-    UserError: there is none; the message lists what there is.
+    UserError: there is none; the message lists the known names.
+
+  Example:
+    >>> lookup("losses", "scm").build.__module__
+    'sdiff_jax.losses.scm'
   """
   module = f"sdiff_jax.{kind}.{name}"
   known = (kind, name) in _PIECES
@@ -91,7 +105,15 @@ def lookup(kind: str, name: str) -> Piece:
 
 
 def names(kind: str) -> list[str]:
-  """Returns the names of all pieces of a kind, sorted; imports all of its modules."""
+  """Returns the names of all pieces of a kind, sorted; imports all of its modules.
+
+  Args:
+    kind: see `register`.
+
+  Example:
+    >>> {"ddpm", "scm"} <= set(names("losses"))
+    True
+  """
   package = importlib.import_module(f"sdiff_jax.{kind}")
   for module in pkgutil.iter_modules(package.__path__):
     if not module.ispkg and not module.name.startswith("_"):
@@ -104,6 +126,13 @@ def summaries(kind: str) -> dict[str, str]:
 
   Modules of this package are read but not imported, since that takes seconds; their
   names are those of their files. Pieces of other modules appear once registered.
+
+  Args:
+    kind: see `register`.
+
+  Example:
+    >>> summaries("data")["digits"]
+    '1797 handwritten digits of 8 x 8 pixels that ship inside scikit-learn'
   """
   found = {}
   package = importlib.import_module(f"sdiff_jax.{kind}")
@@ -127,7 +156,19 @@ def _first_sentence(text: str) -> str:
 def fields(kind: str, name: str) -> dict[str, Any]:
   """Returns the config fields of a piece with their defaults.
 
-  An argument whose default is a dataclass stands for the fields of the dataclass.
+  Fields are the arguments with a default other than None. An argument whose default is a
+  frozen dataclass contributes the fields of the dataclass.
+
+  Args:
+    kind: see `register`.
+    name: of the piece.
+
+  Raises:
+    UserError: there is no such piece.
+
+  Example:
+    >>> fields("losses", "diffusion")["p_mean"]
+    -1.2
   """
   out: dict[str, Any] = {}
   for p in inspect.signature(lookup(kind, name).build).parameters.values():
@@ -139,16 +180,36 @@ def fields(kind: str, name: str) -> dict[str, Any]:
 
 
 def required(kind: str, name: str) -> list[str]:
-  """Returns the arguments of a piece that are not config fields."""
+  """Returns the arguments of a piece that are not config fields.
+
+  Args:
+    kind: see `register`.
+    name: of the piece.
+
+  Raises:
+    UserError: there is no such piece.
+
+  Example:
+    >>> required("losses", "diffusion")
+    ['network', 'sigma_d']
+  """
   parameters = inspect.signature(lookup(kind, name).build).parameters.values()
   return [p.name for p in parameters if p.default in (p.empty, None)]
 
 
 def check(kind: str, section: dict[str, Any], label: str) -> None:
-  """Checks that a section {"name": ..., field: value} fits the piece it names.
+  """Checks that a section {"name": ..., field: value} fits the piece that it names.
+
+  Args:
+    kind: see `register`.
+    section: the name of a piece, and values of its fields.
+    label: name of the section for the message, such as "config.loss".
 
   Raises:
-    UserError: a field that the piece does not have, with the nearest that it has.
+    UserError: a field that the piece does not have; the message has the nearest one.
+
+  Example:
+    >>> check("losses", {"name": "diffusion", "p_mean": 0.0}, "config.loss")
   """
   known = fields(kind, section["name"])
   for field in sorted(section.keys() - {"name"} - known.keys()):
@@ -171,6 +232,10 @@ def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> 
 
   Raises:
     UserError: the piece refused a value.
+
+  Example:
+    >>> build("data", {"name": "digits"}).size
+    1797
   """
   function = lookup(kind, section["name"]).build
   accepted = inspect.signature(function).parameters
