@@ -56,7 +56,7 @@ def main() -> None:
       call = functools.partial(samplers.sample, sampler, net, shape=shape, mesh=over)
       seeds = jax.ShapeDtypeStruct((1,), jnp.int32)
       run = jax.jit(lambda seeds, f=call: f(seeds=seeds)).lower(seeds).compile()
-      found = [c for c in hlo.read(run.as_text()) if c.loop]
+      found = [c for c in hlo.read(run.as_text()) if c.in_loop]
       kinds = [c._replace(dtype="") for c in found]
       for (kind, _), (number, size, _) in hlo.total(kinds).items():
         states = size / 4 / math.prod(shape)

@@ -71,7 +71,7 @@ def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   program = lowering.build(config, mesh)
   say(f"{kind} {size}")
-  return program.flops(False) / 8, program.parameters
+  return program.flops(False) / 8, program.num_parameters
 
 
 def operations() -> tuple[str, dict]:
@@ -122,11 +122,11 @@ def training(name: str, found: dict) -> str:
     row = [
       "does not fit"
       if t is None
-      else f"{t[0].overlapped * 1e3:.0f} / {t[0].in_turn * 1e3:.0f}"
+      else f"{t[0].overlapped * 1e3:.0f} / {t[0].serial * 1e3:.0f}"
       + (f" ({t[1]} parts)" if t[1] > 1 else "")
       for t in times
     ]
-    known = [(n, t[0].in_turn) for n, t in zip(CHIPS, times, strict=True) if t]
+    known = [(n, t[0].serial) for n, t in zip(CHIPS, times, strict=True) if t]
     pays = known[0][0] if known else "-"
     for (_, before), (n, after) in itertools.pairwise(known):
       if before / after < PAYS:
@@ -166,7 +166,7 @@ def windows(name: str) -> str:
       time = one_pass(chip, chips, window)
       gains = [
         [ROWS * getattr(alone, roof) / (p * getattr(time, roof)) for p in passes]
-        for roof in ("overlapped", "in_turn")
+        for roof in ("overlapped", "serial")
       ]
       low, high = (sorted(g) for g in zip(*gains, strict=True))
       cells.append(f"{_range(low)}; {_range(high)}")

@@ -1,1 +1,1 @@
-"""What a program needs on devices that are not here."""
+"""Capacity planning: memory, traffic and modeled time of programs on devices elsewhere."""

@@ -1,4 +1,4 @@
-"""Pods that are not here: their chips as data, and devices to compile for.
+"""Chips, and topologies of them to compile for without having the devices.
 
 A pod's name is v5e:16x16, v5p:4x4x8, tpu7x:4x4x4, ... (chips along each axis of its
 torus) or h100x64. Compiling for TPUs needs libtpu, for GPUs JAX's CUDA plugin; neither
@@ -20,19 +20,20 @@ from sdiff_jax.types import UserError
 
 
 class Chip(NamedTuple):
-  """What a chip can do, as its maker says.
+  """Rates and sizes of a chip, from its data sheet.
 
   Attributes:
-    peak: bfloat16 operations in a second.
-    memory: bytes.
-    memory_rate: bytes between memory and chip in a second.
-    link: bytes that leave a chip in a second along one link.
-    links: those that a ring uses at once: both ways along one axis of a torus, or one
-      connection to a switch.
-    island: chips that these links join; beyond it, `network`.
-    network: bytes that leave a chip in a second beyond the island.
-    sizes: pods that can be asked for, smallest first.
-    source: where the numbers are from.
+    peak: bfloat16 operations per second.
+    memory: size of the memory, bytes.
+    memory_rate: memory bandwidth, bytes per second.
+    link: bandwidth of one link in one direction, bytes per second.
+    links: number of links that a ring uses at once: both directions of one axis of a
+      torus, or one connection to a switch.
+    island: number of chips that these links connect; between islands there is
+      `network`.
+    network: bandwidth of a chip between islands, bytes per second.
+    sizes: available topologies, smallest first.
+    source: of the numbers.
   """
 
   peak: float
@@ -47,7 +48,8 @@ class Chip(NamedTuple):
 
 
 _GIB, _DOCS = 2**30, "docs.cloud.google.com/tpu/docs/"
-# A link's rate is the documented bidirectional rate of a chip, over 2, over its ports.
+# The bandwidth of a link is the documented bidirectional bandwidth of a chip, divided by
+# 2 and by the number of its ports.
 CHIPS = {
   "v4": Chip(
     *(275e12, 32 * _GIB, 1200e9, 50e9, 2, 4096, 3e9),
@@ -80,7 +82,7 @@ CHIPS = {
     "NVIDIA H100 SXM data sheet (dense); one 400 Gb/s adapter a GPU, as in DGX H100",
   ),
 }
-# What XLA asks about a GPU that it compiles for.
+# Description of the GPU for XLA.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -94,8 +96,8 @@ gpu_device_info {
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
 """
-# Neither a TPU nor its neighbours are looked for, and a GPU is not missed.
-ALONE = {
+# Environment in which no TPU is searched for, and a missing GPU is no error.
+COMPILE_ONLY = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -107,7 +109,13 @@ ALONE = {
 
 
 class Pod(NamedTuple):
-  """A pod: its name, its kind of chip and how many of them."""
+  """A pod.
+
+  Attributes:
+    name: of its topology, such as "v5e:4x4".
+    chip: key of CHIPS.
+    chips: number of chips.
+  """
 
   name: str
   chip: str
@@ -118,21 +126,21 @@ def parse(name: str) -> Pod:
   """Returns the pod of a name.
 
   Raises:
-    UserError: there is no such pod; the message lists the names of the chip.
+    UserError: there is no such pod; the message lists the topologies of the chip.
   """
   chip, _, size = (
     name.partition("x") if name.startswith("h100") else name.partition(":")
   )
   if chip not in CHIPS:
     raise UserError(
-      f"config.rehearse.topology={name!r}: take one of {', '.join(CHIPS)} with a size, such as "
-      "v5e:16x16, v5p:4x4x8 or h100x64"
+      f"config.rehearse.topology={name!r}: must be one of {', '.join(CHIPS)} with a size, "
+      "such as v5e:16x16, v5p:4x4x8 or h100x64"
     )
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size) or (
     size.count("x") != CHIPS[chip].sizes[-1].count("x")
   ):
     known = ", ".join(_name(chip, size) for size in CHIPS[chip].sizes)
-    raise UserError(f"config.rehearse.topology={name!r}: such as {known}")
+    raise UserError(f"config.rehearse.topology={name!r}: must be one such as {known}")
   return Pod(name, chip, math.prod(int(n) for n in size.split("x")))
 
 
@@ -147,10 +155,10 @@ def _name(chip: str, size: str) -> str:
 
 
 def start() -> None:
-  """Makes this process a compiler on the CPU; before JAX asks for a device."""
-  os.environ.update(ALONE)
+  """Lets this process compile for other devices; call it before JAX is initialized."""
+  os.environ.update(COMPILE_ONLY)
   jax.config.update("jax_platforms", "cpu")
-  # Programs of other machines cannot be kept, nor run here.
+  # Programs for other devices cannot be stored, nor run here.
   jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -158,19 +166,21 @@ def devices(pod: Pod) -> np.ndarray:
   """Returns the devices of a pod, to compile for.
 
   Raises:
-    UserError: the compiler is not installed, or knows no such pod.
+    UserError: the compiler is not installed, or does not know the pod.
   """
   gpu = pod.chip == "h100"
-  needed, extra = ("jax_plugins.xla_cuda12", "cuda") if gpu else ("libtpu", "rehearse")
-  if not _found(needed):
+  compiler_module, extra = (
+    ("jax_plugins.xla_cuda12", "cuda") if gpu else ("libtpu", "rehearse")
+  )
+  if not _is_installed(compiler_module):
     raise UserError(
-      f"config.rehearse.topology={pod.name}: its compiler is not installed: "
-      f"pip install -e '.[{extra}]'; no {pod.chip} is needed"
+      f"config.rehearse.topology={pod.name}: its compiler is not installed, "
+      f"pip install -e '.[{extra}]'; a {pod.chip} is not needed"
     )
   try:
     if gpu:
       hosts = max(pod.chips // 8, 1)
-      found = topologies.get_topology_desc(
+      topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=H100,
@@ -178,16 +188,16 @@ def devices(pod: Pod) -> np.ndarray:
       )
     else:
       _, _, size = pod.name.partition(":")
-      found = topologies.get_topology_desc(
+      topology = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{pod.chip}:{size}"
       )
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     known = ", ".join(_name(pod.chip, size) for size in CHIPS[pod.chip].sizes)
     reason = " ".join(str(error).split())[:200]
     raise UserError(
-      f"config.rehearse.topology={pod.name}: {reason}; such as {known}"
+      f"config.rehearse.topology={pod.name}: {reason}; choose one such as {known}"
     ) from error
-  return np.array(found.devices)
+  return np.array(topology.devices)
 
 
 def compiler(pod: str) -> str:
@@ -199,7 +209,7 @@ def compiler(pod: str) -> str:
     return ""
 
 
-def _found(module: str) -> bool:
+def _is_installed(module: str) -> bool:
   try:
     return importlib.util.find_spec(module) is not None
   except ModuleNotFoundError:

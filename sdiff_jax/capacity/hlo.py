@@ -1,4 +1,4 @@
-"""What devices tell each other, read from the text of a compiled program."""
+"""Collective operations of a compiled program, parsed from its HLO text."""
 
 import math
 import re
@@ -13,72 +13,77 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-  """One operation of a program.
+  """A collective operation of a program.
 
   Attributes:
     kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all" or
       "collective-permute".
     dtype: of its arrays, XLA's name: "f32", "bf16", ...
-    bytes: of the whole arrays, as they are after a gather and before a scatter.
-    group: devices that take part together.
-    times: how often a call of the program runs it; a loop of unknown length is once.
-    loop: whether it stands in a loop.
+    bytes: of the whole arrays, that is after a gather and before a scatter.
+    group_size: number of devices that communicate with each other.
+    calls: how often one run of the program executes it. A loop of unknown length counts
+      as one iteration.
+    in_loop: whether it is inside a loop.
   """
 
   kind: str
   dtype: str
   bytes: int
-  group: int
-  times: int
-  loop: bool
+  group_size: int
+  calls: int
+  in_loop: bool
 
   @property
-  def ring(self) -> float:
-    """Bytes n that a device sends each time: n (k-1)/k, all-reduce twice that."""
+  def ring_bytes(self) -> float:
+    """Bytes that a device sends in one call: n (k-1)/k, twice that for all-reduce."""
     if self.kind == "collective-permute":
       return float(self.bytes)
-    passes = 2 if self.kind == "all-reduce" else 1
-    return passes * self.bytes * (self.group - 1) / self.group
+    rounds = 2 if self.kind == "all-reduce" else 1
+    return rounds * self.bytes * (self.group_size - 1) / self.group_size
 
 
 def read(text: str) -> list[Collective]:
-  """Returns the collectives of `compiled.as_text()`."""
+  """Returns the collectives of a program.
+
+  Args:
+    text: `compiled.as_text()`, with compiled a `jax.stages.Compiled`.
+  """
   blocks, entry = _computations(text)
   devices = re.search(r"num_partitions=(\d+)", text)
-  found, chains = [], set()
+  collectives, chains = [], set()
 
-  def walk(name: str, times: int, loop: bool) -> None:
+  def walk(name: str, calls: int, in_loop: bool) -> None:
     for line in blocks.get(name, ()):
-      # A TPU's asynchronous collective stands in each computation that helps it along.
+      # A TPU's asynchronous collective is listed in several computations.
       chain = re.search(r'chain_id="(\d+)"', line)
       if chain is None or chain[1] not in chains:
         group = _group(line, int(devices[1]) if devices else 1)
         for kind, dtype, size in _arrays(line, name, group):
-          found.append(Collective(kind, dtype, size, group, times, loop))
+          collectives.append(Collective(kind, dtype, size, group, calls, in_loop))
           chains.update(chain.groups() if chain else ())
-      turns = _turns(line, blocks) if "body=" in line else 1
+      trips = _trip_count(line, blocks) if "body=" in line else 1
       for how, called in CALLED.findall(line):
-        walk(called, times * turns, loop or how in ("body", "condition"))
+        walk(called, calls * trips, in_loop or how in ("body", "condition"))
       if branches := re.search(r"branch_computations=\{(.*?)\}", line):
         for called in branches[1].split(", "):
-          walk(called.removeprefix("%"), times, loop)
+          walk(called.removeprefix("%"), calls, in_loop)
 
   walk(entry, 1, False)
-  return found
+  return collectives
 
 
 def total(collectives: list[Collective]) -> dict[tuple[str, str], tuple]:
-  """Returns (kind, dtype) -> operations, bytes, bytes of ring traffic of a call."""
-  out = {}
+  """Returns (kind, dtype) -> calls, bytes and ring bytes of one run of a program."""
+  sums = {}
   for c in sorted(collectives):
-    have = out.get((c.kind, c.dtype), (0, 0, 0.0))
-    more = (c.times, c.times * c.bytes, c.times * c.ring)
-    out[c.kind, c.dtype] = tuple(a + b for a, b in zip(have, more, strict=True))
-  return out
+    old = sums.get((c.kind, c.dtype), (0, 0, 0.0))
+    new = (c.calls, c.calls * c.bytes, c.calls * c.ring_bytes)
+    sums[c.kind, c.dtype] = tuple(a + b for a, b in zip(old, new, strict=True))
+  return sums
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns name -> lines, and the name of the entry."""
+  """Returns computation -> its lines, and the name of the entry computation."""
   blocks, lines, entry = {}, [], ""
   for line in text.splitlines():
     if not line.startswith(" ") and (head := COMPUTATION.match(line)):
@@ -89,10 +94,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return blocks, entry
 
 
-def _turns(line: str, blocks: dict[str, list[str]]) -> int:
-  """Returns how often a `while` runs, from what the compiler notes or i < constant."""
-  if noted := TRIPS.search(line):
-    return int(noted[1])
+def _trip_count(line: str, blocks: dict[str, list[str]]) -> int:
+  """Returns the trip count of a `while`, as annotated or from `i < constant`."""
+  if annotation := TRIPS.search(line):
+    return int(annotation[1])
   condition = blocks.get(re.search(r"condition=%?([\w.\-]+)", line)[1], ())
   ends = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
   counts = any("ROOT" in line and "direction=LT" in line for line in condition)
@@ -100,7 +105,7 @@ def _turns(line: str, blocks: dict[str, list[str]]) -> int:
 
 
 def _arrays(line: str, inside: str, group: int) -> Iterator[tuple[str, str, int]]:
-  """Yields kind, dtype and bytes of the whole arrays of a line's collective."""
+  """Yields kind, dtype and bytes of the whole arrays of the collective in a line."""
   operation = OPERATION.search(line)
   if operation is None:
     return
@@ -125,7 +130,7 @@ def _arrays(line: str, inside: str, group: int) -> Iterator[tuple[str, str, int]
 
 
 def _group(line: str, devices: int) -> int:
-  """Returns how many devices a collective joins, in any of XLA's three spellings."""
+  """Returns the group size of a collective, in any of XLA's three notations."""
   if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return len(listed[1].split(","))
   if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):

@@ -1,4 +1,4 @@
-"""Programs of the other jobs on abstract arrays, and what their compiled form says."""
+"""Programs of the other jobs on abstract arrays, and the facts of their compiled form."""
 
 import os
 import time
@@ -22,55 +22,42 @@ from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Pipeline
-from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import Sampler, autotune
 from sdiff_jax.training import flops as flops_lib
 from sdiff_jax.types import Network, Params, UserError
 
 KINDS = ("train", "sample")
-NO_WINDOW = "config.sampler.window=0: name one, there is no machine to time"
+NO_WINDOW = "config.sampler.window=0: must be set, since no device can be timed"
 
 
 class Program(NamedTuple):
-  """A program of shapes alone.
+  """A program of abstract arrays.
 
   Attributes:
-    lower: () -> lowered for the devices of its mesh.
-    flops: remat -> operations over all devices, with those that are done again in the
-      backward pass or without them.
-    held: kind of array -> bytes of it on one device, from call to call.
-    parameters: of the network.
-    images: that a run of the program makes or learns from.
-    turns: of the loop that the compiler's counts hold once (parts of a batch).
-    repeats: runs that one batch takes (evaluations of a sampler, or expected passes).
+    lower: () -> the program, lowered for the devices of its mesh.
+    flops: (remat) -> number of operations over all devices, with or without those that
+      rematerialization repeats in the backward pass.
+    persistent_bytes: kind of array -> bytes on one device that persist between calls.
+    num_parameters: of the network.
+    num_images: that one batch generates, or that one training step uses.
+    trip_count: of the loop whose body the compiler's counts include once (microbatches
+      of a batch).
+    calls_per_batch: runs of the program for one batch (evaluations of a sampler, or the
+      expected number of parallel iterations).
   """
 
-  lower: Callable
-  flops: Callable
-  held: dict[str, int]
-  parameters: int
-  images: int
-  turns: int
-  repeats: float
+  lower: Callable[[], jax.stages.Lowered]
+  flops: Callable[[bool], float]
+  persistent_bytes: dict[str, int]
+  num_parameters: int
+  num_images: int
+  trip_count: int
+  calls_per_batch: float
 
   def summary(self) -> dict[str, Any]:
     """Returns the numbers of a program that need no compiler."""
-    return {n: getattr(self, n) for n in ("parameters", "images", "repeats")}
-
-
-def cache_key(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the fields that decide the program, with the teacher's."""
-  fields = config.to_dict()
-  for name in ("checkpoint", "evaluate", "convert", "reference"):
-    del fields[name]
-  for name in ("fit", "topology"):
-    del fields["rehearse"][name]
-  fields["train"]["steps"] = 0
-  teacher = _teacher_config(config)
-  fields["teacher"] = teacher and teacher.to_dict()
-  if config.job == "generate":
-    fields["folder"] = loading.configs(config.generate.folder)
-  return fields
+    names = ("num_parameters", "num_images", "calls_per_batch")
+    return {name: getattr(self, name) for name in names}
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
@@ -94,7 +81,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
 
 
 def source_of(config: ml_collections.ConfigDict) -> Dataset:
-  """Returns a source without images where the config says their shape."""
+  """Returns the data set, or one without images if config.rehearse.shape is set."""
   if not config.rehearse.shape:
     return registry.build("data", config.data.to_dict())
   take, mean, std = None, (0.0,), (0.5,)
@@ -106,7 +93,7 @@ def source_of(config: ml_collections.ConfigDict) -> Dataset:
 def training(
   config: ml_collections.ConfigDict, experiment: experiments.Experiment
 ) -> Program:
-  """Returns the step of training."""
+  """Returns the training step."""
   source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
   size = config.train.batch_size
   parts = config.train.grad_accum_steps
@@ -125,21 +112,21 @@ def training(
     return training_lib.step_flops(plain, source, taught, state, key, frozen)
 
   of_state = sharding.state(state, mesh)
-  held = {
+  persistent_bytes = {
     "parameters": bytes_per_device(state.params, of_state.params),
-    "optimiser": bytes_per_device(state.opt_state, of_state.opt_state),
+    "optimizer": bytes_per_device(state.opt_state, of_state.opt_state),
     "EMA": bytes_per_device(state.ema, of_state.ema),
     "teacher": bytes_per_device(frozen, sharding.state(frozen, mesh)),
     "batch": bytes_per_device(batch, sharding.batch(mesh)),
   }
   return Program(
-    lambda: trainer.lower(state, batch, key, frozen),
-    flops,
-    held,
-    sum(x.size for x in jax.tree.leaves(state.params)),
-    size,
-    parts,
-    1.0,
+    lower=lambda: trainer.lower(state, batch, key, frozen),
+    flops=flops,
+    persistent_bytes=persistent_bytes,
+    num_parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    num_images=size,
+    trip_count=parts,
+    calls_per_batch=1.0,
   )
 
 
@@ -165,8 +152,8 @@ def sampled(
 def generated(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """Returns the program of a batch of samples by a model of the diffusers format.
 
-  Of its folder the config files alone are read. The decoder is left out: it runs once,
-  the U-Net in every iteration.
+  Only the config files of its folder are read. The decoder is left out, since it runs
+  once, and the U-Net in every iteration.
 
   Raises:
     UserError: the batch or the window does not divide over the mesh, or there is no
@@ -200,11 +187,13 @@ def _sampling_program(
   return Program(
     lower=lambda: compiled.lower(params, size),
     flops=lambda remat: flops_lib.count_flops(pipeline.placeholder, params, x),
-    held={"parameters": bytes_per_device(params, [w.sharding for w in weights])},
-    parameters=sum(w.size for w in weights),
-    images=size,
-    turns=1,
-    repeats=autotune.expected_iterations(sampler),
+    persistent_bytes={
+      "parameters": bytes_per_device(params, [w.sharding for w in weights])
+    },
+    num_parameters=sum(w.size for w in weights),
+    num_images=size,
+    trip_count=1,
+    calls_per_batch=autotune.expected_iterations(sampler),
   )
 
 
@@ -224,9 +213,9 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
 def _teacher_config(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict | None:
-  """Returns the config of the teacher's run or, before there is one, of its file.
+  """Returns the config of the teacher's run, or of its file if there is no run yet.
 
-  The types of a file's are those of the student.
+  The dtype of a teacher from a file is that of the student.
   """
   file, workdir = config.teacher.config, config.teacher.workdir
   if not training_lib.needs_teacher(config):
@@ -253,39 +242,50 @@ def teacher(
   return network, jax.eval_shape(network.init, key)
 
 
-def compiled(program: Program, devices: int, *, gpu: bool = False) -> dict[str, Any]:
-  """Returns the facts of a program: compiles it.
+def analyze(
+  program: Program,
+  lowered: jax.stages.Lowered,
+  num_devices: int,
+  *,
+  gpu: bool = False,
+) -> dict[str, Any]:
+  """Compiles a program and returns its facts.
+
+  Args:
+    program: the program.
+    lowered: its lowered form, `program.lower()`.
+    num_devices: of its mesh.
+    gpu: whether it is compiled for GPUs.
 
   Returns:
-    Of one device: `memory` (arguments, temporaries, outputs, peak: bytes), `flops`,
-    `bytes` that it reads and writes, None where the compiler does not say,
-    `collectives`; of all: `model_flops`; or `refused`, the compiler's words where the
-    program does not fit.
+    For one device: `memory` (bytes of arguments, temporaries, outputs, program, peak),
+    `flops`, `bytes` of memory traffic (None if the compiler does not report it),
+    `collectives`. For all devices: `model_flops`. If the program does not fit, `error`
+    is the compiler's message instead.
   """
   begin, cpu = time.monotonic(), time.process_time()
   facts = {"model_flops": program.flops(False)}
-  lowered = program.lower()
   options = {"xla_gpu_autotune_level": 0} if gpu else {}
   try:
-    done = lowered.compile(compiler_options=options)
+    compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return facts | {"refused": " ".join(str(error).split())[:400]}
-  facts |= read(done)
-  if facts["flops"] is None or program.turns > 1:
-    facts["flops"] = program.flops(True) / devices
+    return facts | {"error": " ".join(str(error).split())[:400]}
+  facts |= read(compiled)
+  if facts["flops"] is None or program.trip_count > 1:
+    facts["flops"] = program.flops(True) / num_devices
   if facts["bytes"] is not None:
-    facts["bytes"] *= program.turns
+    facts["bytes"] *= program.trip_count
   facts["compile_seconds"] = time.monotonic() - begin
   facts["compile_cpu_seconds"] = time.process_time() - cpu
   return facts
 
 
-def read(done: jax.stages.Compiled) -> dict[str, Any]:
-  """Returns what a compiled program says of itself."""
-  memory, cost = done.memory_analysis(), done.cost_analysis() or {}
-  every = hlo.read(done.as_text())
+def read(compiled: jax.stages.Compiled) -> dict[str, Any]:
+  """Returns the compiler's analysis of a program, see `analyze`."""
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  collectives = hlo.read(compiled.as_text())
   return {
     "memory": {
       "arguments": memory.argument_size_in_bytes,
@@ -296,5 +296,5 @@ def read(done: jax.stages.Compiled) -> dict[str, Any]:
     },
     "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
-    "collectives": [c._asdict() for c in every],
+    "collectives": [c._asdict() for c in collectives],
   }

@@ -1,15 +1,16 @@
-"""The time of a program, modelled from what it computes, reads and sends.
+"""Roofline model of the time of a program.
 
 Nothing here is measured. With F operations, M bytes of memory traffic and R bytes sent
-on a ring, on each device,
+on a ring, for each device,
 
   t_compute = F / peak,   t_memory = M / memory rate,   t_link = R / link rate,
 
   overlapped: t = max(t_compute, t_memory, t_link),
-  in turn:    t = t_compute + t_memory + t_link,
+  serial:     t = t_compute + t_memory + t_link.
 
-and a device lies between the two: the first is what no schedule beats, the second what
-it takes if nothing overlaps. Peaks are the makers'; no device reaches them.
+The first is a lower bound for every schedule, the second the time without any overlap;
+a device is between the two. Peak rates are those of the data sheets, which no device
+reaches.
 """
 
 from typing import NamedTuple
@@ -17,11 +18,11 @@ from typing import NamedTuple
 from sdiff_jax.capacity.chips import Chip
 from sdiff_jax.capacity.hlo import Collective
 
-FORMULA = "max(F / peak, M / memory rate, R / link rate); in turn: their sum"
+FORMULA = "max(F / peak, M / memory rate, R / link rate); serial: their sum"
 
 
 class Time(NamedTuple):
-  """Modelled seconds of one run of a program on one device."""
+  """Modeled seconds of one run of a program on one device."""
 
   compute: float
   memory: float
@@ -29,24 +30,24 @@ class Time(NamedTuple):
 
   @property
   def overlapped(self) -> float:
-    """Returns the time if all three go on at once."""
+    """Returns the time if all three overlap completely."""
     return max(self)
 
   @property
-  def in_turn(self) -> float:
-    """Returns the time if one comes after the other."""
+  def serial(self) -> float:
+    """Returns the time if nothing overlaps."""
     return sum(self)
 
 
 def link_rate(chip: Chip, chips: int, cores: int = 1) -> float:
-  """Returns the bytes that a device sends in a second on a ring.
+  """Returns the rate at which a device sends on a ring, bytes per second.
 
-  Where a pod is more than an island, every ring is taken to leave it.
+  If a pod is larger than an island, every ring is assumed to leave it.
 
   Args:
-    chip: one of pods.CHIPS.
-    chips: of the pod.
-    cores: devices of a chip, which share its links.
+    chip: a value of chips.CHIPS.
+    chips: number of chips of the pod.
+    cores: number of devices of a chip, which share its links.
   """
   return (chip.link * chip.links if chips <= chip.island else chip.network) / cores
 
@@ -60,24 +61,30 @@ def time(
   collectives: list[Collective],
   cores: int = 1,
 ) -> Time:
-  """Returns the modelled time of a program.
+  """Returns the modeled time of a program.
 
   Args:
-    chip: one of pods.CHIPS.
-    chips: of the pod.
+    chip: a value of chips.CHIPS.
+    chips: number of chips of the pod.
     flops: operations of one device.
     memory: bytes that one device reads and writes.
-    collectives: what devices send.
-    cores: devices of a chip; each has its share of what the chip can do.
+    collectives: communication of one device.
+    cores: number of devices of a chip; each has that fraction of its rates.
   """
-  links = sum(c.times * c.ring for c in collectives) / link_rate(chip, chips, cores)
+  links = sum(c.calls * c.ring_bytes for c in collectives) / link_rate(
+    chip, chips, cores
+  )
   return Time(flops * cores / chip.peak, memory * cores / chip.memory_rate, links)
 
 
-def utilisation(flops: float, seconds: float, chip: Chip, chips: int) -> float:
-  """Returns the share of peak, F_model / (t chips peak).
+def utilization(flops: float, seconds: float, chip: Chip, chips: int) -> float:
+  """Returns the model FLOPs utilization, F_model / (t chips peak).
 
-  F_model are the operations of the model's step over all devices, without those that
-  are done again to save memory (arXiv:2204.02311, appendix B).
+  Args:
+    flops: F_model, operations of one step over all devices, without those that
+      rematerialization repeats (arXiv:2204.02311, appendix B).
+    seconds: t, time of one step.
+    chip: a value of chips.CHIPS.
+    chips: number of chips.
   """
   return flops / (seconds * chips * chip.peak)

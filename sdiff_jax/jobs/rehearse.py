@@ -1,11 +1,10 @@
-"""Job `rehearse`: what a pod will do with a config, known before it is paid for.
+"""Job `rehearse`: memory, traffic and modeled time of a config on a pod.
 
-The very step of the other jobs is compiled for devices that are not here, of shapes
-alone: no parameter is made and no data are read. What was compiled is kept in
-~/.cache/sdiff_jax/rehearsals.
+The program of the other jobs is compiled for the devices of the pod, which are not
+needed: arrays are abstract, and no data are read. Facts of compiled programs are cached
+in ~/.cache/sdiff_jax/rehearsals.
 """
 
-import json
 import math
 import os
 import sys
@@ -16,19 +15,19 @@ import jax
 import ml_collections
 
 from sdiff_jax import registry
+from sdiff_jax.capacity import cache, lowering, report
 from sdiff_jax.capacity import chips as chips_lib
-from sdiff_jax.capacity import lowering, report
 from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io
 from sdiff_jax.types import UserError
 
-# Compiled as far as a run needs, a step takes longer than anyone waits; its memory,
-# collectives and operations are the same.
+# Full optimization needs many times longer; memory, collectives and operations are the
+# same.
 LEVEL = "O0"
-LARGEST_GROUP = 64  # of devices that a state is spread over: most arrays divide by it
-ACCUMULATE = (2, 4, 8, 16, 32)  # parts of a batch that are tried
+MAX_FSDP = 64  # devices that the state is sharded over: most arrays divide by it
+GRAD_ACCUM_STEPS = (2, 4, 8, 16, 32)  # that are tried
 
 
 DEFAULTS = {
@@ -55,31 +54,30 @@ DEFAULTS = {
   start=chips_lib.start,  # a compiler alone, on whatever machine it runs
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes rehearsal/<pod>.json and one page on all pods.
+  """Writes rehearsal/<pod>.json and a page about all pods.
 
   Raises:
-    UserError: an unknown pod, a compiler that is missing, or a batch that does not
-      divide over it.
+    UserError: an unknown pod, a compiler that is not installed, or a batch that does not
+      divide over the devices.
   """
   if config.rehearse.program not in lowering.KINDS:
-    kinds = " or ".join(lowering.KINDS)
     raise UserError(
-      f"config.rehearse.program={config.rehearse.program!r}: take {kinds}"
+      f"config.rehearse.program={config.rehearse.program!r}: must be "
+      f"{' or '.join(lowering.KINDS)}"
     )
-  wanted = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
-  if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in wanted):
-    _say("TPUs have no units for float16; take --config.model.dtype=bfloat16")
+  pods = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
+  if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in pods):
+    _say("TPUs have no float16 units; use --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
-  os.makedirs(folder, exist_ok=True)
-  found = []
-  for pod in wanted:
-    found.append(_rehearse(config, pod))
+  reports = []
+  for pod in pods:
+    reports.append(_rehearse(config, pod))
     path = os.path.join(folder, f"{_file(pod.name)}{_suffix(config)}.json")
-    file_io.write_text(path, json.dumps(found[-1], indent=2))
-  name = _file(wanted[0].name) if len(wanted) == 1 else "pods"
+    file_io.write_json(path, reports[-1])
+  name = _file(pods[0].name) if len(pods) == 1 else "pods"
   path = os.path.join(folder, f"{name}{_suffix(config)}.html")
-  file_io.write_text(path, report.html(found, sys.argv[1:]))
-  print(report.table(found))
+  file_io.write_text(path, report.html(reports, sys.argv[1:]))
+  print(report.table(reports))
   return f"rehearsed: {path}"
 
 
@@ -92,36 +90,36 @@ def _suffix(config: ml_collections.ConfigDict) -> str:
 
 
 def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
-  """Returns what is known of a pod, with the first changes that make the step fit."""
-  tried = []
-  for changes, on in _attempts(config, pod):
-    program, facts = _attempt(config, changes, on)
-    tried.append(facts | {"changes": changes})
+  """Returns the report of a pod, with the first changes that make the program fit."""
+  attempts = []
+  for changes, attempt_pod in _attempts(config, pod):
+    program, facts = _attempt(config, changes, attempt_pod)
+    attempts.append(facts | {"changes": changes})
     if fits := report.fits(facts):
       break
-    _say(f"{on.name}, {_words(changes)}: does not fit")
+    _say(f"{attempt_pod.name}, {_text(changes)}: does not fit")
     if not config.rehearse.fit:
       break
   if not fits:
-    _say(f"{pod.name}: nothing that was tried makes it fit")
-  return report.modelled(config.rehearse.program, config.train.steps, program, tried)
+    _say(f"{pod.name}: does not fit with any of the changes")
+  return report.model(config.rehearse.program, config.train.steps, program, attempts)
 
 
 def _attempts(
   config: ml_collections.ConfigDict, pod: Pod
 ) -> Iterator[tuple[dict[str, Any], Pod]]:
-  """Yields what to change, and the pod: nothing, then what saves memory, in turn."""
+  """Yields changes of config fields that save memory, and pods, from the mildest on."""
   yield {}, pod
   changes = {}
   if config.rehearse.program == "train":
-    chips, group = pod.chips, math.gcd(pod.chips, LARGEST_GROUP)
+    chips, group = pod.chips, math.gcd(pod.chips, MAX_FSDP)
     if config.mesh.fsdp == 1 and config.mesh.data == -1 and group > 1:
       changes["mesh.fsdp"] = group
       yield dict(changes), pod
     if config.model.get("remat", "full") != "full":
       changes["model.remat"] = "full"
       yield dict(changes), pod
-    for parts in ACCUMULATE:
+    for parts in GRAD_ACCUM_STEPS:
       divides = config.train.batch_size % (parts * chips) == 0
       if divides and parts > config.train.grad_accum_steps:
         yield changes | {"train.grad_accum_steps": parts}, pod
@@ -134,30 +132,35 @@ def _attempts(
 def _attempt(
   config: ml_collections.ConfigDict, changes: dict[str, Any], pod: Pod
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns what the program is and its facts, with some changes, on a pod."""
+  """Returns the summary of a program and its facts, with changes of config fields."""
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(changes)
-  level = "" if pod.chip == "h100" else LEVEL
-  key = report.key(lowering.cache_key(config), pod.name, level)
-  if (kept := report.load(key)) is not None:
-    return kept["program"], kept["facts"]
+  gpu = pod.chip == "h100"
+  level = "" if gpu else LEVEL
   devices = chips_lib.devices(pod)
   with config_errors("config.mesh"):
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  made = lowering.build(config, mesh)
-  program = made.summary()
-  facts = {"pod": pod.name, "devices": len(devices), "held": made.held}
-  if sum(made.held.values()) > report.capacity(pod.name, len(devices)):
-    return program, facts | {"refused": "what is held from step to step is too much"}
-  with report.progress(f"{pod.name}, {_words(changes)}", _say):
-    jax.config.update("jax_optimization_level", level or "UNKNOWN")
-    facts |= lowering.compiled(made, len(devices), gpu=pod.chip == "h100")
-  report.keep(key, {"program": program, "facts": facts})
-  return program, facts
+  program = lowering.build(config, mesh)
+  facts = {
+    "pod": pod.name,
+    "devices": len(devices),
+    "persistent_bytes": program.persistent_bytes,
+  }
+  available = report.memory_per_device(pod.name, len(devices))
+  if sum(program.persistent_bytes.values()) > available:
+    return program.summary(), facts | {"error": "the persistent arrays do not fit"}
+  lowered = program.lower()
+  key = cache.key(lowered, pod.name, level)
+  if (analysis := cache.load(key)) is None:
+    with report.progress(f"{pod.name}, {_text(changes)}", _say):
+      jax.config.update("jax_optimization_level", level or "UNKNOWN")
+      analysis = lowering.analyze(program, lowered, len(devices), gpu=gpu)
+    cache.save(key, analysis)
+  return program.summary(), facts | analysis
 
 
-def _words(changes: dict[str, Any]) -> str:
-  return ", ".join(f"{k}={v}" for k, v in changes.items()) or "as it is"
+def _text(changes: dict[str, Any]) -> str:
+  return ", ".join(f"{k}={v}" for k, v in changes.items()) or "unchanged"
 
 
 def _say(text: str) -> None:

@@ -49,8 +49,10 @@ def test_numbers_are_of_one_kind_of_machine(chip):
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(chips_lib, "_found", lambda module: False)
-  with pytest.raises(UserError, match=r"pip install -e '.\[rehearse\]'; no v5e is"):
+  monkeypatch.setattr(chips_lib, "_is_installed", lambda module: False)
+  with pytest.raises(
+    UserError, match=r"pip install -e '.\[rehearse\]'; a v5e is not needed"
+  ):
     chips_lib.devices(chips_lib.parse("v5e:2x2"))
   with pytest.raises(UserError, match=r"pip install -e '.\[cuda\]'"):
     chips_lib.devices(chips_lib.parse("h100x8"))

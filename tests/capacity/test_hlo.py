@@ -43,13 +43,13 @@ def test_a_gather_and_a_scatter_in_a_loop():
   assert scatter[3:] == (4, 5, True)
   wide = 4 if scatter.dtype == "f32" else 2
   assert scatter.bytes == wide * whole
-  assert scatter.ring == wide * whole * 3 / 4
-  assert found["all-gather"].ring == found["all-gather"].bytes * 3 / 4
+  assert scatter.ring_bytes == wide * whole * 3 / 4
+  assert found["all-gather"].ring_bytes == found["all-gather"].bytes * 3 / 4
   assert found["all-reduce"][:4] == ("all-reduce", "f32", whole, 2)
-  assert found["all-reduce"].ring == whole
+  assert found["all-reduce"].ring_bytes == whole
   name = ("reduce-scatter", scatter.dtype)
   total = hlo.total(hlo.read(text))
-  assert total[name] == (5, 5 * scatter.bytes, 5 * scatter.ring)
+  assert total[name] == (5, 5 * scatter.bytes, 5 * scatter.ring_bytes)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ def test_by_hand():
   time = roofline.time(CHIP, 4, flops=2e11, memory=1e8, collectives=CALLS)
   assert time == pytest.approx((0.2, 0.1, 0.09))
   assert time.overlapped == pytest.approx(0.2)
-  assert time.in_turn == pytest.approx(0.39)
+  assert time.serial == pytest.approx(0.39)
   # 4e11 operations of the model in 0.2 s by 4 chips of 1e12.
-  share = roofline.utilisation(4e11, time.overlapped, CHIP, 4)
+  share = roofline.utilization(4e11, time.overlapped, CHIP, 4)
   assert share == pytest.approx(0.5)
 
 

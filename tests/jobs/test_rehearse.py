@@ -16,7 +16,7 @@ from conftest import FIXTURES
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import config as configs
-from sdiff_jax.capacity import chips, lowering, report
+from sdiff_jax.capacity import cache, chips, lowering, report
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
@@ -66,7 +66,7 @@ def config_of(teacher):
 def here(monkeypatch, tmp_path):
   """Takes the eight devices of this machine for a pod's, and an empty cache."""
   monkeypatch.setattr(chips, "devices", lambda pod: np.array(jax.devices()))
-  monkeypatch.setattr(report, "FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(cache, "FOLDER", str(tmp_path / "cache"))
   monkeypatch.setattr(rehearse, "LEVEL", "")
 
 
@@ -79,10 +79,10 @@ def found(teacher):
   facts = {
     "pod": config.rehearse.topology,
     "devices": 8,
-    "held": program.held,
+    "persistent_bytes": program.persistent_bytes,
     "changes": {},
   }
-  return program, facts | lowering.compiled(program, 8)
+  return program, facts | lowering.analyze(program, program.lower(), 8)
 
 
 def test_kinds_of_memory_are_those_of_a_state(found, teacher):
@@ -101,9 +101,9 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   def nbytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-  assert program.held == {
+  assert program.persistent_bytes == {
     "parameters": nbytes(state.params),
-    "optimiser": nbytes(state.opt_state),
+    "optimizer": nbytes(state.opt_state),
     "EMA": nbytes(state.ema),
     "teacher": nbytes(frozen),
     "batch": (16 // 8) * (64 * 4 + 4),
@@ -113,7 +113,9 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
 def test_arguments_are_what_is_held(found):
   """But for the step's number, the random key, and the teacher's w_phi, not used."""
   program, facts = found
-  assert abs(facts["memory"]["arguments"] - sum(program.held.values())) <= 1024
+  assert (
+    abs(facts["memory"]["arguments"] - sum(program.persistent_bytes.values())) <= 1024
+  )
 
 
 def test_an_array_over_devices_is_a_part_on_each():
@@ -126,17 +128,17 @@ def test_an_array_over_devices_is_a_part_on_each():
 def test_gradients_are_summed_over_the_devices(found):
   program, facts = found
   sent = [c for c in facts["collectives"] if c["kind"] == "all-reduce"]
-  assert sum(c["bytes"] for c in sent) >= program.held["parameters"]
-  assert {c["group"] for c in sent} == {8}
+  assert sum(c["bytes"] for c in sent) >= program.persistent_bytes["parameters"]
+  assert {c["group_size"] for c in sent} == {8}
 
 
 def test_operations_of_a_step_are_those_of_its_networks(found):
   """Teacher, student, its tangent, and backward of one: near 5 of 2 n of a layer."""
   program, facts = found
-  forward = 2 * program.parameters * 16
+  forward = 2 * program.num_parameters * 16
   assert 4 < facts["model_flops"] / forward < 7
   # On each device; the optimiser's are those of every parameter on all of them.
-  assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.parameters
+  assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.num_parameters
 
 
 def test_every_block_counts():
@@ -146,14 +148,14 @@ def test_every_block_counts():
   config.train.batch_size = 8
   config.model.update(depth=4, unroll=1, attention="plain", remat="")
   program = lowering.build(config, sharding.make_mesh(**config.mesh))
-  facts = lowering.compiled(program, 8)
+  facts = lowering.analyze(program, program.lower(), 8)
   assert 0.95 < facts["flops"] * 8 / facts["model_flops"] < 1.3
 
 
 def test_what_is_modelled_follows_from_the_facts(found):
   program, facts = found
   summary, chip = program.summary(), chips.CHIPS["v5e"]
-  out = report.modelled("train", 1000, summary, [facts])
+  out = report.model("train", 1000, summary, [facts])
   assert out["fits"]
   assert out["seconds"]["compute"] == pytest.approx(facts["flops"] / chip.peak)
   for roof in report.ROOFS:
@@ -161,8 +163,8 @@ def test_what_is_modelled_follows_from_the_facts(found):
     assert out["images_per_second"][roof] == pytest.approx(16 / t)
     assert out["days"][roof] == pytest.approx(1000 * t / 86400)
     share = facts["model_flops"] / (t * 8 * chip.peak)
-    assert out["utilisation"][roof] == pytest.approx(share)
-  assert out["seconds"]["overlapped"] <= out["seconds"]["in_turn"]
+    assert out["utilization"][roof] == pytest.approx(share)
+  assert out["seconds"]["overlapped"] <= out["seconds"]["serial"]
 
 
 def test_the_second_run_compiles_nothing(tmp_path, monkeypatch, capsys, teacher):
@@ -176,10 +178,10 @@ def test_the_second_run_compiles_nothing(tmp_path, monkeypatch, capsys, teacher)
   assert "src=" not in text
   for cell in report.cells(found):
     assert cell in text
-  for value in found["held"].values():
+  for value in found["persistent_bytes"].values():
     assert f"{value:,}" in text
-  assert "modelled, not measured" in text
-  monkeypatch.setattr(lowering, "compiled", None)
+  assert "modeled, not measured" in text
+  monkeypatch.setattr(lowering, "analyze", None)
   rehearse.run(config, str(tmp_path))
   assert page.with_suffix(".json").read_text() == numbers
   config.optim.b1 = 0.5  # another program
@@ -192,21 +194,21 @@ def invented(monkeypatch):
   """Takes the place of a compiler: the first program does not fit."""
   tried = []
 
-  def compiled(program, devices, *, gpu):
+  def analyze(program, lowered, num_devices, *, gpu):
     tried.append(program)
     memory = dict.fromkeys(("arguments", "outputs", "program"), 1)
     memory["temporaries"] = 10**9 if len(tried) > 1 else 10**11
     facts = {"memory": memory, "flops": 1.0, "bytes": 1.0, "collectives": []}
     return facts | {"model_flops": 8.0, "compile_seconds": 0.0}
 
-  monkeypatch.setattr(lowering, "compiled", compiled)
+  monkeypatch.setattr(lowering, "analyze", analyze)
 
 
 def test_what_makes_it_fit_is_named(tmp_path, invented, teacher):
   rehearse.run(config_of(teacher), str(tmp_path))
   found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
-  assert [t["fits"] for t in found["tried"]] == [False, True]
-  assert found["tried"][1]["changes"] == {"mesh.fsdp": 8}
+  assert [t["fits"] for t in found["attempts"]] == [False, True]
+  assert found["attempts"][1]["changes"] == {"mesh.fsdp": 8}
   assert "mesh.fsdp=8" in report.cells(found)
 
 
@@ -234,10 +236,10 @@ def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   config.sampler.update(name="paraddpm", steps=100, window=64)
   config.mesh.update(data=1, window=8)
   program = lowering.build(config, sharding.make_mesh(**config.mesh))
-  facts = lowering.compiled(program, 8)
-  sent = sum(c["times"] * c["bytes"] for c in facts["collectives"] if c["loop"])
+  facts = lowering.analyze(program, program.lower(), 8)
+  sent = sum(c["calls"] * c["bytes"] for c in facts["collectives"] if c["in_loop"])
   assert 0 < sent <= 64 * 64 * 4
-  assert 32 > program.repeats > 100 / 64
+  assert 32 > program.calls_per_batch > 100 / 64
 
 
 @pytest.mark.slow
@@ -260,9 +262,9 @@ def test_a_published_model_needs_no_weights(tmp_path):
   model = loading.load(str(FIXTURES / "tiny-sd2"))
   of_loop = {k: v for k, v in model.params.items() if k != "vae"}
   count = sum(x.size for x in jax.tree.leaves(of_loop))
-  assert found["program"]["parameters"] == count
-  assert found["held"]["parameters"] == 2 * count  # bytes of bfloat16
-  sent = sum(c["times"] * c["bytes"] for c in found["collectives"] if c["loop"])
+  assert found["program"]["num_parameters"] == count
+  assert found["persistent_bytes"]["parameters"] == 2 * count  # bytes of bfloat16
+  sent = sum(c["calls"] * c["bytes"] for c in found["collectives"] if c["in_loop"])
   assert 0 < sent <= 64 * np.prod(model.unet.shape) * 4
   # Twice the operations of 64 rows without guidance, and little else.
   config.sample.guidance = 1.0
@@ -270,7 +272,7 @@ def test_a_published_model_needs_no_weights(tmp_path):
   alone = lowering.build(config, mesh).flops(False)
   assert found["model_flops"] == pytest.approx(2 * alone, rel=0.01)
   config.sampler.window = 0
-  with pytest.raises(UserError, match="window=0: name one"):
+  with pytest.raises(UserError, match="window=0: must be set"):
     lowering.build(config, mesh)
 
 
@@ -293,8 +295,12 @@ def test_config_files_of_published_models(name, millions):
 @pytest.mark.parametrize(
   ("field", "value", "words"),
   [
-    ("rehearse.topology", "v5e", "config.rehearse.topology='v5e': such as v5e:1x1"),
-    ("rehearse.program", "train it", "'train it': take train or sample"),
+    (
+      "rehearse.topology",
+      "v5e",
+      "config.rehearse.topology='v5e': must be one such as v5e:1x1",
+    ),
+    ("rehearse.program", "train it", "'train it': must be train or sample"),
     ("train.batch_size", 12, "does not divide over 8 devices"),
     ("mesh.fsdp", 3, "the product must be 8, the number of devices"),
     ("teacher.config", "nofile.py:S", "no such file, and no run there"),
@@ -329,4 +335,4 @@ def test_a_tpu_that_is_not_here(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   found = json.loads((tmp_path / "rehearsal/v5e_2x2.json").read_text())
   assert found["fits"]
-  assert {c["group"] for c in found["collectives"]} == {4}
+  assert {c["group_size"] for c in found["collectives"]} == {4}
