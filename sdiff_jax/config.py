@@ -19,6 +19,8 @@ from sdiff_jax import registry
 from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
+__all__ = ["base", "component", "load", "load_plugins", "switch", "validate"]
+
 # Fields that had another name in an earlier version: old -> new. The command line
 # refuses the old name with the new one in the message; `read` of a work directory
 # accepts it.
@@ -79,28 +81,12 @@ class Ranged(NamedTuple):
 
 
 def positive(default: float) -> Ranged:
-  """Returns a default whose field must be above 0.
-
-  Args:
-    default: the value of the default.
-
-  Example:
-    >>> positive(0.5).minimum, positive(0.5).exclusive
-    (0, True)
-  """
+  """Returns a default whose field must be above 0."""
   return Ranged(default, 0, exclusive=True)
 
 
 def not_negative(default: float) -> Ranged:
-  """Returns a default whose field must be 0 or above.
-
-  Args:
-    default: the value of the default.
-
-  Example:
-    >>> not_negative(2.0).exclusive
-    False
-  """
+  """Returns a default whose field must be 0 or above."""
   return Ranged(default, 0, exclusive=False)
 
 
@@ -223,9 +209,6 @@ def load_plugins(modules: Iterable[str]) -> None:
 
   Raises:
     UserError: there is no such module.
-
-  Example:
-    >>> load_plugins(("json",))
   """
   for name in modules:
     try:
@@ -283,19 +266,8 @@ def _plain(value: Any) -> Any:
 
 def complete(config: ml_collections.ConfigDict) -> None:
   """Imports the plugins of a config, and adds the sections of jobs that it lacks.
-
-  Args:
-    config: changed in place.
-
   Raises:
     UserError: a plugin cannot be imported.
-
-  Example:
-    >>> config = base()
-    >>> del config.sample
-    >>> complete(config)
-    >>> "sample" in config
-    True
   """
   load_plugins(config.plugins)
   missing = {k: v for k, v in _plain(_defaults()).items() if k not in config}
@@ -307,10 +279,6 @@ def runtime_fields() -> set[str]:
   """Returns the sections and fields that do not identify an experiment.
 
   They are RUNTIME and what jobs register as `runtime`.
-
-  Example:
-    >>> "mesh" in runtime_fields()
-    True
   """
   names = {*RUNTIME}
   for _, job in _jobs():
@@ -372,9 +340,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
   Raises:
     UserError: one line that names field, value and remedy.
-
-  Example:
-    >>> validate(base())
   """
   load_plugins(config.plugins)
   for section, kind in PIECES.items():
@@ -401,10 +366,6 @@ def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
 
   Args:
     stored: config of a work directory, as nested dicts.
-
-  Example:
-    >>> with_new_names({"sampler": {"angles": (1.5,)}})
-    {'sampler': {'timesteps': (1.5,)}}
   """
   stored = copy.deepcopy(stored)
   for old, new in RENAMED.items():
@@ -426,10 +387,6 @@ def name_and_number(text: str, field: str) -> tuple[str, float]:
 
   Raises:
     UserError: the text is not of that form.
-
-  Example:
-    >>> name_and_number("heun/16", "evaluate.samplers")
-    ('heun', 16.0)
   """
   name, _, number = text.partition("/")
   try:
