@@ -1,6 +1,8 @@
 """TrigFlow teacher on CIFAR-10 without classes: DDPM++ (arXiv:2410.11081, appendix G).
 
-`configs/cifar10_diffusion.py:tiny` runs on a laptop, on digits. Not run in full.
+  python -m sdiff_jax.main --config=configs/cifar10_diffusion.py
+
+Variant: `tiny`, seconds of work on digits. Not run in full.
 """
 
 from sdiff_jax import config

@@ -1,6 +1,9 @@
-"""sCD on CIFAR-10: distills configs/cifar10_diffusion.py (arXiv:2410.11081, appendix G).
+"""sCD on CIFAR-10, a consistency model without classes (arXiv:2410.11081, appendix G).
 
-`configs/cifar10_scd.py:tiny` runs on a laptop, on digits. Not run in full.
+  python -m sdiff_jax.main --config=configs/cifar10_scd.py
+
+Distills configs/cifar10_diffusion.py. Variant: `tiny`, seconds of work on digits. Not
+run in full.
 """
 
 from sdiff_jax import config

@@ -2,8 +2,8 @@
 
   python -m sdiff_jax.main --config=configs/cifar10_sct.py
 
-All but the velocity and dropout is as in configs/cifar10_scd.py. Variant: `tiny`, seconds
-on digits. Not run in full.
+All but the velocity and the dropout is as in configs/cifar10_scd.py. Variant: `tiny`,
+seconds of work on digits. Not run in full.
 """
 
 import pathlib

@@ -1,4 +1,9 @@
-"""TrigFlow teacher on 8 x 8 digits: about a minute on two CPU cores."""
+"""TrigFlow teacher on 8 x 8 digits.
+
+  python -m sdiff_jax.main --config=configs/digits_diffusion.py
+
+About a minute on two CPU cores.
+"""
 
 from sdiff_jax import config
 

@@ -1,7 +1,9 @@
-"""sCD on 8 x 8 digits: distills configs/digits_diffusion.py to one and two steps.
+"""sCD on 8 x 8 digits, a consistency model of one and two steps.
 
-`configs/digits_scd.py:guided` also distills classifier-free guidance of scale 1 to 2;
-choose the scale when sampling, --config.sample.guidance=1.5.
+  python -m sdiff_jax.main --config=configs/digits_scd.py
+
+Distills configs/digits_diffusion.py. Variant: `guided` also distills classifier-free
+guidance of scale 1 to 2; choose the scale when sampling, --config.sample.guidance=1.5.
 """
 
 from sdiff_jax import config

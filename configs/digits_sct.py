@@ -1,4 +1,4 @@
-"""sCT on 8 x 8 digits: a consistency model trained on data, from the teacher's weights.
+"""sCT on 8 x 8 digits, from the teacher's weights.
 
   python -m sdiff_jax.main --config=configs/digits_sct.py
 

@@ -1,5 +1,7 @@
 """sCT on 8 x 8 digits from random weights: no teacher, and no run to start from.
 
+  python -m sdiff_jax.main --config=configs/digits_sct_scratch.py
+
 While the warm-up r of the tangent is near 0 the loss is that of a diffusion model, so
 the first steps replace its training.
 """

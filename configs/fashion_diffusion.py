@@ -1,4 +1,9 @@
-"""TrigFlow teacher on Fashion-MNIST, 28 x 28, in Debian's dataset-fashion-mnist."""
+"""TrigFlow teacher on Fashion-MNIST, 28 x 28.
+
+  python -m sdiff_jax.main --config=configs/fashion_diffusion.py
+
+The images are those of Debian's package dataset-fashion-mnist.
+"""
 
 from sdiff_jax import config
 

@@ -1,4 +1,9 @@
-"""sCD on Fashion-MNIST: distills configs/fashion_diffusion.py to one and two steps."""
+"""sCD on Fashion-MNIST, a consistency model of one and two steps.
+
+  python -m sdiff_jax.main --config=configs/fashion_scd.py
+
+Distills configs/fashion_diffusion.py.
+"""
 
 from sdiff_jax import config
 from sdiff_jax.experiment import variants

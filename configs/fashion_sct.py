@@ -1,6 +1,8 @@
-"""sCT on Fashion-MNIST: a consistency model trained on data, from the teacher's weights.
+"""sCT on Fashion-MNIST, from the teacher's weights.
 
-python -m sdiff_jax.main --config=configs/fashion_sct.py
+  python -m sdiff_jax.main --config=configs/fashion_sct.py
+
+Data, network and optimizer are those of configs/fashion_scd.py.
 """
 
 import pathlib

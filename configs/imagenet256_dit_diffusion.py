@@ -1,9 +1,11 @@
 """TrigFlow teacher on ImageNet 256 x 256 with classes: a transformer of 1,024 tokens.
 
+  python -m sdiff_jax.main --config=configs/imagenet256_dit_diffusion.py
+
 Pixels in patches of 8, from TensorFlow Datasets (`tfds build imagenet2012
---file_format=array_record`); on latents of 32 x 32 x 4, model.patch=1 makes as many
-tokens. `configs/imagenet256_dit_diffusion.py:tiny` runs on a laptop, on digits. Not run
-in full; sizes and rate are those of DiT-B (arXiv:2212.09748).
+--file_format=array_record`); latents of 32 x 32 x 4 with model.patch=1 give as many
+tokens. Sizes and learning rate are those of DiT-B (arXiv:2212.09748). Variant: `tiny`,
+seconds of work on digits. Not run in full.
 """
 
 from sdiff_jax import config

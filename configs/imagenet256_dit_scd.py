@@ -1,8 +1,11 @@
-"""sCD on ImageNet 256 x 256: distills configs/imagenet256_dit_diffusion.py.
+"""sCD on ImageNet 256 x 256, a consistency model with a transformer.
 
-The tangent uses fused attention, whose memory is proportional to the 1,024 tokens.
-`configs/imagenet256_dit_scd.py:tiny` runs on a laptop, on digits. Not run in full;
-rates are those of the smallest model on ImageNet 512 (arXiv:2410.11081, table 5).
+  python -m sdiff_jax.main --config=configs/imagenet256_dit_scd.py
+
+Distills configs/imagenet256_dit_diffusion.py. The tangent uses fused attention, whose
+memory is proportional to the 1,024 tokens. Rates are those of the smallest model on
+ImageNet 512 (arXiv:2410.11081, table 5). Variant: `tiny`, seconds of work on digits.
+Not run in full.
 """
 
 from sdiff_jax import config

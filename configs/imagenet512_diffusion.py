@@ -1,7 +1,9 @@
 """TrigFlow teacher on latents of ImageNet 512 x 512 (arXiv:2410.11081, appendix G).
 
-Variants: S, M, L, XL or XXL, and tiny, `configs/imagenet512_diffusion.py:S,tiny`, which
-runs on a laptop, on digits. Not run in full.
+  python -m sdiff_jax.main --config=configs/imagenet512_diffusion.py:S
+
+Variants: S, M, L, XL or XXL, and `tiny`, seconds of work on digits.
+Not run in full.
 """
 
 from sdiff_jax import config

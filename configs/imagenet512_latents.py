@@ -1,8 +1,8 @@
-"""Latents of ImageNet 512 x 512, which configs/imagenet512_*.py train on.
+"""Latents of ImageNet 512 x 512, for configs/imagenet512_*.py.
 
   python -m sdiff_jax.main --config=configs/imagenet512_latents.py --config.vae=DIR
 
-DIR is sd-vae-ft-mse in the diffusers format. Images are cropped as ADM's are. Not run.
+DIR is sd-vae-ft-mse in the diffusers format. Images are cropped as in ADM. Not run.
 """
 
 from sdiff_jax import config

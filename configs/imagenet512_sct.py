@@ -2,8 +2,8 @@
 
   python -m sdiff_jax.main --config=configs/imagenet512_sct.py:S
 
-The settings are those of appendix G. Variants: S, M, L, XL or XXL, and `tiny`, seconds on
-digits. Not run in full.
+Settings of appendix G; most are those of configs/imagenet512_scd.py. Variants: S, M, L,
+XL or XXL, and `tiny`, seconds of work on digits. Not run in full.
 """
 
 import pathlib

@@ -1,7 +1,9 @@
 """TrigFlow teacher on ImageNet 64 x 64: EDM2's networks (arXiv:2410.11081, appendix G).
 
-Variants: S, M, L or XL, and tiny, `configs/imagenet64_diffusion.py:S,tiny`, which runs on
-a laptop, on digits. Not run in full.
+  python -m sdiff_jax.main --config=configs/imagenet64_diffusion.py:S
+
+Variants: S, M, L or XL, and `tiny`, seconds of work on digits.
+Not run in full.
 """
 
 from sdiff_jax import config

@@ -1,9 +1,9 @@
-"""sCD on ImageNet 64 x 64: distills configs/imagenet64_diffusion.py.
+"""sCD on ImageNet 64 x 64, a consistency model (arXiv:2410.11081, appendix G).
 
-The method is that of arXiv:2410.11081.
+  python -m sdiff_jax.main --config=configs/imagenet64_scd.py:S
 
-Variants: S, M, L or XL, and tiny, `configs/imagenet64_scd.py:S,tiny`, which runs on a
-laptop, on digits. Settings of appendix G; not run in full.
+Distills configs/imagenet64_diffusion.py. Variants: S, M, L or XL, and `tiny`, seconds of
+work on digits. Not run in full.
 """
 
 from sdiff_jax import config

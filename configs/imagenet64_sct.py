@@ -2,8 +2,8 @@
 
   python -m sdiff_jax.main --config=configs/imagenet64_sct.py:S
 
-All but the velocity and dropout is as in configs/imagenet64_scd.py. Variants: S, M, L or
-XL, and `tiny`, seconds on digits. Not run in full.
+All but the velocity and the dropout is as in configs/imagenet64_scd.py. Variants: S, M,
+L or XL, and `tiny`, seconds of work on digits. Not run in full.
 """
 
 import pathlib

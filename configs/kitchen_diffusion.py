@@ -1,7 +1,10 @@
 """Diffusion Policy on Franka Kitchen, low-dimensional states (arXiv:2303.04137).
 
-Not run: it needs the demonstrations of relay policy learning, .mjl logs of positions. The
-published run adds noise to observations, a tenth of that of the sensors; this one does not.
+  python -m sdiff_jax.main --config=configs/kitchen_diffusion.py
+
+Needs the demonstrations of relay policy learning, .mjl logs of positions. The published
+run adds noise to observations, a tenth of that of the sensors; this one does not. Not
+run.
 """
 
 from sdiff_jax import config

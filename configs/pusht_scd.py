@@ -1,4 +1,9 @@
-"""sCD on Push-T: distills configs/pusht_diffusion.py to one and two network calls."""
+"""sCD on Push-T, a policy of one and two network evaluations.
+
+  python -m sdiff_jax.main --config=configs/pusht_scd.py
+
+Distills configs/pusht_diffusion.py.
+"""
 
 from sdiff_jax import config
 from sdiff_jax.experiment import variants

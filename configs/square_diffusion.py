@@ -1,7 +1,9 @@
 """Diffusion Policy on robomimic's Square, low-dimensional states (arXiv:2303.04137).
 
-The variant `absolute` uses poses as actions instead of motions. Not run: it needs the
-files of robomimic, low_dim.hdf5 or, for poses, low_dim_abs.hdf5.
+  python -m sdiff_jax.main --config=configs/square_diffusion.py
+
+Needs the files of robomimic, low_dim.hdf5. Variant: `absolute` uses poses as actions
+instead of motions, and needs low_dim_abs.hdf5. Not run.
 """
 
 from sdiff_jax import config

@@ -1,4 +1,9 @@
-"""Quality against compute, as a fraction of the teacher's."""
+"""Study: quality against compute, as a fraction of the teacher's.
+
+  python -m sdiff_jax.main --config=configs/studies/convergence.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

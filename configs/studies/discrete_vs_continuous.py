@@ -1,4 +1,9 @@
-"""Discrete against continuous time: figure 5c of arXiv:2410.11081."""
+"""Study: discrete against continuous time, figure 5c of arXiv:2410.11081.
+
+  python -m sdiff_jax.main --config=configs/studies/discrete_vs_continuous.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

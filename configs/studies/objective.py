@@ -1,4 +1,9 @@
-"""Normalization of the tangent: figures 5a and 5b of arXiv:2410.11081."""
+"""Study: normalization of the tangent, figures 5a and 5b of arXiv:2410.11081.
+
+  python -m sdiff_jax.main --config=configs/studies/objective.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

@@ -1,4 +1,9 @@
-"""Parallel samplers over tolerances and windows, against the sequential sampler."""
+"""Study: parallel samplers over tolerances and windows, against the sequential sampler.
+
+  python -m sdiff_jax.main --config=configs/studies/parallel.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

@@ -1,4 +1,9 @@
-"""Quality against time: solvers, parallel samplers and distillation in one picture."""
+"""Study: quality against time, of solvers, parallel samplers and distillation.
+
+  python -m sdiff_jax.main --config=configs/studies/pareto.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

@@ -1,4 +1,9 @@
-"""Distance against training FLOPs over sizes: figure 6 of arXiv:2410.11081."""
+"""Study: distance against training FLOPs over sizes, figure 6 of arXiv:2410.11081.
+
+  python -m sdiff_jax.main --config=configs/studies/scaling.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 from sdiff_jax.experiment import studies
 

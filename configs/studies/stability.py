@@ -1,6 +1,8 @@
-"""What stabilizes the tangent: figure 4 of arXiv:2410.11081, and what it gains.
+"""Study: what stabilizes the tangent, figure 4 of arXiv:2410.11081, and what it gains.
 
-Each variant lacks one of the three parts and has a teacher of its own kind. With the
+  python -m sdiff_jax.main --config=configs/studies/stability.py
+
+Each series lacks one of the three parts and has a teacher of its own kind. With the
 variant `paper` the plain parts are EDM2's modulation and features of scale 1.
 """
 

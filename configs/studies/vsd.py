@@ -1,4 +1,9 @@
-"""Score distillation: figure 7 of arXiv:2410.11081."""
+"""Study: score distillation and guidance, figure 7 of arXiv:2410.11081.
+
+  python -m sdiff_jax.main --config=configs/studies/vsd.py
+
+Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+"""
 
 import itertools
 

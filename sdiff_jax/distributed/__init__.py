@@ -1,1 +1,1 @@
-"""Device meshes, shardings and several processes."""
+"""Device meshes, shardings, and several processes that run one job."""

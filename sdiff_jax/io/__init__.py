@@ -1,1 +1,1 @@
-"""Files and pictures."""
+"""Files: atomic writes, JSON with clear errors, resumable output, images."""

@@ -1,30 +1,35 @@
-"""Pictures: grids of samples, PNG files with a description, animations."""
+"""Image files: grids of samples, PNG files with a description, animations."""
 
 import math
 import os
-import pathlib
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from sdiff_jax.io import file_io
+
 GAP = 2  # pixels between the cells of a grid
-GAP_COLOR = 128  # mid-grey: visible on light and on dark pages
-ABOUT = "Description"  # a keyword of the PNG standard
-CELL = 32  # pixels; smaller images are enlarged to at least this side
+GAP_COLOR = 128  # mid-gray: visible on light and on dark pages
+ABOUT = "Description"  # keyword of the PNG standard
+CELL = 32  # pixels; smaller images are enlarged to sides of at least this
 
 
 def grid(
   images: np.ndarray, columns: int | None = None, scale: int | None = None
 ) -> np.ndarray:
-  """Tiles images row by row into one picture.
+  """Tiles images row by row into one image.
 
   Args:
     images: uint8 [N, H, W, C] with C = 1 or 3.
-    columns: images in a row; as square a grid as possible by default.
-    scale: whole factor of enlargement; by default cells get sides of 32 or more.
+    columns: images in a row; by default the grid is as square as possible.
+    scale: integer factor of enlargement; by default cells have sides of at least 32.
 
   Returns:
     uint8 [H', W', 3], with gaps of two pixels between the cells.
+
+  Example:
+    >>> grid(np.zeros((4, 8, 8, 1), np.uint8)).shape
+    (66, 66, 3)
   """
   count, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(count))
@@ -41,48 +46,47 @@ def grid(
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, about: str = "") -> None:
-  """Writes uint8 [H, W, C], C = 1 or 3, as a PNG, whole or not at all.
+  """Writes an image as a PNG file, atomically.
 
   Args:
-    path: its directory is made if needed.
-    image: the pixels.
-    about: a text that is kept inside the file (see `about`); "" for none.
+    path: the file; missing parent directories are created.
+    image: uint8 [H, W, C] with C = 1 or 3.
+    about: a text that is stored inside the file (see `about`); "" for none.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   if image.shape[-1] == 1:
     image = image[..., 0]
   texts = PngImagePlugin.PngInfo()
   if about:
     texts.add_text(ABOUT, about)
-  temporary = path.with_name(path.name + ".tmp")
-  Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
-  os.replace(temporary, path)
+  with file_io.atomic(path) as temporary:
+    Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
 
 
 def about(path: str | os.PathLike) -> str:
-  """Returns the text inside a PNG, "" where there is none.
+  """Returns the text stored inside a PNG file, "" if there is none.
 
   Raises:
-    OSError: the file cannot be read, or is no image.
+    OSError: the file cannot be read, or is not an image.
   """
   with Image.open(path) as opened:
     return opened.info.get(ABOUT, "")
 
 
 def save_gif(
-  path: str | os.PathLike, films: list[list[np.ndarray]], rate: float
+  path: str | os.PathLike, videos: list[list[np.ndarray]], rate: float
 ) -> None:
-  """Writes films, side by side, as one animation; those that end early stand still.
+  """Writes videos side by side as one GIF; videos that end early keep their last frame.
 
   Args:
     path: of the file.
-    films: pictures of each film, uint8 [H, W, 3].
-    rate: pictures a second.
+    videos: the frames of each video, uint8 [H, W, 3].
+    rate: frames per second.
   """
-  pictures = [
-    Image.fromarray(grid(np.stack([film[min(k, len(film) - 1)] for film in films])))
-    for k in range(max(map(len, films)))
+  frames = [
+    Image.fromarray(grid(np.stack([video[min(k, len(video) - 1)] for video in videos])))
+    for k in range(max(map(len, videos)))
   ]
-  first, *others = pictures
-  first.save(path, save_all=True, append_images=others, duration=1000 / rate, loop=0)
+  first, *others = frames
+  options = {"append_images": others, "duration": 1000 / rate, "loop": 0}
+  with file_io.atomic(path) as temporary:
+    first.save(temporary, format="GIF", save_all=True, **options)

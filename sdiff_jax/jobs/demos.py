@@ -1,4 +1,4 @@
-"""Job `demos`: an expert's episodes of Push-T, or goes on making them.
+"""Job `demos`: makes episodes of Push-T by a scripted expert, the data of a policy.
 
 Episode k is made from seed + k alone; every third starts with the block near its
 goal, where a policy needs it most and the others seldom are. Episodes are kept in

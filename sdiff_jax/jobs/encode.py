@@ -1,4 +1,4 @@
-"""Job `encode`: makes latents of the images of config.data, by an autoencoder.
+"""Job `encode`: encodes the images of config.data as latents of an autoencoder.
 
 A process makes the files that are its own, with its own devices; a file is there whole
 or not at all, and is not made again.

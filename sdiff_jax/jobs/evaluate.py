@@ -1,4 +1,4 @@
-"""Job `evaluate`: measures samples of several solvers, or given images."""
+"""Job `evaluate`: measures the samples of several samplers, or given images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Job `generate`: images by a model in a folder of the diffusers format.
+"""Job `generate`: generates images by a pretrained model in the diffusers format.
 
 Each image is a PNG that holds its prompt, its seed, its settings and its cost, so the
 images themselves tell which ones are missing, and which were made with other settings.

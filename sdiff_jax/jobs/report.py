@@ -1,4 +1,4 @@
-"""Job `report`: one page on a run and its teacher, or on all runs inside a folder."""
+"""Job `report`: writes a page on a run and its teacher, or on all runs in a folder."""
 
 import glob
 import os

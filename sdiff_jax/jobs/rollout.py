@@ -1,4 +1,4 @@
-"""Job `rollout`: a policy acts in Push-T, by several samplers, in the same episodes."""
+"""Job `rollout`: runs a policy in Push-T with several samplers, in equal episodes."""
 
 import functools
 import os

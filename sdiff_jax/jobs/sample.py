@@ -1,4 +1,4 @@
-"""Job `sample`: images of a trained work directory; an interrupted job resumes.
+"""Job `sample`: samples images from a trained work directory.
 
 Every process writes its rows of a batch to WORKDIR/samples.parts as they are made. A
 batch whose rows are all there is not made again.

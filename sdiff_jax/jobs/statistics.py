@@ -1,4 +1,4 @@
-"""Job `statistics`: mean and covariance of features, for evaluate.reference."""
+"""Job `statistics`: computes reference statistics of features, for `evaluate`."""
 
 import os
 

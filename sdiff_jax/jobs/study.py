@@ -1,4 +1,4 @@
-"""Job `study`: train and evaluate all runs of a study, and plot the results.
+"""Job `study`: trains and evaluates all runs of a study, and plots the results.
 
 A study is a config with a list of runs (see experiment/studies.py). Each run is the
 config file of an experiment with some fields changed. Runs and results that exist are
