@@ -2,7 +2,7 @@
 
   python benchmarks/attention.py [--lengths=1024,4096,16384] [--repeats=20]
   python benchmarks/attention.py --step        # an sCD step of a transformer on CPU
-  python benchmarks/attention.py --topologies  # compiled for TPUs that are not here
+  python benchmarks/attention.py --topologies  # compiled for absent TPUs
   python benchmarks/attention.py --topologies=h100
 
 The first checks every implementation that runs here against plain attention in float64,

@@ -1,11 +1,11 @@
-"""What devices tell each other in a pass of ParaDiGMS, from the compiled program.
+"""Communication of devices in an iteration of ParaDiGMS, from the compiled program.
 
   python benchmarks/collectives.py [--devices=8] [--window=48] [--shape=64,64,4]
 
-Two ways to spread a window over devices, compiled for simulated ones: the ring of
+Two ways to shard a window over devices, compiled for simulated devices: the ring of
 slots, whose states stay where they are, and the plain way, in which every device holds
-all states and only the denoiser's rows are spread. Counts and bytes of collectives by
-kind, in the body of the loop, for each sample.
+all states and only the denoiser's batch is sharded. Prints counts and bytes of
+collectives by kind, in the body of the loop, for each sample.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     return jax.lax.with_sharding_constraint(d, sharding.replicated(mesh))
 
   ways = {"ring": (denoiser, mesh), "plain": (spread, None)}
-  print("| table | way | kind | in a pass | bytes | in states |")
+  print("| solver | layout | collective | count per iteration | bytes | in states |")
   print("|---|---|---|---|---|---|")
   for name in ("ddpm", "dpmpp2m", "heun"):
     sampler = samplers.build(

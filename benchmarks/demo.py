@@ -1,9 +1,9 @@
-"""Quality of the demo over several seeds, each beside its baselines.
+"""Quality of the demo over several seeds, with its baselines.
 
   python benchmarks/demo.py [--seeds=3] [--folder=runs/demo] [--picture=FILE.png]
 
-Runs `make demo` once a seed (finished runs are taken as they are), prints the mean
-and the spread of every row, and the ratios that the distilled model is judged by.
+Runs `make demo` once for each seed (finished runs are reused), prints mean and standard
+deviation of every result, and the ratios by which the distilled model is judged.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RUNS = ("teacher", "scd", "sct")
 
 
 def rows_of(folder: pathlib.Path, seed: int) -> dict[tuple[str, str], dict]:
-  """Returns the measured rows of one seed, made if they are not there."""
+  """Returns the measured results of one seed; runs the demo if they do not exist."""
   runs = folder / f"seed{seed}"
   if not (runs / "report.html").exists():
     begin = time.perf_counter()

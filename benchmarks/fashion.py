@@ -1,9 +1,9 @@
-"""Fashion-MNIST over several seeds: teacher, sCD and sCT, and what sCD costs.
+"""Fashion-MNIST over several seeds: teacher, sCD and sCT, and the cost of sCD.
 
   python benchmarks/fashion.py [--seeds=3] [--folder=runs/fashion] [--docs=docs]
 
-Trains and measures, against the held-out test images, whatever is not there yet: the
-same command goes on after a stop. Prints the mean and the spread of every row, the
+Trains, and measures against the test images, whatever does not exist yet: the same
+command resumes after a stop. Prints mean and standard deviation of every result, the
 ratios of the students to their teacher, and that ratio against the training compute;
 writes fashion.png (samples) and fashion_curve.png into --docs.
 """
@@ -36,7 +36,7 @@ def run(folder: pathlib.Path, name: str, seed: int, *args: str) -> None:
 def rows_of(
   folder: pathlib.Path, name: str, seed: int, checkpoint: int = 0
 ) -> list[dict]:
-  """Returns the measured rows of a run, trained and evaluated if they are not there."""
+  """Returns the measured results of a run; trains and evaluates it if necessary."""
   part = f"evaluate_{checkpoint}" if checkpoint else "evaluate"
   results = folder / name / part / "results.json"
   if not results.exists():
@@ -48,7 +48,7 @@ def rows_of(
 
 
 def curve_of(folder: pathlib.Path, seed: int) -> list[dict]:
-  """Returns the rows of the kept checkpoints of sCD, and of its end."""
+  """Returns the results of the stored checkpoints of sCD, and of its end."""
   steps = sorted(
     int(f.name) for f in (folder / "scd" / "checkpoints").iterdir() if f.name.isdigit()
   )
@@ -57,7 +57,7 @@ def curve_of(folder: pathlib.Path, seed: int) -> list[dict]:
 
 
 def of_seed(root: pathlib.Path, seed: int) -> dict:
-  """Returns all rows of one seed, and its curve."""
+  """Returns all results of one seed, and its curve."""
   folder, begin = root / f"seed{seed}", time.perf_counter()
   rows = [row for name in RUNS for row in rows_of(folder, name, seed)]
   by_name = {(row["model"], row["sampler"]): row for row in rows}
@@ -114,7 +114,7 @@ def print_ratios(seeds: list[dict]) -> None:
         for seed in seeds
       ]
       print(f"| {model} | {sampler} |", ", ".join(f"{r:.2f}" for r in every), "|")
-  print("\n| sCD's share of the teacher's compute | 1 step | 2 steps |\n|---|---|---|")
+  print("\n| sCD's training compute / teacher's | 1 step | 2 steps |\n|---|---|---|")
   found = ratios(seeds)
   for compute in sorted({compute for _, compute in found}):
     cells = [spread(found[f"consistency/{k}", compute], 2) for k in (1, 2)]

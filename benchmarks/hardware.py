@@ -1,11 +1,11 @@
-"""Steps of configs on the accelerator that is here, beside what is modelled for it.
+"""Training steps of configs on this accelerator, beside the modeled time.
 
   python benchmarks/hardware.py configs/imagenet512_diffusion.py:S \
     [configs/imagenet512_scd.py:S] [--batch=32] [--rows=1,8,16,48] [--chip=h100]
 
-Networks have the size and the types of their configs (bfloat16 for float16), data are
-noise. A step is timed with its state donated, as in training. Calls of the first
-network are timed at numbers of rows: what a pass of a parallel sampler costs.
+Networks have the size and the types of their configs (bfloat16 for float16); the data
+are noise. A step is timed with its state donated, as in training. Calls of the first
+network are timed at several batch sizes: the cost of a parallel sampler's iteration.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def training(config, experiment: experiments.Experiment) -> tuple[float, float, 
 def rows(
   experiment: experiments.Experiment, counts: list[int]
 ) -> Iterator[tuple[int, float]]:
-  """Yields numbers of rows and the seconds of a call of the network with as many."""
+  """Yields batch sizes and the seconds of a call of the network with such a batch."""
   params = jax.jit(experiment.network.init)(jax.random.key(0))
 
   @jax.jit
@@ -118,7 +118,10 @@ def main() -> None:
     )
   _, experiment = load(given.configs[0], given.batch)
   for n, taken in rows(experiment, [int(n) for n in given.rows.split(",")]):
-    print(f"  {n} rows: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} a row", flush=True)
+    print(
+      f"  batch {n}: {1e3 * taken:.2f} ms, {1e3 * taken / n:.3f} ms a sample",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Images a second that the input pipeline yields, against what a step takes.
+"""Images per second of the input pipeline, against what a training step consumes.
 
   python benchmarks/loader.py [--rounds=7]
 
 Each source feeds `pipeline.batches` and `sharding.put`, as training does; the step is
 the compiled teacher step of a network for images of that shape, on one batch that
-stays on the device. Loader and step are timed in turns, each alone; the ratio is the
+stays on the device. Loader and step are timed alternately, each alone; the ratio is the
 median over the rounds. "One thread" reads batches without the pipeline's threads.
-Files were just written, so they are read from memory: this measures decoding, no disk.
-On an accelerator steps are faster and the loader is not: compare its column then.
+Files were just written, so they are read from memory: this measures decoding, not the
+disk. On an accelerator steps are faster and the loader is not: compare its column then.
 """
 
 import argparse
@@ -39,7 +39,7 @@ DIT = {"name": "dit", "patch": 4, "width": 256, "depth": 4, "heads": 4, "unroll"
 
 
 class Case(NamedTuple):
-  """A row of the table."""
+  """A data set and a network, one line of the table."""
 
   title: str
   source: pipeline.Dataset
@@ -76,7 +76,7 @@ def write_jpegs(folder: pathlib.Path, count: int, side: int) -> str:
 def write_records(folder: pathlib.Path, count: int, side: int) -> None:
   """Prepares the data set `tiny` in ArrayRecord files, as PNG, without TensorFlow.
 
-  TensorFlow Datasets encodes arrays by TensorFlow, but takes encoded files as they are.
+  TensorFlow Datasets encodes arrays with TensorFlow, but stores encoded files unchanged.
   """
   import tensorflow_datasets as tfds  # slow, and needed only here
 

@@ -1,16 +1,16 @@
-"""Share of the training time that is not the step: data, metrics, checkpoints.
+"""Fraction of the training time that is not the step: data, metrics, checkpoints.
 
   python benchmarks/loop_overhead.py [--rounds=24] [--config=FILE --chunk=STEPS]
 
 Runs `loop.run` as training does, with the config's data, real metrics, progress and
-checkpoints, and no sample grids. After every `chunk` steps the loop is held, and the
-bare compiled step is called as often on one batch that stays on the device: so loop
-and bare step are timed in turns, on a machine that others may share. Metrics are
-written once a chunk, which is at least as often as the config says. A save is begun in
-the middle of every other chunk, and waited for at its end; the share at the config's
-own interval between checkpoints follows from the chunks with and without one. The
-second row of a config is the processor time of all threads, which other work on the
-machine disturbs less, and in which nothing hides behind the step.
+checkpoints, and no sample grids. After every `chunk` steps the loop is paused, and the
+compiled step alone is called as often on one batch that stays on the device: loop and
+step are timed alternately, on a machine that others may share. Metrics are written once
+a chunk, which is at least as often as the config says. A save starts in the middle of
+every other chunk and is awaited at its end; the fraction at the config's own interval
+between checkpoints follows from the chunks with and without one. The second line of a
+config is the processor time of all threads, which other work on the machine disturbs
+less, and in which nothing is hidden behind the step.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Parallel samplers beside each other at equal error to the sequential sampler.
+"""Parallel samplers compared at equal error to the sequential sampler.
 
   python benchmarks/parallel.py [--digits=runs/demo/seed0/teacher]
                                 [--fashion=runs/fashion/seed0/teacher]
                                 [--seeds=3] [--samples=16] [--only=WORD]
 
-The tolerance is swept; passes and evaluations are those where the final states differ
-from the sequential ones by the wanted error (of each sample, a root mean square over
-that of its states; the mean over samples, interpolated in its logarithm; nan where no
-tolerance gives it), and the tolerance is in brackets. Speculation has no error.
+The tolerance is swept; iterations and evaluations are those where the final states
+differ from the sequential ones by the target error (of each sample, its root mean square
+divided by that of its states; the mean over samples, interpolated in its logarithm; nan
+if no tolerance reaches it), and the tolerance is in brackets. Speculation has no error.
 Means over seeds x samples. The data are a mixture in 16 dimensions, whose denoiser is
-known, and trained teachers, where their work directories are there.
+known, and trained teachers whose work directories exist.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def at_error(errors: np.ndarray, values: np.ndarray, wanted: float) -> float:
 
 
 def measure(data: Data, case: tuple, num_seeds: int, num_samples: int) -> dict:
-  """Returns (passes, evaluations, tolerance) of every rule, and of speculation."""
+  """Returns (iterations, evaluations, tolerance) of every rule and of speculation."""
   name, steps, window, wanted = case
   seeds = np.arange(num_seeds * num_samples)
   cond = {"label": jnp.asarray(seeds % max(data.classes, 1), jnp.int32)}

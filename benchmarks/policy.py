@@ -1,12 +1,12 @@
-"""Modelled time of a chunk of actions on one accelerator, for one robot.
+"""Modeled time of a chunk of actions on one accelerator, for one robot.
 
   python benchmarks/policy.py RUN [--window=20]
 
-RUN is a policy's work directory after --job=rollout, whose passes are taken. A call of
-the network takes max(FLOPs / peak, bytes / bandwidth), and every kernel of a program a
-launch more: small networks are all launches. Their number is that of the instructions
-that the compiled programs have on a CPU; a GPU's or TPU's compiler fuses in other
-places. Nothing here was measured on an accelerator.
+RUN is a policy's work directory after --job=rollout, which measured the iterations. A
+call of the network costs max(FLOPs / peak, bytes / bandwidth), plus a launch for every
+kernel; launches dominate small networks. Their number is the number of instructions of
+the programs compiled for a CPU; the compilers of GPUs and TPUs fuse differently.
+Nothing here was measured on an accelerator.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
   config.sampler.window = given.window
   experiment, params = workdir_lib.trained(config, str(given.run))
   rows = json.loads((given.run / "rollout" / "results.json").read_text())
-  print(f"{'sampler':16} passes " + " ".join(f"{name:>12}" for name in CHIPS))
+  print(f"{'sampler':16} iterations " + " ".join(f"{name:>12}" for name in CHIPS))
   for row in rows:
     sampler = sampling.build_sampler(config, row["sampler"], config.rollout.samplers)
     flops, size = _cost(experiment, params, sampler.window)
@@ -51,7 +51,7 @@ def main() -> None:
     ]
     cells = " ".join(f"{1e3 * t:9.3f} ms" for t in times)
     print(
-      f"{row['sampler']:16} {row['passes']:6.1f} {cells}   {launches} launches a pass"
+      f"{row['sampler']:16} {row['passes']:6.1f} {cells}   {launches} launches per iteration"
     )
 
 

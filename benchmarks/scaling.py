@@ -1,12 +1,12 @@
-"""What more chips bring, modelled from counted operations; nothing here is measured.
+"""The gain of more chips, modeled from counted operations; nothing is measured.
 
   python benchmarks/scaling.py [--out=scaling.md] [--chip=v5p]
 
-Three tables in Markdown: operations of a step of sCD beside the teacher's; the time of
-a step of each size of network on 8 to 512 chips, and where more stop paying; and what a
-window of ParaDiGMS brings on 1, 4 and 8 chips. Operations are those of the lowered
-steps. Bytes are those of programs that --job=rehearse compiled (the commands stand at
-the constants). The formulas are in sdiff_jax/capacity/roofline.py.
+Three tables in Markdown: operations of a step of sCD and of its teacher; the time of a
+step of each size of network on 8 to 512 chips, and up to which number more chips are
+worthwhile; and the speed-up of a window of ParaDiGMS on 1, 4 and 8 chips. Operations are
+those of the lowered steps. Bytes are those of programs that --job=rehearse compiled (the
+commands are given at the constants). The formulas are in sdiff_jax/capacity/roofline.py.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from sdiff_jax.samplers import autotune
 
 SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
-PAYS = 1.5  # a doubling of chips is worth it while a step gets so much faster
+PAYS = 1.5  # a doubling of chips is worthwhile while a step becomes so much faster
 BATCH = 2048
-# Bytes of memory traffic of an image in a step, and bytes that are kept of it for the
+# Bytes of memory traffic of an image in a step, and bytes that are stored for its
 # backward pass, for each channel of the first level: those of XXL, compiled by
 #   --job=rehearse --config=configs/imagenet512_scd.py:XXL --config.rehearse.topology=v5p:4x4x8
 #   --config.model.dtype=bfloat16 --config.model.remat=
@@ -39,20 +39,22 @@ TRAFFIC, KEPT = 3.2e7, 1.4e6
 HELD, TOUCHED = 6, 12
 
 WINDOWS = (10, 20, 40, 48, 80, 160)
-ROWS = 1000  # of DDPM
-# Of EDM2-S, 64 x 64 x 3, in a pass on v5e:2x4, compiled by
+STEPS = 1000  # of DDPM
+# Of EDM2-S, 64 x 64 x 3, in an iteration on v5e:2x4, compiled by
 #   --job=rehearse --config=configs/imagenet64_diffusion.py:S --config.rehearse.topology=v5e:2x4
 #   --config.rehearse.program=sample --config.sampler.name=paraddpm
 #   --config.sampler.steps=1000 --config.sampler.window=80 (and 8)
 #   --config.sample.batch_size=1 --config.mesh.data=1 --config.mesh.window=8
 #   --config.model.dtype=bfloat16
-# operations and bytes of memory traffic of a row, bytes of it for any number of rows,
-# and bytes that a chip sends.
-ROW_FLOPS, ROW_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.01e9, 3.54e9, 1.51e6
-# Stable Diffusion 2, DDPM-1000 (arXiv:2305.16317): passes at a window of 48; speed-up
-# over one after the other on A100s, by GPUs and window, read off a figure (+-0.05).
-PUBLISHED = "44 passes at a window of 48; 0.72x on 1 A100 at windows of 10 to 20, 1.3x "
-PUBLISHED += "on 2 at 35, 2.3x on 4 at 50 to 60, 3.2x on 8 at 80 to 112, 2.9x at 160"
+# operations and bytes of memory traffic of a solver step, bytes of it for any number of
+# steps, and bytes that a chip sends.
+STEP_FLOPS, STEP_TRAFFIC, WEIGHTS, SENT = 1.93e11, 1.01e9, 3.54e9, 1.51e6
+# Stable Diffusion 2, DDPM-1000 (arXiv:2305.16317): iterations at a window of 48; speed-up
+# over sequential sampling on A100s, by GPUs and window, read off a figure (+-0.05).
+PUBLISHED = "44 iterations at a window of 48; 0.72x on 1 A100 at windows of 10 to 20, "
+PUBLISHED += (
+  "1.3x on 2 at 35, 2.3x on 4 at 50 to 60, 3.2x on 8 at 80 to 112, 2.9x at 160"
+)
 
 
 def say(text: str) -> None:
@@ -93,7 +95,7 @@ def operations() -> tuple[str, dict]:
 
 
 def step(chip: chips_lib.Chip, chips: int, ops: float, count: int, width: int):
-  """Returns the modelled time of a step of BATCH images, and the parts it takes.
+  """Returns the modeled time of a step of BATCH images, and the parts it needs.
 
   The state on every chip, and the gradients' sum over all of them, in float32. Where
   activations do not fit, the batch comes in parts, whose gradients are added up.
@@ -136,41 +138,41 @@ def training(name: str, found: dict) -> str:
   return "\n".join(lines)
 
 
-def one_pass(chip: chips_lib.Chip, chips: int, rows: int) -> roofline.Time:
-  """Returns the modelled time of a pass over a window of so many rows."""
-  each = math.ceil(rows / chips)
+def iteration(chip: chips_lib.Chip, chips: int, window: int) -> roofline.Time:
+  """Returns the modeled time of an iteration over a window of solver steps."""
+  each = math.ceil(window / chips)
   edges = [Collective("collective-permute", "f32", SENT, chips, 1, False)]
   return roofline.time(
     chip,
     chips,
-    flops=each * ROW_FLOPS,
-    memory=WEIGHTS + each * ROW_TRAFFIC,
+    flops=each * STEP_FLOPS,
+    memory=WEIGHTS + each * STEP_TRAFFIC,
     collectives=edges if chips > 1 else [],
   )
 
 
 def windows(name: str) -> str:
-  """Returns a table of windows: passes, and modelled speed-ups."""
+  """Returns a table of windows: iterations, and modeled speed-ups."""
   chip = chips_lib.CHIPS[name]
-  alone = one_pass(chip, 1, 1)
-  lines = ["| window | passes, published rule | secant | 1 chip | 4 chips | 8 chips |"]
+  alone = iteration(chip, 1, 1)
+  lines = ["| window | iterations, published | secant | 1 chip | 4 chips | 8 chips |"]
   lines += ["|---" * 6 + "|"]
   for window in WINDOWS:
-    sampler = samplers.build("paraddpm", sigma_d=0.5, steps=ROWS, window=window)
-    passes = [
+    sampler = samplers.build("paraddpm", sigma_d=0.5, steps=STEPS, window=window)
+    counts = [
       autotune.expected_iterations(sampler.replace(update_rule=r))
       for r in ("published", "secant")
     ]
     cells = []
     for chips in (1, 4, 8):
-      time = one_pass(chip, chips, window)
+      time = iteration(chip, chips, window)
       gains = [
-        [ROWS * getattr(alone, roof) / (p * getattr(time, roof)) for p in passes]
+        [STEPS * getattr(alone, roof) / (n * getattr(time, roof)) for n in counts]
         for roof in ("overlapped", "serial")
       ]
       low, high = (sorted(g) for g in zip(*gains, strict=True))
       cells.append(f"{_range(low)}; {_range(high)}")
-    numbers = " | ".join(f"{p:.1f}" for p in passes)
+    numbers = " | ".join(f"{n:.1f}" for n in counts)
     lines.append(f"| {window} | {numbers} | {' | '.join(cells)} |")
     say(lines[-1])
   return "\n".join(lines)
@@ -180,41 +182,41 @@ def _range(pair: list[float]) -> str:
   return " to ".join(dict.fromkeys(f"{x:.2g}" for x in pair)) + "x"
 
 
-PAGE = """# What more chips bring: modelled, not measured
+PAGE = """# The gain of more chips: modeled, not measured
 
 `{command}`
 
-Overlapped: max(F / peak, M / memory rate, R / link rate); in turn: their sum; F
+Overlapped: max(F / peak, M / memory rate, R / link rate); serial: their sum; with F
 operations, M bytes of memory traffic and R bytes sent, of one chip.
 
-## Operations of a step of sCD, over those of its teacher's
+## Operations of a step of sCD, divided by those of its teacher's
 
 {operations}
 
-Without those that are done again by remat. Guided: the teacher is asked with and
-without the label, as configs/imagenet512_scd.py does.
+Without rematerialization. Guided: the teacher is evaluated with and without the label, as
+in configs/imagenet512_scd.py.
 
-## A step of guided sCD, batch {batch}, on {chip}: ms, overlapped / in turn
+## A step of guided sCD, batch {batch}, on {chip}: ms, overlapped / serial
 
 {training}
 
-Every chip holds the state whole, {held} float32 arrays for each parameter, and the
+Every chip holds the whole state, {held} float32 arrays for each parameter, and the
 gradients are summed in float32: R = 2 (n - 1) / n times 4 P bytes. M is {traffic:.3g}
 bytes for each image and channel of the first level and {touched} passes over the state.
 In parts: activations ({kept:.3g} bytes for each image and channel) would not fit at
-once. It pays up to the number of chips whose doubling makes a step (in turn) less than
-{pays} times as fast.
+once. More chips are worthwhile up to the number whose doubling makes a step (serial) less
+than {pays} times as fast.
 
-## A window of ParaDiGMS, DDPM-{rows}, EDM2-S, batch 1, on v5e: speed-up
+## A window of ParaDiGMS, DDPM-{steps}, EDM2-S, batch 1, on v5e: speed-up
 
 {windows}
 
-Over one row after the other on one chip, with the passes of the published rule; of
-secant. A range is that of the two times. Passes are those of a mixture of Gaussians in
-16 dimensions at tolerance 0.1. What a message takes beside its bytes is left out. A row
-alone is bound by memory: each call reads {weights:.3g} bytes for weights, which it
-normalises and casts to bfloat16 anew; done once before the loop, that would make the
-first row cheaper, and the speed-ups smaller. Published, of another network:
+Over sequential sampling on one chip, with the iterations of the published rule; of the
+secant rule. A range spans overlapped to serial. Iterations are those of a mixture of
+Gaussians in 16 dimensions at tolerance 0.1. The latency of messages is left out. A single
+evaluation is bound by memory: each call reads {weights:.3g} bytes for weights, which it
+normalizes and casts to bfloat16 again. Doing that once before the loop would make the
+first evaluation cheaper, and the speed-ups smaller. Published for another network:
 {published}.
 """
 
@@ -239,7 +241,7 @@ def main() -> None:
     touched=TOUCHED,
     kept=KEPT,
     pays=PAYS,
-    rows=ROWS,
+    steps=STEPS,
     weights=WEIGHTS,
     windows=windows("v5e"),
     published=PUBLISHED,

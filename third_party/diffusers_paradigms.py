@@ -5,7 +5,7 @@
   python third_party/diffusers_paradigms.py --torch=/tmp/torch/bin/python
                                             [--workdir=runs/demo/seed0/teacher]
 
-The network is a trained perceptron of the digits, as a v-prediction on the cosine
+The network is the MLP trained on the digits, as a v-prediction on the cosine
 schedule. diffusers runs its StableDiffusionParadigmsPipeline (its own loop, latents
 out); we run the rule of the paper, and our own with its default tolerance, whose unit
 is another. Errors are of each to its own sequential sampler, over a batch; the last

@@ -1,4 +1,4 @@
-"""Images a second of Inception-v3 at 299 x 299 here and in PyTorch, taking turns.
+"""Images per second of Inception-v3 at 299 x 299 here and in PyTorch, alternating.
 
   taskset --cpu-list 0 python third_party/inception_speed.py \\
     --torch=PYTHON-WITH-TORCH-AND-TORCHVISION [--batch=8] [--rounds=5]

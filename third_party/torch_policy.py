@@ -1,15 +1,14 @@
-"""Time of a chunk of actions here and in PyTorch: same network, same machine.
+"""Latency of a chunk of actions here and in PyTorch: same network, same machine.
 
-  python3 -m venv /tmp/torch            # PyTorch is no dependency of ours
+  python3 -m venv /tmp/torch            # PyTorch is not a dependency
   /tmp/torch/bin/pip install torch numpy diffusers
   python third_party/torch_policy.py --torch=/tmp/torch/bin/python \\
     --teacher=runs/pusht_diffusion --student=runs/pusht_scd
 
 The network is the teacher's, for one robot. PyTorch samples it by diffusers' DDPM in
 100 steps, in a process of its own (`torch_policy_half.py`); here it is sampled by the
-compiled loops, one row after the other and in parallel, and the student in one and two
-steps. Both take a GPU where they have one. All take turns, so that one is idle while
-another is timed.
+compiled loops, sequentially and in parallel, and the student in one and two steps. Both
+use a GPU if they have one. They alternate, so that one is idle while another is timed.
 """
 
 import argparse
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def _export(workdir: str, path: str) -> None:
-  """Writes the network's parameters, inputs and what it makes of them."""
+  """Writes the network's parameters, its inputs and its outputs."""
   experiment, params = workdir_lib.trained(workdir_lib.read(workdir), workdir)
   random = np.random.default_rng(0)
   x = random.standard_normal((4, *experiment.dataset.shape), np.float32)

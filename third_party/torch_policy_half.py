@@ -1,4 +1,4 @@
-"""The PyTorch half of `torch_policy.py`: the same perceptron, diffusers' DDPM.
+"""The PyTorch half of `torch_policy.py`: the same MLP, diffusers' DDPM.
 
 Reads an .npz of parameters and inputs, checks its network against F there, then answers
 each line on stdin with the seconds that one chunk of actions took.

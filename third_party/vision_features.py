@@ -48,7 +48,7 @@ def filled(model: torch.nn.Module) -> tuple[torch.nn.Module, dict]:
   return model.double().eval().requires_grad_(False), shapes
 
 
-def normalised(x: torch.Tensor, constants: tuple) -> torch.Tensor:
+def normalize(x: torch.Tensor, constants: tuple) -> torch.Tensor:
   mean, std = (torch.tensor(c).double().reshape(1, 3, 1, 1) for c in constants)
   return (x.double() / 255 - mean) / std
 
@@ -56,7 +56,7 @@ def normalised(x: torch.Tensor, constants: tuple) -> torch.Tensor:
 def bicubic(images: np.ndarray) -> torch.Tensor:
   x = torch.from_numpy(images).permute(0, 3, 1, 2).double()
   x = functional.interpolate(x, (224, 224), mode="bicubic", antialias=True)
-  return normalised(x, IMAGENET)
+  return normalize(x, IMAGENET)
 
 
 def pillow(images: np.ndarray, side: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def pillow(images: np.ndarray, side: int) -> torch.Tensor:
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((n - side) / 2) for n in size)
     out.append(np.asarray(image.crop((left, top, left + side, top + side))))
-  return normalised(torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2), OPENAI)
+  return normalize(torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2), OPENAI)
 
 
 def resized(place: torch.Tensor, side: int) -> torch.Tensor:
