@@ -126,3 +126,27 @@ def random_params(net: Network, seed: int = 0, dtype: str = "float64") -> dict:
     lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape) if p.shape else 1, dtype),
     shapes,
   )
+
+
+def run_recurrence(tableau, x, denoiser: Callable, noise=None, noise_before=None):
+  """Returns the last state of a solver's recurrence, in numpy and float64.
+
+  Args:
+    tableau: the solver.
+    x: the first state.
+    denoiser: (x, time) -> d.
+    noise: of unit variance, one for each step; None for a solver without.
+    noise_before: of unit variance, one for each step; None for a solver without.
+  """
+  previous, history = np.zeros_like(x), [np.zeros_like(x)] * tableau.history
+  for i, time in enumerate(tableau.time):
+    if noise_before is not None:
+      x = x + tableau.noise_before[i] * noise_before[i]
+    history = [denoiser(x, time), *history[:-1]]
+    new = tableau.x_coef[i, 0] * x + tableau.x_coef[i, 1] * previous
+    for coefficient, d in zip(tableau.denoised_coef[i], history, strict=True):
+      new = new + coefficient * d
+    if tableau.noise_coef[i]:
+      new = new + tableau.noise_coef[i] * noise[i]
+    x, previous = new, x
+  return x

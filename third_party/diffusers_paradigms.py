@@ -28,7 +28,6 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.samplers import paradigms, sequential, solvers
 
 HALF = pathlib.Path(__file__).with_name("diffusers_half.py")
-SOLVERS = {"ddpm": solvers.ddpm, "ddim": solvers.ddim}
 OURS = {"published": 0.1, "secant": 0.1}  # rule -> tolerance
 # solver, training steps, steps, window
 LOOPS = (("ddpm", 100, 100, 20), ("ddpm", 1000, 1000, 48), ("ddim", 1000, 50, 25))
@@ -43,7 +42,7 @@ def ours(case: dict, rule: str, net, shape: tuple[int, ...]) -> dict:
   """Returns passes and evaluations, their means, median seconds and the error."""
   abar = noise_schedules.alphas_cumprod("cosine", case["train_steps"])
   at = noise_schedules.timesteps(case["train_steps"], case["steps"], "leading")
-  table = SOLVERS[case["kind"]](noise_schedules.vp(abar, at))
+  table = solvers.from_schedule(case["kind"], noise_schedules.vp(abar, at))
   level = parameterizations.vp(abar)
 
   def predict(x, time, cond):
@@ -54,8 +53,8 @@ def ours(case: dict, rule: str, net, shape: tuple[int, ...]) -> dict:
   keys = sequential.keys_from_seeds(np.arange(case["batch"]))
   x = sequential.sample_prior(table, keys, shape)
   cond = {"label": jnp.arange(case["batch"]) % 10}
-  options = {"window": case["window"], "tolerance": OURS[rule], "rule": rule}
-  call = jax.jit(lambda x: paradigms.sample(denoiser, table, x, keys, cond, **options))
+  options = {"window": case["window"], "tolerance": OURS[rule], "update_rule": rule}
+  call = jax.jit(lambda x: paradigms.run(denoiser, table, x, keys, cond, **options))
   alone = jax.jit(lambda x: sequential.sample(denoiser, table, x, keys, cond))(x)
   found = jax.block_until_ready(call(x))
   seconds = []

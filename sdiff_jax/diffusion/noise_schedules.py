@@ -1,8 +1,8 @@
-"""Paths of the reverse process: noise levels from step to step.
+"""Noise schedules of the reverse process: the noise levels of a solver's steps.
 
-A process is x = alpha x0 + sigma eps. A path lists, for each step of a solver, the
-alpha and sigma where it starts, what the denoiser is told there, and the alpha and
-sigma where it ends; all in float64, on the host.
+A diffusion process is x = alpha x0 + sigma eps, eps ~ N(0, I). A schedule lists, for
+each step of a solver, alpha and sigma at its start, the time that the denoiser is given
+there, and alpha and sigma at its end. Arrays are float64, on the host.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+# ln(alpha / sigma) -> (alpha, sigma, time)
+PointFn = Callable[[float], tuple[float, float, float]]
+
 
 class NoiseSchedule(NamedTuple):
-  """N steps of a process.
+  """N steps of a diffusion process x = alpha x0 + sigma eps.
 
   Attributes:
     alpha: at the start of each step, float64 [N].
     sigma: at the start of each step, float64 [N].
-    time: what the denoiser is told at each start, float64 [N].
+    time: the denoiser's time argument at the start of each step, float64 [N].
     alpha_next: at the end of each step, float64 [N].
     sigma_next: at the end of each step, float64 [N]; the last one is 0, or small.
-    point: ln(alpha / sigma) -> (alpha, sigma, time) anywhere on the process.
-    sigma_d: standard deviation of the data, about; parallel samplers guess with it.
+    point: ln(alpha / sigma) -> (alpha, sigma, time) anywhere on the process, for
+      solvers that evaluate inside a step.
+    sigma_d: standard deviation of the data, approximately; parallel samplers use it for
+      first guesses.
   """
 
   alpha: np.ndarray
@@ -29,7 +34,7 @@ class NoiseSchedule(NamedTuple):
   time: np.ndarray
   alpha_next: np.ndarray
   sigma_next: np.ndarray
-  point: Callable[[float], tuple[float, float, float]]
+  point: PointFn
   sigma_d: float
 
 
@@ -37,35 +42,59 @@ def from_levels(
   alpha: np.ndarray,
   sigma: np.ndarray,
   time: np.ndarray,
-  point: Callable[[float], tuple[float, float, float]],
+  point: PointFn,
   sigma_d: float,
 ) -> NoiseSchedule:
-  """Returns the path whose steps join the N + 1 points that are given."""
+  """Returns the schedule whose N steps connect N + 1 points of a process.
+
+  Args:
+    alpha: at each point, float64 [N + 1].
+    sigma: at each point, decreasing, float64 [N + 1].
+    time: the denoiser's time argument at each point, float64 [N + 1].
+    point: see `NoiseSchedule`.
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> sigma = np.array([2.0, 1.0, 0.0])
+    >>> point = lambda log_snr: (1.0, np.exp(-log_snr), np.exp(-log_snr))
+    >>> from_levels(np.ones(3), sigma, sigma, point, sigma_d=0.5).sigma_next
+    array([1., 0.])
+  """
   ends = alpha[1:], sigma[1:]
   return NoiseSchedule(alpha[:-1], sigma[:-1], time[:-1], *ends, point, sigma_d)
 
 
-def trigflow(angles: np.ndarray, sigma_d: float) -> NoiseSchedule:
-  """Returns the path x_t = cos(t) x0 + sin(t) sigma_d eps, with time t.
+def trigflow(timesteps: np.ndarray, sigma_d: float) -> NoiseSchedule:
+  """Returns the schedule of TrigFlow, x_t = cos(t) x0 + sin(t) sigma_d eps, at times t.
 
   Args:
-    angles: falling, float64 [N + 1], the last one 0.
+    timesteps: times, decreasing to 0, float64 [N + 1].
     sigma_d: standard deviation of the data.
+
+  Example:
+    >>> trigflow(np.array([1.5, 0.5, 0.0]), sigma_d=0.5).sigma.round(3)
+    array([0.499, 0.24 ])
   """
 
   def point(log_snr: float) -> tuple[float, float, float]:
     t = np.arctan(np.exp(-log_snr) / sigma_d)
     return np.cos(t), sigma_d * np.sin(t), t
 
-  return from_levels(np.cos(angles), sigma_d * np.sin(angles), angles, point, sigma_d)
+  alpha, sigma = np.cos(timesteps), sigma_d * np.sin(timesteps)
+  return from_levels(alpha, sigma, timesteps, point, sigma_d)
 
 
 def edm(sigmas: np.ndarray, sigma_d: float = 0.5) -> NoiseSchedule:
-  """Returns the variance-exploding path x = x0 + sigma eps, with time sigma.
+  """Returns the schedule of EDM, x = x0 + sigma eps, with time sigma.
 
   Args:
-    sigmas: falling noise levels, float64 [N + 1], the last one 0.
+    sigmas: noise levels, decreasing to 0, float64 [N + 1].
     sigma_d: standard deviation of the data.
+
+  Example:
+    >>> from sdiff_jax.diffusion import time_grids
+    >>> edm(time_grids.karras(18)).time[0].round(6)
+    np.float64(80.0)
   """
 
   def point(log_snr: float) -> tuple[float, float, float]:
@@ -76,11 +105,16 @@ def edm(sigmas: np.ndarray, sigma_d: float = 0.5) -> NoiseSchedule:
 
 
 def flow(times: np.ndarray, sigma_d: float = 1.0) -> NoiseSchedule:
-  """Returns the path of rectified flow, x = (1 - t) x0 + t eps, with time t.
+  """Returns the schedule of rectified flow, x = (1 - t) x0 + t eps, with time t.
 
   Args:
-    times: falling in [0, 1], float64 [N + 1], the last one 0.
+    times: decreasing to 0, in [0, 1], float64 [N + 1].
     sigma_d: standard deviation of the data.
+
+  Example:
+    >>> schedule = flow(np.array([0.75, 0.5, 0.0]))
+    >>> schedule.alpha, schedule.sigma_next
+    (array([0.25, 0.5 ]), array([0.5, 0. ]))
   """
 
   def point(log_snr: float) -> tuple[float, float, float]:
@@ -93,19 +127,27 @@ def flow(times: np.ndarray, sigma_d: float = 1.0) -> NoiseSchedule:
 def alphas_cumprod(
   schedule: str, steps: int, *, start: float = 1e-4, end: float = 0.02
 ) -> np.ndarray:
-  """Returns abar_t = alpha_t^2 of a variance-preserving process, float64 [steps].
+  """Returns abar_t = alpha_t^2 of a discrete variance-preserving process.
 
   abar_t is the product of 1 - beta_u over u <= t.
 
   Args:
-    schedule: "linear" in beta (DDPM), "scaled_linear", linear in its root (Stable
-      Diffusion), or "cosine", squaredcos_cap_v2 (arXiv:2102.09672, eq. 17).
-    steps: training steps T.
+    schedule: "linear" in beta (DDPM), "scaled_linear" for a linear square root of beta
+      (Stable Diffusion), or "cosine", which is squaredcos_cap_v2 (arXiv:2102.09672, eq.
+      17).
+    steps: number of training steps T.
     start: the first beta; unused by "cosine".
     end: the last beta; unused by "cosine".
 
+  Returns:
+    abar, float64 [T].
+
   Raises:
     ValueError: an unknown schedule.
+
+  Example:
+    >>> alphas_cumprod("linear", 1000)[[0, -1]].round(4)
+    array([9.999e-01, 0.000e+00])
   """
   if schedule == "linear":
     betas = np.linspace(start, end, steps)
@@ -115,27 +157,36 @@ def alphas_cumprod(
     at = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     betas = np.minimum(1 - at[1:] / at[:-1], 0.999)
   else:
-    raise ValueError(f"schedule={schedule!r}: take 'linear', 'scaled_linear', 'cosine'")
+    raise ValueError(
+      f"schedule={schedule!r}: must be 'linear', 'scaled_linear' or 'cosine'"
+    )
   return np.cumprod(1 - betas)
 
 
 def timesteps(
   train_steps: int, steps: int, spacing: str, offset: int = 0
 ) -> np.ndarray:
-  """Returns the falling timesteps of a DDPM or DDIM sampler, int [steps].
+  """Returns the timesteps of a DDPM or DDIM sampler, in decreasing order.
 
   Args:
-    train_steps: T.
-    steps: N, at most T.
-    spacing: "leading", multiples of T // N; "trailing", down from T - 1 by T / N;
+    train_steps: number of training steps T.
+    steps: number of sampling steps N, at most T.
+    spacing: "leading", multiples of T // N; "trailing", down from T - 1 by T / N; or
       "linspace", from T - 1 to 0 (arXiv:2305.08891, table 2).
     offset: added to "leading" timesteps.
 
+  Returns:
+    Timesteps, int [N].
+
   Raises:
     ValueError: an unknown spacing, or more steps than the process has.
+
+  Example:
+    >>> timesteps(1000, 4, "trailing")
+    array([999, 749, 499, 249])
   """
   if not 1 <= steps <= train_steps:
-    raise ValueError(f"steps={steps}: take 1 to {train_steps}")
+    raise ValueError(f"steps={steps}: must be in 1 to {train_steps}")
   if spacing == "leading":
     return np.arange(steps)[::-1] * (train_steps // steps) + offset
   if spacing == "trailing":
@@ -143,28 +194,33 @@ def timesteps(
     return np.round(down).astype(int) - 1
   if spacing == "linspace":
     return np.round(np.linspace(0, train_steps - 1, steps))[::-1].astype(int)
-  raise ValueError(f"spacing={spacing!r}: take 'leading', 'trailing' or 'linspace'")
+  raise ValueError(f"spacing={spacing!r}: must be 'leading', 'trailing' or 'linspace'")
 
 
 def vp(
   abar: np.ndarray,
-  at: np.ndarray,
+  starts: np.ndarray,
   *,
   ends: np.ndarray | None = None,
-  last: float = 1.0,
+  final_abar: float = 1.0,
 ) -> NoiseSchedule:
-  """Returns the path of a discrete variance-preserving process, with time t.
+  """Returns the schedule of a discrete variance-preserving process, with time t.
 
   Args:
-    abar: alpha^2 at each timestep, float64 [T].
-    at: falling timesteps, int [N].
-    ends: timestep at the end of each step, below 0 for the end of the process; None
-      for the next of `at`. Some samplers go to t - T // N, which is another one where
-      N does not divide T.
-    last: abar at the end of the process; 1 is clean data.
+    abar: alpha^2 at each training timestep, float64 [T].
+    starts: timestep at the start of each step, decreasing, int [N].
+    ends: timestep at the end of each step, negative for the end of the process; None
+      for the start of the next step. Some samplers step to t - T // N, which differs
+      from the next timestep where N does not divide T.
+    final_abar: abar at the end of the process; 1 is clean data.
+
+  Example:
+    >>> abar = alphas_cumprod("cosine", 100)
+    >>> vp(abar, timesteps(100, 4, "leading")).time
+    array([75., 50., 25.,  0.])
   """
-  ends = np.append(at[1:], -1) if ends is None else ends
-  next_abar = np.where(ends < 0, last, abar[np.maximum(ends, 0)])
+  ends = np.append(starts[1:], -1) if ends is None else ends
+  next_abar = np.where(ends < 0, final_abar, abar[np.maximum(ends, 0)])
   log_snrs = np.log(abar / (1 - abar)) / 2
 
   def point(log_snr: float) -> tuple[float, float, float]:
@@ -173,9 +229,9 @@ def vp(
     return alpha, (1 - alpha**2) ** 0.5, t
 
   return NoiseSchedule(
-    abar[at] ** 0.5,
-    (1 - abar[at]) ** 0.5,
-    at.astype(np.float64),
+    abar[starts] ** 0.5,
+    (1 - abar[starts]) ** 0.5,
+    starts.astype(np.float64),
     next_abar**0.5,
     (1 - next_abar) ** 0.5,
     point,

@@ -1,6 +1,7 @@
-"""Denoisers made of what a network predicts: noise, v, data or a flow's velocity.
+"""Denoisers from what a network predicts: noise, v, data or the velocity of a flow.
 
-A TrigFlow network's is `trigflow.denoiser`; networks of EDM have D(x, sigma) already.
+`trigflow.denoiser` is that of a TrigFlow network; networks of EDM are denoisers D(x,
+sigma) already.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import numpy as np
 from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.types import Array, Cond, Denoiser
 
-# time [N] -> alpha, sigma, [N] each
+# time [N] -> (alpha [N], sigma [N])
 LevelFn = Callable[[Array], tuple[Array, Array]]
-PARAMETERIZATIONS: dict[str, Callable[..., Array]] = {
-  # what is predicted -> (prediction, x, alpha, sigma) -> d
+# What a network predicts -> (prediction, x, alpha, sigma) -> estimate of x0.
+PARAMETERIZATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
   "x0": lambda y, x, alpha, sigma: y,
   "eps": lambda y, x, alpha, sigma: (x - sigma * y) / alpha,
   "v": lambda y, x, alpha, sigma: alpha * x - sigma * y,  # y = alpha eps - sigma x0
@@ -23,10 +24,20 @@ PARAMETERIZATIONS: dict[str, Callable[..., Array]] = {
 
 
 def vp(abar: np.ndarray) -> LevelFn:
-  """Returns the levels of a discrete process, ln(alpha / sigma) linear in between.
+  """Returns the noise levels of a discrete variance-preserving process.
+
+  Between timesteps, ln(alpha / sigma) is linear in time.
 
   Args:
-    abar: alpha^2 at each timestep, float64 [T] (see `paths.alphas_cumprod`).
+    abar: alpha^2 at each timestep, float64 [T] (see `noise_schedules.alphas_cumprod`).
+
+  Returns:
+    time [N] -> (alpha [N], sigma [N]).
+
+  Example:
+    >>> alpha, sigma = vp(np.array([0.9, 0.5]))(jnp.array([1.0]))
+    >>> alpha.round(3), sigma.round(3)
+    (Array([0.707], dtype=float32), Array([0.707], dtype=float32))
   """
   log_snr = np.log(abar / (1 - abar)) / 2
 
@@ -39,12 +50,25 @@ def vp(abar: np.ndarray) -> LevelFn:
 
 
 def flow(time: Array) -> tuple[Array, Array]:
-  """Returns the levels of rectified flow, 1 - t and t."""
+  """Returns the noise levels of rectified flow, alpha = 1 - t and sigma = t.
+
+  Args:
+    time: in [0, 1], [N].
+
+  Returns:
+    alpha [N] and sigma [N].
+
+  Example:
+    >>> velocity = lambda x, time, cond: 2 * x
+    >>> denoise = denoiser(velocity, "flow", flow)
+    >>> denoise(jnp.ones((1, 2)), jnp.array([0.25]), None)
+    Array([[0.5, 0.5]], dtype=float32)
+  """
   return 1 - time, time
 
 
 def denoiser(
-  predict: Callable[..., Array],
+  predict: Callable[[Array, Array, Cond], Array],
   kind: str,
   level: LevelFn,
   *,
@@ -56,30 +80,38 @@ def denoiser(
 
   Args:
     predict: (x [N, ...], time [N], cond) -> prediction [N, ...].
-    kind: of the prediction, a key of KINDS.
-    level: of the process.
-    clip: d is clipped to [-clip, clip]; 0 for not.
-    quantile: with clip, d is clipped to the sample's quantile of |d|, if that is
-      larger, and scaled back to clip (dynamic thresholding, arXiv:2205.11487, section
-      2.3); 0 for a fixed range.
-    excess: time [N] -> w [N]: what the clip took off is taken off w times more; None
-      for not (see `schedules.denoiser`).
+    kind: what the network predicts, a key of `PARAMETERIZATIONS`.
+    level: the noise levels of the process.
+    clip: the estimate of x0 is clipped to [-clip, clip]; 0 for no clipping.
+    quantile: with `clip`, each sample is clipped to this quantile of its |x0|, if that
+      is larger than `clip`, and scaled back to `clip` (dynamic thresholding,
+      arXiv:2205.11487, section 2.3); 0 for a fixed range.
+    excess: time [N] -> weight [N] by which the clipped part is subtracted once more;
+      None for 0 (see `pretrained.diffusers.scheduler.denoiser`).
 
   Raises:
-    ValueError: another kind, or a quantile without a clip.
+    ValueError: an unknown kind, or a quantile without a clip.
+
+  Example:
+    >>> predict = lambda x, time, cond: 4 * x  # of x0
+    >>> x, time = jnp.array([[0.1, 0.2, 0.5]]), jnp.array([0.5])
+    >>> denoiser(predict, "x0", flow, clip=1.0)(x, time, None)
+    Array([[0.4, 0.8, 1. ]], dtype=float32)
+    >>> denoiser(predict, "x0", flow, clip=1.0, quantile=1.0)(x, time, None)
+    Array([[0.2, 0.4, 1. ]], dtype=float32)
   """
   if kind not in PARAMETERIZATIONS:
-    raise ValueError(f"kind={kind!r}: take one of {[*PARAMETERIZATIONS]}")
+    raise ValueError(f"kind={kind!r}: must be one of {', '.join(PARAMETERIZATIONS)}")
   if quantile and not clip:
-    raise ValueError(f"quantile={quantile}: give the range that it scales to, clip")
+    raise ValueError(f"quantile={quantile}: needs clip, the range that it scales to")
 
   def denoise(x: Array, time: Array, cond: Cond) -> Array:
     alpha, sigma = (expand(v, x) for v in level(time))
     d = PARAMETERIZATIONS[kind](predict(x, time, cond), x, alpha, sigma)
     if quantile:
-      most = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
-      most = expand(jnp.maximum(most, clip), d)
-      return jnp.clip(d, -most, most) * (clip / most)
+      limit = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
+      limit = expand(jnp.maximum(limit, clip), d)
+      return jnp.clip(d, -limit, limit) * (clip / limit)
     if not clip:
       return d
     clipped = jnp.clip(d, -clip, clip)

@@ -233,7 +233,7 @@ def describe(sampler: Sampler, stats: SamplingStats) -> str:
   if sampler.fact("exact"):
     return f"{line}; the distribution is that of the sequential sampler"
   line += f"; largest accepted change {np.max(stats.error):.2g}"
-  if sampler.fact("bounds_tv") and sampler.tableau.uses("s"):
+  if sampler.fact("bounds_tv") and sampler.tableau.uses_noise:
     bound = np.mean(stats.tv_bound)
     known = "bound is vacuous (>= 1)" if bound >= 1 else f"at most {bound:.2g}"
     line += f", total variation {known}"

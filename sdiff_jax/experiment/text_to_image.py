@@ -101,7 +101,7 @@ def build_sampler(
   """
   solver = samplers.solver_of(name)
   schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
-  tableau = scheduler.table(schedule, steps)
+  tableau = scheduler.tableau(schedule, steps)
   return schedule, samplers.from_tableau(name, tableau, **options)
 
 

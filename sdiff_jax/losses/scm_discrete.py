@@ -105,7 +105,7 @@ def build(
   if n < 2:
     raise ValueError(f"n={n}: a grid has at least 2 levels")
   grid = np.asarray(
-    np.append(0.0, time_grids.karras_angles(n, sigma_d)[-2::-1]), np.float32
+    np.append(0.0, time_grids.karras_timesteps(n, sigma_d)[-2::-1]), np.float32
   )
 
   def time_sampler(key: PRNGKey, batch: int) -> Times:

@@ -20,9 +20,7 @@ import pkgutil
 from typing import Any, NoReturn
 
 from sdiff_jax import contrib, registry
-from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.samplers import solvers
-from sdiff_jax.samplers.solvers import SolverTableau
 
 KIND = "samplers"
 ALIASES = {"paradpmsolver": "paradpmpp2m"}
@@ -50,27 +48,12 @@ def loop_parameters(loop: str) -> dict[str, Any]:
   return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
-def solver_names() -> list[str]:
-  """Returns the names of all solvers."""
-  return [*solvers.SOLVERS]
-
-
-def tableau(name: str, schedule: NoiseSchedule, **options: Any) -> SolverTableau:
-  """Returns the tableau of a solver on a noise schedule."""
-  return solvers.SOLVERS[name][0](schedule, **options)
-
-
-def solver_options(name: str) -> dict[str, Any]:
-  """Returns the options of a solver with their defaults."""
-  return {"eta": 0.0} if name == "ddim" else {}
-
-
 def table() -> dict[str, tuple[str, str]]:
   """Returns name -> (loop, solver) of every sampler."""
   pairs = {}
   for loop, piece in loops().items():
     for prefix in (piece.facts["prefix"], *piece.facts.get("aliases", ())):
-      for solver in solver_names():
+      for solver in solvers.names():
         name = prefix + solver
         if name in pairs:
           raise ValueError(
@@ -93,7 +76,7 @@ def lookup(name: str) -> tuple[str, str]:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     prefixes = [p.facts["prefix"] for p in loops().values() if p.facts["prefix"]]
     raise ValueError(
-      f"name={name!r}: must be a solver, one of {', '.join(solver_names())}, alone or "
+      f"name={name!r}: must be a solver, one of {', '.join(solvers.names())}, alone or "
       f"behind a prefix, one of {', '.join(prefixes)}{hint}"
     )
   return known[name]
@@ -104,7 +87,7 @@ def refuse(name: str, option: str, value: Any) -> NoReturn:
   loop, solver = lookup(name)
   stated = option if value is None else f"{option}={value!r}"
   takers = []
-  of_solvers = [s for s in solver_names() if option in solver_options(s)]
+  of_solvers = [s for s in solvers.names() if option in solvers.options(s)]
   if of_solvers:
     takers.append(f"the solver {', '.join(of_solvers)}")
   prefixes = [

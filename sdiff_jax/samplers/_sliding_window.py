@@ -1,13 +1,14 @@
-"""A window that moves over the rows of a solver table, many evaluated at a time.
+"""The loop of parallel samplers: a window over solver steps, all evaluated at once.
 
-A pass evaluates the denoiser at all states of the window at once. Phi_i being row i
-of the table, what a state's change says of the states after it is carried on by
+An iteration evaluates the denoiser at all states of the window with one call. Let Phi_i
+be solver step i. A change of a state is propagated to the states after it by
 
     new_{i+1} = Phi_i(old) + A_i (new_i - old_i) + A'_i (new_{i-1} - old_{i-1}) + ...,
 
-and the window moves to the first state that is not done. `paradigms` and
-`speculative` say what A is and which states are done. The first state of a window is
-the sequential sampler's, so Phi of it is too: each pass does one row at least.
+and the window moves to the first state that is not accepted. `paradigms` and
+`speculative` define A and which states are accepted. The first state of a window is that
+of the sequential sampler, so Phi of it is too: each iteration finishes at least one
+step.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.samplers import _secant, sequential
+from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._ring_buffer import (
   RingBuffer,
   gather_slot,
@@ -26,308 +28,353 @@ from sdiff_jax.samplers._ring_buffer import (
   solve,
   wide,
 )
-from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax.samplers._samples import Callback, Samples
+from sdiff_jax.samplers._secant import Secants
+from sdiff_jax.samplers.tableau import SolverTableau, StepCoefficients
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
-
-TERMS = ("a", "p", "b", "c", "e", "s", "alpha", "gain")
-# Called on the host in each pass with (rows done [B], their last state [B, ...], the
-# denoiser there [B, ...]): a preview.
-Callback = Callable[[Array, Array, Array], None]
-
-
-class Samples(NamedTuple):
-  """What came out, and what it took.
-
-  Attributes:
-    x: the last states, [B, ...].
-    num_iterations: calls of the denoiser that a sample took part in, int32 [B].
-    num_evaluations: states of the sample that these evaluated, int32 [B].
-    error: largest change of a state that was taken for done, as a root mean square
-      in the tolerance's unit, float32 [B].
-    tv_bound: sum over those of |change| / (2 s), s being the noise that leaves the
-      state: a bound of the total variation to the law of one row after the other, if
-      each change is at least what is missing (arXiv:2305.16317, section 3.3); infinite
-      where no noise follows a change; float32 [B].
-  """
-
-  x: Array
-  num_iterations: Array
-  num_evaluations: Array
-  error: Array
-  tv_bound: Array
 
 
 class WindowState(NamedTuple):
-  """Where each sample is; state i of [begin, begin + W) is in slot i mod W.
+  """The window of each sample; state i of [begin, begin + W) is in slot i mod W.
 
   Attributes:
-    begin: states before this one are done, int32 [B].
+    begin: number of finished steps, int32 [B].
     x: states, [B, W, ...].
-    z: noise of the rows that start there, [B, W, ...]; None for a table without.
-    x_1: the state before `begin`, [B, ...].
-    d_1: the denoiser at that state, [B, ...].
-    d_2: the denoiser at the state before that, [B, ...].
-    before: states and d of the pass before, each [B, W, ...].
-    seen: states that were in the window of the pass before, int32 [B].
-    spread: variance of the data as it shows here, in that of all, [B, 1, ...]; it
-      makes the first guess of dd/dx (see `slopes`).
+    z: noise after the evaluation of the steps that start there, [B, W, ...]; None for a
+      solver without it.
+    z_before: noise before the evaluation, [B, W, ...]; None for a solver without it.
+    previous_x: x_hat of the state before `begin`, [B, ...]; None if unused.
+    history: denoised values at the states before `begin`, the last first, H - 1 times
+      [B, ...].
+    secants: of the last iteration.
   """
 
   begin: Array
   x: Array
   z: Array | None
-  x_1: Array
-  d_1: Array
-  d_2: Array
-  before: tuple[Array, Array]
-  seen: Array
-  spread: Array
+  z_before: Array | None
+  previous_x: Array | None
+  history: list[Array]
+  secants: Secants
 
 
 class Iteration(NamedTuple):
-  """The rows of a window with the denoiser evaluated; all are [B, W, ...].
+  """The solver steps of a window after their evaluation; arrays are [B, W, ...].
 
   Attributes:
-    begin: states before this one are done, int32 [B].
-    k: rank of the row, 0 for that of `begin`, int32 [B, W].
-    row: columns of the table by name.
-    x: the states that rows start from.
-    old: the states that rows make, as they were; meaningless at the last rank.
-    phi: what rows make of x.
-    z: their noise.
-    factors: A, A', ..., as many as the table looks back; 0 where the ring is cut.
+    begin: number of finished steps, int32 [B].
+    offset: position of the step in the window, 0 for step `begin`, int32 [B, W].
+    step: coefficients of the steps.
+    old: the current values of the states that the steps produce; meaningless at the last
+      position.
+    phi: what the steps produce.
+    z: noise of the steps; None for a solver without noise.
+    factors: A, A', ..., as many as the solver's `memory`; 0 where the ring is cut.
   """
 
   begin: Array
-  k: Array
-  row: dict[str, Array]
-  x: Array
+  offset: Array
+  step: StepCoefficients
   old: Array
   phi: Array
   z: Array | None
   factors: list[Array]
 
 
+class Update(NamedTuple):
+  """How an iteration changes a window.
+
+  Attributes:
+    new: new states, in the slots of the steps that produce them, [B, W, ...].
+    stride: number of steps that are accepted, at most those that are left, int32 [B].
+    error: largest accepted change, [B].
+    tv: total variation bound of the accepted changes, [B].
+  """
+
+  new: Array
+  stride: Array
+  error: Array
+  tv: Array
+
+
 class UpdateRule(NamedTuple):
   """How a window is improved.
 
   Attributes:
-    factors: (row, (dd/dx of x_i, of x_{i-1}, of x_{i-2}), [B, W, ...] each) ->
-      (A, A', A''), which broadcast against them.
-    improve: Pass -> (new states at the slots of the rows that make them [B, W, ...],
-      rows done, of those left [B], largest accepted change [B], their variation [B]).
-    published: fill the window with copies of its last state, and forget the d before
-      it, as arXiv:2305.16317 does; else new states are rolled out with their own
-      noise and the last d, which changes by the table's gain.
+    factors: (coefficients, slopes: dd/dx of x_i, of x_{i-1}, ..., `memory` times
+      [B, W, ...]) -> [A, A', ...], which broadcast against the slopes.
+    improve: computes the update of a window from its evaluated steps.
+    published: fill the window with copies of its last state, and forget the denoised
+      values before it, as arXiv:2305.16317 does; otherwise new states are rolled out
+      with their own noise and the last denoised value, which changes by the gain.
   """
 
-  factors: Callable[[dict, tuple[Array, ...]], tuple[Array, ...]]
-  improve: Callable[[Iteration], tuple[Array, Array, Array, Array]]
+  factors: Callable[[StepCoefficients, list[Array]], list[Array]]
+  improve: Callable[[Iteration], Update]
   published: bool = False
 
 
-def check_window(tableau: SolverTableau, window: int) -> None:
-  """Raises a ValueError for a window that does not fit the tableau; 0 is unset."""
-  if not 0 <= window <= tableau.evaluations:
+def check_window(
+  tableau: SolverTableau, window: int, ring: RingBuffer | None = None
+) -> None:
+  """Checks that a window fits a solver, and the devices of a ring.
+
+  Raises:
+    ValueError: it does not.
+  """
+  if not 1 <= window <= tableau.evaluations:
     raise ValueError(
-      f"window={window}: must be 1 to {tableau.evaluations}, the number of solver steps"
+      f"window={window}: must be in 1 to {tableau.evaluations}, the number of solver "
+      "steps"
+    )
+  if ring is not None and window % ring.num_shards(1):
+    raise ValueError(
+      f"window={window}: does not divide over the {ring.num_shards(1)} devices of the "
+      "mesh axis window"
     )
 
 
 def sliding_window(
   denoiser: Denoiser,
-  table: SolverTableau,
+  tableau: SolverTableau,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
+  *,
   ring: RingBuffer,
-  method: UpdateRule,
+  rule: UpdateRule,
   callback: Callback | None = None,
   max_iterations: int = 0,
 ) -> Samples:
-  """Returns the last state of the recurrence of `tables`; one loop on the device.
+  """Returns the last state of a solver's recurrence, by one loop on the device.
 
   Args:
     denoiser: (x [N, ...], time [N], cond) -> d [N, ...]; N = B W.
-    table: the solver.
-    x: first state, [B, ...] (see `sequential.initial`).
-    keys: one key a sample, [B]; unused by a table without noise.
+    tableau: the solver.
+    x: initial states, [B, ...] (see `sequential.sample_prior`).
+    keys: one key a sample, [B]; unused by a solver without noise.
     cond: conditions, leading [B].
     ring: the window; every sample has its own.
-    method: how it is improved.
-    callback: see Callback; None for none.
-    max_iterations: most calls of the denoiser. A sample that is not done by then is what
-      the last call made of the last state of its window; 0 for as many as it takes.
+    rule: how the window is improved.
+    callback: a preview (see `Callback`); None for none.
+    max_iterations: upper bound of the number of iterations. A sample that is not
+      finished by then is the denoised value of the last state that was evaluated in its
+      window; 0 for no bound.
+
+  Returns:
+    Samples, with their cost and accuracy.
 
   Raises:
-    ValueError: a window that does not fit the table or the devices.
+    ValueError: a window that does not fit the solver or the devices.
   """
-  check_window(table, ring.window)
-  if ring.window % ring.parts(1):
-    raise ValueError(
-      f"window={ring.window}: does not divide over the {ring.parts(1)} devices "
-      "of the mesh's axis window"
-    )
-  rows = _Rows(ring, table, keys, method)
+  check_window(tableau, ring.window, ring)
+  steps = _WindowSteps(ring, tableau, keys, rule)
   evaluate = map_slots(ring, denoiser, cond)
 
-  def one_pass(carry: tuple[WindowState, Samples]) -> tuple[WindowState, Samples]:
-    now, result = carry
-    d = evaluate(now.x, rows.time(now))
+  def iterate(carry: tuple[WindowState, Samples]) -> tuple[WindowState, Samples]:
+    window, result = carry
+    d = evaluate(steps.noised(window), steps.time(window))
     if callback is not None:
-      here = slot_offset(ring, now.begin) == 0
+      first = slot_offset(ring, window.begin) == 0
       jax.debug.callback(
-        callback, now.begin, gather_slot(now.x, here), gather_slot(d, here)
+        callback, window.begin, gather_slot(window.x, first), gather_slot(d, first)
       )
-    return rows.step(now, result, d)
+    return steps.improve(window, result, d)
 
-  def going(carry: tuple[WindowState, Samples]) -> Array:
-    now, result = carry
-    left = now.begin < table.evaluations
+  def unfinished(carry: tuple[WindowState, Samples]) -> Array:
+    window, result = carry
+    unfinished = window.begin < tableau.evaluations
     if max_iterations:
-      left &= result.num_iterations < max_iterations
-    return jnp.any(left)
+      unfinished &= result.num_iterations < max_iterations
+    return jnp.any(unfinished)
 
-  now, result = jax.lax.while_loop(going, one_pass, rows.start(x))
-  last = gather_slot(now.x, slot_offset(ring, now.begin) == 0)
-  if 0 < max_iterations < table.evaluations:
-    done = wide(now.begin >= table.evaluations, x.ndim)
-    last = jnp.where(done, last, gather_slot(now.before[1], rows.latest(now)))
+  window, result = jax.lax.while_loop(unfinished, iterate, steps.start(x))
+  last = gather_slot(window.x, slot_offset(ring, window.begin) == 0)
+  if 0 < max_iterations < tableau.evaluations:
+    finished = wide(window.begin >= tableau.evaluations, x.ndim)
+    denoised = gather_slot(window.secants.denoised, steps.last_evaluated(window))
+    last = jnp.where(finished, last, denoised)
   return result._replace(x=last)
 
 
 def propagate_change(
   ring: RingBuffer, factors: list[Array], phi: Array, old: Array
 ) -> Array:
-  """Returns the new states by the recurrence above, at the slots of their rows."""
+  """Returns the new states by the recurrence of the module, in the slots of their steps.
+
+  Args:
+    ring: the slots.
+    factors: A, A', ..., [B, W, ...] each; 0 where the ring is cut.
+    phi: what the steps produce, [B, W, ...].
+    old: the current values of the states that they produce, [B, W, ...].
+  """
   delta = solve(ring, factors, phi - old)
-  behind = [jnp.roll(delta, n + 1, axis=1) for n in range(len(factors))]
-  return phi + product(factors, behind)
+  previous = [jnp.roll(delta, n + 1, axis=1) for n in range(len(factors))]
+  return phi + product(factors, previous)
 
 
-class _Rows(NamedTuple):
-  """All that a pass does beside the denoiser."""
+class _WindowSteps(NamedTuple):
+  """The computations of an iteration other than the denoiser."""
 
   ring: RingBuffer
-  table: SolverTableau
+  tableau: SolverTableau
   keys: PRNGKey
-  method: UpdateRule
+  rule: UpdateRule
 
-  def column(self, name: str, i: Array, like: Array) -> Array:
-    """Returns a column of the table at rows i [B, W], [B, W, 1, ...]."""
-    column = jnp.asarray(getattr(self.table, name), like.dtype)
-    return wide(column[jnp.clip(i, 0, len(column) - 1)], like.ndim)
+  def coefficients(self, i: Array, like: Array) -> StepCoefficients:
+    """Returns the coefficients of steps i [B, W], [B, W, 1, ...]."""
+    i = jnp.clip(i, 0, self.tableau.evaluations - 1)
+    columns = self.tableau.coefficients(like.dtype)
+    return jax.tree.map(lambda column: wide(column[i], like.ndim), columns)
 
-  def time(self, now: WindowState) -> Array:
-    """Returns what the denoiser is told in each slot, [B, W]."""
-    i = now.begin[:, None] + slot_offset(self.ring, now.begin)
-    return jnp.asarray(self.table.time, now.x.dtype)[
-      jnp.minimum(i, self.table.evaluations - 1)
-    ]
+  def time(self, window: WindowState) -> Array:
+    """Returns the denoiser's time argument in each slot, [B, W]."""
+    i = window.begin[:, None] + slot_offset(self.ring, window.begin)
+    time = jnp.asarray(self.tableau.time, window.x.dtype)
+    return time[jnp.minimum(i, self.tableau.evaluations - 1)]
 
-  def latest(self, now: WindowState) -> Array:
-    """Returns the slot of the last row that the pass before evaluated, [B, W]."""
-    begin = now.begin - (self.ring.window - now.seen)
-    end = jnp.minimum(begin + self.ring.window, self.table.evaluations)
+  def noised(self, window: WindowState) -> Array:
+    """Returns the states x_hat that are evaluated, [B, W, ...]."""
+    if not self.tableau.uses_noise_before:
+      return window.x
+    i = window.begin[:, None] + slot_offset(self.ring, window.begin)
+    step = self.coefficients(i, window.x)
+    return tableau_lib.add_noise(step, window.x, window.z_before)
+
+  def last_evaluated(self, window: WindowState) -> Array:
+    """Returns the slot of the last step that the last iteration evaluated, [B, W]."""
+    begin = window.begin - (self.ring.window - window.secants.num_seen)
+    end = jnp.minimum(begin + self.ring.window, self.tableau.evaluations)
     return slot_offset(self.ring, begin) == (end - begin - 1)[:, None]
 
-  def noise(self, begin: Array, shape: tuple[int, ...]) -> Array | None:
-    """Returns the noise of the window's rows, [B, W, *shape]."""
-    if not self.table.uses("s"):
-      return None
-    one = lambda key, i: sequential.noise(key[None], i, shape)[0]  # noqa: E731
-    draw = jax.vmap(jax.vmap(one, in_axes=(None, 0)))
-    return self.ring.spread(
-      draw(self.keys, begin[:, None] + slot_offset(self.ring, begin))
+  def noise(
+    self, begin: Array, shape: tuple[int, ...]
+  ) -> tuple[Array | None, Array | None]:
+    """Returns z and z_before of the steps of a window, [B, W, *shape] each."""
+
+    def draw(noise: Callable[..., Array]) -> Array:
+      one = lambda key, i: noise(key[None], i, shape)[0]  # noqa: E731
+      steps = begin[:, None] + slot_offset(self.ring, begin)
+      z = jax.vmap(jax.vmap(one, in_axes=(None, 0)))(self.keys, steps)
+      return self.ring.with_sharding(z)
+
+    return (
+      draw(sequential.noise) if self.tableau.uses_noise else None,
+      draw(sequential.noise_before) if self.tableau.uses_noise_before else None,
     )
 
   def start(self, x: Array) -> tuple[WindowState, Samples]:
-    """Returns the first window, rolled out for Gaussian data."""
-    zero, none = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
-    states = self.ring.spread(jnp.repeat(x[:, None], self.ring.window, axis=1))
-    z, spread = self.noise(zero, x.shape[1:]), wide(jnp.ones(len(x), x.dtype), x.ndim)
-    now = WindowState(zero, states, z, x, none, none, (states, states), zero, spread)
-    now = now._replace(x=self.enter(now, zero, none))
-    return now, Samples(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
+    """Returns the first window, rolled out as for Gaussian data."""
+    zero, nothing = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
+    repeated = jnp.repeat(x[:, None], self.ring.window, axis=1)
+    states = self.ring.with_sharding(repeated)
+    ratio = wide(jnp.ones(len(x), x.dtype), x.ndim)
+    window = WindowState(
+      zero,
+      states,
+      *self.noise(zero, x.shape[1:]),
+      previous_x=x if self.tableau.uses_previous_state else None,
+      history=[nothing] * (self.tableau.history - 1),
+      secants=Secants(states, states, zero, ratio),
+    )
+    window = window._replace(x=self.roll_out(window, zero, nothing))
+    return window, Samples(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
 
-  def step(
-    self, now: WindowState, result: Samples, d: Array
+  def improve(
+    self, window: WindowState, result: Samples, d: Array
   ) -> tuple[WindowState, Samples]:
-    """Improves the states by their d, and moves the window on."""
-    table, published = self.table, self.method.published
-    k = slot_offset(self.ring, now.begin)
-    first = wide(k == 0, d.ndim)
-
-    def one_ago(x: Array, before: Array) -> Array:
-      return jnp.where(first, before[:, None], jnp.roll(x, 1, axis=1))
-
-    d_1 = d_2 = x_1 = None
-    if table.uses("p"):
-      x_1 = one_ago(now.x, now.x_1)
-    if table.uses("c", "e"):
-      d_1 = one_ago(d, now.d_1)
-      d_1 = jnp.where(first, d, d_1) if published else d_1  # a step of first order
-    if table.uses("e"):
-      d_2 = one_ago(d_1, now.d_2)
-    row = {name: self.column(name, now.begin[:, None] + k, d) for name in TERMS}
-    phi = sequential.apply_step(row, x=now.x, x_1=x_1, d=d, d_1=d_1, d_2=d_2, z=now.z)
-    slope, spread = _secant.estimate_slopes(now, k, row, d)
-    ago = tuple(jnp.roll(slope, n, axis=1) for n in range(3))
-    factors = self.method.factors(row, ago)[: self.order]
-    factors = [jnp.where(wide(k <= n, d.ndim), 0, f) for n, f in enumerate(factors)]
-    old = jnp.roll(now.x, -1, axis=1)
-    done = Iteration(now.begin, k, row, now.x, old, phi, now.z, factors)
-    new, stride, error, variation = self.method.improve(done)
-    left = table.evaluations - now.begin
+    """Updates the states by their denoised values, and moves the window."""
+    tableau, width = self.tableau, self.ring.window
+    offset = slot_offset(self.ring, window.begin)
+    step = self.coefficients(window.begin[:, None] + offset, d)
+    x_hat = tableau_lib.add_noise(step, window.x, window.z_before)
+    states, denoised = self.histories(window, offset, x_hat, d)
+    phi = tableau_lib.apply_step(step, states, denoised, window.z)
+    slope, ratio = _secant.estimate_slopes(window.secants, window.x, d, offset, step)
+    slopes = [jnp.roll(slope, n, axis=1) for n in range(tableau.memory)]
+    factors = self.rule.factors(step, slopes)
+    factors = [
+      jnp.where(wide(offset <= n, d.ndim), 0, factor)
+      for n, factor in enumerate(factors)
+    ]
+    old = jnp.roll(window.x, -1, axis=1)
+    update = self.rule.improve(
+      Iteration(window.begin, offset, step, old, phi, window.z, factors)
+    )
+    stride, remaining = update.stride, tableau.evaluations - window.begin
     result = Samples(
       result.x,
-      result.num_iterations + (left > 0).astype(jnp.int32),
-      result.num_evaluations + jnp.clip(left, 0, self.ring.window),
-      jnp.maximum(result.error, error),
-      result.tv_bound + variation,
+      result.num_iterations + (remaining > 0).astype(jnp.int32),
+      result.num_evaluations + jnp.clip(remaining, 0, width),
+      jnp.maximum(result.error, update.error),
+      result.tv_bound + update.tv,
     )
-    last = k == (stride - 1)[:, None]  # of the rows that are done now
-    states = jnp.roll(new, 1, axis=1)  # in their own slots
+    is_last = offset == (stride - 1)[:, None]  # of the accepted steps
+    new = jnp.roll(update.new, 1, axis=1)  # in the slots of the states themselves
+    previous_x = None
+    if tableau.uses_previous_state:
+      accepted = jnp.where(wide(offset == 0, d.ndim), window.x, new)
+      accepted = tableau_lib.add_noise(step, accepted, window.z_before)
+      previous_x = gather_slot(accepted, is_last)
     moved = WindowState(
-      now.begin + stride,
-      states,
-      self.noise(now.begin + stride, d.shape[2:]),
-      gather_slot(jnp.where(first, now.x, states), last)
-      if table.uses("p")
-      else now.x_1,
-      gather_slot(d, last) if table.uses("c", "e") else now.d_1,
-      gather_slot(d_1, last) if table.uses("e") else now.d_2,
-      (now.x, d),
-      self.ring.window - stride,
-      spread,
+      window.begin + stride,
+      new,
+      *self.noise(window.begin + stride, d.shape[2:]),
+      previous_x=previous_x,
+      history=[gather_slot(value, is_last) for value in denoised[:-1]],
+      secants=Secants(window.x, d, width - stride, ratio),
     )
-    offset = gather_slot(d - row["gain"] * now.x, k == self.ring.window - 1)
-    moved = moved._replace(x=self.enter(moved, now.begin + self.ring.window, offset))
+    shift = gather_slot(d - step.gain * window.x, offset == width - 1)
+    moved = moved._replace(x=self.roll_out(moved, window.begin + width, shift))
     keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
-    return jax.tree.map(keep, moved, now), result
+    return jax.tree.map(keep, moved, window), result
 
-  @property
-  def order(self) -> int:
-    """Returns how many states before it a row's new state depends on."""
-    return 3 if self.table.uses("e") else 2 if self.table.uses("p", "c") else 1
+  def histories(
+    self, window: WindowState, offset: Array, x_hat: Array, d: Array
+  ) -> tuple[list[Array], list[Array]]:
+    """Returns [x_hat_i, x_hat_{i-1}] and [d_i, d_{i-1}, ...], [B, W, ...] each."""
+    first = wide(offset == 0, d.ndim)
 
-  def enter(self, now: WindowState, known: Array, offset: Array) -> Array:
-    """Returns the states, those after `known` [B] made with d = gain x + offset."""
-    ndim, k = now.x.ndim, slot_offset(self.ring, now.begin)
-    i = now.begin[:, None] + k  # of the state, which the row before makes
-    fixed = wide(i <= known[:, None], ndim)
-    row = {name: self.column(name, i - 1, now.x) for name in TERMS}
-    if self.method.published:
-      row = dict.fromkeys(row, jnp.zeros_like(row["a"])) | {
-        "a": jnp.ones_like(row["a"])
-      }
-    weight = row["b"] + row["c"] + row["e"]
-    made = weight * offset[:, None]
-    if now.z is not None:
-      made += row["s"] * jnp.roll(now.z, 1, axis=1)
-    factors = [jnp.where(fixed, 0, row["a"] + weight * row["gain"])]
-    if self.table.uses("p"):
-      second = wide(k == 1, ndim)  # whose x_{i-2} has left the window
-      made += jnp.where(second, row["p"] * now.x_1[:, None], 0)
-      factors.append(jnp.where(fixed | second, 0, row["p"]))
-    return solve(self.ring, factors, jnp.where(fixed, now.x, made))
+    def previous(value: Array, before: Array) -> Array:
+      return jnp.where(first, before[:, None], jnp.roll(value, 1, axis=1))
+
+    states, denoised = [x_hat], [d]
+    if self.tableau.uses_previous_state:
+      states.append(previous(x_hat, window.previous_x))
+    for n, before in enumerate(window.history):
+      denoised.append(previous(denoised[-1], before))
+      if self.rule.published and n == 0:  # the first step is of first order
+        denoised[-1] = jnp.where(first, d, denoised[-1])
+    return states, denoised
+
+  def roll_out(self, window: WindowState, last_known: Array, shift: Array) -> Array:
+    """Returns the states, those after `last_known` [B] made with d = gain x + shift.
+
+    Args:
+      window: with its states up to `last_known`.
+      last_known: index of a state, int32 [B].
+      shift: [B, ...].
+    """
+    ndim, offset = window.x.ndim, slot_offset(self.ring, window.begin)
+    i = window.begin[:, None] + offset  # of the state, which step i - 1 produces
+    known = wide(i <= last_known[:, None], ndim)
+    step = self.coefficients(i - 1, window.x)
+    if self.rule.published:  # x_{i+1} = x_i
+      zeros = jax.tree.map(jnp.zeros_like, step)
+      step = zeros._replace(x=[jnp.ones_like(step.x[0]), *zeros.x[1:]])
+    weight = sum(step.denoised[1:], step.denoised[0])
+    new = weight * shift[:, None]
+    if window.z is not None:
+      new += step.noise * jnp.roll(window.z, 1, axis=1)
+    factor = step.x[0] + weight * step.gain
+    factors = [jnp.where(known, 0, factor)]
+    second = wide(offset == 1, ndim)  # the state whose x_{i-2} has left the window
+    if self.tableau.uses_previous_state:
+      new += jnp.where(second, step.x[1] * window.previous_x[:, None], 0)
+      factors.append(jnp.where(known | second, 0, step.x[1]))
+    if window.z_before is not None:
+      added = step.noise_before * jnp.roll(window.z_before, 1, axis=1)  # by step i - 1
+      new += factor * added
+      if self.tableau.uses_previous_state:
+        new += jnp.where(second, 0, step.x[1] * jnp.roll(added, 1, axis=1))
+    return solve(self.ring, factors, jnp.where(known, window.x, new))

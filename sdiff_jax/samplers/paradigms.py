@@ -1,8 +1,8 @@
-"""ParaDiGMS: Picard iteration over a window of a solver's rows (arXiv:2305.16317).
+"""ParaDiGMS: Picard iteration over a window of solver steps (arXiv:2305.16317).
 
-`windows` is the loop. Here a row is done when the state that it starts from has
-changed by no more than the tolerance. With tolerance 0 the result is that of
-`sequential`, to the bit where a denoiser treats its rows alike.
+`_sliding_window` is the loop. Here a step is accepted when the state that it starts from
+has changed by no more than the tolerance. With tolerance 0 the result is that of
+`sequential`, bit for bit if the denoiser computes each sample of its batch alike.
 """
 
 from collections.abc import Callable
@@ -15,34 +15,61 @@ from jax.sharding import NamedSharding
 from sdiff_jax import registry
 from sdiff_jax.samplers import _sliding_window
 from sdiff_jax.samplers._ring_buffer import RingBuffer
-from sdiff_jax.samplers._sliding_window import Callback, Iteration, Samples, UpdateRule
-from sdiff_jax.samplers.solvers import TOLERANCE_UNIT, SolverTableau
+from sdiff_jax.samplers._samples import Callback, Samples
+from sdiff_jax.samplers._sliding_window import Iteration, Update, UpdateRule
+from sdiff_jax.samplers.tableau import (
+  TOLERANCE_UNIT,
+  SolverTableau,
+  StepCoefficients,
+)
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 ULPS = 4  # changes of so many units in the last place count as none
 
 
+def check(tolerance: float | Array, update_rule: str) -> None:
+  """Checks a tolerance and an update rule.
+
+  Args:
+    tolerance: see `run`.
+    update_rule: see `run`.
+
+  Raises:
+    ValueError: a negative or infinite tolerance, or an unknown rule.
+
+  Example:
+    >>> check(0.1, "secant")
+  """
+  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
+    raise ValueError(f"tolerance={tolerance}: must be 0 or more, and finite")
+  if update_rule not in UPDATE_RULES:
+    raise ValueError(
+      f"update_rule={update_rule!r}: must be one of {', '.join(UPDATE_RULES)}"
+    )
+
+
 def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
-  """Returns the options, or raises a ValueError for one that does not fit."""
-  _sliding_window.check_window(tableau, options["window"])
+  """Returns the options of `run` if they fit a solver; a window of 0 is unset.
+
+  Args:
+    tableau: the solver.
+    options: by name.
+
+  Raises:
+    ValueError: an option that does not fit.
+  """
+  if options["window"]:
+    _sliding_window.check_window(tableau, options["window"])
   check(options["tolerance"], options["update_rule"])
   return options
-
-
-def check(tolerance: float | Array, update_rule: str) -> None:
-  """Raises a ValueError for a tolerance or a rule that does not exist."""
-  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
-    raise ValueError(f"tolerance={tolerance}: take 0 or more")
-  if update_rule not in UPDATE_RULES:
-    raise ValueError(f"update_rule={update_rule!r}: take one of {[*UPDATE_RULES]}")
 
 
 @registry.register(
   "samplers", "paradigms", prefix="para", check=check_options, bounds_tv=True
 )
-def sample(
+def run(
   denoiser: Denoiser,
-  table: SolverTableau,
+  tableau: SolverTableau,
   x: Array,
   keys: PRNGKey,
   cond: Cond,
@@ -50,88 +77,130 @@ def sample(
   window: int = 0,
   tolerance: float | Array = 0.1,
   update_rule: str = "secant",
+  max_iterations: int = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
-  max_iterations: int = 0,
 ) -> Samples:
-  """Returns the last state of the recurrence of `tables`, found in parallel.
+  """Returns the last state of a solver's recurrence, computed in parallel.
 
   Args:
     denoiser: (x [N, ...], time [N], cond) -> d [N, ...]; N = B window.
-    table: the solver.
-    x: first state, [B, ...] (see `sequential.initial`).
-    keys: one key a sample, [B]; unused by a table without noise.
+    tableau: the solver.
+    x: initial states, [B, ...] (see `sequential.sample_prior`).
+    keys: one key a sample, [B]; unused by a solver without noise.
     cond: conditions, leading [B].
-    window: rows evaluated at once, W.
-    tolerance: largest change of an accepted state, as a root mean square; 1 is UNIT
-      of the data's standard deviation.
-    update_rule: how changes carry on, a key of RULES. "published" is arXiv:2305.16317 to the
-      letter, its unit the noise of the row; the others start new states from the
-      last d, and keep a multistep solver's history.
+    window: number of steps that are evaluated at once, W.
+    tolerance: largest change of an accepted state, as a root mean square; 1 is
+      `TOLERANCE_UNIT` standard deviations of the data.
+    update_rule: how changes propagate, a key of `UPDATE_RULES`. "published" follows
+      arXiv:2305.16317 literally, and its unit is the noise of the step; the others start
+      new states from the last denoised value, and keep the history of a multistep solver.
+    max_iterations: see `_sliding_window.sliding_window`; 0 for no bound.
     sharding: of the axes [B, W]; None on one device.
-    callback: a preview (see windows.Callback); None for none.
-    max_iterations: most calls of the denoiser (see windows.run); 0 for any number.
+    callback: a preview (see `Callback`); None for none.
+
+  Returns:
+    Samples, with their cost and accuracy.
 
   Raises:
     ValueError: a window, tolerance or rule that does not exist.
+
+  Example:
+    >>> from sdiff_jax.samplers import sequential, solvers
+    >>> tableau = solvers.build(sigma_d=0.5, name="ddim", steps=8)
+    >>> keys = sequential.keys_from_seeds(np.arange(3))
+    >>> x = sequential.sample_prior(tableau, keys, (2, 2))
+    >>> denoise = lambda x, time, cond: 0 * x
+    >>> run(denoise, tableau, x, keys, None, window=8).num_iterations
+    Array([2, 2, 2], dtype=int32)
   """
   check(tolerance, update_rule)
   ring, published = RingBuffer(window, sharding), update_rule == "published"
-  unit = jnp.asarray(_unit(table, published), x.dtype)
-  noise = jnp.asarray(np.append(table.scale, 0.0), x.dtype)
+  unit = jnp.asarray(_unit(tableau, published), x.dtype)
+  noise_std = jnp.asarray(np.append(tableau.scale, 0.0), x.dtype)
 
-  def improve(now: Iteration) -> tuple[Array, Array, Array, Array]:
+  def improve(now: Iteration) -> Update:
     new = _sliding_window.propagate_change(ring, now.factors, now.phi, now.old)
-    state = jnp.minimum(now.begin[:, None] + now.k + 1, table.evaluations)
+    state = jnp.minimum(now.begin[:, None] + now.offset + 1, tableau.evaluations)
     allowed = unit[state]
     change = _mean_square(new - now.old)
     floor = (ULPS * jnp.finfo(x.dtype).eps) ** 2 * _mean_square(new)
     good = change <= jnp.maximum((tolerance * allowed) ** 2, floor)
-    stride = 1 + jnp.min(jnp.where(good, window - 1, now.k), axis=1)
-    stride = jnp.minimum(stride, table.evaluations - now.begin)
-    counts = (now.k < (stride - 1)[:, None]) & (change > floor)
+    stride = 1 + jnp.min(jnp.where(good, window - 1, now.offset), axis=1)
+    stride = jnp.minimum(stride, tableau.evaluations - now.begin)
+    counts = (now.offset < (stride - 1)[:, None]) & (change > floor)
     relative = change**0.5 / jnp.where(allowed > 0, allowed, 1)
     norm = (change * x[0].size) ** 0.5
-    variation = jnp.where(counts, norm / (2 * noise[state]), 0).sum(axis=1)
-    return new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), variation
+    tv = jnp.where(counts, norm / (2 * noise_std[state]), 0).sum(axis=1)
+    return Update(new, stride, jnp.max(jnp.where(counts, relative, 0), axis=1), tv)
 
-  method = UpdateRule(UPDATE_RULES[update_rule], improve, published)
-  given = (x, keys, cond, ring, method, callback, max_iterations)
-  return _sliding_window.sliding_window(denoiser, table, *given)
+  return _sliding_window.sliding_window(
+    denoiser,
+    tableau,
+    x,
+    keys,
+    cond,
+    ring=ring,
+    rule=UpdateRule(UPDATE_RULES[update_rule], improve, published),
+    callback=callback,
+    max_iterations=max_iterations,
+  )
 
 
-def _unit(table: SolverTableau, published: bool) -> np.ndarray:
-  """Returns the unit of errors of states 0 to R, float64 [R + 1].
+def _unit(tableau: SolverTableau, published: bool) -> np.ndarray:
+  """Returns the unit of the tolerance at states 0 to R, float64 [R + 1].
 
-  UNIT sigma_d. Published: the standard deviation of the noise that leaves the state,
-  and all but nothing where there is none.
+  It is `TOLERANCE_UNIT` sigma_d. For the published rule, it is the standard deviation
+  of the noise that is added to the state, and almost 0 where there is none.
   """
   if published:
-    return np.append(np.maximum(table.scale, 1e-10), 0.0)
-  return np.full(table.evaluations + 1, TOLERANCE_UNIT * table.sigma_d)
+    return np.append(np.maximum(tableau.scale, 1e-10), 0.0)
+  return np.full(tableau.evaluations + 1, TOLERANCE_UNIT * tableau.sigma_d)
 
 
 def _mean_square(x: Array) -> Array:
-  """Returns the mean of x^2 over a sample, [B, W]."""
+  """Returns the mean of x^2 over each state, [B, W]."""
   return jnp.mean(jnp.square(x), tuple(range(2, x.ndim)))
 
 
-def _picard(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
-  return 1 - row["p"], row["p"], jnp.zeros_like(row["p"])
+def _picard(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
+  """A = 1 - x_coef_1, A' = x_coef_1: each state moves by the change before it."""
+  if len(step.x) == 1:
+    return _padded([jnp.ones_like(step.x[0])], slopes)
+  return _padded([1 - step.x[1], step.x[1]], slopes)
 
 
-def _linear(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
-  return row["a"], row["p"], jnp.zeros_like(row["p"])
+def _linear(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
+  """A = x_coef_0, A' = x_coef_1: denoised values are held fixed."""
+  return _padded(step.x, slopes)
 
 
-def secant(row: dict, slopes: tuple[Array, ...]) -> tuple[Array, ...]:
-  """A = a + b dd_i/dx_i, A' = p + c dd_{i-1}/dx_{i-1}, A'' = e dd_{i-2}/dx_{i-2}."""
-  now, one_ago, two_ago = slopes
-  return row["a"] + row["b"] * now, row["p"] + row["c"] * one_ago, row["e"] * two_ago
+def _padded(factors: list[Array], slopes: list[Array]) -> list[Array]:
+  """Returns the factors with zeros, as many as there are slopes."""
+  missing = len(slopes) - len(factors)
+  return [*factors, *[jnp.zeros_like(factors[0])] * missing]
 
 
-# How a change of a state carries on to those after it (see windows.Method.factors).
-UPDATE_RULES: dict[str, Callable[..., Array]] = {
+def secant(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
+  """A^(n) = x_coef_n + denoised_coef_n dd_{i-n}/dx_{i-n}: linear in all states.
+
+  Args:
+    step: coefficients, [B, W, 1, ...].
+    slopes: dd/dx of x_i, x_{i-1}, ..., [B, W, ...] each.
+
+  Returns:
+    A, A', ..., [B, W, ...] each, as many as slopes.
+  """
+  factors = []
+  for n, slope in enumerate(slopes):
+    terms = [step.x[n]] if n < len(step.x) else []
+    terms += [step.denoised[n] * slope] if n < len(step.denoised) else []
+    factors.append(sum(terms[1:], terms[0]))
+  return factors
+
+
+# How a change of a state propagates to those after it (see `UpdateRule.factors`).
+UPDATE_RULES: dict[str, Callable[[StepCoefficients, list[Array]], list[Array]]] = {
   "published": _picard,
   "picard": _picard,
   "linear": _linear,

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sdiff_jax import registry
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.distributed import sharding as sharding_lib
 from sdiff_jax.samplers import _names, sequential, solvers
-from sdiff_jax.samplers._sliding_window import Callback, Samples
-from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax.samplers._samples import Callback, Samples
+from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
@@ -121,7 +120,7 @@ def options(name: str) -> dict[str, Any]:
     for k, v in _names.loop_parameters(loop).items()
     if k not in _names.RUNTIME_ONLY
   }
-  return _names.COMMON | _names.solver_options(solver) | of_loop
+  return _names.COMMON | solvers.options(solver) | of_loop
 
 
 def solver_of(name: str) -> str:
@@ -166,7 +165,7 @@ def build(
     (50, 16, 'paradigms')
   """
   loop, solver = _names.lookup(name)
-  common, of_solver = {}, _names.solver_options(solver)
+  common, of_solver = {}, solvers.options(solver)
   if schedule is None:
     if sigma_d is None or steps is None:
       missing = "sigma_d" if sigma_d is None else "steps"
@@ -184,7 +183,7 @@ def build(
     tableau = solvers.build(sigma_d=sigma_d, name=solver, steps=steps, **of_tableau)
   else:
     of_tableau = {k: v for k, v in options.items() if k in of_solver}
-    tableau = _names.tableau(solver, schedule, **of_tableau)
+    tableau = solvers.from_schedule(solver, schedule, **of_tableau)
   return from_tableau(
     name, tableau, **{k: v for k, v in options.items() if k not in of_tableau}
   )
@@ -303,14 +302,3 @@ def run(
     given["sharding"] = sharding_lib.window(given.pop("mesh"))
   loop = _names.loops()[sampler.loop].build
   return loop(denoiser, sampler.tableau, x, keys, cond, **sampler.options, **given)
-
-
-@registry.register("samplers", "sequential", prefix="")
-def _sequential(
-  denoiser: Denoiser, tableau: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
-) -> Samples:
-  """Runs the steps of a tableau sequentially; see `sequential.sample`."""
-  count = jnp.full(len(x), tableau.evaluations, jnp.int32)
-  x = sequential.sample(denoiser, tableau, x, keys, cond)
-  zero = jnp.zeros(len(x), x.dtype)
-  return Samples(x, count, count, zero, zero)

@@ -1,19 +1,46 @@
-"""Runs a solver table, one row after the other."""
-
-import functools
+"""Runs the steps of a solver sequentially, and draws the noise of all samplers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.samplers.solvers import SolverTableau
+from sdiff_jax import registry
+from sdiff_jax.samplers import tableau as tableau_lib
+from sdiff_jax.samplers._samples import Samples
+from sdiff_jax.samplers.tableau import SolverTableau, StepCoefficients
 from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
 
 
-def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
-  """Returns the noise of row i, [B, *shape]; sample k's depends on keys[k] alone.
+def keys_from_seeds(seeds: np.ndarray | Array) -> PRNGKey:
+  """Returns one random key for each integer seed.
 
-  Row -1 is the initial state's.
+  Args:
+    seeds: integers, [B].
+
+  Returns:
+    Keys, [B].
+
+  Example:
+    >>> keys_from_seeds(np.arange(3)).shape
+    (3,)
+  """
+  return jax.vmap(jax.random.key)(seeds)
+
+
+def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
+  """Returns the noise after the evaluation of solver step i.
+
+  Args:
+    keys: one key a sample, [B]; the noise of sample k depends on keys[k] alone.
+    i: the step; -1 is the noise of the initial state.
+    shape: of one sample.
+
+  Returns:
+    Standard normal noise, float32 [B, *shape].
+
+  Example:
+    >>> noise(keys_from_seeds(np.arange(3)), 0, (2, 2)).shape
+    (3, 2, 2)
   """
 
   def draw(key: PRNGKey) -> Array:
@@ -22,74 +49,131 @@ def noise(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
   return jax.lax.optimization_barrier(jax.vmap(draw)(keys))
 
 
-def sample_prior(table: SolverTableau, keys: PRNGKey, shape: tuple[int, ...]) -> Array:
-  """Returns the first state, N(0, init_std^2), [B, *shape]."""
-  return table.init_std * noise(keys, -1, shape)
+def noise_before(keys: PRNGKey, i: Array | int, shape: tuple[int, ...]) -> Array:
+  """Returns the noise before the evaluation of solver step i, independent of `noise`.
+
+  Args:
+    keys: one key a sample, [B].
+    i: the step.
+    shape: of one sample.
+
+  Returns:
+    Standard normal noise, float32 [B, *shape].
+
+  Example:
+    >>> noise_before(keys_from_seeds(np.arange(3)), 0, (2, 2)).shape
+    (3, 2, 2)
+  """
+
+  def draw(key: PRNGKey) -> Array:
+    # `speculative` draws its uniform numbers from fold 1 of a step's key.
+    key = jax.random.fold_in(jax.random.fold_in(key, i + 1), 2)
+    return jax.random.normal(key, shape, jnp.float32)
+
+  return jax.lax.optimization_barrier(jax.vmap(draw)(keys))
+
+
+def sample_prior(
+  tableau: SolverTableau, keys: PRNGKey, shape: tuple[int, ...]
+) -> Array:
+  """Returns the initial states, N(0, init_std^2).
+
+  Args:
+    tableau: the solver.
+    keys: one key a sample, [B].
+    shape: of one sample.
+
+  Returns:
+    States, float32 [B, *shape].
+
+  Example:
+    >>> from sdiff_jax.samplers import solvers
+    >>> tableau = solvers.build(sigma_d=0.5, name="ddim", steps=4)
+    >>> sample_prior(tableau, keys_from_seeds(np.arange(3)), (2, 2)).shape
+    (3, 2, 2)
+  """
+  return tableau.init_std * noise(keys, -1, shape)
 
 
 def with_optimization_barrier(
   denoiser: Denoiser, x: Array, time: Array, cond: Cond
 ) -> Array:
-  """Returns denoiser(x, time, cond), compiled alike in every program."""
+  """Returns denoiser(x, time, cond), compiled in the same way in every program.
+
+  Args:
+    denoiser: (x [N, ...], time [N], cond) -> d [N, ...].
+    x: states, [N, ...].
+    time: [N].
+    cond: conditions, leading [N].
+  """
   x, time, cond = jax.lax.optimization_barrier((x, time, cond))
   return jax.lax.optimization_barrier(denoiser(x, time, cond))
 
 
-def apply_step(row: dict[str, Array], **state: Array | None) -> Array:
-  """Returns a x + p x_1 + b d + c d_1 + e d_2 + s z, rounded alike in every program.
-
-  A compiler may fuse a product into the sum that follows, which rounds once instead
-  of twice, and it chooses by what stands around: so products are made apart.
-
-  Args:
-    row: coefficients by name, each of a shape that broadcasts.
-    **state: x, x_1, d, d_1, d_2 and z: states and denoised, now, one and two rows
-      ago, and noise; none, or None, where the table does not use it.
-  """
-  names = zip("apbces", ("x", "x_1", "d", "d_1", "d_2", "z"), strict=True)
-  terms = [row[k] * state[v] for k, v in names if state.get(v) is not None]
-  # What stands between a product and its sum, so that nothing makes one of both.
-  terms = [jnp.maximum(term, jnp.finfo(term.dtype).min) for term in terms]
-  return functools.reduce(jnp.add, terms)
-
-
 def sample(
-  denoiser: Denoiser, table: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
+  denoiser: Denoiser, tableau: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
 ) -> Array:
-  """Returns the last state of the recurrence of `tables`, [B, ...].
+  """Returns the last state of a solver's recurrence (see `tableau`).
 
   Args:
     denoiser: (x [B, ...], time [B], cond) -> d [B, ...].
-    table: the solver.
-    x: first state, [B, ...] (see `sample_prior`).
-    keys: one key a sample, [B]; unused by a table without noise.
+    tableau: the solver.
+    x: initial states, [B, ...] (see `sample_prior`).
+    keys: one key a sample, [B]; unused by a solver without noise.
     cond: conditions, leading [B].
+
+  Returns:
+    The last states, [B, ...].
+
+  Example:
+    >>> from sdiff_jax.samplers import solvers
+    >>> tableau = solvers.build(sigma_d=0.5, name="ddim", steps=4)
+    >>> keys = keys_from_seeds(np.arange(3))
+    >>> x = sample_prior(tableau, keys, (2, 2))
+    >>> sample(lambda x, time, cond: 0 * x, tableau, x, keys, None).shape
+    (3, 2, 2)
   """
-  columns = {n: jnp.asarray(getattr(table, n), x.dtype) for n in (*"apbces", "time")}
-  rows = jnp.arange(table.evaluations)
   # A time for each sample, as in a parallel sampler, where they differ.
-  times = jnp.repeat(columns["time"][:, None], len(x), axis=1)
+  times = jnp.repeat(jnp.asarray(tableau.time, x.dtype)[:, None], len(x), axis=1)
+  steps = jnp.arange(tableau.evaluations)
+  shape = x.shape[1:]
 
-  def row(carry: tuple[Array, ...], inputs: tuple) -> tuple:
-    x, x_1, d_1, d_2 = carry
-    row, times, i = inputs
+  def solver_step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+    x, previous_x, history = carry
+    coefficients, times, i = inputs
+    z_before = noise_before(keys, i, shape) if tableau.uses_noise_before else None
+    x = tableau_lib.add_noise(coefficients, x, z_before)
     d = with_optimization_barrier(denoiser, x, times, cond)
-    new = apply_step(
-      row,
-      x=x,
-      x_1=x_1 if table.uses("p") else None,
-      d=d,
-      d_1=d_1 if table.uses("c", "e") else None,
-      d_2=d_2 if table.uses("e") else None,
-      z=noise(keys, i, x.shape[1:]) if table.uses("s") else None,
-    )
-    return (new, x, d, d_1), None
+    states = [x, previous_x] if tableau.uses_previous_state else [x]
+    z = noise(keys, i, shape) if tableau.uses_noise else None
+    denoised = [d, *history]
+    new = tableau_lib.apply_step(coefficients, states, denoised, z)
+    return (new, x, denoised[: len(history)]), None
 
-  none = jnp.zeros_like(x)
-  (x, *_), _ = jax.lax.scan(row, (x, x, none, none), (columns, times, rows))
+  history = [jnp.zeros_like(x)] * (tableau.history - 1)
+  inputs: tuple[StepCoefficients, Array, Array] = (
+    tableau.coefficients(x.dtype),
+    times,
+    steps,
+  )
+  (x, *_), _ = jax.lax.scan(solver_step, (x, x, history), inputs)
   return x
 
 
-def keys_from_seeds(seeds: np.ndarray) -> PRNGKey:
-  """Returns one key for each integer seed [B]."""
-  return jax.vmap(jax.random.key)(seeds)
+@registry.register("samplers", "sequential", prefix="")
+def run(
+  denoiser: Denoiser, tableau: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
+) -> Samples:
+  """Runs the steps of a solver sequentially; the sampling loop of a solver's own name.
+
+  Args:
+    denoiser: see `sample`.
+    tableau: see `sample`.
+    x: see `sample`.
+    keys: see `sample`.
+    cond: see `sample`.
+  """
+  count = jnp.full(len(x), tableau.evaluations, jnp.int32)
+  x = sample(denoiser, tableau, x, keys, cond)
+  zero = jnp.zeros(len(x), x.dtype)
+  return Samples(x, count, count, zero, zero)

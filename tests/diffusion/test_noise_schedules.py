@@ -1,4 +1,4 @@
-"""Paths and tables against the numbers of diffusers' schedulers, in float64.
+"""Noise schedules and solvers against the numbers of diffusers' schedulers, in float64.
 
 The model is the exact posterior mean of a Gaussian mixture, so eps and v agree.
 """
@@ -8,9 +8,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from closed_forms import run_recurrence
 
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.samplers import solvers
+from sdiff_jax.samplers.solvers import dpmpp
 
 FILE = pathlib.Path(__file__).parents[1] / "fixtures" / "schedulers.npz"
 with np.load(FILE) as arrays:
@@ -37,22 +39,18 @@ def posterior_mean(kind, x, alpha, sigma):
 
 
 def solve(kind, table, abar, noise=None, clip=None):
-  """Runs a table on the mixture, whose level is read off the table's own time."""
-  x = PEER[f"{kind}/x_init"]
-  x_1 = d_1 = d_2 = np.zeros_like(x)
-  for i, t in enumerate(table.time):
-    level = abar[round(t)]
+  """Runs a solver on the mixture, whose noise level follows from the time."""
+
+  def denoiser(x, time):
+    level = abar[round(time)]
     d = posterior_mean(kind, x, level**0.5, (1 - level) ** 0.5)
-    d = d if clip is None else np.clip(d, -clip, clip)
-    a, p, b, c, e, s = (column[i] for column in table[:6])
-    new = a * x + p * x_1 + b * d + c * d_1 + e * d_2
-    new += 0 if s == 0 else s * noise[i]
-    x, x_1, d_1, d_2 = new, x, d, d_1
-  return x
+    return d if clip is None else np.clip(d, -clip, clip)
+
+  return run_recurrence(table, PEER[f"{kind}/x_init"], denoiser, noise)
 
 
 def of(kind: str) -> list[str]:
-  # DDIM there clips x0 and keeps the eps from before, which no table in x0 can.
+  # DDIM there clips x0 and keeps the eps from before, which no solver in x0 can.
   return [
     name
     for name, run in RUNS.items()
@@ -79,13 +77,13 @@ def test_ddim(name):
     run["T"], run["N"], run["spacing"], run.get("offset", 0)
   )
   np.testing.assert_array_equal(at, PEER[f"{name}/timesteps"])
-  path = noise_schedules.vp(
+  schedule = noise_schedules.vp(
     abar,
     at,
     ends=at - run["T"] // run["N"],
-    last=1.0 if run["a1"] else abar[0],
+    final_abar=1.0 if run["a1"] else abar[0],
   )
-  final = solve("ddim", solvers.ddim(path), abar)
+  final = solve("ddim", solvers.from_schedule("ddim", schedule), abar)
   np.testing.assert_allclose(final, PEER[f"{name}/final"], atol=1e-9)
 
 
@@ -94,7 +92,7 @@ def test_ddpm(name):
   run, abar = RUNS[name], abar_of(RUNS[name])
   at = noise_schedules.timesteps(run["T"], run["N"], run["spacing"])
   np.testing.assert_array_equal(at, PEER[f"{name}/timesteps"])
-  table = solvers.ddpm(noise_schedules.vp(abar, at))
+  table = solvers.from_schedule("ddpm", noise_schedules.vp(abar, at))
   clip = 1.0 if run["clip"] else None
   final = solve("ddpm", table, abar, PEER["noise"], clip)
   np.testing.assert_allclose(final, PEER[f"{name}/final"], atol=1e-9)
@@ -110,7 +108,8 @@ def test_dpmpp(name):
     at = noise_schedules.timesteps(T, N + 1, run["spacing"], offset)[:-1]
   np.testing.assert_array_equal(at, PEER[f"{name}/timesteps"])
   last = 1.0 if run["fs"] == "zero" else abar[0]
-  table = solvers.dpmpp(noise_schedules.vp(abar, at, last=last), run.get("order", 2))
+  schedule = noise_schedules.vp(abar, at, final_abar=last)
+  table = dpmpp.dpmpp(schedule, run.get("order", 2))
   final = solve("dpmpp", table, abar)
   np.testing.assert_allclose(final, PEER[f"{name}/final"], atol=1e-9)
 
@@ -130,44 +129,49 @@ CHAINS = {
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_points_lie_on_the_path(kind):
-  path = CHAINS[kind]
-  for alpha, sigma, time in zip(*path[:3], strict=True):
-    found = path.point(np.log(alpha / sigma))
+  schedule = CHAINS[kind]
+  for alpha, sigma, time in zip(*schedule[:3], strict=True):
+    found = schedule.point(np.log(alpha / sigma))
     np.testing.assert_allclose(found, (alpha, sigma, time), rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_noise_keeps_the_law_of_a_gaussian(kind):
   """A step of DDPM is exact for x0 ~ N(0, v) if x0 given x is drawn, not averaged."""
-  path, v = CHAINS[kind], 0.3
-  table = solvers.ddpm(path)
-  var = path.alpha[0] ** 2 * v + path.sigma[0] ** 2
-  for i, (alpha, sigma) in enumerate(zip(path.alpha, path.sigma, strict=True)):
+  schedule, v = CHAINS[kind], 0.3
+  table = solvers.from_schedule("ddpm", schedule)
+  var = schedule.alpha[0] ** 2 * v + schedule.sigma[0] ** 2
+  for i, (alpha, sigma) in enumerate(zip(schedule.alpha, schedule.sigma, strict=True)):
     gain = alpha * v / (alpha**2 * v + sigma**2)  # d = gain x
-    mean = table.a[i] + table.b[i] * gain
+    x_coef, denoised_coef = table.x_coef[i, 0], table.denoised_coef[i, 0]
+    mean = x_coef + denoised_coef * gain
     left = v - gain * alpha * v  # variance of x0 given x
-    var = mean**2 * var + table.s[i] ** 2 + table.b[i] ** 2 * left
-  expected = path.alpha_next[-1] ** 2 * v + path.sigma_next[-1] ** 2
+    var = mean**2 * var + table.noise_coef[i] ** 2 + denoised_coef**2 * left
+  expected = schedule.alpha_next[-1] ** 2 * v + schedule.sigma_next[-1] ** 2
   assert var == pytest.approx(expected, rel=1e-9)
 
 
 def test_eta_leads_from_ddim_to_ddpm():
-  path = noise_schedules.trigflow(np.linspace(1.5, 0.0, 9), 0.5)
-  half = solvers.ddim(path, eta=0.5)
-  np.testing.assert_allclose(half.s, solvers.ddpm(path).s / 2, rtol=1e-12)
+  schedule = noise_schedules.trigflow(np.linspace(1.5, 0.0, 9), 0.5)
+  half = solvers.from_schedule("ddim", schedule, eta=0.5)
+  whole = solvers.from_schedule("ddpm", schedule)
+  np.testing.assert_allclose(half.noise_coef, whole.noise_coef / 2, rtol=1e-12)
   # Noise and what is left of eps make up sigma' together.
   np.testing.assert_allclose(
-    np.hypot(half.a * path.sigma, half.s), path.sigma_next, rtol=1e-12
+    np.hypot(half.x_coef[:, 0] * schedule.sigma, half.noise_coef),
+    schedule.sigma_next,
+    rtol=1e-12,
   )
-  assert not solvers.ddim(path).s.any()
+  assert not solvers.from_schedule("ddim", schedule).uses_noise
 
 
 def test_large_variance_is_beta():
   abar = noise_schedules.alphas_cumprod("linear", 10)
-  table = solvers.ddpm(noise_schedules.vp(abar, np.arange(10)[::-1]), "large")
+  schedule = noise_schedules.vp(abar, np.arange(10)[::-1])
+  table = solvers.from_schedule("ddpm_large", schedule)
   betas = np.linspace(1e-4, 0.02, 10)[::-1]
-  np.testing.assert_allclose(table.s[:-1] ** 2, betas[:-1], rtol=1e-9)
-  assert table.s[-1] == 0
+  np.testing.assert_allclose(table.noise_coef[:-1] ** 2, betas[:-1], rtol=1e-9)
+  assert table.noise_coef[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -175,17 +179,26 @@ def test_large_variance_is_beta():
   [
     (
       lambda: noise_schedules.alphas_cumprod("square", 10),
-      "schedule='square': take 'linear'",
+      "schedule='square': must be 'linear'",
     ),
-    (lambda: noise_schedules.timesteps(10, 11, "leading"), "steps=11: take 1 to 10"),
-    (lambda: noise_schedules.timesteps(10, 0, "leading"), "steps=0: take 1 to 10"),
+    (
+      lambda: noise_schedules.timesteps(10, 11, "leading"),
+      "steps=11: must be in 1 to 10",
+    ),
+    (
+      lambda: noise_schedules.timesteps(10, 0, "leading"),
+      "steps=0: must be in 1 to 10",
+    ),
     (
       lambda: noise_schedules.timesteps(10, 5, "even"),
-      "spacing='even': take 'leading'",
+      "spacing='even': must be 'leading'",
     ),
-    (lambda: solvers.ddpm(PATH, "huge"), "variance='huge': take 'small' or 'large'"),
-    (lambda: solvers.dpmpp(PATH, 4), r"order=4: DPM-Solver\+\+ has 1, 2 and 3"),
-    (lambda: solvers.dpmpp(PATH, 3, sde=True), "order=3: .* its SDE 1 and 2"),
+    (
+      lambda: solvers.from_schedule("ddpm_huge", PATH),
+      "name='ddpm_huge': must be one of .*ddpm, ddpm_large",
+    ),
+    (lambda: dpmpp.dpmpp(PATH, 4), "order=4: must be 1, 2 or 3"),
+    (lambda: dpmpp.dpmpp(PATH, 3, sde=True), "order=3: .* 1 or 2 for the SDE"),
   ],
 )
 def test_mistakes_are_refused(call, message):

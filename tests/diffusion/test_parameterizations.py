@@ -40,7 +40,7 @@ def test_predictions_of_a_discrete_process(kind):
 
 
 def test_the_flow_velocity_samples_the_gaussian():
-  table = solvers.ddim(noise_schedules.flow(np.linspace(1, 0, 201)))
+  table = solvers.from_schedule("ddim", noise_schedules.flow(np.linspace(1, 0, 201)))
   keys = sequential.keys_from_seeds(np.arange(2))
   x = sequential.sample_prior(table, keys, (4,))
   net = parameterizations.denoiser(
@@ -48,7 +48,7 @@ def test_the_flow_velocity_samples_the_gaussian():
   )
   found = sequential.sample(net, table, x, keys, None)
   np.testing.assert_allclose(found, STD * x, rtol=2e-2)
-  result = paradigms.sample(net, table, x, keys, None, window=50, tolerance=1e-2)
+  result = paradigms.run(net, table, x, keys, None, window=50, tolerance=1e-2)
   np.testing.assert_allclose(result.x, found, atol=2e-3)
   assert np.all(result.num_iterations < 40)
 
@@ -68,7 +68,7 @@ def test_clipping():
 
 
 def test_mistakes_are_refused():
-  with pytest.raises(ValueError, match=r"kind='score': take one of \['x0', 'eps'"):
+  with pytest.raises(ValueError, match=r"kind='score': must be one of x0, eps"):
     parameterizations.denoiser(jax.nn.relu, "score", parameterizations.flow)
-  with pytest.raises(ValueError, match=r"quantile=0\.9: give the range"):
+  with pytest.raises(ValueError, match=r"quantile=0\.9: needs clip, the range"):
     parameterizations.denoiser(jax.nn.relu, "eps", parameterizations.flow, quantile=0.9)

@@ -1,4 +1,4 @@
-"""The laws of training angles, the grids of sampling angles, the warm-up."""
+"""Distributions of training times, time grids of samplers, the warm-up."""
 
 import hypothesis
 import jax
@@ -30,7 +30,7 @@ def test_log_normal_law(key, p_mean, p_std, sigma_d):
 
 @hypothesis.given(k=st.floats(0.1, 10))
 def test_log_normal_scales_with_the_data(k):
-  """sigma_d -> k sigma_d with p_mean -> p_mean + ln k leaves the angles alone."""
+  """sigma_d -> k sigma_d with p_mean -> p_mean + ln k leaves the times alone."""
   key = jax.random.key(0)
   t = time_grids.log_normal(key, 9, p_mean=-1.0, p_std=1.4, sigma_d=0.5)
   scaled = time_grids.log_normal(
@@ -68,39 +68,39 @@ def test_karras_ends(steps, low, high):
 
 def test_one_step_goes_from_the_most_noise_to_none():
   np.testing.assert_allclose(time_grids.karras(1), [80, 0])
-  np.testing.assert_allclose(time_grids.karras_angles(1, 0.5), [np.arctan(160), 0])
+  np.testing.assert_allclose(time_grids.karras_timesteps(1, 0.5), [np.arctan(160), 0])
 
 
-def test_karras_angles_are_those_of_the_levels():
-  angles = time_grids.karras_angles(9, 0.7)
+def test_karras_timesteps_are_those_of_the_levels():
+  angles = time_grids.karras_timesteps(9, 0.7)
   np.testing.assert_allclose(0.7 * np.tan(angles), time_grids.karras(9), rtol=1e-9)
 
 
-def test_consistency_angles_of_the_paper():
+def test_consistency_timesteps_of_the_paper():
   np.testing.assert_allclose(
-    time_grids.consistency_angles(1, 0.5), [1.56455, 0], atol=1e-5
+    time_grids.consistency_timesteps(1, 0.5), [1.56455, 0], atol=1e-5
   )
-  two = time_grids.consistency_angles(2, 0.5)
+  two = time_grids.consistency_timesteps(2, 0.5)
   np.testing.assert_allclose(two, [1.56455, 1.1, 0], atol=1e-5)
-  four = time_grids.consistency_angles(4, 1.0)
+  four = time_grids.consistency_timesteps(4, 1.0)
   np.testing.assert_allclose(four, np.arctan(80) * np.array([4, 3, 2, 1, 0]) / 4)
 
 
 def test_given_timesteps():
-  angles = time_grids.given_timesteps((np.pi / 2, 1.1, 0.3))
+  angles = time_grids.from_list((np.pi / 2, 1.1, 0.3))
   assert angles.dtype == np.float64
   np.testing.assert_array_equal(angles, [np.pi / 2, 1.1, 0.3, 0])
 
 
 @pytest.mark.parametrize("angles", [(1.6, 1.0), (1.0, 1.2), (1.0, 1.0), (1.0, 0.0)])
 def test_given_timesteps_must_fall(angles):
-  with pytest.raises(ValueError, match="falling angles in"):
-    time_grids.given_timesteps(angles)
+  with pytest.raises(ValueError, match="must decrease, in"):
+    time_grids.from_list(angles)
 
 
 def test_the_rounded_pi_half_is_taken_as_pi_half():
   np.testing.assert_array_equal(
-    time_grids.given_timesteps((1.5708, 1.1)), [np.pi / 2, 1.1, 0]
+    time_grids.from_list((1.5708, 1.1)), [np.pi / 2, 1.1, 0]
   )
-  with pytest.raises(ValueError, match="falling angles"):
-    time_grids.given_timesteps((float("nan"), 1.1))
+  with pytest.raises(ValueError, match="must decrease"):
+    time_grids.from_list((float("nan"), 1.1))

@@ -5,12 +5,15 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import run_recurrence
 from conftest import FIXTURES
-from test_paths import posterior_mean
+from test_noise_schedules import posterior_mean
 
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.pretrained.diffusers import scheduler
 from sdiff_jax.samplers import solvers
+from sdiff_jax.samplers.solvers import dpmpp
+from sdiff_jax.samplers.tableau import SolverTableau
 
 with np.load(FIXTURES / "schedulers.npz") as arrays:
   PEER = dict(arrays)
@@ -36,8 +39,8 @@ def config_of(name: str) -> dict:
   return config
 
 
-def table_of(name: str) -> solvers.SolverTableau:
-  """Returns the table of a run, as the tests of paths have checked it."""
+def table_of(name: str) -> SolverTableau:
+  """Returns the solver of a run, as the tests of noise schedules have checked it."""
   run = RUNS[name]
   T, N, spacing = run["T"], run["N"], run["spacing"]
   start, end = RANGE.values()
@@ -47,18 +50,20 @@ def table_of(name: str) -> solvers.SolverTableau:
   if name.startswith("ddim"):
     last = 1.0 if run["a1"] else abar[0]
     assert spacing in ("leading", "trailing", "linspace")
-    return solvers.ddim(noise_schedules.vp(abar, at, ends=at - T // N, last=last))
+    path = noise_schedules.vp(abar, at, ends=at - T // N, final_abar=last)
+    return solvers.from_schedule("ddim", path)
   if name.startswith("ddpm"):
-    return solvers.ddpm(noise_schedules.vp(abar, at))
+    return solvers.from_schedule("ddpm", noise_schedules.vp(abar, at))
   last = 1.0 if run["fs"] == "zero" else abar[0]
-  return solvers.dpmpp(noise_schedules.vp(abar, at, last=last), run.get("order", 2))
+  path = noise_schedules.vp(abar, at, final_abar=last)
+  return dpmpp.dpmpp(path, run.get("order", 2))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_tables(name):
   config = config_of(name)
   schedule = scheduler.from_config(config)
-  found = scheduler.table(schedule, RUNS[name]["N"])
+  found = scheduler.tableau(schedule, RUNS[name]["N"])
   wanted = table_of(name)
   np.testing.assert_array_equal(found.time, PEER[f"{name}/timesteps"])
   for column, values in zip(wanted._fields, wanted, strict=True):
@@ -76,7 +81,7 @@ def test_clipped_ddim(name):
   """The noise is that of before the clip."""
   # What predicts x0 there, for any network.
   schedule = scheduler.from_config(config_of(name) | {"prediction_type": "sample"})
-  table = scheduler.table(schedule, RUNS[name]["N"])
+  table = scheduler.tableau(schedule, RUNS[name]["N"])
 
   def predict(x, time, cond):
     level = schedule.abar[round(float(time[0]))]
@@ -84,9 +89,11 @@ def test_clipped_ddim(name):
     return jnp.asarray(mean)
 
   denoiser = scheduler.denoiser(predict, schedule, table)
-  x = jnp.asarray(PEER["ddim/x_init"])
-  for a, b, t in zip(table.a, table.b, table.time, strict=True):
-    x = a * x + b * denoiser(x, jnp.full(len(x), t), None)
+  x = run_recurrence(
+    table,
+    jnp.asarray(PEER["ddim/x_init"]),
+    lambda x, t: denoiser(x, jnp.full(len(x), t), None),
+  )
   np.testing.assert_allclose(x, PEER[f"{name}/final"], atol=1e-8)
 
 
@@ -104,12 +111,14 @@ def of(name: str, **fields) -> scheduler.Schedule:
     ("EulerDiscrete", {}, "ddim"),
     ("DPMSolverMultistep", {"solver_order": 3}, "dpmpp3m"),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp2m_sde"),
+    ("UniPCMultistep", {}, "unipc2"),
+    ("UniPCMultistep", {"solver_order": 3}, "unipc3"),
   ],
 )
 def test_solvers(name, fields, solver):
   schedule = of(name, **fields)
   assert schedule.solver == solver
-  assert scheduler.table(schedule, 10).evaluations == 10
+  assert scheduler.tableau(schedule, 10).evaluations == 10
 
 
 def test_fields_of_another_class():
@@ -131,25 +140,28 @@ def test_fields():
   assert of("DDPM", clip_sample_range=2.0).clip == 2
   betas = [0.1, 0.2, 0.5]
   np.testing.assert_allclose(of("DDIM", trained_betas=betas).abar, [0.9, 0.72, 0.36])
-  ddpm = scheduler.table(found, 20, "ddpm")
-  assert ddpm.s[0] > 0
-  assert ddpm.s[-1] == 0  # to clean data, whatever the schedule's last is
+  ddpm = scheduler.tableau(found, 20, "ddpm")
+  assert ddpm.noise_coef[0] > 0
+  assert ddpm.noise_coef[-1] == 0  # to clean data, whatever the schedule's last is
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"_class_name": "LCMScheduler"}, "_class_name='LCMScheduler': take one of DDIM"),
+    (
+      {"_class_name": "LCMScheduler"},
+      "_class_name='LCMScheduler': must be one of DDIM",
+    ),
     ({"eta": 1, "thresholding": True}, "unknown fields: eta; .*: thresholding=True"),
-    ({"prediction_type": "flow"}, "prediction_type='flow': take one of epsilon, v_"),
-    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': take one of linear"),
+    ({"prediction_type": "flow"}, "prediction_type='flow': must be one of epsilon, v_"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': must be one of linear"),
     (
       {"_class_name": "DDPMScheduler", "variance_type": "learned"},
-      "variance_type='learned': take one of fixed_small",
+      "variance_type='learned': must be one of fixed_small",
     ),
     (
       {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4},
-      r"solver_order=4: take 'dpmsolver\+\+' of order 2, 3",
+      r"solver_order=4: must be 'dpmsolver\+\+' or UniPC with order 2 or 3",
     ),
     (
       {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
@@ -163,5 +175,7 @@ def test_what_is_not_supported(fields, message):
 
 
 def test_unknown_solver():
-  with pytest.raises(ValueError, match=r"name='plms': take one of \['ddim'"):
-    scheduler.table(of("DDIM"), 10, "plms")
+  with pytest.raises(
+    ValueError, match="^name='plms': must be one of consistency, ddim"
+  ):
+    scheduler.tableau(of("DDIM"), 10, "plms")

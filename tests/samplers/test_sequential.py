@@ -1,4 +1,4 @@
-"""The loop over a table: against EDM's sampler, the sCM scheduler, and exact laws."""
+"""The sequential loop against EDM's sampler, the sCM scheduler, exact distributions."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,13 @@ from closed_forms import Gaussian
 
 from sdiff_jax.diffusion import guidance, noise_schedules, time_grids, trigflow
 from sdiff_jax.samplers import sequential, solvers
+from sdiff_jax.samplers.tableau import SolverTableau
 
 SIGMA_D = 0.5
 
 
 def mixture(data: dict, shift: float = 0.0):
-  """Returns the denoiser of the fixture's mixture of normals on EDM's path."""
+  """Returns the denoiser of the fixture's mixture of normals on EDM's process."""
   means, stds, weights = (jnp.asarray(data[k]) for k in ("means", "stds", "weights"))
   means = means[None] + shift
 
@@ -29,7 +30,7 @@ def mixture(data: dict, shift: float = 0.0):
 
 
 def as_net(denoiser):
-  """Returns the NetFn whose TrigFlow denoiser is a denoiser of EDM's path."""
+  """Returns the NetFn whose TrigFlow denoiser is a denoiser of EDM's process."""
 
   def net(x, t, cond):
     c, s = (trigflow.expand(a, x) for a in (jnp.cos(t), jnp.sin(t)))
@@ -52,7 +53,7 @@ def sample(denoiser, table, x, cond=None):
 
 @pytest.mark.parametrize(("case", "steps"), [("edm1_18", 18), ("edm2_32", 32)])
 def test_heun_of_edm(edm, case, steps):
-  table = solvers.heun(noise_schedules.edm(time_grids.karras(steps)))
+  table = solvers.from_schedule("heun", noise_schedules.edm(time_grids.karras(steps)))
   x = table.init_std * jnp.asarray(edm["latents"])
   found = sample(mixture(edm), table, x)
   np.testing.assert_allclose(found, edm[f"{case}/final"], rtol=1e-9, atol=1e-9)
@@ -101,7 +102,8 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
   noises, outputs = (jnp.asarray(data[k]) for k in ("noises", "model_outputs"))
   monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: noises[i])
   angles = data["timesteps"].astype(np.float64)
-  table = solvers.consistency(noise_schedules.trigflow(angles, sigma_d))
+  schedule = noise_schedules.trigflow(angles, sigma_d)
+  table = solvers.from_schedule("consistency", schedule)
 
   def denoiser(x, t, cond):
     row = jnp.argmin(jnp.abs(jnp.asarray(table.time, t.dtype) - t[0]))
@@ -109,16 +111,14 @@ def test_consistency_sampling_of_diffusers(fixture, monkeypatch, case, sigma_d):
 
   state = jnp.asarray(data["sample"])
   for k in range(table.evaluations):
-    part = solvers.SolverTableau(
-      *(column[: k + 1] for column in table[:-2]), *table[-2:]
-    )
+    part = SolverTableau(*(column[: k + 1] for column in table[:-2]), *table[-2:])
     found = sample(denoiser, part, state)
     np.testing.assert_allclose(found, data["prev_samples"][k], atol=2e-6)
   np.testing.assert_allclose(found, data["pred_x0"][-1], atol=2e-6)
 
 
-def test_consistency_sampling_has_the_law_of_the_data():
-  """Monte Carlo of the loop, noise included; `test_tables` has the exact law."""
+def test_consistency_sampling_has_the_distribution_of_the_data():
+  """Monte Carlo of the loop, noise included; `test_solvers` has it exactly."""
   gaussian = Gaussian(jnp.array([[0.3]]), jnp.array([[0.2]]), SIGMA_D)
   n = 40_000
   keys = sequential.keys_from_seeds(np.arange(n))
@@ -133,18 +133,20 @@ def test_consistency_sampling_has_the_law_of_the_data():
   assert abs(np.corrcoef(x[:, 0], x0[:, 0])[0, 1]) < 0.999
 
 
-def test_noise_of_rows_and_samples_is_independent():
+def test_noise_of_steps_and_samples_is_independent():
   keys = sequential.keys_from_seeds(np.arange(300))
-  rows = np.stack([sequential.noise(keys, i, (40,)) for i in (-1, 0, 1)])
-  correlation = np.corrcoef(rows.reshape(3, -1))
-  np.testing.assert_allclose(correlation, np.eye(3), atol=4 / 12_000**0.5)
-  across = np.corrcoef(rows[0])[np.triu_indices(300, 1)]
+  steps = [sequential.noise(keys, i, (40,)) for i in (-1, 0, 1)]
+  steps += [sequential.noise_before(keys, i, (40,)) for i in (0, 1)]
+  steps = np.stack(steps)
+  correlation = np.corrcoef(steps.reshape(5, -1))
+  np.testing.assert_allclose(correlation, np.eye(5), atol=4 / 12_000**0.5)
+  across = np.corrcoef(steps[0])[np.triu_indices(300, 1)]
   assert across.std() == pytest.approx(1 / 40**0.5, rel=0.05)
-  assert rows.std() == pytest.approx(1, abs=0.02)
+  assert steps.std() == pytest.approx(1, abs=0.02)
 
 
 def test_heun_through_the_wrapper_is_edms():
-  """The inner network of a Gaussian's D, on both paths over one grid, in float32."""
+  """The inner network of a Gaussian's D, on both processes over one grid, in float32."""
   mean, std = np.array([[0.3, -0.2]]), np.array([[0.7, 0.1]])
 
   def D(x, sigma, cond=None):
@@ -160,10 +162,9 @@ def test_heun_through_the_wrapper_is_edms():
     return (D(x, sigma) - skip * x) / out
 
   sigmas = time_grids.karras(18)
-  at_sigma = solvers.heun(noise_schedules.edm(sigmas, SIGMA_D))
-  at_angle = solvers.heun(
-    noise_schedules.trigflow(np.arctan(sigmas / SIGMA_D), SIGMA_D)
-  )
+  at_sigma = solvers.from_schedule("heun", noise_schedules.edm(sigmas, SIGMA_D))
+  schedule = noise_schedules.trigflow(np.arctan(sigmas / SIGMA_D), SIGMA_D)
+  at_angle = solvers.from_schedule("heun", schedule)
   z = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
   mean, std = jnp.float32(mean), jnp.float32(std)
   expected = sample(D, at_sigma, jnp.float32(80 * z))

@@ -1,4 +1,4 @@
-"""Speculation has the law of the sequential sampler."""
+"""Speculative sampling has the distribution of the sequential sampler."""
 
 import functools
 
@@ -41,12 +41,12 @@ def draws(name: str, window: int, seeds: np.ndarray, steps: int = 16) -> tuple:
   x, keys = start(seeds)
   truth = alone(x, keys, None)
   x, keys = start(seeds + 10**6)
-  call = functools.partial(speculative.sample, denoiser, table, window=window)
+  call = functools.partial(speculative.run, denoiser, table, window=window)
   return np.asarray(truth), jax.jit(call)(x, keys, None)
 
 
 @pytest.mark.parametrize(("name", "window"), [("ddpm", 4), ("dpmpp2m_sde", 6)])
-def test_the_law_is_that_of_the_sequential_sampler(name, window):
+def test_the_distribution_is_that_of_the_sequential_sampler(name, window):
   truth, found = draws(name, window, np.arange(4000))
   rng = np.random.default_rng(0)
   assert energy_p_value(truth, np.asarray(found.x), rng) > 0.01
@@ -67,13 +67,13 @@ def test_accepting_everything_is_caught(monkeypatch):
   assert energy_p_value(truth, np.asarray(found.x), rng) < 0.01
 
 
-def test_one_row_at_a_time_is_the_sequential_sampler():
+def test_one_step_at_a_time_is_the_sequential_sampler():
   table = solvers.build(sigma_d=0.5, name="ddpm", steps=7)
   keys = sequential.keys_from_seeds(np.arange(3))
   x = sequential.sample_prior(table, keys, (4,))
   denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
   alone = sequential.sample(denoiser, table, x, keys, None)
-  found = speculative.sample(denoiser, table, x, keys, None, window=1)
+  found = speculative.run(denoiser, table, x, keys, None, window=1)
   np.testing.assert_allclose(found.x, alone, atol=1e-5)
   np.testing.assert_array_equal(found.num_iterations, 7)
 
@@ -93,15 +93,17 @@ def test_coupling_draws_from_the_target():
   x = np.where(np.asarray(accepted)[..., None], draft + s * z, np.asarray(made))[:, 0]
   np.testing.assert_allclose(x.mean(0), mean, atol=0.01)
   np.testing.assert_allclose(np.cov(x.T), s**2 * np.eye(2), atol=0.01)
-  # Reflection couples maximally: the share accepted is 1 - total variation.
+  # Reflection couples maximally: the fraction accepted is 1 - total variation.
   distance = np.linalg.norm(mean - draft) / s
   expected = 2 * (1 - ndtr(distance / 2))
   np.testing.assert_allclose(np.mean(accepted), expected, atol=0.005)
 
 
-def test_tables_without_noise_are_refused():
+def test_solvers_without_noise_are_refused():
   table = solvers.build(sigma_d=0.5, name="ddim", steps=5)
   keys = sequential.keys_from_seeds(np.arange(1))
   denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
-  with pytest.raises(ValueError, match="noise in every row but the last: specddpm"):
-    speculative.sample(denoiser, table, jnp.zeros((1, 4)), keys, None, window=2)
+  with pytest.raises(
+    ValueError, match="noise in every step but the last, such as ddpm"
+  ):
+    speculative.run(denoiser, table, jnp.zeros((1, 4)), keys, None, window=2)

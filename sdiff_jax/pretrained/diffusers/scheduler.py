@@ -1,6 +1,6 @@
-"""Noise schedules of published models, as their scheduler_config.json has them."""
+"""Noise schedules and solvers of published models, from their scheduler_config.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import numpy as np
 from sdiff_jax.diffusion import noise_schedules, parameterizations
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.samplers import solvers
-from sdiff_jax.samplers.solvers import SolverTableau
-from sdiff_jax.types import Array, Denoiser
+from sdiff_jax.samplers.tableau import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-BETAS = {
+BETA_SCHEDULES = {
   "linear": "linear",
   "scaled_linear": "scaled_linear",
   "squaredcos_cap_v2": "cosine",
@@ -34,6 +34,13 @@ SUPPORTED_VALUES = {
   "thresholding": UNSUPPORTED_FIELDS,
 }
 CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+OTHER_GRIDS = {
+  f"use_{name}": UNSUPPORTED_FIELDS
+  for name in (
+    *("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"),
+    *("flow_sigmas", "dynamic_shifting"),
+  )
+}
 DPM_DEFAULTS = {
   "timestep_spacing": "linspace",
   "solver_order": 2,
@@ -46,15 +53,8 @@ DPM_SUPPORTED_VALUES = {
   "lambda_min_clipped": (-np.inf,),
   "variance_type": UNSUPPORTED_FIELDS,
   "flow_shift": (1.0,),
-  **{
-    f"use_{name}": UNSUPPORTED_FIELDS
-    for name in (
-      *("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"),
-      *("flow_sigmas", "dynamic_shifting"),
-    )
-  },
   "euler_at_final": UNSUPPORTED_FIELDS,
-}
+} | OTHER_GRIDS
 EULER_SUPPORTED_VALUES = {
   "interpolation_type": ("linear",),
   "timestep_type": ("discrete",),
@@ -63,34 +63,64 @@ EULER_SUPPORTED_VALUES = {
   "sigma_max": UNSUPPORTED_FIELDS,
   **{f"use_{n}_sigmas": UNSUPPORTED_FIELDS for n in ("karras", "exponential", "beta")},
 }
-# class -> defaults and only values of its own fields
-CLASSES = {
+UNIPC_DEFAULTS = {
+  "timestep_spacing": "linspace",
+  "solver_order": 2,
+  "final_sigmas_type": "zero",
+}
+UNIPC_SUPPORTED_VALUES = {
+  "predict_x0": (True,),
+  "solver_type": ("bh2",),
+  "lower_order_final": (True,),
+  "disable_corrector": ([],),
+  "solver_p": UNSUPPORTED_FIELDS,
+  "flow_shift": (1.0,),
+  "sigma_min": UNSUPPORTED_FIELDS,
+  "sigma_max": UNSUPPORTED_FIELDS,
+  "shift_terminal": UNSUPPORTED_FIELDS,
+} | OTHER_GRIDS
+# Class -> the defaults of its own fields, and the values that others of them may have.
+CLASSES: dict[str, tuple[Mapping[str, Any], Mapping[str, tuple]]] = {
   "DDIM": (CLIP | {"set_alpha_to_one": True}, {}),
   "DDPM": (CLIP | {"variance_type": "fixed_small"}, {}),
   "PNDM": ({"set_alpha_to_one": False}, {}),
   "DPMSolverMultistep": (DPM_DEFAULTS, DPM_SUPPORTED_VALUES),
   "EulerDiscrete": ({"timestep_spacing": "linspace"}, EULER_SUPPORTED_VALUES),
+  "UniPCMultistep": (UNIPC_DEFAULTS, UNIPC_SUPPORTED_VALUES),
 }
+CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
+CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
 IGNORED_FIELDS = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
 IGNORED_FIELDS |= {"time_shift_type"}
 VARIANCES = {
   **{"fixed_small": "ddpm", "fixed_small_log": "ddpm"},
   **{"fixed_large": "ddpm_large", "fixed_large_log": "ddpm_large"},
 }
-ORDERS = {2: "dpmpp2m", 3: "dpmpp3m"}
+# (algorithm, order) -> solver
+MULTISTEP = {
+  ("dpmsolver++", 2): "dpmpp2m",
+  ("dpmsolver++", 3): "dpmpp3m",
+  ("sde-dpmsolver++", 2): "dpmpp2m_sde",
+  ("unipc", 2): "unipc2",
+  ("unipc", 3): "unipc3",
+}
+# Solvers whose last step ends at a timestep of the grid, except with "trailing" spacing.
+WITH_END_TIMESTEP = frozenset(MULTISTEP.values())
+# Solvers that always end at clean data.
+TO_CLEAN_DATA = frozenset(VARIANCES.values())
 
 
 class Schedule(NamedTuple):
-  """The process of a published model, and how it is meant to be solved.
+  """The diffusion process of a published model, and how it is meant to be solved.
 
   Attributes:
-    abar: alpha^2 at each timestep, float64 [T].
-    kind: what the network predicts, a key of `predictions.KINDS`.
-    solver: a key of `tables.SOLVERS`.
-    spacing: of the timesteps (see `paths.timesteps`).
-    offset: of "leading" timesteps.
-    last: alpha^2 at the end.
-    clip: range of x0 in a denoiser, or 0.
+    abar: alpha^2 at each training timestep, float64 [T].
+    kind: what the network predicts, a key of `parameterizations.PARAMETERIZATIONS`.
+    solver: a name of `solvers.names()`.
+    spacing: of the timesteps (see `noise_schedules.timesteps`).
+    offset: added to "leading" timesteps.
+    last: alpha^2 at the end of the process.
+    clip: range that the denoiser clips its estimate of x0 to; 0 for no clipping.
   """
 
   abar: np.ndarray
@@ -105,36 +135,47 @@ class Schedule(NamedTuple):
 def from_config(config: dict[str, Any]) -> Schedule:
   """Returns the schedule of a scheduler_config.json.
 
-  PNDM's solver is not among ours: its schedule is solved by DDIM; so is Euler's, of
-  which DDIM is the same step.
+  PNDM and Euler are solved by DDIM: PNDM is not implemented, and the step of Euler is
+  that of DDIM.
+
+  Args:
+    config: the file's content.
 
   Raises:
-    ValueError: a class, fields or values that are not known, all of them listed.
+    ValueError: an unknown class, or fields or values that are not supported; all of them
+      are listed.
+
+  Example:
+    >>> from_config({"_class_name": "DDIMScheduler"}).solver
+    'ddim'
   """
   name = config.get("_class_name", "")
-  short = name.removesuffix("Scheduler").removesuffix("Parallel")
-  if short not in CLASSES:
-    known = ", ".join(f"{k}Scheduler" for k in CLASSES)
-    raise ValueError(f"_class_name={name!r}: take one of {known}")
-  defaults, only = CLASSES[short]
-  # A file that was written for one class is given to another, whose fields stay.
+  if name not in CLASS_NAMES:
+    raise ValueError(f"_class_name={name!r}: must be one of {', '.join(CLASS_NAMES)}")
+  defaults, supported = CLASSES[CLASS_NAMES[name]]
+  # A file that was written for one class may be used by another; its fields stay there.
   others = {k for pair in CLASSES.values() for part in pair for k in part}
-  unused = IGNORED_FIELDS | others - defaults.keys() - only.keys() - DEFAULTS.keys()
-  c = config_fields.validated_config(
-    config, DEFAULTS | defaults, SUPPORTED_VALUES | only, unused
+  unused = (
+    IGNORED_FIELDS | others - defaults.keys() - supported.keys() - DEFAULTS.keys()
   )
-  for field, words in (("prediction_type", PREDICTION_TYPES), ("beta_schedule", BETAS)):
-    if c[field] not in words:
-      raise ValueError(f"{field}={c[field]!r}: take one of {', '.join(words)}")
+  c = config_fields.validated_config(
+    config, DEFAULTS | defaults, SUPPORTED_VALUES | supported, unused
+  )
+  for field, values in (
+    ("prediction_type", PREDICTION_TYPES),
+    ("beta_schedule", BETA_SCHEDULES),
+  ):
+    if c[field] not in values:
+      raise ValueError(f"{field}={c[field]!r}: must be one of {', '.join(values)}")
   abar = _abar(c)
-  to_one = c.get("set_alpha_to_one", c.get("final_sigmas_type", "zero") == "zero")
+  to_clean = c.get("set_alpha_to_one", c.get("final_sigmas_type", "zero") == "zero")
   return Schedule(
     abar,
     PREDICTION_TYPES[c["prediction_type"]],
-    _solver(c),
+    _solver(CLASS_NAMES[name], c),
     c["timestep_spacing"],
     c["steps_offset"],
-    1.0 if to_one else float(abar[0]),
+    1.0 if to_clean else float(abar[0]),
     c.get("clip_sample", False) * c.get("clip_sample_range", 1.0),
   )
 
@@ -143,87 +184,91 @@ def _abar(c: dict[str, Any]) -> np.ndarray:
   if c["trained_betas"] is not None:
     return np.cumprod(1 - np.asarray(c["trained_betas"], np.float64))
   return noise_schedules.alphas_cumprod(
-    BETAS[c["beta_schedule"]],
+    BETA_SCHEDULES[c["beta_schedule"]],
     c["num_train_timesteps"],
     start=c["beta_start"],
     end=c["beta_end"],
   )
 
 
-def _solver(c: dict[str, Any]) -> str:
-  """Returns the solver that a config names, of ours."""
-  if "variance_type" in c:
+def _solver(class_name: str, c: dict[str, Any]) -> str:
+  """Returns the name of the solver that a config asks for."""
+  if class_name == "DDPM":
     if c["variance_type"] not in VARIANCES:
-      words = ", ".join(VARIANCES)
-      raise ValueError(f"variance_type={c['variance_type']!r}: take one of {words}")
+      raise ValueError(
+        f"variance_type={c['variance_type']!r}: must be one of {', '.join(VARIANCES)}"
+      )
     return VARIANCES[c["variance_type"]]
-  if "algorithm_type" not in c:
+  if "solver_order" not in c:
     return "ddim"
-  order = c["solver_order"]
-  if c["algorithm_type"] == "sde-dpmsolver++" and order == 2:
-    return "dpmpp2m_sde"
-  if c["algorithm_type"] != "dpmsolver++" or order not in ORDERS:
+  algorithm, order = c.get("algorithm_type", "unipc"), c["solver_order"]
+  if (algorithm, order) not in MULTISTEP:
     raise ValueError(
-      f"algorithm_type={c['algorithm_type']!r}, solver_order={order}: take "
-      f"'dpmsolver++' of order {', '.join(map(str, ORDERS))}, or 'sde-dpmsolver++' of 2"
+      f"algorithm_type={algorithm!r}, solver_order={order}: must be 'dpmsolver++' or "
+      "UniPC with order 2 or 3, or 'sde-dpmsolver++' with order 2"
     )
-  return ORDERS[order]
+  return MULTISTEP[algorithm, order]
 
 
-def table(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
-  """Returns the table of a solver at the timesteps that a schedule prescribes for it.
+def tableau(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
+  """Returns the tableau of a solver at the timesteps that diffusers uses for it.
 
   Args:
     schedule: the process.
     steps: number of steps.
-    solver: a key of `tables.SOLVERS`; "" for the schedule's own.
+    solver: a name of `solvers.names()`; "" for the schedule's own.
 
   Raises:
-    ValueError: an unknown solver, or steps that do not fit.
+    ValueError: an unknown solver, or a number of steps that does not fit.
+
+  Example:
+    >>> schedule = from_config({"_class_name": "DDIMScheduler"})
+    >>> tableau(schedule, 4).time
+    array([750., 500., 250.,   0.])
   """
   solver = solver or schedule.solver
-  if solver not in solvers.SOLVERS:
-    raise ValueError(f"name={solver!r}: take one of {[*solvers.SOLVERS]}")
   abar, spacing, last = schedule.abar, schedule.spacing, schedule.last
-  T, ends = len(abar), None
-  if solver.startswith("dpmpp") and spacing != "trailing":
-    # One point more than steps, and the process ends in the last.
-    at = noise_schedules.timesteps(T, steps + 1, spacing, schedule.offset)[:-1]
+  num_train, ends = len(abar), None
+  if solver in WITH_END_TIMESTEP and spacing != "trailing":
+    grid = noise_schedules.timesteps(num_train, steps + 1, spacing, schedule.offset)
+    starts = grid[:-1]
   else:
-    at = noise_schedules.timesteps(T, steps, spacing, schedule.offset)
+    starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
   if solver == "ddim":
-    ends = at - T // steps
-  if solver.startswith("ddpm"):
+    ends = starts - num_train // steps
+  if solver in TO_CLEAN_DATA:
     last = 1.0
-  return solvers.SOLVERS[solver][0](noise_schedules.vp(abar, at, ends=ends, last=last))
+  return solvers.from_schedule(
+    solver, noise_schedules.vp(abar, starts, ends=ends, final_abar=last)
+  )
 
 
 def denoiser(
-  predict: Callable[..., Array],
+  predict: Callable[[Array, Array, Cond], Array],
   schedule: Schedule,
-  table: SolverTableau,
+  tableau: SolverTableau,
   solver: str = "",
 ) -> Denoiser:
-  """Returns the denoiser of a network for a table of its schedule.
+  """Returns the denoiser of a network for a solver of its schedule.
 
-  Where DDIM clips x0, diffusers keeps the noise of before the clip:
+  Where DDIM clips the estimate d of x0, diffusers keeps the noise from before the clip:
 
       x' = alpha' clip(d) + sigma' (x - alpha d) / sigma,
 
-  which is a row a x + b D of the table with D = clip(d) + (alpha a / b) (clip(d) - d).
+  which is a step a x + b D with D = clip(d) + (alpha a / b) (clip(d) - d).
 
   Args:
     predict: (x [N, ...], time [N], cond) -> prediction [N, ...].
     schedule: the process.
-    table: what `table` returned.
-    solver: as there.
+    tableau: what `tableau` returned.
+    solver: see `tableau`.
   """
   excess = None
   if schedule.clip and (solver or schedule.solver) == "ddim":
-    weight = table.alpha * table.a / table.b
+    weight = tableau.alpha * tableau.x_coef[:, 0] / tableau.denoised_coef[:, 0]
 
     def excess(time: Array) -> Array:
-      at, values = (jnp.asarray(v[::-1], time.dtype) for v in (table.time, weight))
+      at, values = (jnp.asarray(v[::-1], time.dtype) for v in (tableau.time, weight))
       return jnp.interp(time, at, values)
 
   level = parameterizations.vp(schedule.abar)
