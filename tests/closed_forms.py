@@ -150,3 +150,22 @@ def run_recurrence(tableau, x, denoiser: Callable, noise=None, noise_before=None
       new = new + tableau.noise_coef[i] * noise[i]
     x, previous = new, x
   return x
+
+
+def mixture_mean(mixture: dict, x, alpha: float, sigma: float) -> np.ndarray:
+  """Returns E[x0 | x], [S, D], for x = alpha x0 + sigma eps, in numpy and float64.
+
+  Args:
+    mixture: of normals, {"means": [K, D], "stds": [K], "weights": [K]}.
+    x: [S, D].
+    alpha: signal coefficient.
+    sigma: standard deviation of the noise.
+  """
+  means, stds = mixture["means"], mixture["stds"][:, None, None]
+  var = (alpha * stds) ** 2 + sigma**2
+  residual = np.asarray(x)[None] - alpha * means[:, None]
+  log_weight = -0.5 * np.sum(residual**2 / var + np.log(var), -1)
+  log_weight += np.log(mixture["weights"])[:, None]
+  weight = np.exp(log_weight - log_weight.max(0))
+  mean = means[:, None] + alpha * stds**2 / var * residual
+  return np.einsum("ks,ksd->sd", weight / weight.sum(0), mean)

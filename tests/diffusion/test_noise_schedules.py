@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from closed_forms import run_recurrence
+from closed_forms import mixture_mean, run_recurrence
 
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.samplers import solvers
@@ -28,14 +28,8 @@ def abar_of(run: dict) -> np.ndarray:
 
 def posterior_mean(kind, x, alpha, sigma):
   """E[x0 | x] for x = alpha x0 + sigma eps and the mixture of the runs of a kind."""
-  means, stds = PEER[f"{kind}/means"], PEER[f"{kind}/stds"][:, None, None]
-  var = (alpha * stds) ** 2 + sigma**2
-  residual = x[None] - alpha * means[:, None]
-  log_weight = -0.5 * np.sum(residual**2 / var + np.log(var), -1)
-  log_weight += np.log(PEER[f"{kind}/weights"])[:, None]
-  weight = np.exp(log_weight - log_weight.max(0))
-  mean = means[:, None] + alpha * stds**2 / var * residual
-  return np.einsum("ks,ksd->sd", weight / weight.sum(0), mean)
+  mixture = {k: PEER[f"{kind}/{k}"] for k in ("means", "stds", "weights")}
+  return mixture_mean(mixture, x, alpha, sigma)
 
 
 def solve(kind, table, abar, noise=None, clip=None):

@@ -98,7 +98,7 @@ def test_chain_of_ddpm(peer):
   fields, tensors, arrays = peer("dp_unet1d")
   predict, cond = build(fields, tensors, "float32"), condition(arrays, "float32")
   schedule = scheduler.from_config(SCHEDULE)
-  table = scheduler.table(schedule, 100)
+  table = scheduler.tableau(schedule, 100)
   denoiser = scheduler.denoiser(predict, schedule, table)
   x = jnp.asarray(arrays["sample"])
   for i in range(100):
@@ -115,7 +115,7 @@ def test_chain_of_ddim(peer):
   fields, tensors, arrays = peer("dp_unet1d")
   predict, cond = build(fields, tensors, "float32"), condition(arrays, "float32")
   schedule = scheduler.from_config(SCHEDULE | {"_class_name": "DDIMScheduler"})
-  table = scheduler.table(schedule, 15)
+  table = scheduler.tableau(schedule, 15)
   np.testing.assert_array_equal(table.time, arrays["ddim15_timesteps"])
   denoiser = scheduler.denoiser(predict, schedule, table)
   keys = sequential.keys_from_seeds(np.arange(4))

@@ -48,7 +48,7 @@ def sample(schedule: scheduler.Schedule, x, text, empty):
     level = level_of(time)
     return guided_prediction(params, x, time, level, cond, empty, schedule.kind)
 
-  table = scheduler.table(schedule, 10)
+  table = scheduler.tableau(schedule, 10)
   keys = sequential.keys_from_seeds(np.arange(len(x)))
   return sequential.sample(denoiser, table, x, keys, {"text": text})
 
@@ -61,7 +61,7 @@ def test_guided_latents(fixture, name, changed):
   config = json.loads((SD2 / "scheduler" / "scheduler_config.json").read_text())
   schedule = scheduler.from_config(config | changed)
   np.testing.assert_array_equal(
-    scheduler.table(schedule, 10).time, arrays[f"{name}/timesteps"]
+    scheduler.tableau(schedule, 10).time, arrays[f"{name}/timesteps"]
   )
   states = np.moveaxis(arrays[f"{name}/latents_traj"], 1, -1)
   text, empty = (arrays[f"{k}prompt_embeds"] for k in ("", "negative_"))
@@ -75,7 +75,7 @@ def test_in_parallel(solver):
   """ParaDiGMS at tolerance 0 ends where the rows one after the other do."""
   model, rng = sd2(), np.random.default_rng(0)
   apply = functools.partial(model.unet.apply, model.params["unet"])
-  table = scheduler.table(model.schedule, 6, solver)
+  table = scheduler.tableau(model.schedule, 6, solver)
   denoiser = scheduler.denoiser(apply, model.schedule, table, solver)
   keys = sequential.keys_from_seeds(np.arange(2))
   x = sequential.sample_prior(table, keys, (4, 4, 4))
@@ -85,7 +85,7 @@ def test_in_parallel(solver):
   def run(x, keys, cond):
     one = sequential.sample(denoiser, table, x, keys, cond)
     args = denoiser, table, x, keys, cond
-    return one, paradigms.sample(*args, window=4, tolerance=0.0)
+    return one, paradigms.run(*args, window=4, tolerance=0.0)
 
   one, many = run(x, keys, cond)
   np.testing.assert_allclose(many.x, one, rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_ddim_of_church(fixture):
     for k in ("sample", "ddim_final")
   )
   model = loading.load(str(CHURCH))
-  table = scheduler.table(model.schedule, 20, "ddim")
+  table = scheduler.tableau(model.schedule, 20, "ddim")
   apply = functools.partial(model.unet.apply, model.params["unet"])
   denoiser = scheduler.denoiser(apply, model.schedule, table, "ddim")
   keys = sequential.keys_from_seeds(np.arange(2))

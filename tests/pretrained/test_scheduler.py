@@ -5,9 +5,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import run_recurrence
+from closed_forms import mixture_mean, run_recurrence
 from conftest import FIXTURES
-from test_noise_schedules import posterior_mean
 
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.pretrained.diffusers import scheduler
@@ -85,7 +84,8 @@ def test_clipped_ddim(name):
 
   def predict(x, time, cond):
     level = schedule.abar[round(float(time[0]))]
-    mean = posterior_mean("ddim", np.asarray(x), level**0.5, (1 - level) ** 0.5)
+    mixture = {k: PEER[f"ddim/{k}"] for k in ("means", "stds", "weights")}
+    mean = mixture_mean(mixture, x, level**0.5, (1 - level) ** 0.5)
     return jnp.asarray(mean)
 
   denoiser = scheduler.denoiser(predict, schedule, table)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from closed_forms import run_recurrence
+from closed_forms import mixture_mean, run_recurrence
 from conftest import FIXTURES
 from test_solvers import SCHEDULES, error
 
@@ -29,20 +29,6 @@ def abar_of(config: dict) -> np.ndarray:
   )
 
 
-def posterior_mean(x: np.ndarray, level: float) -> np.ndarray:
-  """E[x0 | x] for x = level^(1/2) x0 + (1 - level)^(1/2) eps and the mixture."""
-  alpha, sigma = level**0.5, (1 - level) ** 0.5
-  means, stds, weights = (PEER[k] for k in ("means", "stds", "weights"))
-  var = (alpha * stds) ** 2 + sigma**2
-  residual = x[:, None] - alpha * means
-  log = np.log(weights) - 0.5 * np.sum(residual**2, -1) / var
-  log -= 0.5 * x.shape[1] * np.log(var)
-  share = np.exp(log - log.max(1, keepdims=True))
-  share /= share.sum(1, keepdims=True)
-  mean = means + (alpha * stds**2 / var)[:, None] * residual
-  return np.sum(share[..., None] * mean, 1)
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_the_peer(name):
   config, steps = RUNS[name]["config"], RUNS[name]["steps"]
@@ -53,7 +39,8 @@ def test_the_peer(name):
   assert tableau.evaluations == steps
 
   def denoiser(x, time):
-    return posterior_mean(x, abar[round(time)])
+    level = abar[round(time)]
+    return mixture_mean(PEER, x, level**0.5, (1 - level) ** 0.5)
 
   found = run_recurrence(tableau, PEER["x_init"], denoiser)
   np.testing.assert_allclose(found, PEER[f"{name}/final"], rtol=1e-9, atol=1e-9)
