@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -70,6 +71,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-  """Keeps the numbers of "0.320 ± 0.008" on one line."""
+  """Includes files, and keeps the numbers of "0.320 ± 0.008" on one line.
+
+  A line `<!-- file: docs/extend/huber.py -->` becomes the code of that file.
+  """
   del kwargs
-  return markdown.replace(" ± ", "\u00a0±\u00a0")
+  included = re.sub(r"<!-- file: (\S+) -->", _file, markdown)
+  return included.replace(" ± ", "\u00a0±\u00a0")
+
+
+def _file(match: re.Match[str]) -> str:
+  path = ROOT.parent / match[1]
+  return f'```python title="{path.name}"\n{path.read_text("utf-8")}```'

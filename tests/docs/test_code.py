@@ -12,10 +12,8 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 def blocks(page: str) -> list[str]:
-  """Returns the Python blocks of a page that are written there, not included."""
-  text = (DOCS / page).read_text("utf-8")
-  found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-  return [block for block in found if "--8<--" not in block]
+  """Returns the Python blocks of a page."""
+  return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)
 
 
 def test_concepts():

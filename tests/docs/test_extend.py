@@ -41,7 +41,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_page_shows_every_file():
-  assert sorted(re.findall(r'--8<-- "docs/extend/(\w+)\.py"', PAGE)) == sorted(
+  assert sorted(re.findall(r"<!-- file: docs/extend/(\w+)\.py -->", PAGE)) == sorted(
     [*PIECES, "config"]
   )
 

@@ -34,6 +34,14 @@ def test_every_page_of_the_sources_is_built(site):
   assert sources <= built
 
 
+def test_included_files_are_shown(site):
+  for page in pages(site):
+    html = page.read_text("utf-8")
+    assert "8&lt;--" not in html
+    assert "<!-- file:" not in html
+  assert "registry.register" in re.sub("<.*?>", "", (site / "extend.html").read_text())
+
+
 def test_nothing_is_loaded_from_the_network(site):
   for page in pages(site):
     html = page.read_text("utf-8")
