@@ -168,8 +168,8 @@ def test_a_fault_of_ours_has_a_traceback(cache, tmp_path):
   with pytest.raises(FileNotFoundError), errors(str(tmp_path)):
     (tmp_path / "none").read_text()
   broken = (
-    "import runpy, sys; from sdiff_jax.jobs import train; "
-    "train.run = lambda *args: open('/none'); sys.argv[0] = 'main'; "
+    "import runpy, sys; from sdiff_jax.experiment import build; "
+    "build.build = lambda *args: open('/none'); sys.argv[0] = 'main'; "
     "runpy.run_module('sdiff_jax.main', run_name='__main__')"
   )
   done = subprocess.run(
