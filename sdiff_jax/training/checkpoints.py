@@ -16,10 +16,6 @@ from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, UserError
 
 FOLDER = "checkpoints"  # in a work directory
-# Trees are read as far as they are requested, such as one average of several.
-PARTIAL = ocp.options.PyTreeOptions(
-  loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-)
 
 
 def steps(workdir: str) -> list[int]:
@@ -188,7 +184,7 @@ class Checkpoints:
     steps = [step for step in steps if only in (0, step)]
     for step in steps:
       try:
-        with ocp.Context(pytree_options=PARTIAL):
+        with _partial_load():
           loaded = self._checkpointer.load_checkpointables(step, target)
       except Exception as error:  # missing or short files raise errors of any type
         damaged[step] = error
@@ -202,3 +198,10 @@ class Checkpoints:
     if damaged:
       raise damaged[steps[0]]
     return None, []
+
+
+def _partial_load() -> ocp.Context:
+  """Returns a context in which trees are read only as far as they are requested."""
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
+  return context

@@ -48,14 +48,14 @@ def test_training_starts_from_the_averaged_weights(velocity, teacher, tmp_path):
   train.run(config, str(tmp_path))
   start, end = averages(config, teacher), averages(config, str(tmp_path))
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), start["net"], end["net"]
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start["net"], end["net"]
   )
   assert workdir_lib.parent(workdir_lib.read(str(tmp_path))) == teacher
 
 
 def test_distillation_into_random_weights(teacher, tmp_path):
   config = small("scm", velocity="teacher")
-  config.teacher.workdir = teacher
+  config.teacher.workdir, config.seed = teacher, 1
   config.optim.learning_rate = 1e-12
   train.run(config, str(tmp_path))
   start, end = averages(config, teacher), averages(config, str(tmp_path))
@@ -93,11 +93,19 @@ def test_work_directories_of_earlier_versions_read_well(teacher, tmp_path):
     (
       {"velocity": "data"},
       {"teacher.workdir": "nowhere"},
-      "config.teacher.workdir=nowhere: config.loss distills no teacher; .* init_from",
+      "config.teacher.workdir=nowhere: config.loss distills no teacher; .*init_from",
     ),
-    ({"velocity": "data"}, {"init_from": "nowhere"}, "config.init_from=nowhere: no run"),
+    (
+      {"velocity": "data"},
+      {"init_from": "nowhere"},
+      "config.init_from=nowhere: no run",
+    ),
     ({"velocity": "both"}, {}, r"config\.loss\.velocity='both': must be 'teacher'"),
-    ({"velocity": "data"}, {"optim.name": "sgd"}, r"config\.optim\.name='sgd': must be"),
+    (
+      {"velocity": "data"},
+      {"optim.name": "sgd"},
+      r"config\.optim\.name='sgd': must be",
+    ),
     (
       {"velocity": "data"},
       {"ema.profiles": ("power",)},

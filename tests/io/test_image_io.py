@@ -1,6 +1,5 @@
 """Grids of images, descriptions inside PNG files, and animations."""
 
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -17,6 +17,7 @@ from sdiff_jax.training import metric_writer
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
+
 def _log(workdir, steps, start=0, value=0.0):
   with metric_writer.Writer(workdir, total=10, start=start) as out:
     for step in steps:
