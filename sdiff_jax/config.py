@@ -19,7 +19,17 @@ from sdiff_jax import registry
 from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
-__all__ = ["base", "component", "load", "load_plugins", "switch", "validate"]
+__all__ = [
+  "base",
+  "component",
+  "inherit",
+  "load",
+  "load_plugins",
+  "not_negative",
+  "positive",
+  "switch",
+  "validate",
+]
 
 # Fields that had another name in an earlier version: old -> new. The command line
 # refuses the old name with the new one in the message; `read` of a work directory

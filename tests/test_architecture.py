@@ -85,14 +85,13 @@ def test_outside_packages_stay_where_they_belong(path):
 # Who sees config objects: the command line, and what builds an experiment from one.
 CONFIG = {"main", "config", "experiment", "jobs"}
 # Files outside of these that still see configs.
-SEES_CONFIGS = {"capacity/lowering.py", "policies/policy.py"}
+SEES_CONFIGS = {"capacity/lowering.py"}
 # Files of the library that still name fields of a config in their messages.
 NAMES_FIELDS = {
   *(f"capacity/{name}.py" for name in ("chips", "lowering", "report")),
   *(f"data/episodes/{name}.py" for name in ("kitchen", "reader")),
   *(f"data/{name}.py" for name in ("folder", "idx", "latents", "normalizer", "npz")),
   *(f"data/{name}.py" for name in ("pipeline", "tfds", "trajectories")),
-  "policies/policy.py",
   "pretrained/diffusers/prompts.py",
 }
 

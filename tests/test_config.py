@@ -225,6 +225,18 @@ def test_a_work_directory_of_before_is_read_under_the_new_names(tmp_path):
   config.validate(c)
 
 
+def test_a_run_of_before_resumes_with_the_same_command(tmp_path):
+  """The config.json of digits_sct, as written before fields were renamed."""
+  old = pathlib.Path(__file__).parent / "fixtures" / "old_config.json"
+  (tmp_path / "config.json").write_text(old.read_text())
+  stored = workdir.read(str(tmp_path))
+  config.validate(stored)
+  assert (stored.init_from, stored.teacher.workdir) == ("/runs/teacher", "")
+  c = load(CONFIGS / "digits_sct.py")
+  workdir.save_or_check_config(c, str(tmp_path), digits.build())
+  assert workdir.read(str(tmp_path)).optim.end_lr_fraction == c.optim.end_lr_fraction
+
+
 def test_a_section_is_a_runtime_field_by_its_exact_name(tmp_path):
   """A field whose name starts like a runtime field is not one."""
   c = config.base()
