@@ -1,5 +1,6 @@
 # make demo   train, distil, sample and measure on built-in data; ends with a report
 # make test   lint and test
+# make test-newest  test on the newest Python and JAX
 # make studies  the studies of configs/studies, hours; a second call goes on
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUNS ?= runs/demo
 SEED ?= 0
 MAIN := $(BIN)/python -m sdiff_jax.main
 
-.PHONY: install demo studies test test-slow lint clean
+.PHONY: install demo studies test test-slow test-newest lint clean
 install: $(VENV)/installed
 
 # Without a pip of its own: Debian's Python cannot put one there.
@@ -43,6 +44,9 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-newest:
+	tests/newest.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

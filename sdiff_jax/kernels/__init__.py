@@ -1,1 +1,1 @@
-"""Attention kernels with a tangent."""
+"""Attention in O(L) memory with forward-mode, reverse-mode and mixed derivatives."""

@@ -1,8 +1,8 @@
-"""One block of attention: what every kernel and the plain twin do with it.
+"""Online softmax: one block of attention, for all kernels and the chunked version.
 
-Scores of a block are s = scale q k^T. Softmax over all keys is made of blocks by a
-running maximum m of the scores and sums that are rescaled by e^(m_old - m_new) when it
-moves (arXiv:2205.14135); its derivative needs two more sums (arXiv:2410.11081, F):
+Scores of a block are s = scale q k^T. Softmax over all keys is accumulated block by block
+with a running maximum m of the scores, and sums that are rescaled by e^(m_old - m_new)
+when it changes (arXiv:2205.14135). Its jvp needs two more sums (arXiv:2410.11081, F):
 
   l = sum e^(s - m)           O = sum e^(s - m) v
   mu = sum e^(s - m) ds       C = sum e^(s - m) (dv + ds v),   ds = scale (dq k + q dk)
@@ -10,7 +10,7 @@ moves (arXiv:2205.14135); its derivative needs two more sums (arXiv:2410.11081, 
   o = O / l     do = C / l - (mu / l) o     lse = m + ln l     dlse = mu / l
 
 Arrays are q [..., Lq, size], k and v [..., Lk, size], sums and maxima over keys
-[..., Lq, 1] in float32 or wider, `keep` a boolean mask like the scores, or None.
+[..., Lq, 1] in float32 or wider; `keep` is a boolean mask of the scores, or None.
 """
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.types import Array
 
-LOWEST = -1e30  # score of a masked key: finite, so that no inf - inf arises
+LOWEST = -1e30  # score of a masked key; finite, to avoid inf - inf
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -27,7 +27,7 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def dot(a: Array, b: Array, over: str, dtype: jnp.dtype) -> Array:
-  """Returns a b^T over the "size" or a b over the "keys"; operands in a's type."""
+  """Returns a b^T, a sum over the "size", or a b, a sum over the "keys"."""
   last = b.ndim - 1 if over == "size" else b.ndim - 2
   batch = tuple(range(a.ndim - 2))
   dims = (((a.ndim - 1,), (last,)), (batch, batch))
@@ -35,13 +35,13 @@ def dot(a: Array, b: Array, over: str, dtype: jnp.dtype) -> Array:
 
 
 def scores(q: Array, k: Array, keep: Array | None, scale: float) -> Array:
-  """Returns scale q k^T with LOWEST where a key does not count, [..., Lq, Lk]."""
+  """Returns scale q k^T, LOWEST where `keep` is False, [..., Lq, Lk]."""
   s = dot(q, k, "size", accumulation_dtype(q.dtype)) * scale
   return s if keep is None else jnp.where(keep, s, LOWEST)
 
 
 def start(q: Array, size: int, tangent: bool) -> tuple[Array, ...]:
-  """Returns the sums over no keys: (m, l, O) and, with a tangent, (mu, C)."""
+  """Returns the initial sums, (m, l, O) and, with a tangent, (mu, C)."""
   dtype = accumulation_dtype(q.dtype)
   column, row = (*q.shape[:-1], 1), (*q.shape[:-1], size)
   like = jnp.zeros_like
@@ -57,14 +57,22 @@ def update(
   keep: Array | None,
   scale: float,
 ) -> tuple[Array, ...]:
-  """Returns the sums with one more block of keys; `dqkv` where there is a tangent."""
+  """Returns the sums after one more block of keys.
+
+  Args:
+    sums: as `start` returns them.
+    qkv: queries, and keys and values of the block.
+    dqkv: their tangents, or None.
+    keep: mask of the scores of the block, or None.
+    scale: factor of the scores.
+  """
   q, k, v = qkv
   m, l, O, *tangent = sums
   dtype = m.dtype
   s = scores(q, k, keep, scale)
   m_new = jnp.maximum(m, jnp.max(s, -1, keepdims=True))
   p = jnp.exp(s - m_new)
-  if keep is not None:  # a row none of whose keys count has s = m
+  if keep is not None:  # s = m for a query all of whose keys are masked
     p = jnp.where(keep, p, 0)
   a = jnp.exp(m - m_new)
   weights = p.astype(v.dtype)
@@ -82,7 +90,7 @@ def update(
 
 
 def finish(sums: tuple[Array, ...]) -> tuple[Array, ...]:
-  """Returns (o, lse) and, with a tangent, (do, dlse); 0 for rows without keys."""
+  """Returns (o, lse) and, with a tangent, (do, dlse); 0 for queries without keys."""
   m, l, O, *tangent = sums
   l = jnp.where(l == 0, 1, l)
   o, lse = O / l, m + jnp.log(l)

@@ -1,9 +1,10 @@
 """Attention as a Pallas kernel for TPU: output and tangent in one pass over keys.
 
-Arrays are [B, heads, L, size], `mask` (which keys count) bool [B, Lk] or None; log-sums
-lse [B, heads, L, 1]. The last axis of the grid walks over blocks of keys; the sums of
-`softmax.update` stay in VMEM. What has a tangent is packed beside it, [q | dq], so that
-heads of 64 fill the 128 lanes of a register instead of being padded to them.
+Arrays are [B, heads, L, size], `mask` (keys that are attended to) bool [B, Lk] or None;
+log-sum-exps lse [B, heads, L, 1]. The last axis of the grid iterates over blocks of keys;
+the sums of `_online_softmax.update` stay in VMEM. Tangents are packed beside the primal
+values, [q | dq], so that heads of size 64 fill the 128 lanes of a register without
+padding.
 """
 
 import functools
@@ -22,9 +23,9 @@ LANES = 128
 
 
 def _kernel(
-  *refs: jax.Ref, shape: AttentionSpec, size: int, Lk: int, tangent: bool, masked: bool
+  *refs: jax.Ref, spec: AttentionSpec, size: int, Lk: int, tangent: bool, masked: bool
 ) -> None:
-  """One block of queries and one of keys: refs of inputs, outputs and sums."""
+  """Computes a block of queries and keys; refs are inputs, outputs, then sums."""
   q_ref, k_ref, v_ref, *refs = refs
   mask_ref = refs.pop(0) if masked else None
   o_ref, stats_ref, *sums_refs = refs
@@ -42,17 +43,17 @@ def _kernel(
   def _() -> None:
     store(_online_softmax.start(split(q_ref)[0], size, tangent))
 
-  def turn() -> None:
+  def accumulate() -> None:
     pairs = [split(ref) for ref in (q_ref, k_ref, v_ref)]
     qkv = tuple(x for x, _ in pairs)
     dqkv = tuple(dx for _, dx in pairs) if tangent else None
     keep = None
-    block = (shape.block_q, shape.block_k)
-    keys = j * shape.block_k + jax.lax.broadcasted_iota(jnp.int32, block, 1)
-    if Lk % shape.block_k:
+    block = (spec.block_q, spec.block_k)
+    keys = j * spec.block_k + jax.lax.broadcasted_iota(jnp.int32, block, 1)
+    if Lk % spec.block_k:
       keep = keys < Lk
-    if shape.causal:
-      queries = i * shape.block_q + jax.lax.broadcasted_iota(jnp.int32, block, 0)
+    if spec.causal:
+      queries = i * spec.block_q + jax.lax.broadcasted_iota(jnp.int32, block, 0)
       before = keys <= queries
       keep = before if keep is None else keep & before
     if masked:
@@ -60,14 +61,14 @@ def _kernel(
       keep = counts if keep is None else keep & counts
     store(
       _online_softmax.update(
-        tuple(r[...] for r in sums_refs), qkv, dqkv, keep, shape.scale
+        tuple(r[...] for r in sums_refs), qkv, dqkv, keep, spec.scale
       )
     )
 
-  if shape.causal:
-    pl.when(j * shape.block_k < (i + 1) * shape.block_q)(turn)
+  if spec.causal:
+    pl.when(j * spec.block_k < (i + 1) * spec.block_q)(accumulate)
   else:
-    turn()
+    accumulate()
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _() -> None:
@@ -86,7 +87,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def one_pass(
-  shape: AttentionSpec,
+  spec: AttentionSpec,
   qkv: tuple,
   mask: Array | None,
   dqkv: tuple | None = None,
@@ -96,11 +97,11 @@ def one_pass(
   """Returns (o, lse) and, given tangents of q, k and v, (do, dlse)."""
   tangent, masked = dqkv is not None, mask is not None
   (B, heads, Lq, size), Lk = qkv[0].shape, qkv[1].shape[2]
-  shape = shape._replace(
-    block_q=min(shape.block_q, _round_up(Lq, LANES)),
-    block_k=min(shape.block_k, _round_up(Lk, LANES)),
+  spec = spec._replace(
+    block_q=min(spec.block_q, _round_up(Lq, LANES)),
+    block_k=min(spec.block_k, _round_up(Lk, LANES)),
   )
-  whole_q, whole_k = _round_up(Lq, shape.block_q), _round_up(Lk, shape.block_k)
+  whole_q, whole_k = _round_up(Lq, spec.block_q), _round_up(Lk, spec.block_k)
   wide_size = _round_up(size, LANES // 2 if tangent else 1)
   sides = 2 if tangent else 1
 
@@ -116,36 +117,36 @@ def one_pass(
     )
   ]
   width = sides * wide_size
-  q_spec = pl.BlockSpec((1, 1, shape.block_q, width), lambda b, h, i, j: (b, h, i, 0))
-  k_spec = pl.BlockSpec((1, 1, shape.block_k, width), lambda b, h, i, j: (b, h, j, 0))
+  q_spec = pl.BlockSpec((1, 1, spec.block_q, width), lambda b, h, i, j: (b, h, i, 0))
+  k_spec = pl.BlockSpec((1, 1, spec.block_k, width), lambda b, h, i, j: (b, h, j, 0))
   in_specs = [q_spec, k_spec, k_spec]
   if masked:
     row = jnp.pad(mask, ((0, 0), (0, whole_k - Lk))).astype(jnp.int32)
     operands.append(row[:, None])
-    in_specs.append(pl.BlockSpec((1, 1, shape.block_k), lambda b, h, i, j: (b, 0, j)))
+    in_specs.append(pl.BlockSpec((1, 1, spec.block_k), lambda b, h, i, j: (b, 0, j)))
   dtype = _online_softmax.accumulation_dtype(qkv[0].dtype)
-  column = pltpu.VMEM((shape.block_q, 1), dtype)
-  matrix = pltpu.VMEM((shape.block_q, wide_size), dtype)
+  column = pltpu.VMEM((spec.block_q, 1), dtype)
+  matrix = pltpu.VMEM((spec.block_q, wide_size), dtype)
   out_shape = (
     like(qkv[0], (B, heads, whole_q, width), qkv[2].dtype),
     like(qkv[0], (B, heads, sides, whole_q), dtype),
   )
   out, stats = pl.pallas_call(
     functools.partial(
-      _kernel, shape=shape, size=wide_size, Lk=Lk, tangent=tangent, masked=masked
+      _kernel, spec=spec, size=wide_size, Lk=Lk, tangent=tangent, masked=masked
     ),
-    grid=(B, heads, whole_q // shape.block_q, whole_k // shape.block_k),
+    grid=(B, heads, whole_q // spec.block_q, whole_k // spec.block_k),
     in_specs=in_specs,
     out_specs=(
       q_spec,
-      pl.BlockSpec((1, 1, sides, shape.block_q), lambda b, h, i, j: (b, h, 0, i)),
+      pl.BlockSpec((1, 1, sides, spec.block_q), lambda b, h, i, j: (b, h, 0, i)),
     ),
     out_shape=out_shape,
     scratch_shapes=[column, column, matrix, *((column, matrix) if tangent else ())],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
     ),
-    cost_estimate=cost(shape, (B, heads, Lq, Lk, size), tangent, operands, out_shape),
+    cost_estimate=cost(spec, (B, heads, Lq, Lk, size), tangent, operands, out_shape),
     interpret=interpret,
     name="attention_jvp" if tangent else "attention",
   )(*operands)
@@ -157,17 +158,17 @@ def one_pass(
 
 
 def like(x: Array, shape: tuple, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-  """Returns the type of an output that varies over a shard_map's axes as x does."""
+  """Returns the type of an output that varies over the same shard_map axes as x."""
   axes = jax.typeof(x).manual_axis_type
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def cost(
-  shape: AttentionSpec, sizes: tuple, tangent: bool, operands: list, outs: tuple
+  spec: AttentionSpec, sizes: tuple, tangent: bool, operands: list, outs: tuple
 ) -> pl.CostEstimate:
-  """Returns the work of 2 products of matrices, 6 with the tangent; half if causal."""
+  """Returns the cost of 2 matrix products, 6 with the tangent; half of it if causal."""
   B, heads, Lq, Lk, size = sizes
-  scores = B * heads * Lq * Lk // (2 if shape.causal else 1)
+  scores = B * heads * Lq * Lk // (2 if spec.causal else 1)
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *outs))
   return pl.CostEstimate(
     flops=(12 if tangent else 4) * scores * size,

@@ -1,19 +1,35 @@
-"""What JAX's transformations do with fused attention.
+"""Fused attention as JAX primitives, with the rules of JAX's transformations.
 
-A `custom_vjp` function refuses `jax.jvp`, and a `custom_jvp` function whose rule calls
-a kernel cannot be transposed. So attention is primitives, which know all of it:
+There are three primitives:
 
   forward  q, k, v -> o, lse
-  both     q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over keys
+  both     q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over the keys
   linear   the derivative of one of them at known q, k, v, o, lse
 
-The jvp of `forward` is `both`. Reverse mode evaluates what it knows, o and lse, and
-transposes what is linear in tangents that it does not know; `both` then falls into
-`forward` and `linear`, whose transpose is the backward pass of FlashAttention. In the
-gradient of a loss that holds a jvp, the step of sCM, all six inputs of `both` are
-values, and it stays in one piece.
+The jvp of `forward` is `both`. Reverse mode evaluates the known part, o and lse, and
+transposes what is linear in the unknown tangents: `both` is split into `forward` and
+`linear`, whose transpose is the backward pass of FlashAttention. In the gradient of a
+loss that contains a jvp (sCM), all six inputs of `both` are known, so it stays one
+kernel.
 
-Arrays are [B, heads, L, size], log-sums lse [B, heads, L, 1].
+Arrays are [B, heads, L, size], log-sum-exps lse [B, heads, L, 1].
+
+This is the only file that uses JAX's unstable extension APIs, whose changes between
+versions it has to follow (setup.py has an upper bound for JAX):
+
+  jax.extend.core               Primitive, and equations that partial evaluation splits
+  jax.interpreters.ad           jvp and transpose rules of the primitives
+  jax.interpreters.batching     vmap rules
+  jax.interpreters.mlir         lowering by an ordinary JAX function
+  jax.interpreters.partial_eval the split of `both` under grad and remat, and removal of
+                                tangents that nobody uses
+
+The stable alternative does not do the same. A `custom_vjp` function refuses `jax.jvp`.
+A `custom_jvp` function over `custom_vjp` kernels has a jvp, and a gradient of a loss that
+contains one, but its own reverse mode has to transpose the tangent of its rule, and a
+kernel has no transpose: the rule must compute tangents by `linear` instead of `both`.
+Every jvp would then read the keys twice, once in the kernel and once in plain JAX, which
+costs the fused jvp (sCM's inner loop) its speed.
 """
 
 import functools
@@ -31,21 +47,21 @@ from sdiff_jax.kernels._chunked import AttentionSpec
 from sdiff_jax.types import Array
 
 
-def attend(shape: AttentionSpec, impl: str, qkv: tuple, mask: Array | None) -> Array:
+def attend(spec: AttentionSpec, impl: str, qkv: tuple, mask: Array | None) -> Array:
   """Returns softmax(scale q k^T) v, [B, heads, Lq, size].
 
   Args:
-    shape: masks, scale and blocks.
+    spec: causal mask, scale and block sizes.
     impl: "fused", "chunked" or "interpret".
     qkv: q [B, heads, Lq, size], k and v [B, heads, Lk, size].
-    mask: which keys count, bool [B, Lk], or None.
+    mask: True for keys that are attended to, bool [B, Lk]; or None.
   """
-  operands = _alike(*qkv) if mask is None else _alike(*qkv, mask)
-  return forward_p.bind(*operands, shape=shape, impl=impl)[0]
+  operands = _with_common_axes(*qkv) if mask is None else _with_common_axes(*qkv, mask)
+  return forward_p.bind(*operands, spec=spec, impl=impl)[0]
 
 
-def _alike(*arrays: Array) -> list[Array]:
-  """Returns arrays that vary over the same axes of a surrounding shard_map."""
+def _with_common_axes(*arrays: Array) -> list[Array]:
+  """Returns the arrays, varying over the same axes of a surrounding shard_map."""
   varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
   every = frozenset().union(*varying)
   return [
@@ -54,20 +70,20 @@ def _alike(*arrays: Array) -> list[Array]:
   ]
 
 
-def _evaluate(*args: Array, shape: AttentionSpec, impl: str, tangent: bool) -> tuple:
+def _evaluate(*args: Array, spec: AttentionSpec, impl: str, tangent: bool) -> tuple:
   qkv, mask, dqkv = _parts(args, tangent)
-  chunked = functools.partial(_chunked.one_pass, shape)
+  chunked = functools.partial(_chunked.one_pass, spec)
   if impl == "chunked":
     return chunked(qkv, mask, dqkv)
   interpret = impl == "interpret"
   on_tpu = _on_each_device(
-    functools.partial(_pallas_tpu.one_pass, shape, interpret=interpret)
+    functools.partial(_pallas_tpu.one_pass, spec, interpret=interpret)
   )
   if interpret:
     return on_tpu(qkv, mask, dqkv)
   kernels = {"tpu": on_tpu}
-  if _pallas_gpu.takes(qkv[0]):
-    on_gpu = functools.partial(_pallas_gpu.one_pass, shape)
+  if _pallas_gpu.supports(qkv[0]):
+    on_gpu = functools.partial(_pallas_gpu.one_pass, spec)
     kernels["cuda"] = _on_each_device(on_gpu)
   # By the platform that the program is compiled for, which need not be this one.
   return jax.lax.platform_dependent(qkv, mask, dqkv, **kernels, default=chunked)
@@ -76,8 +92,8 @@ def _evaluate(*args: Array, shape: AttentionSpec, impl: str, tangent: bool) -> t
 def _on_each_device(kernel):
   """Returns the kernel under shard_map, since XLA cannot partition it.
 
-  B and then heads are spread over the axes of the mesh in the context (jax.set_mesh)
-  that divide them, in the mesh's order.
+  B, and then heads, are sharded over the axes of the context's mesh (jax.set_mesh) that
+  divide them, in the order of the mesh.
   """
 
   def call(qkv: tuple, mask: Array | None, dqkv: tuple | None) -> tuple:
@@ -98,12 +114,12 @@ def _on_each_device(kernel):
           break
     if not axes:
       return kernel(qkv, mask, dqkv)
-    whole = P(tuple(batch), tuple(heads))
+    partition = P(tuple(batch), tuple(heads))
     return jax.shard_map(
       kernel,
       axis_names=set(axes),
-      in_specs=(whole, P(tuple(batch)), whole),
-      out_specs=whole,
+      in_specs=(partition, P(tuple(batch)), partition),
+      out_specs=partition,
       check_vma=False,
     )(qkv, mask, dqkv)
 
@@ -118,12 +134,12 @@ def _parts(args: tuple, tangent: bool) -> tuple:
 
 
 def _primitive(name: str, evaluate: Callable, types: Callable) -> core.Primitive:
-  """Returns a primitive that is evaluated, typed and mapped, but has no derivative.
+  """Returns a primitive with rules for evaluation, abstract values and vmap.
 
   Args:
-    name: for programs in print.
+    name: shown in jaxprs.
     evaluate: (arrays, parameters) -> arrays, each with leading B.
-    types: the same of abstract values.
+    types: the same for abstract values.
   """
   primitive = core.Primitive(name)
   primitive.multiple_results = True
@@ -164,8 +180,8 @@ both_p = _primitive(
   functools.partial(_evaluate, tangent=True),
   lambda *args, **params: _sums(*args) * 2,
 )
-# Of q, k, v, o, lse and what else `function` reads, then the `count` directions in
-# which it is linear. It is known as a whole or not at all, and transposed as one.
+# Its operands are q, k, v, o, lse and what else `function` reads, then the `count`
+# tangents in which it is linear. Partial evaluation does not split it.
 linear_p = _primitive(
   "attention_linear",
   lambda *args, function, count: function(*args),
@@ -173,56 +189,56 @@ linear_p = _primitive(
 )
 
 
-def _tangent(shape: AttentionSpec, *args: Array) -> tuple:
-  """Returns (do, dlse) of q, k, v, o, lse, mask if any, and dq, dk, dv."""
+def _tangent(spec: AttentionSpec, *args: Array) -> tuple:
+  """Returns (do, dlse) from q, k, v, o, lse, the mask if any, and dq, dk, dv."""
   *qkv, o, lse = args[:5]
   mask = args[5] if len(args) == 9 else None
-  return _chunked.tangent(shape, tuple(qkv), mask, o, lse, args[-3:])
+  return _chunked.tangent(spec, tuple(qkv), mask, o, lse, args[-3:])
 
 
-def _second(shape: AttentionSpec, *args: Array) -> tuple:
-  """Returns the derivative of `_tangent` along eight more arguments, mask without."""
+def _second(spec: AttentionSpec, *args: Array) -> tuple:
+  """Returns the jvp of `_tangent`; the last 8 arguments are the tangents."""
   primals, dots = args[:-8], args[-8:]
   q, k, v, o, lse, *mask, dq, dk, dv = primals
   return jax.jvp(
-    lambda *x: _tangent(shape, *x[:5], *mask, *x[5:]),
+    lambda *x: _tangent(spec, *x[:5], *mask, *x[5:]),
     (q, k, v, o, lse, dq, dk, dv),
     dots,
   )[1]
 
 
 def _linear_jvp(primals: tuple, tangents: tuple, *, function, count) -> tuple:
-  mixed = [i for i, x in enumerate(primals) if x.dtype != bool]
-  dots = [ad.instantiate_zeros(tangents[i]) for i in mixed]
+  indices = [i for i, x in enumerate(primals) if x.dtype != bool]
+  dots = [ad.instantiate_zeros(tangents[i]) for i in indices]
 
-  def of_some(*some: Array) -> tuple:
+  def apply(*differentiable: Array) -> tuple:
     args = list(primals)
-    for i, x in zip(mixed, some, strict=True):
+    for i, x in zip(indices, differentiable, strict=True):
       args[i] = x
     return function(*args)
 
-  return jax.jvp(of_some, [primals[i] for i in mixed], dots)
+  return jax.jvp(apply, [primals[i] for i in indices], dots)
 
 
 def _linear_transpose(cts: list, *args, function, count) -> list:
-  given, directions = args[:-count], args[-count:]
+  constants, directions = args[:-count], args[-count:]
   linear = [ad.is_undefined_primal(x) for x in directions]
 
-  def of_some(*some: Array) -> tuple:
-    rest = iter(some)
+  def apply(*unknown: Array) -> tuple:
+    rest = iter(unknown)
     return function(
-      *given,
+      *constants,
       *(
         next(rest) if l else jnp.zeros_like(x)
         for l, x in zip(linear, directions, strict=True)
       ),
     )
 
-  some = [x.aval for x, l in zip(directions, linear, strict=True) if l]
+  unknown = [x.aval for x, l in zip(directions, linear, strict=True) if l]
   back = iter(
-    jax.linear_transpose(of_some, *some)(tuple(map(ad.instantiate_zeros, cts)))
+    jax.linear_transpose(apply, *unknown)(tuple(map(ad.instantiate_zeros, cts)))
   )
-  return [None] * len(given) + [next(back) if l else None for l in linear]
+  return [None] * len(constants) + [next(back) if l else None for l in linear]
 
 
 ad.primitive_jvps[linear_p] = _linear_jvp
@@ -230,9 +246,9 @@ ad.primitive_transposes[linear_p] = _linear_transpose
 
 
 def _linear(
-  function: Callable, shape: AttentionSpec, args: list, directions: list
+  function: Callable, spec: AttentionSpec, args: list, directions: list
 ) -> list:
-  function = functools.partial(function, shape)
+  function = functools.partial(function, spec)
   return linear_p.bind(*args, *directions, function=function, count=len(directions))
 
 
@@ -243,14 +259,18 @@ def _forward_jvp(primals: tuple, tangents: tuple, **params) -> tuple:
 
 
 def _both_jvp(
-  primals: tuple, tangents: tuple, *, shape: AttentionSpec, impl: str
+  primals: tuple, tangents: tuple, *, spec: AttentionSpec, impl: str
 ) -> tuple:
-  outs = both_p.bind(*primals, shape=shape, impl=impl)
-  given = [*primals[:3], *outs[:2], *primals[3:]]  # q, k, v, o, lse, (mask), dq, dk, dv
+  outs = both_p.bind(*primals, spec=spec, impl=impl)
+  operands = [
+    *primals[:3],
+    *outs[:2],
+    *primals[3:],
+  ]  # q, k, v, o, lse, (mask), dq, dk, dv
   dots = [ad.instantiate_zeros(x) for x in (*tangents[:3], *tangents[-3:])]
-  first = _linear(_tangent, shape, given[:-3], dots[:3])
-  # Nothing of it is computed where the tangent is under stop_gradient.
-  second = _linear(_second, shape, given, [*dots[:3], *first, *dots[3:]])
+  first = _linear(_tangent, spec, operands[:-3], dots[:3])
+  # Dead code if the tangent is under stop_gradient.
+  second = _linear(_second, spec, operands, [*dots[:3], *first, *dots[3:]])
   return outs, [*first, *second]
 
 
@@ -258,20 +278,20 @@ ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_jvps[both_p] = _both_jvp
 
 
-def _partial_eval(trace, *tracers, shape: AttentionSpec, impl: str) -> list:
-  """Splits `both` where q, k, v are known and their tangents are not (grad)."""
+def _partial_eval(trace, *tracers, spec: AttentionSpec, impl: str) -> list:
+  """Splits `both` if q, k, v are known and their tangents are not (grad)."""
   known = [x.is_known() for x in tracers]
-  params = {"shape": shape, "impl": impl}
+  params = {"spec": spec, "impl": impl}
   if all(known) or not all(known[:-3]):
     return trace.default_process_primitive(both_p, tracers, params)
   with core.set_current_trace(trace):
     o, lse = forward_p.bind(*tracers[:-3], **params)
-    given = [*tracers[:3], o, lse, *tracers[3:-3]]
-    return [o, lse, *_linear(_tangent, shape, given, tracers[-3:])]
+    operands = [*tracers[:3], o, lse, *tracers[3:-3]]
+    return [o, lse, *_linear(_tangent, spec, operands, tracers[-3:])]
 
 
 def _equation(eqn: core.JaxprEqn) -> core.JaxprEqn:
-  """Returns the equation of `forward` that gives the first results of a `both`."""
+  """Returns the equation of `forward` for the first two results of a `both`."""
   return core.new_jaxpr_eqn(
     eqn.invars[:-3],
     eqn.outvars[:2],
@@ -283,12 +303,12 @@ def _equation(eqn: core.JaxprEqn) -> core.JaxprEqn:
   )
 
 
-def _partial_eval_equation(saveable, unknown: list, there: list, eqn) -> tuple:
-  """The same for an equation under remat, all of which is computed again."""
+def _partial_eval_equation(saveable, unknown: list, instantiated: list, eqn) -> tuple:
+  """Splits an equation under remat, where all results are recomputed."""
   residuals = [
     x
-    for x, inst in zip(eqn.invars, there, strict=True)
-    if not inst and not isinstance(x, core.Literal)
+    for x, is_instantiated in zip(eqn.invars, instantiated, strict=True)
+    if not is_instantiated and not isinstance(x, core.Literal)
   ]
   if not any(unknown):
     known, out = eqn, [False] * 4
@@ -300,8 +320,8 @@ def _partial_eval_equation(saveable, unknown: list, there: list, eqn) -> tuple:
 
 
 def _dead_code(used: list, *rest) -> tuple:
-  """Leaves `forward` of a `both` whose tangent nobody reads."""
-  eqn = rest[-1]  # from 0.12 on, JAX says before it which inputs live
+  """Replaces a `both` by `forward` if its tangents are not used."""
+  eqn = rest[-1]  # JAX 0.12 passes which inputs are live before it
   if any(used[2:]):
     return [True] * len(eqn.invars), eqn
   if any(used):

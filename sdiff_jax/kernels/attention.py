@@ -1,7 +1,7 @@
 """Attention in O(L) memory that has forward-mode, reverse-mode and mixed derivatives.
 
-Fused kernels elsewhere are `custom_vjp` functions, which refuse `jax.jvp`;
-continuous-time consistency models need the gradient of a loss that holds one.
+Other fused kernels are `custom_vjp` functions, which refuse `jax.jvp`; continuous-time
+consistency models need the gradient of a loss that contains a jvp.
 """
 
 import math
@@ -15,7 +15,7 @@ from sdiff_jax.kernels._pallas_tpu import LANES
 from sdiff_jax.types import Array
 
 IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
-SHORT = 512 * 512  # scores of a head that plain attention may hold
+MAX_PLAIN_SCORES = 512 * 512  # of a head, for which impl="auto" is "plain"
 
 
 def attention(
@@ -32,47 +32,64 @@ def attention(
 ) -> Array:
   """Returns softmax(scale q k^T) v, [B, Lq, heads, size].
 
-  Scores and sums are float32 or wider. Jit, grad, jvp, the gradient of a loss that
-  holds a jvp, vmap, remat and shard_map compose with it. Rows that meet no key are 0.
+  Scores and sums are computed in float32 or wider. It composes with jit, grad, jvp, the
+  gradient of a loss that contains a jvp, vmap, remat and shard_map. The output of a query
+  without keys is 0.
 
   Args:
-    q: queries, [B, Lq, heads, size], bfloat16, float32 (or, but in kernels, another).
+    q: queries, [B, Lq, heads, size], of a floating type; kernels support bfloat16,
+      float16 and float32.
     k: keys, [B, Lk, heads, size].
     v: values, [B, Lk, heads, size].
-    causal: let query i meet the keys 0 to i alone.
-    key_mask: which keys count, bool [B, Lk]; None for all.
+    causal: whether query i attends to keys 0 to i only.
+    key_mask: True for keys that are attended to, bool [B, Lk]; None for all keys.
     scale: factor of the scores; None for size^-0.5.
-    impl: "plain" holds all scores, [B, heads, Lq, Lk]; "chunked" one block of them at a
-      time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to a size of
-      128 (64 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" takes "plain"
-      where it holds little, else "fused". "interpret" runs the TPU's kernel on any
-      machine, slowly.
-    block_q: queries of a block, at most; a multiple of 128. GPUs have their own.
-    block_k: keys of a block, likewise.
+    impl: "plain" stores all scores, [B, heads, Lq, Lk]; "chunked" stores one block of
+      them at a time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to
+      size 128 (64 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" is
+      "plain" up to MAX_PLAIN_SCORES scores, else "fused". "interpret" runs the TPU
+      kernel on any machine, slowly.
+    block_q: largest number of queries of a block, a multiple of 128. The GPU kernel has
+      its own block size.
+    block_k: largest number of keys of a block, a multiple of 128.
+
+  Returns:
+    [B, Lq, heads, size], in the type of v.
 
   Raises:
-    ValueError: a shape, type or name that does not fit; it names the argument.
+    ValueError: a shape, type or name that does not fit; the message starts with the
+      argument.
 
   Source: arXiv:2410.11081, appendix F; arXiv:2205.14135.
+
+  Example:
+    >>> q = k = v = jnp.ones((1, 4, 2, 8))
+    >>> out, tangent = jax.jvp(lambda q: attention(q, k, v), (q,), (q,))
+    >>> out.shape, tangent.shape
+    ((1, 4, 2, 8), (1, 4, 2, 8))
   """
   _check(q, k, v, key_mask, impl, block_q, block_k)
   scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
   if not math.isfinite(scale):
     raise ValueError(f"scale={scale}: must be finite")
   if impl == "auto":
-    impl = "plain" if q.shape[1] * k.shape[1] <= SHORT else "fused"
+    impl = "plain" if q.shape[1] * k.shape[1] <= MAX_PLAIN_SCORES else "fused"
   if impl == "plain":
     return _plain(q, k, v, causal, key_mask, scale)
-  shape = AttentionSpec(causal, scale, block_q, block_k)
+  spec = AttentionSpec(causal, scale, block_q, block_k)
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  o = _primitives.attend(shape, impl, (q, k, v), key_mask)
+  o = _primitives.attend(spec, impl, (q, k, v), key_mask)
   return jnp.swapaxes(o, 1, 2)
 
 
 def _check(q, k, v, key_mask, impl, block_q, block_k) -> None:
-  """Raises a ValueError that names the argument that does not fit."""
+  """Checks the arguments of `attention`.
+
+  Raises:
+    ValueError: an argument does not fit; the message starts with its name.
+  """
   if impl not in IMPLS:
-    raise ValueError(f"impl={impl!r}: take one of {', '.join(IMPLS)}")
+    raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
   for name, block in (("block_q", block_q), ("block_k", block_k)):
     if block < LANES or block % LANES:
       raise ValueError(f"{name}={block}: must be a multiple of {LANES}")
@@ -92,7 +109,19 @@ def _check(q, k, v, key_mask, impl, block_q, block_k) -> None:
     )
 
 
-def _plain(q, k, v, causal, key_mask, scale) -> Array:
+def _plain(
+  q: Array,
+  k: Array,
+  v: Array,
+  causal: bool,
+  key_mask: Array | None,
+  scale: float,
+) -> Array:
+  """Returns attention that stores all scores.
+
+  Not `jax.nn.dot_product_attention`, whose output for queries without keys is the mean
+  of the values instead of 0, and which computes in float32 at most.
+  """
   dtype = _online_softmax.accumulation_dtype(q.dtype)
   scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=dtype) * scale
   keep = None
@@ -104,7 +133,7 @@ def _plain(q, k, v, causal, key_mask, scale) -> Array:
   if keep is None:
     weights = jax.nn.softmax(scores)
   else:
-    # A row that meets no key is 0, and so is its derivative.
+    # The output of a query without keys is 0, and so is its derivative.
     weights = jax.nn.softmax(jnp.where(keep, scores, _online_softmax.LOWEST))
     weights = jnp.where(keep, weights, 0)
   return jnp.einsum("bhlm,bmhd->blhd", weights.astype(v.dtype), v)

@@ -150,6 +150,8 @@ def write(runs: list[str], path: str) -> str:
 
 def title(loss: dict) -> str:
   """Returns the kind of a model by its section `loss`: teacher, sCD, sCT, ..."""
+  if loss["name"] not in registry.names("losses"):  # of a plugin that is not here
+    return loss["name"]
   return losses.facts(loss).title
 
 

@@ -294,7 +294,7 @@ def more_tokens(path) -> None:
   ("file", "damage", "message"),
   [
     ("unet/diffusion_pytorch_model.safetensors", cut, "safetensors is damaged"),
-    ("vae/diffusion_pytorch_model.safetensors", pickled, "nothing of it was run"),
+    ("vae/diffusion_pytorch_model.safetensors", pickled, "no code of the file was run"),
     ("tokenizer/tokenizer.json", more_tokens, "they do not belong together"),
     ("tokenizer/tokenizer.json", cut, "holds no tokenizer of CLIP"),
     ("scheduler/scheduler_config.json", pathlib.Path.unlink, "No such file"),

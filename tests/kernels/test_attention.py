@@ -290,7 +290,7 @@ def test_gpus_take_their_kernel_where_it_has_room(dtype, size, count):
     ({"k": "bfloat16"}, r"k is bfloat16: q, k and v must share one floating type"),
     ({"q": "int32"}, r"q is int32: q, k and v must share"),
     ({"key_mask": (2, 4)}, r"key_mask is bool \(2, 4\): must be bool \(2, 5\)"),
-    ({"impl": "flash"}, r"impl='flash': take one of auto, plain, fused"),
+    ({"impl": "flash"}, r"impl='flash': must be one of auto, plain, fused"),
     ({"block_k": 100}, r"block_k=100: must be a multiple of 128"),
     ({"scale": float("nan")}, r"scale=nan: must be finite"),
   ],

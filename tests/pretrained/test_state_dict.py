@@ -151,5 +151,5 @@ def test_an_archive_of_other_bytes(tmp_path):
     for name in old.namelist():
       changed = name.endswith("byteorder")
       new.writestr(name, b"big" if changed else old.read(name))
-  with pytest.raises(UserError, match="bytes in another order"):
+  with pytest.raises(UserError, match="big-endian bytes"):
     read(buffer.getvalue(), tmp_path)

@@ -1,4 +1,4 @@
-"""What the networks of the diffusers format share: their form and their weights."""
+"""Interface and weights of the networks of the diffusers format."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,25 +10,25 @@ import numpy as np
 from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Array, Params, PRNGKey
 
-LEGACY = {  # names of attention's layers in files of 2022
+LEGACY = {  # names of attention layers in files of 2022 -> present names
   "query": "to_q",
   "key": "to_k",
   "value": "to_v",
   "proj_attn": "to_out.0",
 }
-# In text encoders of transformers 4: before every name, and 0, 1, 2, ...
+# In text encoders of transformers 4: a prefix of all names, and a constant 0, 1, 2, ...
 PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
 
 
 class Predictor(NamedTuple):
-  """A network that predicts eps, v or x0 of a process with discrete times.
+  """A network that predicts eps, v or x0 of a process with discrete timesteps.
 
   Attributes:
     init: (key) -> params.
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
       float32 or wider; cond is {"text": [B, L, E]}, or None without text.
-    shape: (H, W, C) of the samples that it was trained on.
-    text: E, or None.
+    shape: (H, W, C) of its training samples.
+    text: E, size of the text embeddings, or None.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -38,7 +38,7 @@ class Predictor(NamedTuple):
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:
-  """Returns parameters as ShapeDtypeStructs of a type; nothing is computed."""
+  """Returns the parameters of `init` as ShapeDtypeStructs of a type."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
     jax.eval_shape(init, jax.random.key(0)),
@@ -57,7 +57,7 @@ def load_state_dict(
 
   Args:
     tensors: by their names in PyTorch.
-    init: (key) -> params, whose nested keys make those names.
+    init: (key) -> params, whose nested keys are the parts of those names.
     dtype: of the parameters.
     path: of the file, at the start of the message of an error.
     network: what the message calls the network.
@@ -71,7 +71,7 @@ def load_state_dict(
     name = ".".join(LEGACY.get(part, part) for part in name.split("."))
     name = name.removeprefix(PREFIX)
     if name != POSITIONS:
-      # Rows of tables are looked up, so their layout stays.
+      # Embedding tables keep their layout: transposed here, and again below.
       renamed[name] = x.T if name.endswith("embedding.weight") else x
   return state_dict.match_params(
     renamed, like, to_state_dict, network=network, path=path
@@ -79,6 +79,6 @@ def load_state_dict(
 
 
 def to_state_dict(keys: tuple[str, ...]) -> str:
-  """Returns the name in PyTorch of a parameter whose nested keys make it."""
+  """Returns the PyTorch name of a parameter from its nested keys."""
   last = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
   return ".".join((*keys[:-1], last.get(keys[-1], keys[-1])))

@@ -1,4 +1,4 @@
-"""Fields of the config files of others."""
+"""Validation of the config files of other projects."""
 
 from collections.abc import Container
 from typing import Any
@@ -7,25 +7,31 @@ from typing import Any
 def validated_config(
   config: dict[str, Any],
   defaults: dict[str, Any],
-  only: dict[str, Container],
-  unused: Container[str] = (),
+  supported: dict[str, Container],
+  ignored: Container[str] = (),
 ) -> dict[str, Any]:
   """Returns the fields of a config that have a default, filled in.
 
   Args:
-    config: of a config.json; names with a leading underscore say who wrote it.
-    defaults: of the fields that are known.
-    only: field -> the values of it that are known, where nothing else is.
-    unused: fields that may say anything.
+    config: of a config.json; names with a leading underscore are metadata.
+    defaults: fields with any value -> their defaults.
+    supported: fields with only some supported values -> these values.
+    ignored: fields that are not used.
 
   Raises:
-    ValueError: lists fields that are unknown and values that are not supported.
+    ValueError: lists all unknown fields and all values that are not supported.
+
+  Example:
+    >>> validated_config({"width": 8, "act": "gelu"}, {"width": 4}, {"act": ("gelu",)})
+    {'width': 8}
   """
-  rest = {k: v for k, v in config.items() if k not in defaults and k not in unused}
+  rest = {k: v for k, v in config.items() if k not in defaults and k not in ignored}
   rest = {k: v for k, v in rest.items() if not k.startswith("_")}
-  unknown = sorted(k for k in rest if k not in only)
-  wrong = [f"{k}={v!r}" for k, v in rest.items() if k in only and v not in only[k]]
-  problems = {"unknown fields": unknown, "values not supported": sorted(wrong)}
+  unknown = sorted(k for k in rest if k not in supported)
+  unsupported = sorted(
+    f"{k}={v!r}" for k, v in rest.items() if k in supported and v not in supported[k]
+  )
+  problems = {"unknown fields": unknown, "values not supported": unsupported}
   if any(problems.values()):
     listed = (f"{k}: {', '.join(v)}" for k, v in problems.items() if v)
     raise ValueError("; ".join(listed))
@@ -35,10 +41,19 @@ def validated_config(
 def each(value: Any, count: int, field: str) -> tuple:
   """Returns one value for each of `count` levels.
 
+  Args:
+    value: a list of them, or one value for all levels.
+    count: number of levels.
+    field: name of the config field.
+
   Raises:
     ValueError: a list of another length.
+
+  Example:
+    >>> each(8, 3, "attention_head_dim")
+    (8, 8, 8)
   """
   values = tuple(value) if isinstance(value, list | tuple) else (value,) * count
   if len(values) != count:
-    raise ValueError(f"{field}={value!r}: must have {count} values, one a level")
+    raise ValueError(f"{field}={value!r}: must have {count} values, one for each level")
   return values

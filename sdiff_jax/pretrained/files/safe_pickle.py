@@ -1,7 +1,10 @@
-"""Pickles of PyTorch and of EDM, read without running what they name.
+"""A restricted unpickler for files of PyTorch and of EDM, which runs no code of theirs.
 
-A pickle is a program that may call any function. Here the globals that files of
-weights need become the inert stand-ins of `STAND_INS`, and any other ends the reading.
+A pickle is a program that may call any function. Here the globals that files of weights
+need are replaced by the inert objects of `STAND_INS`, and any other global is refused.
+
+`torch.load(weights_only=True)` would need PyTorch, and refuses the pickled modules of
+EDM and EDM2 and the pickled NumPy statistics of EDM2.
 """
 
 import io
@@ -27,17 +30,17 @@ STORAGES = {  # of PyTorch
   "Byte": "uint8",
   "Bool": "bool",
 }
-NUMPY = {"f8": "float64", "f4": "float32", "f2": "float16"}  # and its names of types
+NUMPY = {"f8": "float64", "f4": "float32", "f2": "float16"}  # NumPy's dtype names
 
 
 class Refused(Exception):
-  """A file holds what no file of weights needs."""
+  """A file has content that files of weights do not need."""
 
 
 def legacy(file: IO[bytes]) -> Any:
-  """Returns the object of a .pt file without zip, after its first number.
+  """Returns the object of a .pt file without zip archive, after its magic number.
 
-  Its storages come last, in the order of a list of their keys.
+  The storages follow the object, in the order of a list of their keys.
   """
   begin = file.tell()
   size = file.seek(0, io.SEEK_END) - begin
@@ -52,7 +55,7 @@ def legacy(file: IO[bytes]) -> Any:
     return storages[key]
 
   check(Unpickler(file).load() == 1001, "an unknown version of PyTorch's format")
-  check(Unpickler(file).load()["little_endian"], "bytes in another order")
+  check(Unpickler(file).load()["little_endian"], "big-endian bytes")
   out = Unpickler(file, load).load()
   for key in Unpickler(file).load():
     (numel,), storage = struct.unpack("<q", file.read(8)), storages[key]

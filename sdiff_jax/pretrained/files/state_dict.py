@@ -1,45 +1,36 @@
-"""Tensors of other people's files, by name; no code that a file names is run.
+"""Tensors of files of pretrained weights, by name.
 
-Reads .npz, .safetensors, PyTorch's .pt (both of its formats) and the pickled networks
-of EDM and EDM2 (see unpickle.py).
+The formats are .npz, .safetensors, PyTorch's .pt (both versions) and the pickled networks
+of EDM and EDM2. No code of a file is run (see safe_pickle.py).
 """
 
 import io
-import json
-import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from sdiff_jax.pretrained.files import safe_pickle
 from sdiff_jax.types import Params, UserError
 
-SHOWN = 6  # names of each kind in an error
-TYPES = {  # of safetensors
-  "F64": "float64",
-  "F32": "float32",
-  "F16": "float16",
-  "BF16": "bfloat16",
-  "I64": "int64",
-  "I32": "int32",
-  "I16": "int16",
-  "I8": "int8",
-  "U8": "uint8",
-  "BOOL": "bool",
-}
+MAX_NAMES = 6  # of each kind in the message of an error
 
 
 def read(path: str) -> dict[str, np.ndarray]:
   """Returns the tensors of a file by name.
 
-  Of a dict with an entry "ema", or "state_dict", that entry; of a module its
-  parameters and buffers, named as in its state dict.
+  Args:
+    path: of the file. If it holds a dict with the entry "ema" or "state_dict", the
+      tensors are those of the entry; if it holds a module, those of its state dict.
+
+  Returns:
+    name -> array, in the layout of the file.
 
   Raises:
-    UserError: the file is missing, damaged, or holds something else.
+    UserError: the file is missing or damaged, or holds something else.
   """
   try:
     with open(path, "rb") as file:
@@ -47,12 +38,12 @@ def read(path: str) -> dict[str, np.ndarray]:
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
-    raise UserError(f"{path}: {error}; nothing of it was run") from None
-  except Exception as error:  # whatever a file of another kind leads to
+    raise UserError(f"{path}: {error}; no code of the file was run") from None
+  except Exception as error:  # whatever a file of another format leads to
     reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is damaged, or no file of weights ({reason})") from error
+    raise UserError(f"{path}: is damaged, or no file of weights ({reason})") from error
   if not tensors:
-    raise UserError(f"{path} holds no tensors by name: save a state dict")
+    raise UserError(f"{path}: holds no tensors by name; save a state dict")
   return tensors
 
 
@@ -63,15 +54,14 @@ def match_params(
   network: str = "the network",
   path: str = "",
 ) -> Params:
-  """Returns the tensors as a tree like another, in the layout of JAX.
+  """Converts tensors in PyTorch's layout to a tree of parameters.
 
-  Kernels change from [out, in, ...] to [..., in, out]; a convolution of side 1 may
-  be a matrix.
+  Kernels [out, in, ...] become [..., in, out]. A 1x1 convolution may become a matrix.
 
   Args:
     tensors: by name, in PyTorch's layout.
-    like: a nested dict of arrays or ShapeDtypeStructs.
-    name: keys of a leaf of `like` -> name of its tensor.
+    like: nested dict of arrays or ShapeDtypeStructs.
+    name: (keys of a leaf of `like`) -> name of its tensor.
     network: what the message of an error calls the network.
     path: of the file, at the start of the message of an error.
 
@@ -79,43 +69,47 @@ def match_params(
     UserError: lists tensors that are missing, left over or of another shape.
   """
   names = jax.tree.map_with_path(lambda path, _: name(tuple(k.key for k in path)), like)
-  known = {*jax.tree.leaves(names)}
-  found = {k: _transposed(v) for k, v in tensors.items()}
-  missing = [k for k in known if k not in found]
-  left = [k for k in found if k not in known]
-  wrong = []
+  expected = {*jax.tree.leaves(names)}
+  transposed = {k: _transpose(v) for k, v in tensors.items()}
+  missing = [k for k in expected if k not in transposed]
+  left_over = [k for k in transposed if k not in expected]
+  wrong_shape = []
 
   def fit(name: str, leaf: Any) -> np.ndarray | None:
-    x = found.get(name)
+    x = transposed.get(name)
     if x is None:
       return None
     if x.shape == (1, 1, *leaf.shape):
       x = x[0, 0]
     if x.shape != leaf.shape:
-      wrong.append(f"{name} {x.shape} for {leaf.shape}")
+      wrong_shape.append(f"{name} {x.shape} for {leaf.shape}")
     return x.astype(leaf.dtype)
 
-  fits = jax.tree.map(fit, names, like)
-  problems = {"missing": missing, "left over": left, "of another shape": wrong}
+  params = jax.tree.map(fit, names, like)
+  problems = {
+    "missing": missing,
+    "left over": left_over,
+    "of another shape": wrong_shape,
+  }
   if any(problems.values()):
-    listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
+    listed = "; ".join(f"{k}: {_abbreviate(v)}" for k, v in problems.items() if v)
     start = f"{path}: " if path else ""
     raise UserError(f"{start}the tensors do not fit {network}: {listed}")
-  return fits
+  return params
 
 
-def _transposed(x: np.ndarray) -> np.ndarray:
+def _transpose(x: np.ndarray) -> np.ndarray:
   return x.transpose(*range(2, x.ndim), 1, 0) if x.ndim > 1 else x
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
   names = sorted(names)
-  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-  return ", ".join(names[:SHOWN]) + more
+  more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+  return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _read(path: str, file: IO[bytes]) -> Any:
-  """Returns what a file holds, by its form."""
+  """Returns the content of a file, according to its format."""
   if zipfile.is_zipfile(file):
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
@@ -126,29 +120,17 @@ def _read(path: str, file: IO[bytes]) -> Any:
       return dict(arrays)
   file.seek(0)
   if path.endswith(".safetensors"):
-    return _safetensors(file.read())
+    return safetensors.numpy.load_file(path)
   first = safe_pickle.Unpickler(file).load()
   is_legacy = isinstance(first, int) and first == safe_pickle.MAGIC
   return safe_pickle.legacy(file) if is_legacy else first
-
-
-def _safetensors(data: bytes) -> dict[str, np.ndarray]:
-  (length,) = struct.unpack("<Q", data[:8])
-  header, body = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
-  out = {}
-  for name, entry in header.items():
-    if name != "__metadata__":
-      begin, end = entry["data_offsets"]
-      flat = np.frombuffer(body[begin:end], safe_pickle.dtype(TYPES[entry["dtype"]]))
-      out[name] = flat.reshape(entry["shape"])
-  return out
 
 
 def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
   """Returns the object of a .pt file, whose storages are files of a zip archive."""
   if f"{prefix}byteorder" in archive.namelist():
     little = archive.read(f"{prefix}byteorder") == b"little"
-    safe_pickle.check(little, "bytes in another order")
+    safe_pickle.check(little, "big-endian bytes")
   storages = {}
 
   def load(kind: str, key: str, numel: int) -> np.ndarray:
@@ -162,28 +144,28 @@ def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
   ).load()
 
 
-def _state_dict(found: Any) -> dict[str, np.ndarray]:
-  """Returns the tensors of an object: a module's, or those of a dict."""
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+  """Returns the tensors of a module, or of a dict."""
   for entry in ("ema", "state_dict"):
-    if isinstance(found, dict) and entry in found:
-      found = found[entry]
-  if isinstance(found, safe_pickle.Module):
-    return dict(_walk(found, "", set()))
-  found = found if isinstance(found, dict) else {}
-  return {k: v.copy() for k, v in found.items() if isinstance(v, np.ndarray)}
+    if isinstance(content, dict) and entry in content:
+      content = content[entry]
+  if isinstance(content, safe_pickle.Module):
+    return dict(_walk(content, "", set()))
+  content = content if isinstance(content, dict) else {}
+  return {k: v.copy() for k, v in content.items() if isinstance(v, np.ndarray)}
 
 
 def _walk(
-  module: safe_pickle.Module, prefix: str, above: set[int]
+  module: safe_pickle.Module, prefix: str, ancestors: set[int]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields names and tensors of a module and those inside it."""
-  safe_pickle.check(id(module) not in above, "a module inside itself")
+  """Yields names and tensors of a module and of its submodules."""
+  safe_pickle.check(id(module) not in ancestors, "a module inside itself")
   state = module.state
-  dropped = state.get("_non_persistent_buffers_set", ())
+  not_saved = state.get("_non_persistent_buffers_set", ())
   for kind in ("_parameters", "_buffers"):
     for name, x in state.get(kind, {}).items():
-      if isinstance(x, np.ndarray) and name not in dropped:
+      if isinstance(x, np.ndarray) and name not in not_saved:
         yield f"{prefix}{name}", x.copy()
   for name, inner in state.get("_modules", {}).items():
     if isinstance(inner, safe_pickle.Module):
-      yield from _walk(inner, f"{prefix}{name}.", above | {id(module)})
+      yield from _walk(inner, f"{prefix}{name}.", ancestors | {id(module)})

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs the tests on the newest Python and JAX: tests/newest.sh [ARGUMENTS OF PYTEST]
+#
+# If no Python on this machine is newer than its python3, the one of Debian's unstable
+# distribution is installed into .venv-newest (root and debootstrap are needed), and the
+# tests run there in a chroot, with this repository mounted.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+repository=$PWD
+root=$repository/.venv-newest
+if (($#)); then arguments=("$@"); else arguments=(-m "not slow"); fi
+
+newest_python() {
+  local minor
+  for minor in 16 15 14 13 12; do
+    if command -v "python3.$minor"; then return; fi
+  done
+}
+
+# setup.py bounds JAX; the question here is whether its bound could be raised.
+install_and_test() {
+  local python=$1 environment=$2
+  shift 2
+  [[ -e $environment ]] || "$python" -m venv "$environment"
+  "$environment/bin/pip" install --quiet --editable '.[test]'
+  "$environment/bin/pip" install --quiet --upgrade jax jaxlib
+  "$environment/bin/python" -c \
+    'import sys, jax; print("Python", sys.version.split()[0], "JAX", jax.__version__)'
+  "$environment/bin/python" -m pytest -p no:cacheprovider "$@"
+}
+
+python=$(newest_python) || true
+if [[ -n $python ]]; then
+  install_and_test "$python" "$root" "${arguments[@]}"
+  exit
+fi
+
+if ! command -v debootstrap > /dev/null || ((EUID)); then
+  echo "error: there is no Python newer than $(python3 --version); install one, or run" \
+    "this as root with debootstrap" >&2
+  exit 2
+fi
+if [[ ! -e $root/complete ]]; then
+  debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates,git \
+    sid "$root"
+  touch "$root/complete"
+fi
+cp /etc/resolv.conf "$root/etc/resolv.conf"
+cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+mkdir -p "$root/repository"
+unmount() { umount "$root/repository" "$root/proc" "$root/dev"; }
+trap unmount EXIT
+mount --bind "$repository" "$root/repository"
+mount -t proc proc "$root/proc"
+mount --bind /dev "$root/dev"
+env --unset=PIP_FIND_LINKS --unset=PIP_CONSTRAINT \
+  HOME=/root PIP_CONFIG_FILE=/dev/null \
+  chroot "$root" bash -c "
+    set -euo pipefail
+    cd /repository
+    $(declare -f install_and_test)
+    install_and_test python3 /opt/venv \"\$@\"" install_and_test "${arguments[@]}"
