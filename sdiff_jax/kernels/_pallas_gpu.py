@@ -88,7 +88,9 @@ def one_pass(
   row = pl.BlockSpec((1, 1, BLOCK, wide_size), lambda b, h, i: (b, h, i, 0))
   column = pl.BlockSpec((1, 1, whole_k, wide_size), lambda b, h, i: (b, h, 0, 0))
   operands, in_specs = [], []
-  for n, (L, block_spec) in enumerate(((whole_q, row), (whole_k, column), (whole_k, column))):
+  for n, (L, block_spec) in enumerate(
+    ((whole_q, row), (whole_k, column), (whole_k, column))
+  ):
     for arrays in (qkv, dqkv) if tangent else (qkv,):
       operands.append(whole(arrays[n], L))
       in_specs.append(block_spec)

@@ -1,1 +1,1 @@
-"""HTML pages about runs and studies."""
+"""HTML pages, figures and tables of results."""

@@ -1,10 +1,14 @@
-"""Self-contained HTML pages: their looks, tables and pictures."""
+"""Self-contained HTML pages: template, tables and images.
+
+The template is one string with three fields, and a table is two lines of code, so there
+is no template engine.
+"""
 
 import base64
 import string
 from html import escape
 
-# title, lead and body: HTML already.
+# The fields title, lead and body are HTML.
 TEMPLATE = string.Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -48,12 +52,26 @@ $body</main></body></html>
 
 
 def row(tag: str, cells: list[str]) -> str:
-  """Returns a row of a table; tag is "th" or "td"."""
+  """Returns a row of a table.
+
+  Args:
+    tag: "th" or "td".
+    cells: texts, which are escaped.
+  """
   return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>\n"
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-  """Returns a table of texts."""
+  """Returns a table.
+
+  Args:
+    head: texts of the header.
+    lines: texts of the cells, line by line.
+
+  Example:
+    >>> "<td>1</td>" in table(["x"], [["1"]])
+    True
+  """
   body = "".join(row("td", cells) for cells in lines)
   return (
     f'<div class="wide"><table>\n<thead>\n{row("th", head)}</thead>\n<tbody>\n{body}'
@@ -62,5 +80,10 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def uri(content: bytes, kind: str) -> str:
-  """Returns an image, kind "png" or "svg+xml", as a data URI."""
+  """Returns an image as a data URI.
+
+  Args:
+    content: the image file.
+    kind: "png", "gif" or "svg+xml".
+  """
   return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""What a study measures, as points, a figure and a table."""
+"""Figures and tables of studies."""
 
 import io
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,21 +9,22 @@ if TYPE_CHECKING:  # slow to import
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-NAMES = {  # of axes
+LABELS = {  # of axes
   "compute": "training FLOPs / the teacher's",
   "d_t": "rms of cos t sin t $\\sigma_d$ ∂F/∂t",
   "error": "rms difference / rms of the sequential",
-  "evaluations": "evaluations an image",
+  "evaluations": "network evaluations per image",
   "flops": "training FLOPs",
   "frechet": "Frechet distance",
   "grad_x": "rms of cos t sin t ∇F dx/dt",
-  "latency": "seconds for one image alone",
-  "passes": "passes",
+  "latency": "seconds for a batch of one image",
+  "passes": "sequential network calls",
   "ratio": "Frechet distance / the teacher's",
-  "seconds": "seconds an image, in batches",
+  "seconds": "seconds per image, in batches",
 }
-TIMES = ("seconds", "latency")  # measured: the points of one sampler are one
-COLUMNS = 3  # of panels
+# Axes that are measured: results of one sampler, at its median, are one point.
+TIMES = ("seconds", "latency")
+MAX_COLUMNS = 3  # of panels
 
 
 Panel = str | tuple[str, str]  # y, or x and y
@@ -32,7 +33,17 @@ LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
 class Curve(NamedTuple):
-  """One series in one panel, over seeds; arrays [points], and names where x is time."""
+  """A series in a panel: statistics over seeds.
+
+  Attributes:
+    x: horizontal coordinate of each point, [P].
+    mean: over the seeds, [P].
+    low: minimum over the seeds, [P].
+    high: maximum over the seeds, [P].
+    std: standard deviation over the seeds, [P].
+    seeds: smallest number of seeds of a point.
+    names: samplers of the points if x is one of TIMES, else ().
+  """
 
   x: np.ndarray
   mean: np.ndarray
@@ -44,24 +55,32 @@ class Curve(NamedTuple):
 
 
 def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
-  """Returns series -> curve.
+  """Returns the curve of each series.
 
   Args:
     rows: points {"series": ..., "seed": ..., x: number, y: number}; those without one
-      of the numbers are left out. Points of one series at one x are its seeds; where x
-      is one of TIMES, those of one sampler are, at their median.
+      of the numbers are left out. Points of a series with the same x are its seeds. If x
+      is one of TIMES, the points of the same sampler are, and x is their median.
     x: key of the horizontal axis.
-    y: key of the vertical one.
+    y: key of the vertical axis.
+
+  Returns:
+    series -> curve.
+
+  Example:
+    >>> rows = [{"series": "a", "seed": k, "x": 1, "y": float(k)} for k in (0, 1)]
+    >>> float(curves(rows, "x", "y")["a"].mean[0])
+    0.5
   """
-  found: dict[str, dict[float | str, list[tuple[float, float]]]] = {}
+  by_series: dict[str, dict[float | str, list[tuple[float, float]]]] = {}
   for row in rows:
     if row.get(x) is not None and row.get(y) is not None:
-      # Shares of FLOPs of the same step may differ in their last digits.
+      # Fractions of FLOPs at the same step may differ in their last digits.
       at = float(f"{row[x]:.4g}")
       point = row["sampler"] if x in TIMES else at
-      found.setdefault(row["series"], {}).setdefault(point, []).append((at, row[y]))
+      by_series.setdefault(row["series"], {}).setdefault(point, []).append((at, row[y]))
   out = {}
-  for series, points in found.items():
+  for series, points in by_series.items():
     at = {point: np.median([p[0] for p in pairs]) for point, pairs in points.items()}
     order = sorted(points, key=at.get)
     values = [np.array([p[1] for p in points[point]]) for point in order]
@@ -69,8 +88,8 @@ def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
     mean, low, high, std = map(np.array, numbers)
     seeds = min(len(v) for v in values)
     names = tuple(order) if x in TIMES else ()
-    places = np.array([at[point] for point in order])
-    out[series] = Curve(places, mean, low, high, std, seeds, names)
+    coordinates = np.array([at[point] for point in order])
+    out[series] = Curve(coordinates, mean, low, high, std, seeds, names)
   return out
 
 
@@ -79,10 +98,10 @@ def axes_of(x: str, panels: tuple[Panel, ...]) -> list[tuple[str, str]]:
   return [(x, panel) if isinstance(panel, str) else tuple(panel) for panel in panels]
 
 
-def _number(
-  axes: "Axes", text: str, at: tuple[float, float], corner: int, colour: str
+def _annotate(
+  axes: "Axes", text: str, at: tuple[float, float], corner: int, color: str
 ) -> None:
-  """Writes at a point, in one of its corners, so that near curves keep theirs apart."""
+  """Writes a text at a corner (0 to 3) of a point, so that texts do not overlap."""
   right, above = corner % 2 == 0, corner < 2
   axes.annotate(
     text,
@@ -92,50 +111,53 @@ def _number(
     horizontalalignment="left" if right else "right",
     verticalalignment="bottom" if above else "top",
     fontsize=7,
-    color=colour,
+    color=color,
   )
 
 
 def draw(
   rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
 ) -> "Figure":
-  """Returns one panel for each key, with the mean and the range of every series.
+  """Returns a figure with a panel for each key: mean and range of every series.
 
   Args:
     rows: see `curves`.
     x: key of the horizontal axis.
-    panels: see `Panel`; after COLUMNS of them comes another line.
-    log: the logarithmic axes, some of "xy".
+    panels: see `Panel`; a line has at most MAX_COLUMNS of them.
+    log: logarithmic axes, "", "x", "y" or "xy".
   """
   from matplotlib.figure import Figure  # slow to import
   from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-  columns = min(len(panels), COLUMNS)
+  columns = min(len(panels), MAX_COLUMNS)
   lines = -(-len(panels) // columns)
   size = (4.2 * columns + 1.6, 3.4 * lines)
   figure = Figure(figsize=size, layout="constrained", facecolor="white")
-  drawn = [(keys, curves(rows, *keys)) for keys in axes_of(x, panels)]
-  labels, looks = {}, _looks([name for _, found in drawn for name in found])
-  for k, ((across, y), found) in enumerate(drawn):
+  contents = [(keys, curves(rows, *keys)) for keys in axes_of(x, panels)]
+  styles = _styles([name for _, panel in contents for name in panel])
+  labels = {}
+  for k, ((across, y), panel) in enumerate(contents):
     axes = figure.add_subplot(lines, columns, k + 1)
-    for n, (series, c) in enumerate(found.items()):
-      colour, dashes, marker = looks[series]
-      style = {"color": colour, "linestyle": dashes, "markersize": 4}
+    for n, (series, c) in enumerate(panel.items()):
+      color, dashes, marker = styles[series]
+      style = {"color": color, "linestyle": dashes, "markersize": 4}
       style["marker"] = marker if len(c.x) < 30 else None
       (line,) = axes.plot(c.x, c.mean, **style)
-      axes.fill_between(c.x, c.low, c.high, color=colour, alpha=0.2, linewidth=0)
+      axes.fill_between(c.x, c.low, c.high, color=color, alpha=0.2, linewidth=0)
       labels.setdefault(series, line)
       for at, value, name in zip(c.x, c.mean, c.names, strict=False):
-        _number(axes, name.rpartition("/")[2], (at, value), n % 4, colour)
-    axes.set(xlabel=NAMES.get(across, across), ylabel=NAMES.get(y, y.replace("_", " ")))
+        _annotate(axes, name.rpartition("/")[2], (at, value), n % 4, color)
+    axes.set(
+      xlabel=LABELS.get(across, across), ylabel=LABELS.get(y, y.replace("_", " "))
+    )
     for name in set(log) & {"x", "y"}:
       getattr(axes, f"set_{name}scale")("log")
       axis = getattr(axes, f"{name}axis")
       low, high = axis.get_data_interval()
       axis.set_major_formatter(FormatStrFormatter("%g"))
-      if high < 10 * low:  # else the powers of ten are enough
+      if high < 10 * low:  # otherwise labels at powers of ten are enough
         axis.set_minor_formatter(FormatStrFormatter("%g"))
-        if high > 3 * low:  # room for some
+        if high > 3 * low:  # there is room for a few more
           axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -145,10 +167,10 @@ def draw(
   return figure
 
 
-def _looks(names: list[str]) -> dict[str, tuple[str, str, str]]:
-  """Returns the colour, line and marker of each series.
+def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
+  """Returns the color, line style and marker of each series.
 
-  Those that differ in what follows the last comma share a colour.
+  Series whose names differ only after the last comma share a color.
   """
   members: dict[str, list[str]] = {}
   for name in dict.fromkeys(names):
@@ -173,16 +195,16 @@ def tables(
 def table(
   rows: list[dict[str, Any]], x: str, panels: tuple[str, ...]
 ) -> list[list[str]]:
-  """Returns lines of cells, the header first: series, x, and mean +- std over seeds."""
-  lines = [["", NAMES.get(x, x), *(NAMES.get(y, y) for y in panels), "seeds"]]
+  """Returns lines of cells, the header first: series, x, and mean ± std over seeds."""
+  lines = [["", LABELS.get(x, x), *(LABELS.get(y, y) for y in panels), "seeds"]]
   by_panel = [curves(rows, x, y) for y in panels]
   points = dict.fromkeys(
-    (series, at) for found in by_panel for series, c in found.items() for at in c.x
+    (series, at) for panel in by_panel for series, c in panel.items() for at in c.x
   )
   for series, at in points:
     cells, seeds, name = [], 0, series
-    for found in by_panel:
-      c = found.get(series)
+    for panel in by_panel:
+      c = panel.get(series)
       if c is None or at not in c.x:
         cells.append("-")
         continue
@@ -195,10 +217,10 @@ def table(
 
 
 def picture(figure: "Figure", kind: str) -> bytes:
-  """Returns a figure as "png" or "svg", the same for the same figure."""
+  """Returns a figure as "png" or "svg", with the same bytes for the same figure."""
   import matplotlib  # slow to import
 
-  dated = {"Date": None} if kind == "svg" else None
+  metadata = {"Date": None} if kind == "svg" else None
   with matplotlib.rc_context({"svg.hashsalt": "study"}):
-    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140, metadata=dated)
+    figure.savefig(buffer := io.BytesIO(), format=kind, dpi=140, metadata=metadata)
   return buffer.getvalue()
