@@ -3,7 +3,7 @@
 {jobs}
 
 Any field of the config can be set: --config.train.steps=500. The fields, with their
-meaning, are in sdiff_jax/config.py, in the job's file, and in the arguments of the
+meaning, are in sdiff_jax/defaults.py, in the job's file, and in the arguments of the
 components they name. --config.model.name=dit, as data.name and loss.name, switches to
 another component with its default fields.
 

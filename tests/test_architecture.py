@@ -11,7 +11,7 @@ from sdiff_jax import registry
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"types", "registry", "io"},
+  {"types", "registry", "io", "defaults"},
   {"config", "diffusion", "distributed"},
   {"losses", "kernels", "samplers", "contrib"},
   {"models", "data"},
@@ -91,7 +91,7 @@ def test_outside_packages_stay_where_they_belong(path):
 
 
 # Who sees config objects: the command line, and what builds an experiment from one.
-CONFIG = {"main", "config", "experiment", "jobs"}
+CONFIG = {"main", "config", "defaults", "experiment", "jobs"}
 # Files outside of these that still see configs.
 SEES_CONFIGS = {"capacity/lowering.py"}
 # Files of the library that still name fields of a config in their messages.
