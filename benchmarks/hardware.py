@@ -33,7 +33,7 @@ def load(file: str, batch: int) -> tuple[Any, experiments.Experiment]:
   config.train.batch_size = batch
   if config.model.get("dtype") == "float16":
     config.model.dtype = "bfloat16"
-  config = experiments.for_flop_count(config)
+  config = experiments.model_variant(config, "unrolled")
   source, mesh = lowering.source_of(config), sharding.make_mesh()
   network = experiments.network(config, source)
   return config, experiments.Experiment(source, network, mesh, config.sigma_d)

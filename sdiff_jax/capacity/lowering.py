@@ -68,7 +68,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """
   if config.job == "generate":
     return generated(config, mesh)
-  config, source = experiments.for_flop_count(config), source_of(config)
+  config, source = experiments.model_variant(config, "unrolled"), source_of(config)
   experiment = experiments.Experiment(
     source,
     experiments.network(config, source),
@@ -106,9 +106,7 @@ def training(
   batch = training_lib.batch_shapes(source, size)
 
   def flops(remat: bool) -> float:
-    plain = config.copy_and_resolve_references()
-    if "remat" in plain.model and not remat:
-      plain.model.remat = ""
+    plain = config if remat else experiments.model_variant(config, "without_remat")
     return training_lib.step_flops(plain, source, taught, state, key, frozen)
 
   of_state = sharding.state(state, mesh)
@@ -221,13 +219,13 @@ def _teacher_config(
   if not training_lib.needs_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
-    return experiments.for_flop_count(workdir_lib.read(workdir))
+    return experiments.model_variant(workdir_lib.read(workdir), "unrolled")
   theirs = configs.load(
     file, f"config.teacher.config={file!r}: no such file, and no run there"
   )
   if "dtype" in theirs.model and "dtype" in config.model:
     theirs.model.dtype = config.model.dtype
-  return experiments.for_flop_count(theirs)
+  return experiments.model_variant(theirs, "unrolled")
 
 
 def teacher(

@@ -108,12 +108,23 @@ def network(config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> Net
   return registry.build("models", config.model.to_dict(), "config.model", **given)
 
 
-def for_flop_count(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Returns the config with the loop over blocks unrolled.
+def model_variant(
+  config: ml_collections.ConfigDict, *variants: str
+) -> ml_collections.ConfigDict:
+  """Returns the config with another program for the same function of the network.
 
-  XLA counts the operations of a loop's body once.
+  A network registers its variants as facts, each a function of its fields that returns
+  those to change; a variant that it does not register changes nothing.
+
+  Args:
+    config: with the network in `config.model`.
+    *variants: "unrolled" has no loop over the blocks, whose operations XLA counts once,
+      "without_kernels" has attention without a loop, "without_remat" computes nothing
+      twice.
   """
   config = config.copy_and_resolve_references()
-  if "unroll" in config.model:
-    config.model.unroll = config.model.depth
+  facts = registry.lookup("models", config.model.name).facts
+  for variant in variants:
+    if variant in facts:
+      config.model.update(facts[variant](config.model))
   return config

@@ -223,10 +223,8 @@ def step_flops(
     key: random key or its shape.
     frozen: parameters of the teacher or their shapes.
   """
-  config = experiments.for_flop_count(config)
+  config = experiments.model_variant(config, "unrolled", "without_kernels")
   config.train.grad_accum_steps = 1
-  if "attention" in config.model:
-    config.model.attention = "plain"
   network = experiments.network(config, dataset)
   trainer = build_trainer(config, network, teacher, mesh=None)
   batch = batch_shapes(dataset, config.train.batch_size)

@@ -242,7 +242,8 @@ def _teacher_for_flop_count(
   """Returns the teacher's network with its loop over blocks unrolled."""
   if not training.needs_teacher(config):
     return None
-  stored = experiments.for_flop_count(workdir_lib.read(config.teacher.workdir))
+  stored = workdir_lib.read(config.teacher.workdir)
+  stored = experiments.model_variant(stored, "unrolled")
   return experiments.network(stored, experiment.dataset)
 
 

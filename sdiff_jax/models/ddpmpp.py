@@ -236,7 +236,7 @@ class Unet(nn.Module):
     return aux
 
 
-@registry.register("models", "ddpmpp")
+@registry.register("models", "ddpmpp", without_remat=lambda fields: {"remat": ""})
 def build(
   *,
   shape: tuple[int, ...],

@@ -122,7 +122,13 @@ class Dit(nn.Module):
     return h.reshape(x.shape)
 
 
-@registry.register("models", "dit")
+@registry.register(
+  "models",
+  "dit",
+  unrolled=lambda fields: {"unroll": fields["depth"]},
+  without_kernels=lambda fields: {"attention": "plain"},
+  without_remat=lambda fields: {"remat": ""},
+)
 def build(
   *,
   shape: tuple[int, ...],

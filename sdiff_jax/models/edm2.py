@@ -96,7 +96,7 @@ class LogVar(nn.Module):
     return -mp.Linear(1, name="linear")(x)[:, 0]
 
 
-@registry.register("models", "edm2")
+@registry.register("models", "edm2", without_remat=lambda fields: {"remat": ""})
 def build(
   *,
   shape: tuple[int, ...],

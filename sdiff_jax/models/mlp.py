@@ -78,7 +78,7 @@ class Mlp(nn.Module):
     return (gain * flat + shift).reshape(x.shape)
 
 
-@registry.register("models", "mlp")
+@registry.register("models", "mlp", unrolled=lambda fields: {"unroll": fields["depth"]})
 def build(
   *,
   shape: tuple[int, ...],

@@ -140,3 +140,14 @@ def test_the_shapes_of_a_batch_are_those_of_the_loader(tmp_path):
   assert jax.tree.structure(batch) == jax.tree.structure(shapes)
   for array, shape in zip(jax.tree.leaves(batch), jax.tree.leaves(shapes), strict=True):
     assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+
+
+def test_a_variant_of_a_network_is_registered_with_it():
+  config = config_lib.base()
+  config.model = config_lib.component("models", "dit", depth=3, remat="full")
+  names = ("unrolled", "without_kernels", "without_remat")
+  model = build.model_variant(config, *names).model
+  assert (model.unroll, model.attention, model.remat) == (3, "plain", "")
+  assert (config.model.unroll, config.model.remat) == (1, "full")  # unchanged
+  config.model = config_lib.component("models", "unet1d")
+  assert build.model_variant(config, *names).model == config.model
