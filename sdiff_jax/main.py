@@ -212,7 +212,21 @@ def _absl_flags(argv: list[str]) -> list[str]:
   return flags.FLAGS(argv, known_only=True)
 
 
-if __name__ == "__main__":
+def _program() -> None:
+  """Runs the command line of this process, and ends it."""
   # Orbax logs the exceptions that it raises, with their tracebacks, as errors.
   logging.set_verbosity(logging.FATAL)
-  app.run(main, flags_parser=_absl_flags)
+  try:
+    app.run(main, flags_parser=_absl_flags)
+  except SystemExit as error:
+    if not error.code:
+      raise
+    # The interpreter would first wait for the threads of Orbax, which try for minutes to
+    # write where they may not.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.code if isinstance(error.code, int) else 1)
+
+
+if __name__ == "__main__":
+  _program()
