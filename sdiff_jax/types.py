@@ -4,7 +4,7 @@ Glossary (the papers' symbols, spelled the same everywhere):
 
   x0       data, [B, ...], scaled to standard deviation sigma_d
   z        Gaussian noise of standard deviation sigma_d, [B, ...]
-  t        angle in [0, pi/2], [B]; 0 is data, pi/2 is noise
+  t        TrigFlow time in [0, pi/2], [B]; 0 is data, pi/2 is noise
   xt       cos(t) x0 + sin(t) z, [B, ...]
   F        raw network output, [B, ...]; sigma_d F estimates the velocity
   v        velocity dx_t/dt, [B, ...]
@@ -14,16 +14,16 @@ Glossary (the papers' symbols, spelled the same everywhere):
   r        warm-up of the tangent, a scalar in [0, 1]
   w        adaptive log weight w_phi(t), [B]
   sigma_d  standard deviation of the data
-  cond     the network's conditions: None or a dict of arrays with leading [B]
-             label     int32, -1 stands for "no label"
-             guidance  float32 scale of classifier-free guidance
-             observation  float32 [B, Do], normalised: what a policy has observed
+  cond     conditions of the samples: None, or a dict of arrays with leading [B]. Which
+           ones there are is declared by the data set (`Dataset.cond`, see CondSpec)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
+import numpy.typing as npt
 
 Array = jax.Array
 PRNGKey = jax.Array
@@ -32,8 +32,34 @@ Batch = dict[str, Any]  # {"x0": float32 [B, ...], "cond": Cond}
 Cond = dict[str, Array] | None
 
 
+class CondSpec(NamedTuple):
+  """What one condition of a sample is.
+
+  Example:
+    >>> CondSpec((), np.int32, num_classes=10).batch(4)
+    ShapeDtypeStruct(shape=(4,), dtype=int32)
+
+  Attributes:
+    shape: of one sample's value, without the batch axis.
+    dtype: of the values.
+    num_classes: number of classes of a categorical condition, whose values are
+      integers from 0 to num_classes - 1, and -1 for "no class"; 0 for others.
+  """
+
+  shape: tuple[int, ...]
+  dtype: npt.DTypeLike
+  num_classes: int = 0
+
+  def batch(self, batch_size: int) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype of the values of a batch, [batch_size, *shape]."""
+    return jax.ShapeDtypeStruct((batch_size, *self.shape), np.dtype(self.dtype))
+
+
+CondSpecs = Mapping[str, CondSpec]  # name of a condition -> what it is
+
+
 class UserError(Exception):
-  """A mistake of the user's: one line that names field, value and remedy."""
+  """A mistake of the user: one line that names the field or file and the remedy."""
 
 
 class NetFn(Protocol):
@@ -45,22 +71,22 @@ class NetFn(Protocol):
     Args:
       x: xt / sigma_d, [B, ...].
       t: TrigFlow times, float32 [B].
-      cond: None or arrays with leading [B].
+      cond: conditions, None or arrays with leading [B].
     """
     ...
 
 
 class Network(NamedTuple):
-  """What losses and jobs know of a model.
+  """What losses and jobs know of a model: pure functions of its parameters.
 
   Attributes:
     init: (key) -> params.
     apply: (params, x [B, ...], t [B], cond, *, key=None) -> F [B, ...], in
       float32 or wider; dropout is on if, and only if, a key is given.
-    logvar: (params, t [B]) -> w_phi(t) [B]; apart from apply, so that no jvp of
-      the network runs through it.
-    normalize: (params) -> params, with the norms that the network prescribes to its
-      weights; applied after every update.
+    logvar: (params, t [B]) -> w_phi(t) [B]. It is separate from `apply`, so that no
+      jvp of the network runs through it.
+    normalize: (params) -> params whose weights have the norms that the network
+      prescribes; applied after every update.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -81,12 +107,12 @@ class LossFn(Protocol):
       params: parameters of the student.
       batch: {"x0": [B, ...], "cond": Cond}.
       key: random key of this step.
-      step: int32 scalar, the number of steps taken before.
+      step: int32 scalar, number of completed steps.
       frozen: parameters of the teacher, or None.
     """
     ...
 
 
-# (x [N, ...], time [N], cond) -> d [N, ...]: what samplers know of a model,
-# whatever its parametrisation.
+# (x [N, ...], time [N], cond) -> d [N, ...], an estimate of x0: what samplers know of a
+# model, whatever its parameterization.
 Denoiser = Callable[[Array, Array, Cond], Array]

@@ -4,7 +4,8 @@ import numpy as np
 from sklearn import datasets
 
 from sdiff_jax import registry
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import PixelCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 
 
 @registry.register("data", "digits")
@@ -21,7 +22,8 @@ def build(
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int32)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    return images[chosen], {"label": labels[chosen]}
+  def read(indices: np.ndarray) -> Samples:
+    return images[indices], {"label": labels[indices]}
 
-  return checked(Dataset(take, len(images), images.shape[1:], 10, mean, std))
+  codec = PixelCodec(images.shape[1:], mean, std)
+  return Dataset(read, len(images), class_cond(10), codec)

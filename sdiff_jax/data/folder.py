@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from sdiff_jax import registry
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import PixelCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.types import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -39,26 +40,27 @@ def build(
       cannot be read.
   """
   if image_size <= 0:
-    raise UserError(f"config.data.image_size={image_size}: must be above 0")
+    raise ValueError(f"image_size={image_size}: must be above 0")
   if channels not in (1, 3):
-    raise UserError(f"config.data.channels={channels}: take 1 or 3")
+    raise ValueError(f"channels={channels}: use 1 or 3")
   classes, paths = _classes(dir), files(dir)
   counts = [len(paths) for paths in classes]
   labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
 
   shape = (image_size, image_size, channels)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    images = np.empty((len(chosen), *shape), np.uint8)
-    for image, k in zip(images, chosen, strict=True):
+  def read(indices: np.ndarray) -> Samples:
+    images = np.empty((len(indices), *shape), np.uint8)
+    for image, k in zip(images, indices, strict=True):
       try:
         image[...] = decode(paths[k], image_size, channels)
       except UNREADABLE as error:
         message = f"{paths[k]} cannot be read ({error}); replace or remove it"
         raise UserError(message) from error
-    return images, {"label": labels[chosen]}
+    return images, {"label": labels[indices]}
 
-  return checked(Dataset(take, len(paths), shape, len(classes), mean, std))
+  codec = PixelCodec(shape, mean, std)
+  return Dataset(read, len(paths), class_cond(len(classes)), codec)
 
 
 def files(dir: str) -> list[str]:
@@ -107,23 +109,23 @@ def _classes(folder: str) -> list[list[str]]:
     UserError: the folder is missing, or it or a class in it has no images.
   """
   if not os.path.isdir(folder):
-    raise UserError(
-      f"config.data.dir={folder!r} is no folder: name one with a sub-folder of images "
-      "for each class"
+    raise ValueError(
+      f"dir={folder!r}: is not a folder; name one with a sub-folder of images for each "
+      "class"
     )
   names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
   folders = [os.path.join(folder, name) for name in names] or [folder]
   classes = [_images(path) for path in folders]
   for path, files in zip(folders, classes, strict=True):
     if not files:
-      raise UserError(
-        f"config.data.dir={folder!r}: no images in {path}; put {', '.join(ENDINGS)} "
-        "files there, or remove it"
+      raise ValueError(
+        f"dir={folder!r}: no images in {path}; put {', '.join(ENDINGS)} files there, or "
+        "remove it"
       )
   if names and _images(folder):
-    raise UserError(
-      f"config.data.dir={folder!r} has images beside its sub-folders: move them into "
-      "the sub-folder of their class"
+    raise ValueError(
+      f"dir={folder!r}: has images beside its sub-folders; move them into the "
+      "sub-folder of their class"
     )
   return classes
 

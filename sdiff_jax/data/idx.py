@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from sdiff_jax import registry
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import PixelCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.types import UserError
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -40,9 +41,9 @@ def build(
     UserError: a file is missing, cut short or of another format.
   """
   if split not in PREFIX:
-    raise UserError(f"config.data.split={split!r}: take 'train' or 'test'")
+    raise ValueError(f"split={split!r}: use 'train' or 'test'")
   if image_size < 0:
-    raise UserError(f"config.data.image_size={image_size}: must not be negative")
+    raise ValueError(f"image_size={image_size}: must not be negative")
   images = _read(dir, f"{PREFIX[split]}-images-idx3-ubyte", 3)[..., None]
   labels = _read(dir, f"{PREFIX[split]}-labels-idx1-ubyte", 1).astype(np.int32)
   if len(images) != len(labels):
@@ -51,17 +52,18 @@ def build(
       "take both files from one data set"
     )
   if labels.max() >= classes:
-    raise UserError(
-      f"config.data.classes={classes}: {dir} has the label {labels.max()}; "
+    raise ValueError(
+      f"classes={classes}: {dir} has the label {labels.max()}; "
       f"set it to {labels.max() + 1} or more"
     )
   if image_size:
     images = _resize(images, image_size)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    return images[chosen], {"label": labels[chosen]}
+  def read(indices: np.ndarray) -> Samples:
+    return images[indices], {"label": labels[indices]}
 
-  return checked(Dataset(take, len(images), images.shape[1:], classes, mean, std))
+  codec = PixelCodec(images.shape[1:], mean, std)
+  return Dataset(read, len(images), class_cond(classes), codec)
 
 
 def _read(folder: str, name: str, axes: int) -> np.ndarray:
@@ -100,9 +102,9 @@ def _bytes(folder: str, name: str) -> tuple[str, bytes]:
     with gzip.open(path) as file:
       return path, file.read()
   except FileNotFoundError:
-    raise UserError(
-      f"config.data.dir={folder!r} has no {name}[.gz]: put it there, or take "
-      f"Fashion-MNIST, `apt-get install -y dataset-fashion-mnist`, in {FOLDER}"
+    raise ValueError(
+      f"dir={folder!r}: has no {name}[.gz]; put it there, or install Fashion-MNIST, "
+      f"`apt-get install -y dataset-fashion-mnist`, which is in {FOLDER}"
     ) from None
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise UserError(f"{path} is damaged ({error}); fetch it again") from error

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import LatentCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.types import UserError
 
 ABOUT = "latents.json"
@@ -27,7 +28,8 @@ SCALES = {
   # Pixels in [0, 1], as EDM2 encodes.
   "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
 }
-LOW = {"scm": -1.0, "edm2": 0.0}  # the lowest pixel
+# Lowest pixel of the images that the encoder was given; the highest is 1.
+VAE_MIN_PIXEL = {"scm": -1.0, "edm2": 0.0}
 
 
 @registry.register("data", "latents")
@@ -43,12 +45,12 @@ def build(*, dir: str = "", scale: str = "scm") -> Dataset:
     UserError: files are missing, damaged or of another form, or the scale is unknown
       or not that of the files; later, from `take`, a record cannot be read.
   """
-  check_scale("data.scale", scale)
+  check_scale(scale)
   about = _about(dir)
   if about["scale"] != scale:
-    raise UserError(
-      f"config.data.scale={scale!r}: the latents in {dir} are {about['scale']!r}, made "
-      "of other pixels"
+    raise ValueError(
+      f"scale={scale!r}: the latents in {dir} are {about['scale']!r}, encoded from "
+      "other pixels"
     )
   shape, size = tuple(about["shape"]), about["size"]
   if shape[-1] != 2 * len(SCALES[scale][0]):
@@ -58,26 +60,26 @@ def build(*, dir: str = "", scale: str = "scm") -> Dataset:
     )
   records = _records(dir, about)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+  def read(indices: np.ndarray) -> Samples:
     try:
-      found = [np.frombuffer(r, np.uint8) for r in records(chosen.tolist())]
-      rows = np.stack(found)
+      rows = np.stack([np.frombuffer(r, np.uint8) for r in records(indices.tolist())])
       moments = rows[:, LABEL.itemsize :].view(MOMENTS).reshape(len(rows), *shape)
     except (RuntimeError, ValueError) as error:  # the first is array_record's
       raise UserError(f"{dir} cannot be read: {error}; encode it again") from error
     labels = rows[:, : LABEL.itemsize].copy().view(LABEL)[:, 0]
-    return moments.astype(np.float32), {"label": labels.astype(np.int32)}
+    cond = {"label": labels.astype(np.int32)} if about["classes"] else {}
+    return moments.astype(np.float32), cond
 
-  take(np.array([0, size - 1]))  # files of another form show now
-  of_latents = (*shape[:2], shape[2] // 2)
-  source = Dataset(take, size, of_latents, about["classes"], *SCALES[scale])
-  return checked(source._replace(latent=True, low=LOW[scale]))
+  read(np.array([0, size - 1]))  # files of another form are refused now
+  latents = (*shape[:2], shape[2] // 2)
+  codec = LatentCodec(latents, *SCALES[scale], VAE_MIN_PIXEL[scale])
+  return Dataset(read, size, class_cond(about["classes"]), codec)
 
 
-def check_scale(field: str, scale: str) -> None:
-  """Raises a UserError for a scale that does not exist."""
+def check_scale(scale: str) -> None:
+  """Raises a ValueError for a scale that does not exist."""
   if scale not in SCALES:
-    raise UserError(f"config.{field}={scale!r}: take one of {', '.join(SCALES)}")
+    raise ValueError(f"scale={scale!r}: use one of {', '.join(SCALES)}")
 
 
 def paths(folder: str, about: dict[str, Any]) -> list[str]:
@@ -87,19 +89,20 @@ def paths(folder: str, about: dict[str, Any]) -> list[str]:
   return [os.path.join(folder, name) for name in names]
 
 
-def write(path: str, moments: np.ndarray, labels: np.ndarray) -> None:
+def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
   """Writes a file of records, whole or not at all.
 
   Args:
     path: of the file.
     moments: means before standard deviations, [n, H, W, 2C].
-    labels: int [n]; -1 for images without classes.
+    cond: conditions of the images; of them the label, int [n], is stored.
 
   Raises:
     UserError: the file could not be written.
   """
   from array_record.python import array_record_module
 
+  labels = cond.get("label", np.full(len(moments), -1))
   temporary = path + ".tmp"
   writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
   try:
@@ -120,9 +123,9 @@ def _about(folder: str) -> dict[str, Any]:
     numbers = [about[k] for k in ("size", "shard_size", "classes")] + about["shape"]
     fits = len(about["shape"]) == 3 and all(isinstance(n, int) for n in numbers)
   except OSError:
-    raise UserError(
-      f"config.data.dir={folder!r} has no {ABOUT}: name a folder of latents, which "
-      "--job=encode makes"
+    raise ValueError(
+      f"dir={folder!r}: has no {ABOUT}; name a folder of latents, which --job=encode "
+      "makes"
     ) from None
   except (ValueError, KeyError, TypeError):
     fits = False
@@ -140,7 +143,7 @@ def _records(folder: str, about: dict[str, Any]) -> Callable[[list[int]], list[b
   if missing:
     raise UserError(
       f"{missing[0]} is missing, and {len(missing) - 1} more: --job=encode has not "
-      "ended; the same command goes on"
+      "finished; repeat the command to resume it"
     )
   try:
     source = array_record_data_source.ArrayRecordDataSource(files)

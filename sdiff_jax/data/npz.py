@@ -6,7 +6,8 @@ import zlib
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import PixelCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.types import UserError
 
 
@@ -29,7 +30,7 @@ def build(
     UserError: the file is missing or damaged, or its arrays are of another form.
   """
   if not path:
-    raise UserError("config.data.path is empty: name an .npz of uint8 NHWC images")
+    raise ValueError("path='': name an .npz of uint8 NHWC images")
   images, labels = _load(path)
   if images is None:
     raise UserError(f"{path} has no images: save them as arr_0 or images")
@@ -43,7 +44,7 @@ def build(
       "as the last axis"
     )
   if labels is None:
-    classes, labels = 0, np.full(len(images), -1)
+    num_classes, labels = 0, np.full(len(images), -1)
   elif labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
     raise UserError(
       f"{path}: labels are {labels.dtype} {labels.shape}; save integers, one for each "
@@ -52,13 +53,15 @@ def build(
   elif labels.min() < 0:
     raise UserError(f"{path}: a label is {labels.min()}; number them from 0")
   else:
-    classes = int(labels.max()) + 1
+    num_classes = int(labels.max()) + 1
   labels = labels.astype(np.int32)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    return images[chosen], {"label": labels[chosen]}
+  def read(indices: np.ndarray) -> Samples:
+    cond = {"label": labels[indices]} if num_classes else {}
+    return images[indices], cond
 
-  return checked(Dataset(take, len(images), images.shape[1:], classes, mean, std))
+  codec = PixelCodec(images.shape[1:], mean, std)
+  return Dataset(read, len(images), class_cond(num_classes), codec)
 
 
 def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -71,6 +74,6 @@ def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
       images = arrays.get("arr_0", arrays.get("images"))
       return images, arrays.get("arr_1", arrays.get("labels"))
   except FileNotFoundError:
-    raise UserError(f"config.data.path={path!r} does not exist") from None
+    raise ValueError(f"path={path!r}: does not exist") from None
   except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(f"{path} is no .npz, or damaged ({error})") from error

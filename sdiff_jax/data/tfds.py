@@ -7,7 +7,8 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.data import folder
-from sdiff_jax.data.pipeline import Dataset, checked
+from sdiff_jax.data._codecs import PixelCodec
+from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.types import UserError
 
 
@@ -40,34 +41,38 @@ def build(
   import tensorflow_datasets as tfds  # slow, and needed only here
 
   if image_size < 0:
-    raise UserError(f"config.data.image_size={image_size}: must not be negative")
+    raise ValueError(f"image_size={image_size}: must not be negative")
   builder = _builder(tfds, tfds_name, dir)
   height, width, channels = _shape(tfds, builder, tfds_name)
   if image_size:
     height = width = image_size
   elif not (height and width):
-    raise UserError(
-      f"config.data.image_size=0: images of {tfds_name} differ in size; set it, as 64"
+    raise ValueError(
+      f"image_size=0: images of {tfds_name} differ in size; set it, such as to 64"
     )
   examples = _examples(tfds, builder, split)
   label = dict(builder.info.features).get("label")
-  classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
+  num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+  def read(indices: np.ndarray) -> Samples:
     try:
-      found = examples.__getitems__(chosen.tolist())
-      files = [io.BytesIO(example["image"]) for example in found]
+      batch = examples.__getitems__(indices.tolist())
+      files = [io.BytesIO(example["image"]) for example in batch]
       images = [folder.decode(file, image_size, channels) for file in files]
     except (RuntimeError, *folder.UNREADABLE) as error:  # the first is array_record's
       raise UserError(
         f"{builder.data_dir} cannot be read ({error}); remove it and prepare it again"
       ) from error
-    labels = [example["label"] if classes else -1 for example in found]
-    return np.stack(images), {"label": np.asarray(labels, np.int32)}
+    cond = {}
+    if num_classes:
+      cond["label"] = np.asarray([example["label"] for example in batch], np.int32)
+    return np.stack(images), cond
 
-  take(np.array([0, len(examples) - 1]))  # files that are missing show now
+  read(np.array([0, len(examples) - 1]))  # files that are missing show now
   shape = (height, width, channels)
-  return checked(Dataset(take, len(examples), shape, classes, mean, std))
+  return Dataset(
+    read, len(examples), class_cond(num_classes), PixelCodec(shape, mean, std)
+  )
 
 
 def _builder(tfds: ModuleType, name: str, data_dir: str) -> object:
@@ -85,11 +90,11 @@ def _builder(tfds: ModuleType, name: str, data_dir: str) -> object:
   try:
     builder = from_files(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError:
-    there = f"below config.data.dir={data_dir!r}" if data_dir else "prepared here"
-    raise UserError(f"config.data.tfds_name={name!r} is not {there}; {how}") from None
+    place = f"below dir={data_dir!r}" if data_dir else "prepared on this machine"
+    raise ValueError(f"tfds_name={name!r}: is not {place}; {how}") from None
   if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise UserError(
-      f"config.data.tfds_name={name!r}: {builder.data_dir} is "
+    raise ValueError(
+      f"tfds_name={name!r}: {builder.data_dir} is "
       f"{builder.info.file_format.value}, which has no random access; {how}"
     )
   return builder
@@ -103,9 +108,9 @@ def _shape(tfds: ModuleType, builder: object, name: str) -> tuple:
   """
   image = dict(builder.info.features).get("image")
   if not isinstance(image, tfds.features.Image) or image.shape[-1] not in (1, 3):
-    raise UserError(
-      f"config.data.tfds_name={name!r} has no grey or RGB feature `image`, only "
-      f"{', '.join(builder.info.features)}; take another data set"
+    raise ValueError(
+      f"tfds_name={name!r}: has no grey or RGB feature `image`, only "
+      f"{', '.join(builder.info.features)}; use another data set"
     )
   return image.shape
 
@@ -120,7 +125,7 @@ def _examples(tfds: ModuleType, builder: object, split: str) -> object:
   try:
     return builder.as_data_source(split, decoders=as_bytes)
   except ValueError:
-    raise UserError(
-      f"config.data.split={split!r}: take one of {', '.join(builder.info.splits)}, or "
-      "a part of it such as train[:90%]"
+    raise ValueError(
+      f"split={split!r}: use one of {', '.join(builder.info.splits)}, or a part of it "
+      "such as train[:90%]"
     ) from None

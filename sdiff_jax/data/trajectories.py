@@ -3,13 +3,14 @@
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import normalizer as maps
+from sdiff_jax.data._codecs import ActionCodec
+from sdiff_jax.data._dataset import Dataset, Samples
+from sdiff_jax.data.episodes import normalizer as maps
 from sdiff_jax.data.episodes import reader as recorded
 from sdiff_jax.data.episodes import robomimic
+from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.data.episodes.reader import Episodes
-from sdiff_jax.data.normalizer import Normalizer
-from sdiff_jax.data.pipeline import Dataset
-from sdiff_jax.types import Array, UserError
+from sdiff_jax.types import Array, CondSpec
 
 
 @registry.register("data", "trajectories")
@@ -53,20 +54,26 @@ def build(
     UserError: the episodes cannot be read or do not fit, or none is long enough.
   """
   if not (1 <= n_obs_steps <= horizon and 1 <= n_action_steps <= horizon):
-    raise UserError(
-      f"config.data.horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
+    raise ValueError(
+      f"horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
       f"n_action_steps={n_action_steps}, both above 0"
     )
   if std < 0:
-    raise UserError(f"config.data.std={std}: must be above 0, or 0 to measure it")
+    raise ValueError(f"std={std}: must be above 0, or 0 to measure it")
+  for name, kind in (
+    ("observation_range", observation_range),
+    ("action_range", action_range),
+  ):
+    if kind not in maps.KINDS:
+      raise ValueError(f"{name}={kind!r}: use one of {', '.join(maps.KINDS)}")
   found = recorded.read(path, keys=tuple(keys), absolute=absolute)
   mask = recorded.split_mask(len(found.ends), held_out, episodes)
   at = windows(
     found.ends, mask, horizon, before=n_obs_steps - 1, after=n_action_steps - 1
   )
   if not len(at):
-    raise UserError(
-      f"config.data.horizon={horizon}: no episode of {path} is so long; the longest "
+    raise ValueError(
+      f"horizon={horizon}: no episode of {path} is so long; the longest "
       f"has {np.diff(found.ends, prepend=0).max()} steps"
     )
   observation = maps.fit(found.observation, observation_range, least)
@@ -78,32 +85,35 @@ def build(
   shape = (horizon, found.action.shape[1])
   fitted = Normalizer(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    rows = at[chosen]
+  def read(indices: np.ndarray) -> Samples:
+    rows = at[indices]
     seen = found.observation[rows[:, :n_obs_steps]]
-    x = maps.normalize(action, chunks(found, rows, n_obs_steps))
-    return x, {"observation": observed(fitted, seen)}
+    return chunks(found, rows, n_obs_steps), observed(fitted, seen)
 
-  return metadata_only(fitted)._replace(take=take, size=len(at))
+  return Dataset(read, len(at), _cond(fitted), ActionCodec(fitted))
+
+
+def observation_cond(width: int) -> dict[str, CondSpec]:
+  """Returns the condition of a policy: `width` normalized numbers, {} for 0.
+
+  Example:
+    >>> observation_cond(4)["observation"].shape
+    (4,)
+  """
+  return {"observation": CondSpec((width,), np.float32)} if width else {}
+
+
+def _cond(fitted: Normalizer) -> dict[str, CondSpec]:
+  return observation_cond(fitted.steps * len(fitted.observation.centre))
 
 
 def metadata_only(fitted: Normalizer) -> Dataset:
-  """Returns a source that knows shapes and scales, and has no episodes."""
+  """Returns a data set of known shapes and scales, without its episodes."""
 
-  def take(chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-    raise UserError("config.data.path: the episodes are not here; only to sample from")
+  def read(indices: np.ndarray) -> Samples:
+    raise ValueError("path: the episodes are not here; the policy can only be sampled")
 
-  width = fitted.steps * len(fitted.observation.centre)
-  return Dataset(
-    take,
-    size=0,
-    shape=fitted.shape,
-    classes=0,
-    mean=(0.0,),
-    std=(fitted.std,),
-    observation=width,
-    normaliser=fitted,
-  )
+  return Dataset(read, 0, _cond(fitted), ActionCodec(fitted))
 
 
 def windows(
@@ -147,12 +157,7 @@ def out_of_frame(frame: np.ndarray, actions: np.ndarray) -> np.ndarray:
   return actions @ R + o[:, None]
 
 
-def observed(fitted: Normalizer, observations: Array) -> Array:
-  """Returns the condition "observation" [n, To Do] of observations [n, To, Do]."""
+def observed(fitted: Normalizer, observations: Array) -> dict[str, Array]:
+  """Returns the condition [n, To Do] of a policy, of observations [n, To, Do]."""
   normal = maps.normalize(fitted.observation, observations)
-  return normal.reshape(len(normal), -1)
-
-
-def actions(fitted: Normalizer, x0: Array, sigma_d: float) -> Array:
-  """Returns actions [n, H, Da], in the data's units, of samples x0."""
-  return maps.denormalize(fitted.action, x0 * (fitted.std / sigma_d))
+  return {"observation": normal.reshape(len(normal), -1)}

@@ -10,8 +10,8 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.kernels.attention import attention
-from sdiff_jax.models.layers import common, linen
-from sdiff_jax.types import Array, Cond, Network
+from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
 
@@ -70,47 +70,6 @@ class GroupNorm(nn.Module):
     bias = self.param("bias", zeros, shape).astype(self.dtype)
     ones = (1,) * (x.ndim - 1)
     return group_norm(x) * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
-
-
-class Embedding(nn.Module):
-  """Embeds the time, and label, augmentation and guidance scale, as [B, width].
-
-  A label -1 adds nothing, nor do absent augmentation labels. The linear layer of the
-  guidance scale starts at 0, so a student with it starts as its teacher without it.
-  """
-
-  features: int
-  width: int
-  kind: str
-  classes: int
-  augment: int
-  guidance: bool
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, t: Array, cond: Cond) -> Array:
-    cond, size = cond or {}, self.features
-    if self.kind == "positional":
-      waves = common.positional(t, size)
-    else:
-      normal = nn.initializers.normal(common.FOURIER_SCALE)
-      # A constant among the parameters, since a published network brings its own.
-      rows = jax.lax.stop_gradient(self.param("frequencies", normal, (size // 2,)))
-      angles = 2 * np.pi * t[:, None] * rows[None]
-      waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    emb = jnp.roll(waves, size // 2, axis=-1)  # sines first
-    if self.classes:
-      labels = common.class_weights(cond["label"], self.classes, emb.dtype)
-      emb += Dense(size, use_bias=False, name="label")(labels)
-      emb += self.param("label_bias", zeros, (size,))[None].astype(emb.dtype)
-    if self.augment:
-      given = cond.get("augment", jnp.zeros((t.shape[0], self.augment), emb.dtype))
-      emb += Dense(size, use_bias=False, name="augment")(given)
-    if self.guidance:
-      scale = common.positional(cond["guidance"], size)
-      emb += common.from_zero(size, "guidance")(scale)
-    emb = nn.silu(Dense(self.width, name="layer0")(emb))
-    return nn.silu(Dense(self.width, name="layer1")(emb)).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -172,7 +131,7 @@ class Unet(nn.Module):
   modulation: str
   dropout: float
   block: type[nn.Module]
-  embedding: Embedding
+  embedding: nn.Module
   dtype: jnp.dtype
 
   @nn.compact
@@ -240,7 +199,7 @@ class Unet(nn.Module):
 def build(
   *,
   shape: tuple[int, ...],
-  classes: int,
+  cond: CondSpecs,
   sigma_d: float,
   process: str = "trigflow",
   modulation: str = "double_norm",
@@ -269,7 +228,7 @@ def build(
 
   Args:
     shape: (H, W, C) of one sample.
-    classes: number of labels; 0 for none.
+    cond: what a sample is conditioned on, by name.
     sigma_d: standard deviation of the data.
     process: "trigflow", or "edm": the network is EDM's inner one, told ln(sigma) / 4,
       and F what trigflow.from_edm makes of it.
@@ -317,6 +276,7 @@ def build(
     )
   if len(resample_filter) % 2:
     raise ValueError(f"model.resample_filter={resample_filter}: take an even number")
+  conditions = conditioning.conditions(cond, guidance=guidance)
   module = Unet(
     channels=channels,
     channel_mult=tuple(channel_mult),
@@ -328,16 +288,15 @@ def build(
     modulation=modulation,
     dropout=dropout,
     block=common.remat(Block, remat),
-    embedding=Embedding(
+    embedding=conditioning.EDMEmbedding(
       features=channels * noise_mult,
       width=channels * emb_mult,
       kind=embedding,
-      classes=classes,
+      conditions=conditions,
       augment=augment,
-      guidance=guidance,
       dtype=jnp.dtype(dtype),
     ),
     dtype=jnp.dtype(dtype),
   )
-  net = linen.as_network(module, shape=shape, classes=classes, guidance=guidance)
+  net = linen.as_network(module, shape=shape, conditions=conditions)
   return linen.trigflow_from_edm(net, sigma_d) if process == "edm" else net

@@ -6,8 +6,9 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.kernels.attention import IMPLS, attention
-from sdiff_jax.models.layers import common, linen
-from sdiff_jax.types import Array, Cond, Network
+from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.models.layers.conditioning import Conditions
+from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:
@@ -82,8 +83,7 @@ class Dit(nn.Module):
   width: int
   depth: int
   heads: int
-  classes: int
-  guidance: bool
+  conditions: Conditions
   dropout: float
   block: type[nn.Module]
   unroll: int
@@ -94,7 +94,7 @@ class Dit(nn.Module):
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     B, H, W, C = x.shape
     p, rows, columns = self.patch, H // self.patch, W // self.patch
-    embed = common.Embedding(self.width, self.classes, self.guidance, self.dtype)
+    embed = conditioning.Embedding(self.width, self.conditions, self.dtype)
     emb = embed(t, cond)
     h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
     h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
@@ -132,7 +132,7 @@ class Dit(nn.Module):
 def build(
   *,
   shape: tuple[int, ...],
-  classes: int,
+  cond: CondSpecs,
   patch: int = 2,
   width: int = 384,
   depth: int = 12,
@@ -148,7 +148,7 @@ def build(
 
   Args:
     shape: (H, W, C) of one sample.
-    classes: number of labels; 0 for none.
+    cond: what a sample is conditioned on, by name.
     patch: side of a patch, a divisor of H and W.
     width: features of a token, a multiple of 4 and of heads.
     depth: blocks.
@@ -171,17 +171,17 @@ def build(
     raise ValueError(f"model.width={width}: a multiple of 4 and model.heads={heads}")
   if attention not in IMPLS:
     raise ValueError(f"model.attention={attention!r}: take one of {', '.join(IMPLS)}")
+  conditions = conditioning.conditions(cond, guidance=guidance)
   module = Dit(
     patch,
     width,
     depth,
     heads,
-    classes,
-    guidance,
+    conditions,
     dropout,
     common.remat(Block, remat, in_loop=True),
     unroll,
     jnp.dtype(dtype),
     attention,
   )
-  return linen.as_network(module, shape=shape, classes=classes, guidance=guidance)
+  return linen.as_network(module, shape=shape, conditions=conditions)

@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax import registry
-from sdiff_jax.models.layers import common, linen
+from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers import magnitude_preserving as mp
-from sdiff_jax.models.layers.edm2_blocks import Block, Embedding
-from sdiff_jax.types import Array, Cond, Network
+from sdiff_jax.models.layers.conditioning import Conditions
+from sdiff_jax.models.layers.edm2_blocks import Block
+from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 # Channels of the published sizes; nothing else differs between them.
 PRESETS = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -22,8 +23,7 @@ class UNet(nn.Module):
   attn_resolutions: tuple[int, ...]
   head_channels: int
   embedding: str
-  classes: int
-  guidance: bool
+  conditions: Conditions
   norm: str
   dropout: float
   dropout_resolution: int
@@ -35,14 +35,10 @@ class UNet(nn.Module):
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     sizes = [self.channels * m for m in self.mults]
     height, colours = x.shape[1], x.shape[-1]
-    emb = Embedding(
-      sizes[0],
-      max(sizes),
-      self.embedding,
-      self.classes,
-      self.guidance,
-      name="embedding",
-    )(t, cond)
+    embedding = conditioning.EDM2Embedding(
+      sizes[0], max(sizes), self.embedding, self.conditions, name="embedding"
+    )
+    emb = embedding(t, cond)
 
     def make(level: int, part: str, name: str, features: int, **options) -> Block:
       resolution = height >> level
@@ -100,7 +96,7 @@ class LogVar(nn.Module):
 def build(
   *,
   shape: tuple[int, ...],
-  classes: int,
+  cond: CondSpecs,
   sigma_d: float,
   preset: str = "S",
   channels: int = 0,
@@ -125,7 +121,7 @@ def build(
 
   Args:
     shape: (H, W, C) of one sample, H and W divisible by 2^(levels - 1).
-    classes: number of labels; 0 for none.
+    cond: what a sample is conditioned on, by name.
     sigma_d: standard deviation of the data.
     preset: XS, S, M, L, XL or XXL: 128, 192, 256, 320, 384 or 448 channels.
     channels: channels at the full resolution instead of the preset's; 0: the preset's.
@@ -167,6 +163,7 @@ def build(
         f"model.channels={channels}: {width} must be even and divide into heads of "
         f"about model.head_channels={head_channels}"
       )
+  conditions = conditioning.conditions(cond, guidance=guidance)
   module = UNet(
     channels,
     tuple(mults),
@@ -174,8 +171,7 @@ def build(
     tuple(attn_resolutions),
     head_channels,
     embedding,
-    classes,
-    guidance,
+    conditions,
     norm,
     dropout,
     dropout_resolution,
@@ -187,8 +183,7 @@ def build(
   net = linen.as_network(
     module,
     shape=shape,
-    classes=classes,
-    guidance=guidance,
+    conditions=conditions,
     head=LogVar() if edm else common.LogVar(),
   )._replace(normalize=mp.normalize_weights)
   return linen.trigflow_from_edm(net, sigma_d) if edm else net

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax import registry
-from sdiff_jax.models.layers import common, linen
-from sdiff_jax.types import Array, Cond, Network
+from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.models.layers.conditioning import Conditions
+from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 NORMS = {"double": common.AdaptiveDoubleNorm, "single": common.AdaptiveNorm}
 
@@ -35,23 +36,16 @@ class Mlp(nn.Module):
   embed: int
   embedding: str
   norm: type[nn.Module]
-  classes: int
-  guidance: bool
+  conditions: Conditions
   dropout: float
   unroll: int
   dtype: jnp.dtype
-  observation: bool
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     flat = x.reshape(x.shape[0], -1).astype(self.dtype)
-    embed = common.Embedding(
-      self.embed,
-      self.classes,
-      self.guidance,
-      self.dtype,
-      self.observation,
-      self.embedding,
+    embed = conditioning.Embedding(
+      self.embed, self.conditions, self.dtype, self.embedding
     )
     emb = embed(t, cond)
     h = common.Dense(self.width, dtype=self.dtype, name="in")(flat)
@@ -82,9 +76,8 @@ class Mlp(nn.Module):
 def build(
   *,
   shape: tuple[int, ...],
-  classes: int,
+  cond: CondSpecs,
   sigma_d: float | None = None,
-  observation: int | None = None,
   width: int = 256,
   depth: int = 4,
   embed: int = 64,
@@ -100,9 +93,8 @@ def build(
 
   Args:
     shape: shape of one sample, any rank.
-    classes: number of labels; 0 for none.
+    cond: what a sample is conditioned on, by name.
     sigma_d: standard deviation of the data, which process="edm" needs.
-    observation: numbers of an observation; None for none.
     width: features of the hidden layers.
     depth: residual blocks.
     embed: features of the embedding of time, label and guidance.
@@ -124,24 +116,17 @@ def build(
   ):
     if value not in known:
       raise ValueError(f"model.{field}={value!r}: take one of {', '.join(known)}")
+  conditions = conditioning.conditions(cond, guidance=guidance)
   module = Mlp(
     width=width,
     depth=depth,
     embed=embed,
     embedding=embedding,
     norm=NORMS[norm],
-    classes=classes,
-    guidance=guidance,
+    conditions=conditions,
     dropout=dropout,
     unroll=unroll,
     dtype=jnp.dtype(dtype),
-    observation=bool(observation),
   )
-  net = linen.as_network(
-    module,
-    shape=shape,
-    classes=classes,
-    guidance=guidance,
-    observation=observation,
-  )
+  net = linen.as_network(module, shape=shape, conditions=conditions)
   return linen.trigflow_from_edm(net, sigma_d) if process == "edm" else net

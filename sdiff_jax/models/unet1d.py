@@ -12,9 +12,10 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules
-from sdiff_jax.models.layers import common, linen
+from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.models.layers.normalization import GroupNorm
-from sdiff_jax.types import Array, Cond, Network
+from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 GROUPS = 8  # of the last norm, whatever the others have
 STEPS = 100  # of DDPM, with the cosine schedule
@@ -68,7 +69,7 @@ class Residual(nn.Module):
 
 
 class Unet1d(nn.Module):
-  """Prediction of (x [B, H, Da], time [B], observation [B, Do] or None).
+  """Prediction of (x [B, H, Da], time [B], cond).
 
   Levels go from the highest resolution.
   """
@@ -78,6 +79,7 @@ class Unet1d(nn.Module):
   kernel: int
   groups: int
   scale: bool
+  conditions: Conditions
   dtype: jnp.dtype
 
   @nn.compact
@@ -85,11 +87,11 @@ class Unet1d(nn.Module):
     self, x: Array, time: Array, cond: Cond, *, deterministic: bool = True
   ) -> Array:
     del deterministic  # it has no dropout
-    cond = self._features(time, cond)
+    emb = self._embed(time, cond)
 
     def block(features: int, name: str, x: Array) -> Array:
       sizes = features, self.kernel, self.groups, self.scale, self.dtype
-      return Residual(*sizes, name=name)(x, cond)
+      return Residual(*sizes, name=name)(x, emb)
 
     h, skips = x.astype(self.dtype), []
     for i, width in enumerate(self.channels):
@@ -112,15 +114,13 @@ class Unet1d(nn.Module):
     out = functools.partial(_conv, name="final_conv.1", kernel_init=zeros)
     return out(x.shape[-1], 1, self.dtype)(h)
 
-  def _features(self, time: Array, cond: Cond) -> Array:
-    """Returns the embedding of the time with the observation behind it."""
+  def _embed(self, time: Array, cond: Cond) -> Array:
+    """Returns the embedding of the time with the conditions behind it."""
     emb = common.positional(time, self.embed)
     emb = jnp.roll(emb, self.embed // 2, axis=-1)  # sines first
     emb = nn.Dense(4 * self.embed, name="diffusion_step_encoder.1")(emb)
     emb = nn.Dense(self.embed, name="diffusion_step_encoder.3")(jax.nn.mish(emb))
-    if cond and "observation" in cond:
-      emb = jnp.concatenate([emb, cond["observation"].astype(emb.dtype)], axis=-1)
-    return emb.astype(self.dtype)
+    return conditioning.append(emb, cond, self.conditions).astype(self.dtype)
 
 
 def _conv(
@@ -144,7 +144,7 @@ def build(
   *,
   shape: tuple[int, ...],
   sigma_d: float,
-  observation: int | None = None,
+  cond: CondSpecs,
   channels: tuple[int, ...] = (256, 512, 1024),
   embed: int = 256,
   kernel: int = 5,
@@ -158,7 +158,7 @@ def build(
   Args:
     shape: (H, Da), of a chunk of actions.
     sigma_d: standard deviation of the data.
-    observation: numbers of an observation; None for none.
+    cond: what a sample is conditioned on, by name.
     channels: features of each level; H halves from one to the next.
     embed: features of the embedding of time.
     kernel: steps that a convolution spans, odd.
@@ -174,11 +174,9 @@ def build(
   if process not in ("trigflow", "ddpm"):
     raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")
   net = linen.as_network(
-    module(shape, channels, embed, kernel, groups, scale, dtype),
+    module(shape, cond, channels, embed, kernel, groups, scale, dtype),
     shape=shape,
-    classes=0,
-    guidance=False,
-    observation=observation,
+    conditions=conditioning.conditions(cond),
   )
   return linen.trigflow_from_ddpm(net, sigma_d, noise()) if process == "ddpm" else net
 
@@ -190,6 +188,7 @@ def noise() -> np.ndarray:
 
 def module(
   shape: tuple[int, ...],
+  cond: CondSpecs,
   channels: tuple[int, ...],
   embed: int,
   kernel: int,
@@ -211,4 +210,6 @@ def module(
     )
   if kernel % 2 == 0 or embed % 2:
     raise ValueError(f"model.kernel={kernel}, model.embed={embed}: take odd and even")
-  return Unet1d(tuple(channels), embed, kernel, groups, scale, jnp.dtype(dtype))
+  conditions = conditioning.conditions(cond)
+  sizes = tuple(channels), embed, kernel, groups
+  return Unet1d(*sizes, scale, conditions, jnp.dtype(dtype))

@@ -46,9 +46,9 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
     UserError: nothing is there, or it is damaged, or of another form.
   """
   if not path:
-    raise UserError("config.data.path is empty: name a file or folder of episodes")
+    raise ValueError("path='': name a file or folder of episodes")
   if not os.path.exists(path):
-    raise UserError(f"config.data.path={path!r} does not exist")
+    raise ValueError(f"path={path!r}: does not exist")
   if os.path.isdir(path):
     if os.path.exists(os.path.join(path, ".zgroup")):
       found = pusht_zarr.read(path)

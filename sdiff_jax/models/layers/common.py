@@ -11,7 +11,7 @@ import numpy as np
 
 from sdiff_jax.distributed import sharding
 from sdiff_jax.kernels import _online_softmax
-from sdiff_jax.types import Array, Cond
+from sdiff_jax.types import Array
 
 EPS = 1e-6
 FOURIER_SCALE = 16  # EDM's
@@ -148,57 +148,6 @@ def _scale_and_shift(x: Array, emb: Array, dtype: jnp.dtype) -> list[Array]:
 def _beside(a: Array, x: Array) -> Array:
   """Returns a [B, C] as [B, 1, ..., C], which broadcasts against x [B, ..., C]."""
   return a.reshape(a.shape[0], *(1,) * (x.ndim - 2), a.shape[-1])
-
-
-def class_weights(label: Array, classes: int, dtype: jnp.dtype) -> Array:
-  """Returns classes^0.5 times the weights of the classes, [B, classes].
-
-  Args:
-    label: a class, -1 for none, [B], or weights of the classes, [B, classes].
-    classes: their number.
-    dtype: of the result, for classes.
-  """
-  if jnp.issubdtype(label.dtype, jnp.integer):
-    label = jax.nn.one_hot(label, classes, dtype=dtype)
-  return label * classes**0.5
-
-
-def from_zero(width: int, name: str) -> nn.Dense:
-  """Returns a linear layer that starts at 0: what it is added to starts without it."""
-  zeros = nn.initializers.zeros
-  return Dense(width, use_bias=False, kernel_init=zeros, name=name)
-
-
-class Embedding(nn.Module):
-  """Embeds t, and label, guidance scale and observation, if any, as [B, width].
-
-  t enters as it is, c_noise(t) = t, by the features `kind`, "positional" or "fourier".
-  A label -1 adds nothing. The guidance scale goes
-  through the positional embedding and a linear layer that starts at 0, so a student
-  with it starts as its teacher without it.
-  """
-
-  width: int
-  classes: int
-  guidance: bool
-  dtype: jnp.dtype
-  observation: bool = False
-  kind: str = "positional"
-
-  @nn.compact
-  def __call__(self, t: Array, cond: Cond) -> Array:
-    features = fourier if self.kind == "fourier" else positional
-    emb = Dense(self.width, name="time")(features(t, self.width))
-    if self.classes:
-      labels = class_weights(cond["label"], self.classes, emb.dtype)
-      emb += Dense(self.width, use_bias=False, name="label")(labels)
-    if self.guidance:
-      scale = positional(cond["guidance"], self.width)
-      emb += from_zero(self.width, "guidance")(scale)
-    if self.observation:
-      emb += Dense(self.width, name="observation")(cond["observation"])
-    emb = Dense(self.width, name="out")(nn.silu(emb))
-    return nn.silu(emb).astype(self.dtype)
 
 
 class LogVar(nn.Module):

@@ -1,4 +1,4 @@
-"""Blocks of EDM2's U-Net, and how time and conditions reach them."""
+"""Blocks of EDM2's U-Net, and how the embedding modulates them."""
 
 import functools
 
@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax.kernels.attention import attention
-from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers import magnitude_preserving as mp
-from sdiff_jax.types import Array, Cond
+from sdiff_jax.types import Array
 
 BALANCE = 0.3  # share of a residual branch in its sum
 
@@ -24,37 +23,6 @@ def double(x: Array) -> Array:
   B, H, W, C = x.shape
   x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
   return x.reshape(B, 2 * H, 2 * W, C)
-
-
-class Embedding(nn.Module):
-  """Embeds time, label and guidance scale in float32 or wider, [B, width].
-
-  A label is an integer, -1 for none, or a row of weights of the classes. The guidance
-  scale enters as in `layers.Embedding`: a linear layer that starts at 0, and so has no
-  norm to keep.
-  """
-
-  features: int
-  width: int
-  embedding: str
-  classes: int
-  guidance: bool
-
-  @nn.compact
-  def __call__(self, t: Array, cond: Cond) -> Array:
-    if self.embedding == "fourier":
-      features = mp.Fourier(self.features, name="fourier")(t)
-    else:
-      features = common.positional(t, self.features) * 2**0.5
-    emb = mp.Linear(self.width, name="noise")(features)
-    if self.classes:
-      label = common.class_weights(cond["label"], self.classes, emb.dtype)
-      emb = mp.add(emb, mp.Linear(self.width, name="label")(label), 0.5)
-    if self.guidance:
-      scale = common.positional(cond["guidance"], self.features)
-      scale *= (2 / self.features) ** 0.5
-      emb += common.from_zero(self.width, "guidance")(scale)
-    return mp.silu(emb)
 
 
 class Modulation(nn.Module):

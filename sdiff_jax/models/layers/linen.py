@@ -9,6 +9,7 @@ import numpy as np
 
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.models.layers import common
+from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.types import Array, Cond, Network, Params, PRNGKey
 
 
@@ -16,9 +17,7 @@ def as_network(
   module: nn.Module,
   *,
   shape: tuple[int, ...],
-  classes: int,
-  guidance: bool,
-  observation: int | None = None,
+  conditions: Conditions,
   head: nn.Module = common.LogVar(),  # noqa: B008
 ) -> Network:
   """Returns the Network of a module (x, t, cond, deterministic=...) -> F.
@@ -26,20 +25,15 @@ def as_network(
   Args:
     module: Linen module with parameters only.
     shape: shape of one sample.
-    classes: number of labels; 0 for none.
-    guidance: whether the module takes a guidance scale.
-    observation: numbers of an observation; None for none.
+    conditions: what the module is conditioned on.
     head: Linen module t [B] -> w_phi(t) [B].
   """
 
   def init(key: PRNGKey) -> Params:
     key_net, key_head = jax.random.split(key)
     x, t = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1,), jnp.float32)
-    cond = {"label": jnp.zeros((1,), jnp.int32)} if classes else {}
-    if observation:
-      cond["observation"] = jnp.zeros((1, observation), jnp.float32)
-    if guidance:
-      cond["guidance"] = jnp.ones((1,), jnp.float32)
+    values = {name: spec.batch(1) for name, spec in conditions}
+    cond = {name: jnp.zeros(v.shape, v.dtype) for name, v in values.items()}
     net = module.init(key_net, x, t, cond or None, deterministic=True)["params"]
     return {"net": net, "logvar": head.init(key_head, t)["params"]}
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from sdiff_jax.types import Array, UserError
 
+KINDS = ("range", "percentile", "position", "max_abs", "none")
 PERCENTILES = (0.3, 99.7)
 
 
@@ -62,7 +63,7 @@ def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
     least: dimensions whose range is below it are centred, and not scaled.
 
   Raises:
-    UserError: another kind.
+    ValueError: another kind.
   """
   shape = values.shape[1:]
   centre, scale = np.zeros(shape, np.float32), np.ones(shape, np.float32)
@@ -78,10 +79,7 @@ def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
     if kind == "position":
       centre[..., 3:], scale[..., 3:] = 0, 1
   elif kind != "none":
-    raise UserError(
-      f"config.data: normalisation {kind!r}: take range, percentile, position, max_abs "
-      "or none"
-    )
+    raise ValueError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
   return Affine(centre, scale)
 
 
@@ -94,9 +92,9 @@ def allclose(one: Normalizer, two: Normalizer) -> bool:
   )
 
 
-def save(path: str, normaliser: Normalizer) -> None:
-  """Writes a normaliser as .npz."""
-  flat = normaliser._asdict()
+def save(path: str, normalizer: Normalizer) -> None:
+  """Writes a normalizer as .npz."""
+  flat = normalizer._asdict()
   for name in ("observation", "action"):
     centre, scale = flat.pop(name)
     flat |= {f"{name}.centre": centre, f"{name}.scale": scale}
@@ -119,4 +117,4 @@ def load(path: str) -> Normalizer:
       H, Da = arrays["shape"].tolist()
       return Normalizer(*maps, int(arrays["steps"]), (H, Da), float(arrays["std"]))
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f"{path} is no normaliser, or damaged ({error})") from error
+    raise UserError(f"{path} is no normalizer, or damaged ({error})") from error
