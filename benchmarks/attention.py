@@ -182,7 +182,7 @@ def whole_step(pairs: int) -> None:
 
   def program(impl: str) -> tuple:
     network = dit.build(
-      shape=(64, 64, 4), classes=0, patch=1, width=128, depth=2, heads=2, attention=impl
+      shape=(64, 64, 4), cond={}, patch=1, width=128, depth=2, heads=2, attention=impl
     )
     given = {"network": network, "teacher": network.apply, "sigma_d": 0.5}
     loss = registry.build("losses", {"name": "scm"}, **given)

@@ -2,7 +2,7 @@
 
   python benchmarks/loader.py [--rounds=7]
 
-Each source feeds `pipeline.batches` and `sharding.put`, as training does; the step is
+Each source feeds `data.batches` and `sharding.put`, as training does; the step is
 the compiled teacher step of a network for images of that shape, on one batch that
 stays on the device. Loader and step are timed alternately, each alone; the ratio is the
 median over the rounds. "One thread" reads batches without the pipeline's threads.
@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image
 
 from sdiff_jax import config, registry
-from sdiff_jax.data import pipeline
+from sdiff_jax import data as data_lib
+from sdiff_jax.data import Dataset, _loading
 from sdiff_jax.distributed import sharding
 from sdiff_jax.training import ema, optimizers, state, step
 
@@ -42,7 +43,7 @@ class Case(NamedTuple):
   """A data set and a network, one line of the table."""
 
   title: str
-  source: pipeline.Dataset
+  source: Dataset
   model: dict
   batch_size: int
 
@@ -125,7 +126,7 @@ def cases(folder: pathlib.Path, count: int) -> list[Case]:
 
 def teacher_step(case: Case, batch: dict) -> Callable[[int], float]:
   """Returns (count) -> seconds of so many steps."""
-  given = {"shape": case.source.shape, "classes": case.source.classes}
+  given = {"shape": case.source.shape, "cond": case.source.cond}
   network = registry.build("models", case.model, **given)
   loss = config.component("losses", "diffusion").to_dict()
   loss = registry.build("losses", loss, network=network, sigma_d=SIGMA_D)
@@ -163,9 +164,9 @@ def alone(case: Case, count: int) -> float:
   """Returns the seconds that one thread takes to read so many batches."""
   begin = time.perf_counter()
   for k in range(count):
-    chosen = pipeline.indices(case.source.size, SEED, k, case.batch_size)
-    images, _ = case.source.take(chosen)
-    pipeline.encode(case.source, images, SIGMA_D)
+    chosen = _loading.indices(case.source.size, SEED, k, case.batch_size)
+    images, _ = case.source[chosen]
+    case.source.codec.encode(images, SIGMA_D)
   return time.perf_counter() - begin
 
 
@@ -178,7 +179,7 @@ def enough(run: Callable[[int], float], seconds: float) -> int:
 def row(case: Case, rounds: int, over_batch: jax.sharding.NamedSharding) -> list:
   """Returns images a second of loader, one thread and step, and the ratio."""
   options = {"seed": SEED, "batch_size": case.batch_size, "sigma_d": SIGMA_D}
-  read = pipeline.batches(case.source, **options)
+  read = data_lib.batches(case.source, **options)
   batches = (
     sharding.make_global_batch(batch, over_batch, case.batch_size) for batch in read
   )

@@ -59,7 +59,9 @@ def _cost(experiment, params, batch: int) -> tuple[float, float]:
   """Returns FLOPs of a call of the network, and bytes of its parameters and inputs."""
   source = experiment.dataset
   x = jnp.zeros((batch, *source.shape), jnp.float32)
-  cond = {"observation": jnp.zeros((batch, source.observation), jnp.float32)}
+  cond = {
+    "observation": jnp.zeros((batch, *source.cond["observation"].shape), jnp.float32)
+  }
   call = jax.jit(experiment.network.apply).lower(params, x, jnp.ones(batch), cond)
   leaves = jax.tree.leaves((params["net"], x, x, cond))
   return float(call.cost_analysis()["flops"]), float(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax import config, registry
+from sdiff_jax.data import class_cond
 from sdiff_jax.training import ema, optimizers, state, step
 
 SIZES = {
@@ -30,7 +31,9 @@ def compiled(model: str, loss: str, batch_size: int) -> tuple:
   """Returns the compiled step and its arguments."""
   shape, classes = SHAPES[model], 10
   section = config.component("models", model, **SIZES[model]).to_dict()
-  network = registry.build("models", section, shape=shape, classes=classes, sigma_d=0.5)
+  network = registry.build(
+    "models", section, shape=shape, cond=class_cond(classes), sigma_d=0.5
+  )
   chosen = config.component("losses", loss).to_dict()
   objective = registry.build(
     "losses", chosen, network=network, teacher=network.apply, sigma_d=0.5

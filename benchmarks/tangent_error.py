@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.models import edm2
 
@@ -36,7 +37,12 @@ def outputs(params: dict, dtype: str, **fields: str) -> list[np.ndarray]:
   """Returns F and the two tangents, computed in a type."""
   wide = "float64" if dtype == "float64" else "float32"
   network = edm2.build(
-    shape=SHAPE, classes=CLASSES, sigma_d=SIGMA_D, dtype=dtype, **SIZE, **fields
+    shape=SHAPE,
+    cond=class_cond(CLASSES),
+    sigma_d=SIGMA_D,
+    dtype=dtype,
+    **SIZE,
+    **fields,
   )
   rng = np.random.default_rng(1)
   x, v = (jnp.asarray(a, wide) for a in rng.standard_normal((2, BATCH, *SHAPE)))
@@ -66,7 +72,9 @@ def main() -> None:
   ):
     fields = {"embedding": embedding, "norm": norm}
     params = weights(
-      edm2.build(shape=SHAPE, classes=CLASSES, sigma_d=SIGMA_D, **SIZE, **fields)
+      edm2.build(
+        shape=SHAPE, cond=class_cond(CLASSES), sigma_d=SIGMA_D, **SIZE, **fields
+      )
     )
     exact = outputs(params, "float64", **fields)
     print(f"{embedding:12s}{norm:8s}{'rms':14s}", *(f"{rms(a):8.3f}" for a in exact))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config, registry
-from sdiff_jax.data import digits, pipeline
+from sdiff_jax.data import digits
 from sdiff_jax.experiment import build, sampling, training, workdir
 from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
@@ -65,7 +65,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   size = 4
   batch = {
     "x0": jax.ShapeDtypeStruct((size, *built.dataset.shape), jnp.float32),
-    "cond": pipeline.conditions(built.dataset, size),
+    "cond": {k: spec.batch(size) for k, spec in built.dataset.cond.items()},
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
   frozen = frozen if c.loss.name == "scm" else None
@@ -137,7 +137,7 @@ def test_validation_names_field_and_value(field, value, message):
 def test_a_refusal_of_a_piece_is_the_users_error():
   section = config.component("models", "dit", patch=3).to_dict()
   with pytest.raises(UserError, match="model.patch=3: must divide"):
-    registry.build("models", section, shape=(8, 8, 1), classes=0)
+    registry.build("models", section, shape=(8, 8, 1), cond={})
 
 
 def test_name_and_number():

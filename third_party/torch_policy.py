@@ -60,7 +60,9 @@ def _export(workdir: str, path: str) -> None:
   random = np.random.default_rng(0)
   x = random.standard_normal((4, *experiment.dataset.shape), np.float32)
   t = np.linspace(0.1, 1.5, 4, dtype=np.float32)
-  seen = random.standard_normal((4, experiment.dataset.observation), np.float32)
+  seen = random.standard_normal(
+    (4, *experiment.dataset.cond["observation"].shape), np.float32
+  )
   F = experiment.network.apply(params, x, jnp.asarray(t), {"observation": seen})
   leaves = jax.tree.leaves_with_path(params["net"])
   arrays = {"/".join(k.key for k in path): np.asarray(v) for path, v in leaves}

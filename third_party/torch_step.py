@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import config, registry
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import guidance, time_grids
 from sdiff_jax.training import ema, optimizers, state, step
 
@@ -62,7 +63,7 @@ def setup(of: str) -> Setup:
   """
   shape, batch_size, width = SIZES[of]
   model = config.component("models", "mlp", width=width, depth=4).to_dict()
-  network = registry.build("models", model, shape=shape, classes=CLASSES)
+  network = registry.build("models", model, shape=shape, cond=class_cond(CLASSES))
   losses = {
     name: registry.build(
       "losses",
@@ -103,7 +104,7 @@ def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
 def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   """Writes what the other half needs, and returns F and dF/dt of it."""
   params, batch = of.params, of.batch
-  network = registry.build("models", of.model, shape=of.shape, classes=CLASSES)
+  network = registry.build("models", of.model, shape=of.shape, cond=class_cond(CLASSES))
   rng = np.random.default_rng(1)
   x, dx = rng.standard_normal((2, *batch["x0"].shape), np.float32)
   t, dt = rng.uniform(0.1, 1.5, (2, len(x))).astype(np.float32)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.capacity import hlo
-from sdiff_jax.data.pipeline import Dataset
+from sdiff_jax.data import Dataset, PixelCodec, class_cond
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, sampling, text_to_image
@@ -83,11 +83,13 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
 def source_of(config: ml_collections.ConfigDict) -> Dataset:
   """Returns the data set, or one without images if config.rehearse.shape is set."""
   if not config.rehearse.shape:
-    return registry.build("data", config.data.to_dict())
-  take, mean, std = None, (0.0,), (0.5,)
-  return Dataset(
-    take, 0, tuple(config.rehearse.shape), config.rehearse.classes, mean, std
-  )
+    return registry.build("data", config.data.to_dict(), "config.data")
+  classes = class_cond(config.rehearse.classes)
+  return Dataset(_no_data, 0, classes, PixelCodec(tuple(config.rehearse.shape)))
+
+
+def _no_data(indices: np.ndarray) -> NoReturn:
+  raise ValueError("rehearse.shape: names a shape alone; there are no data")
 
 
 def training(

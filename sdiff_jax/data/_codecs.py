@@ -187,8 +187,8 @@ class LatentCodec:
     """Raises a ValueError unless there is a decoder."""
     if not has_decoder:
       raise ValueError(
-        "data are latents: only an autoencoder (config.vae) makes images of them; name "
-        "its folder, or a data set of images"
+        "data are latents: images of them need their autoencoder (vae); name its "
+        "folder, or a data set of images"
       )
 
   def to_images(

@@ -65,7 +65,14 @@ class Dataset:
     """The normalizer of trajectories, None for other data."""
     return self.codec.normalizer if isinstance(self.codec, ActionCodec) else None
 
-  def classes(self, cond: dict[str, np.ndarray], count: int) -> np.ndarray:
+  # Earlier names, until their callers use the new ones.
+  take = property(lambda self: self.read)
+  normaliser = property(lambda self: self.normalizer)
+  classes = property(lambda self: self.num_classes)
+  latent = property(lambda self: hasattr(self.codec, "vae_min_pixel"))
+  low = property(lambda self: getattr(self.codec, "vae_min_pixel", -1.0))
+
+  def class_of(self, cond: dict[str, np.ndarray], count: int) -> np.ndarray:
     """Returns the class of each sample, int32 [count]; -1 if there are none.
 
     Args:
@@ -100,9 +107,7 @@ class Dataset:
       if spec.num_classes:
         classes = numbers.astype(spec.dtype) % spec.num_classes
         shape = (-1,) + (1,) * len(spec.shape)
-        out[name] = np.broadcast_to(
-          classes.reshape(shape), (len(numbers), *spec.shape)
-        )
+        out[name] = np.broadcast_to(classes.reshape(shape), (len(numbers), *spec.shape))
       else:
         out[name] = np.asarray(stored[name], spec.dtype)
     return out

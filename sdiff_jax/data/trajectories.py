@@ -88,7 +88,7 @@ def build(
   def read(indices: np.ndarray) -> Samples:
     rows = at[indices]
     seen = found.observation[rows[:, :n_obs_steps]]
-    return chunks(found, rows, n_obs_steps), observed(fitted, seen)
+    return chunks(found, rows, n_obs_steps), {"observation": observed(fitted, seen)}
 
   return Dataset(read, len(at), _cond(fitted), ActionCodec(fitted))
 
@@ -157,7 +157,12 @@ def out_of_frame(frame: np.ndarray, actions: np.ndarray) -> np.ndarray:
   return actions @ R + o[:, None]
 
 
-def observed(fitted: Normalizer, observations: Array) -> dict[str, Array]:
-  """Returns the condition [n, To Do] of a policy, of observations [n, To, Do]."""
+def observed(fitted: Normalizer, observations: Array) -> Array:
+  """Returns the condition "observation" [n, To Do] of observations [n, To, Do]."""
   normal = maps.normalize(fitted.observation, observations)
-  return {"observation": normal.reshape(len(normal), -1)}
+  return normal.reshape(len(normal), -1)
+
+
+def actions(fitted: Normalizer, x0: Array, sigma_d: float) -> Array:
+  """Returns actions [n, H, Da], in the data's units, of samples x0."""
+  return ActionCodec(fitted).decode(x0, sigma_d)

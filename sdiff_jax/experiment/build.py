@@ -6,7 +6,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import registry
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import Dataset, LatentCodec
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
@@ -28,7 +28,7 @@ class Experiment:
     vae: autoencoder of a data set of latents, with its parameters; None without one.
   """
 
-  dataset: pipeline.Dataset
+  dataset: Dataset
   network: Network
   mesh: Mesh
   sigma_d: float
@@ -47,9 +47,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   )
 
 
-def from_dataset(
-  config: ml_collections.ConfigDict, dataset: pipeline.Dataset
-) -> Experiment:
+def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experiment:
   """Returns the pieces that a config names, for a data set that is already built.
 
   Raises:
@@ -61,7 +59,7 @@ def from_dataset(
     mesh=mesh(config),
     sigma_d=config.sigma_d,
     guidance_input=bool(config.model.get("guidance", False)),
-    vae=_autoencoder(config.vae, dataset) if dataset.latent and config.vae else None,
+    vae=_autoencoder(config.vae, dataset),
   )
 
 
@@ -75,8 +73,14 @@ def mesh(config: ml_collections.ConfigDict) -> Mesh:
     return sharding.make_mesh(**config.mesh)
 
 
-def _autoencoder(folder: str, dataset: pipeline.Dataset) -> tuple[Autoencoder, Params]:
-  """Returns the autoencoder of a data set's latents, with its weights on the host."""
+def _autoencoder(folder: str, dataset: Dataset) -> tuple[Autoencoder, Params] | None:
+  """Returns the autoencoder of a data set's latents, with its weights on the host.
+
+  Returns:
+    None for a data set of other samples, or without a folder.
+  """
+  if not folder or not isinstance(dataset.codec, LatentCodec):
+    return None
   vae, params = loading.autoencoder(folder)
   if vae.channels != dataset.shape[-1]:
     raise UserError(
@@ -86,25 +90,23 @@ def _autoencoder(folder: str, dataset: pipeline.Dataset) -> tuple[Autoencoder, P
   return vae, params
 
 
-def network(config: ml_collections.ConfigDict, dataset: pipeline.Dataset) -> Network:
+def network(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
   """Returns the network of a config for samples of a data set.
 
   Raises:
-    UserError: the network refuses its fields, or takes no observations although the
-      data set has some.
+    UserError: the network refuses its fields or a condition of the data set.
   """
-  given = {
-    "shape": dataset.shape,
-    "classes": dataset.classes if config.class_conditional else 0,
-    "sigma_d": config.sigma_d,
+  cond = {
+    name: spec
+    for name, spec in dataset.cond.items()
+    if config.class_conditional or not spec.num_classes
   }
-  if dataset.observation:
-    given["observation"] = dataset.observation
-    if "observation" not in registry.required("models", config.model.name):
-      raise UserError(
-        f"config.model.name={config.model.name!r}: takes no observations, which "
-        "config.data has; take unet1d or mlp"
-      )
+  if cond and "cond" not in registry.required("models", config.model.name):
+    raise UserError(
+      f"config.model.name={config.model.name!r}: has no conditions, but config.data "
+      f"has {', '.join(cond)}"
+    )
+  given = {"shape": dataset.shape, "cond": cond, "sigma_d": config.sigma_d}
   return registry.build("models", config.model.to_dict(), "config.model", **given)
 
 

@@ -9,7 +9,8 @@ import ml_collections
 import optax
 
 from sdiff_jax import losses, registry
-from sdiff_jax.data import normalizer, pipeline
+from sdiff_jax.data import pipeline
+from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
 from sdiff_jax import losses, registry
-from sdiff_jax.data import normalizer, pipeline, trajectories
+from sdiff_jax.data import Dataset, trajectories
+from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.build import Experiment
@@ -33,7 +34,7 @@ NO_ACCESS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def save_or_check_config(
-  config: ml_collections.ConfigDict, workdir: str, dataset: pipeline.Dataset
+  config: ml_collections.ConfigDict, workdir: str, dataset: Dataset
 ) -> None:
   """Writes config.json and command.txt, or checks that the stored config is the same.
 
@@ -57,8 +58,8 @@ def save_or_check_config(
     file_io.write_json(path, _with_absolute_paths(config.to_dict()))
     command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
     file_io.write_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
-    if dataset.normaliser:
-      normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normaliser)
+    if dataset.normalizer:
+      normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normalizer)
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

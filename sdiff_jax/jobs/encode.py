@@ -51,8 +51,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field does not fit, or the files there are of something else.
   """
   chosen = config.encode
-  latents.check_scale("encode.scale", chosen.scale)
-  source = registry.build("data", config.data.to_dict())
+  with config_errors("config.encode"):
+    latents.check_scale(chosen.scale)
+  source = registry.build("data", config.data.to_dict(), "config.data")
   pipeline.check_pixels(source)
   if not config.vae:
     raise UserError("config.vae is empty: name the folder of an autoencoder")
@@ -65,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   _claim(workdir, about)
   mine = range(jax.process_index(), len(files), jax.process_count())
   missing = [k for k in mine if not os.path.exists(files[k])]
-  encode = _encoder(vae, params, latents.LOW[chosen.scale], local)
+  encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[chosen.scale], local)
   begin, done = time.perf_counter(), 0
   for k in tqdm.tqdm(missing, unit="file", desc="encode", disable=None):
     first = k * chosen.shard_size
@@ -95,7 +96,7 @@ def _about(
   about = {
     "size": source.size,
     "shape": [height // vae.factor, width // vae.factor, 2 * vae.channels],
-    "classes": source.classes,
+    "classes": source.num_classes,
     "scale": config.encode.scale,
     "shard_size": config.encode.shard_size,
     "vae": config.vae,
@@ -144,16 +145,16 @@ def _encoder(
 
 def _shard(
   source: pipeline.Dataset, encode: Encode, rows: np.ndarray, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns moments and labels of images, encoded a full batch at a time."""
-  moments, labels = [], []
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns moments and conditions of images, encoded a full batch at a time."""
+  moments, conds = [], []
   for first in range(0, len(rows), batch_size):
     chosen = rows[first : first + batch_size]
     filled = np.resize(chosen, batch_size)
-    images, cond = source.take(filled)
+    images, cond = source[filled]
     moments.append(encode(images)[: len(chosen)].astype(latents.MOMENTS))
-    labels.append(cond["label"][: len(chosen)])
+    conds.append({name: x[: len(chosen)] for name, x in cond.items()})
   moments = np.concatenate(moments)
   if not np.isfinite(moments).all():
     raise UserError("the autoencoder made latents that are no numbers, or too large")
-  return moments, np.concatenate(labels)
+  return moments, {name: np.concatenate([c[name] for c in conds]) for name in conds[0]}

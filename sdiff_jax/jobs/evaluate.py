@@ -1,5 +1,6 @@
 """Job `evaluate`: measures the samples of several samplers, or given images."""
 
+import dataclasses
 import json
 import os
 import time
@@ -162,10 +163,10 @@ def _baselines(
     name, some, against = "training images", order[:num], meter
   else:
     some, other = np.array_split(order, 2)
-    rest = source._replace(take=lambda k: source.take(other[k]), size=len(other))
+    rest = dataclasses.replace(source, read=lambda k: source[other[k]], size=len(other))
     against = evaluation.metric_fn(config, experiment.mesh, rest, source.shape)
     name = "one half to the other"
-  drawn = baselines.class_gaussian(images, cond["label"], num)
+  drawn = baselines.class_gaussian(images, source.class_of(cond, source.size), num)
   real, gaussian = (
     measure([evaluation.array_images(x)], len(x))
     for measure, x in ((against, images[some]), (meter, drawn))

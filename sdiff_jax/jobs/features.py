@@ -23,16 +23,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: the data have fewer than two classes, or are latents.
   """
   dataset = registry.build("data", config.data.to_dict(), "config.data")
-  if dataset.classes < 2:
+  if dataset.num_classes < 2:
     raise UserError(
       f"config.data.name={config.data.name!r}: must be a labeled data set, this one has "
-      f"{dataset.classes} classes"
+      f"{dataset.num_classes} classes"
     )
   path = os.path.join(workdir, "features.npz")
   if jax.process_index():
     return path
   images, labels = _read_all(dataset)
-  weights = classifier.fit(images, labels, dataset.classes)
+  weights = classifier.fit(images, labels, dataset.num_classes)
   classifier.save(path, weights)
   test = "training"
   if config.reference.name:
@@ -47,5 +47,5 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 def _read_all(dataset: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
   """Returns all images, uint8 [N, H, W, C], and labels, int [N]."""
   pipeline.check_pixels(dataset)
-  images, cond = dataset.take(np.arange(dataset.size))
-  return images, cond["label"]
+  images, cond = dataset[np.arange(dataset.size)]
+  return images, dataset.class_of(cond, dataset.size)

@@ -23,13 +23,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Raises:
     UserError: the data set refuses its fields or a file, or has latents.
   """
-  source = registry.build("data", config.data.to_dict())
+  source = registry.build("data", config.data.to_dict(), "config.data")
   pipeline.check_pixels(source)
   labels, counts = _walk(source)
   print("\n".join(_describe(source, config, labels, counts)))
   path = os.path.join(workdir, "inspect.png")
-  chosen, columns = _chosen(labels, source.classes)
-  x0 = pipeline.encode(source, source.take(chosen.clip(0))[0], config.sigma_d)
+  chosen, columns = _chosen(labels, source.num_classes)
+  x0 = pipeline.encode(source, source[chosen.clip(0)][0], config.sigma_d)
   images = np.array(pipeline.decode(source, x0, config.sigma_d))
   images[chosen < 0] = 0
   image_io.save_png(path, image_io.grid(images, columns))
@@ -42,8 +42,8 @@ def _walk(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
   starts = range(0, source.size, BATCH)
   for start in tqdm.tqdm(starts, unit="batch", desc="inspect", disable=None):
     rows = np.arange(start, min(start + BATCH, source.size))
-    images, cond = source.take(rows)
-    labels.append(cond["label"])
+    images, cond = source[rows]
+    labels.append(source.class_of(cond, len(rows)))
     for channel in range(source.shape[-1]):
       levels = images[..., channel].ravel()
       counts[:, channel] += np.bincount(levels, minlength=256)
@@ -58,9 +58,9 @@ def _describe(
 ) -> list[str]:
   """Returns lines on size, classes and scale of a data set."""
   lines = [f"{source.size} images of {' x '.join(map(str, source.shape))}"]
-  if source.classes:
-    each = np.bincount(labels, minlength=source.classes)
-    lines[0] += f", {source.classes} classes of {each.min()} to {each.max()} images"
+  if source.num_classes:
+    each = np.bincount(labels, minlength=source.num_classes)
+    lines[0] += f", {source.num_classes} classes of {each.min()} to {each.max()} images"
   # The moments of the 256 levels as the network sees them, weighted by their counts.
   levels = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)
   levels = levels.repeat(counts.shape[1], axis=-1)
@@ -71,7 +71,9 @@ def _describe(
       f"std {std:.3f}, to be sigma_d = {config.sigma_d}"
     )
   mean, std = _moments(levels[:, 0, 0] / 127.5 - 1, counts)
-  lines.append(f"config.data:          mean={source.mean}, std={source.std}")
+  lines.append(
+    f"config.data:          mean={source.codec.mean}, std={source.codec.std}"
+  )
   lines.append(f"better, as measured: mean={_text(mean)}, std={_text(std)}")
   return lines
 

@@ -226,7 +226,7 @@ def _check_conditions(
   config: ml_collections.ConfigDict, dataset: pipeline.Dataset
 ) -> None:
   """Raises a UserError if a field needs images or labels, and the data have none."""
-  if not dataset.observation:
+  if not dataset.normalizer:
     return
   guided = config.loss.get("guidance") or config.model.get("guidance")
   for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdiff_jax import samplers
 from sdiff_jax.data import trajectories
-from sdiff_jax.data.normalizer import Normalizer
+from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.types import Array, Denoiser, Params
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data.normalizer import Affine, Normalizer
+from sdiff_jax.data import trajectories
+from sdiff_jax.data.episodes.normalizer import Affine, Normalizer
 from sdiff_jax.models import unet1d
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import networks
@@ -15,7 +16,7 @@ from sdiff_jax.pretrained.diffusers import scheduler as scheduler_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Array, Cond, Params, PRNGKey, UserError
+from sdiff_jax.types import Array, Cond, CondSpecs, Params, PRNGKey, UserError
 
 # The noise scheduler of its configs, which its files do not hold.
 SCHEDULER = {
@@ -106,7 +107,7 @@ def unet_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def predictor(
   *,
   shape: tuple[int, int],
-  observation: int | None = None,
+  cond: CondSpecs,
   channels: tuple[int, ...] = (256, 512, 1024),
   embed: int = 256,
   kernel: int = 5,
@@ -118,7 +119,7 @@ def predictor(
 
   Args:
     shape: (H, Da), of a chunk of actions.
-    observation: Do, size of the condition "observation" [B, Do]; None for none.
+    cond: what a sample is conditioned on, by name.
     channels: see `models.unet1d.build`, as for all arguments below.
     embed: features of the embedded timestep.
     kernel: size of the convolutions, in steps of the chunk.
@@ -129,12 +130,13 @@ def predictor(
   Raises:
     ValueError: sizes that do not fit one another.
   """
-  module = unet1d.module(shape, channels, embed, kernel, groups, scale, dtype)
-  cond = {"observation": jnp.zeros((1, observation or 0), jnp.float32)}
+  module = unet1d.module(shape, cond, channels, embed, kernel, groups, scale, dtype)
+  specs = {name: spec.batch(1) for name, spec in cond.items()}
 
   def init(key: PRNGKey) -> Params:
     x, time = jnp.zeros((1, *shape), jnp.float32), jnp.zeros((1,), jnp.float32)
-    return module.init(key, x, time, cond if observation else None)["params"]
+    values = {name: jnp.zeros(s.shape, s.dtype) for name, s in specs.items()}
+    return module.init(key, x, time, values)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     return common.to_accumulation_dtype(module.apply({"params": params}, x, time, cond))
@@ -177,7 +179,9 @@ def load(
       )
     fields = {"channels": tuple(channels), "embed": embed, "kernel": kernel}
     fields |= {"groups": unet1d.GROUPS, "scale": len(film) == 2 * channels[0]}
-    net = predictor(shape=(horizon, Da), observation=Do, **fields, dtype=dtype)
+    net = predictor(
+      shape=(horizon, Da), cond=trajectories.observation_cond(Do), **fields, dtype=dtype
+    )
   except (KeyError, ValueError) as error:
     raise UserError(f"{path}: is no U-Net of Diffusion Policy ({error})") from error
   return PretrainedPolicy(

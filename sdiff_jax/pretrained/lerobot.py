@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sdiff_jax.data.normalizer import Affine, Normalizer
+from sdiff_jax.data import trajectories
+from sdiff_jax.data.episodes.normalizer import Affine, Normalizer
 from sdiff_jax.pretrained.diffusers import networks
 from sdiff_jax.pretrained.diffusers import scheduler as scheduler_lib
 from sdiff_jax.pretrained.diffusion_policy import (
@@ -98,7 +99,9 @@ def load(path: str, *, dtype: str = "float32") -> PretrainedPolicy:
       "scale": c["use_film_scale_modulation"],
     }
     Do = n_obs_steps * sum(sizes.values())
-    net = predictor(shape=shape, observation=Do, **fields, dtype=dtype)
+    net = predictor(
+      shape=shape, cond=trajectories.observation_cond(Do), **fields, dtype=dtype
+    )
   except OSError as error:
     raise UserError(f"{file}: {error.strerror}") from None
   except (ValueError, KeyError, TypeError, AttributeError) as error:

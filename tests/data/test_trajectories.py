@@ -14,8 +14,8 @@ import zarr
 from hypothesis import strategies as st
 
 from sdiff_jax import config as configs
-from sdiff_jax.data import normalizer, pipeline, trajectories
-from sdiff_jax.data.episodes import kitchen, reader, robomimic
+from sdiff_jax.data import batches, trajectories
+from sdiff_jax.data.episodes import kitchen, normalizer, reader, robomimic
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import train
 from sdiff_jax.types import UserError
@@ -76,33 +76,33 @@ def test_first_windows_of_an_episode(npz):
   source = trajectories.build(path=path, horizon=4, n_obs_steps=3, n_action_steps=2)
   # The first episode is 5 long: windows begin 2 before and end 1 after it.
   assert source.size == sum(n - 4 + 1 + 2 + 1 for n in (5, 20, 35))
-  assert (source.shape, source.classes, source.observation) == ((4, 2), 0, 15)
-  x, cond = source.take(np.array([4, 0, 5]))
-  assert x.dtype == cond["observation"].dtype == np.float32
+  assert (source.shape, source.cond["observation"].shape) == ((4, 2), (15,))
+  x, cond = source[np.array([4, 0, 5])]
+  assert source.codec.encode(x, 0.5).dtype == cond["observation"].dtype == np.float32
   steps = np.array([[2, 3, 4, 4], [0, 0, 0, 1], [5, 5, 5, 6]])
-  actions = normalizer.denormalize(source.normaliser.action, x)
-  np.testing.assert_allclose(actions, ARRAYS["action"][steps], atol=1e-4)
+  np.testing.assert_array_equal(x, ARRAYS["action"][steps])
   seen = cond["observation"].reshape(3, 3, 5)
-  seen = normalizer.denormalize(source.normaliser.observation, seen)
+  seen = normalizer.denormalize(source.normalizer.observation, seen)
   np.testing.assert_allclose(seen, ARRAYS["state"][steps[:, :3]], atol=1e-5)
-  again = trajectories.observed(source.normaliser, ARRAYS["state"][steps[:, :3]])
+  again = trajectories.observed(source.normalizer, ARRAYS["state"][steps[:, :3]])
   np.testing.assert_array_equal(again, cond["observation"])
 
 
 def test_x0_has_sigma_d_and_comes_back(npz):
   source = trajectories.build(path=npz())
-  x, cond = source.take(np.arange(source.size))
-  assert np.abs(x).max() == pytest.approx(1)
+  x, cond = source[np.arange(source.size)]
+  normal = normalizer.normalize(source.normalizer.action, x)
+  assert np.abs(normal).max() == pytest.approx(1)
   assert np.abs(cond["observation"]).max() == pytest.approx(1)
-  x0 = pipeline.encode(source, x, 0.3)
+  x0 = source.codec.encode(x, 0.3)
   assert x0.dtype == np.float32
   assert np.sqrt(np.mean(x0**2)) == pytest.approx(0.3, rel=0.05)
-  found = trajectories.actions(source.normaliser, jnp.asarray(x0[-1:]), 0.3)
+  found = source.codec.decode(jnp.asarray(x0[-1:]), 0.3)
   assert found.dtype == jnp.float32
   rows = np.clip(np.arange(N - 9, N + 7), 0, N - 1)
   np.testing.assert_allclose(found[0], ARRAYS["action"][rows], rtol=1e-5, atol=1e-3)
   asis = trajectories.build(path=npz(), std=1.0)
-  np.testing.assert_array_equal(pipeline.encode(asis, x, 1.0), x)
+  np.testing.assert_array_equal(asis.codec.encode(x, 1.0), normal)
 
 
 def test_observations_beside_the_state_are_taken(npz):
@@ -118,9 +118,10 @@ def test_actions_in_the_frame_of_the_last_observation(npz):
   R = np.moveaxis(np.array([[c, -s], [s, c]]), -1, 0)
   frame = np.concatenate([R, ARRAYS["action"][..., None] + 1], -1).astype(np.float32)
   source = trajectories.build(path=npz(frame=frame), action_range="percentile")
-  x, _ = source.take(np.array([20]))
-  assert source.normaliser.action.centre.shape == source.shape
-  relative = normalizer.denormalize(source.normaliser.action, x)
+  relative, _ = source[np.array([20])]
+  assert source.normalizer.action.centre.shape == source.shape
+  x0 = source.codec.encode(relative, 0.5)
+  np.testing.assert_allclose(source.codec.decode(x0, 0.5), relative, atol=1e-3)
   at = trajectories.windows(ENDS, np.ones(3, bool), 16, before=1, after=7)[20]
   expected = np.stack(
     [R[at[1]] @ (ARRAYS["action"][k] - frame[at[1], :, 2]) for k in at]
@@ -133,11 +134,11 @@ def test_actions_in_the_frame_of_the_last_observation(npz):
 def test_batches_are_functions_of_seed_and_number(npz):
   source = trajectories.build(path=npz())
   options = {"seed": 3, "batch_size": 6, "sigma_d": 0.5}
-  ones, later = (pipeline.batches(source, **options, start=k) for k in (0, 2))
+  ones, later = (batches(source, **options, start=k) for k in (0, 2))
   two = [next(ones) for _ in range(3)][2]
   jax.tree.map(np.testing.assert_array_equal, two, next(later))
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype), two["cond"])
-  wanted = pipeline.conditions(source, 6)
+  wanted = {name: spec.batch(6) for name, spec in source.cond.items()}
   assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), wanted)
 
 
@@ -174,18 +175,18 @@ def test_percentiles_of_each_step():
   np.testing.assert_allclose(high, [[0.997], [12.97]], atol=1e-5)
 
 
-def test_a_saved_normaliser_is_the_same(npz, tmp_path):
+def test_a_saved_normalizer_is_the_same(npz, tmp_path):
   source = trajectories.build(path=npz(), action_range="percentile")
-  path = str(tmp_path / "normaliser.npz")
-  normalizer.save(path, source.normaliser)
+  path = str(tmp_path / "normalizer.npz")
+  normalizer.save(path, source.normalizer)
   again = trajectories.metadata_only(normalizer.load(path))
-  jax.tree.map(np.testing.assert_array_equal, again.normaliser, source.normaliser)
-  for name in ("shape", "classes", "mean", "std", "observation"):
+  jax.tree.map(np.testing.assert_array_equal, again.normalizer, source.normalizer)
+  for name in ("shape", "cond", "num_classes"):
     assert getattr(again, name) == getattr(source, name)
-  with pytest.raises(UserError, match="the episodes are not here"):
-    again.take(np.arange(2))
-  (tmp_path / "normaliser.npz").write_bytes(b"no")
-  with pytest.raises(UserError, match="normaliser.npz is no normaliser, or damaged"):
+  with pytest.raises(ValueError, match="the episodes are not here"):
+    again[np.arange(2)]
+  (tmp_path / "normalizer.npz").write_bytes(b"no")
+  with pytest.raises(UserError, match="normalizer.npz is no normalizer, or damaged"):
     normalizer.load(path)
 
 
@@ -366,9 +367,9 @@ def test_arrays_that_do_not_fit_are_refused(npz, changed, message):
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
-  with pytest.raises(UserError, match="config.data.path is empty"):
+  with pytest.raises(ValueError, match="path='': name a file"):
     trajectories.build()
-  with pytest.raises(UserError, match="config.data.path='.*none' does not exist"):
+  with pytest.raises(ValueError, match="path='.*none': does not exist"):
     read(tmp_path / "none")
   with pytest.raises(UserError, match="has no .zgroup, no observations_seq.npy"):
     read(tmp_path)
@@ -387,14 +388,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"horizon": 80}, "config.data.horizon=80: no episode .* the longest has 35"),
-    ({"horizon": 1}, "config.data.horizon=1: must hold n_obs_steps=2"),
-    ({"std": -1.0}, "config.data.std=-1.0: must be above 0"),
-    ({"action_range": "best"}, "normalisation 'best': take range, percentile"),
+    ({"horizon": 80}, "horizon=80: no episode .* the longest has 35"),
+    ({"horizon": 1}, "horizon=1: must hold n_obs_steps=2"),
+    ({"std": -1.0}, "std=-1.0: must be above 0"),
+    ({"action_range": "best"}, "action_range='best': use one of range, percentile"),
   ],
 )
 def test_fields_that_do_not_fit_are_refused(npz, fields, message):
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(ValueError, match=message):
     trajectories.build(path=npz(), **fields)
 
 
@@ -418,7 +419,10 @@ def config(path: str, **fields):
     ({"train.flip": True}, "config.train.flip=True: for images"),
     ({"model.guidance": True}, "config.loss.guidance=True: for images"),
     ({"train.sample_every": 1}, "config.data are trajectories, not images"),
-    ({"model": configs.component("models", "dit")}, "'dit': takes no observations"),
+    (
+      {"model": configs.component("models", "dit")},
+      "patch=2: must divide height and",
+    ),
   ],
 )
 def test_what_is_for_images_is_refused(npz, tmp_path, fields, message):
@@ -437,9 +441,9 @@ def test_a_policy_is_trained_and_distilled(npz, tmp_path):
   train.run(c, student)
   (tmp_path / "episodes.npz").unlink()
   (one, p), (two, q) = (workdir_lib.trained(c, d) for d in (teacher, student))
-  assert one.dataset.observation == 10
+  assert one.dataset.cond["observation"].shape == (10,)
   jax.tree.map(
-    np.testing.assert_array_equal, one.dataset.normaliser, two.dataset.normaliser
+    np.testing.assert_array_equal, one.dataset.normalizer, two.dataset.normalizer
   )
   x, t = jnp.ones((3, 4, 2)), jnp.full(3, 0.7)
   seen = jnp.asarray(RNG.normal(size=(3, 10)), jnp.float32)

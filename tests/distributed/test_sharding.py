@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.capacity import hlo
+from sdiff_jax.data import class_cond
 from sdiff_jax.distributed import sharding
 from sdiff_jax.losses import ConsistencyOptions, diffusion, scm
 from sdiff_jax.models import edm2, mlp
@@ -84,7 +85,7 @@ def test_check_batch_names_a_size_that_fits():
 
 def _train(mesh, steps=3, accumulate=1):
   """Returns state and losses after a few sCD steps on a mesh."""
-  network = mlp.build(shape=(2, 2, 1), classes=3, width=16, depth=2, unroll=1)
+  network = mlp.build(shape=(2, 2, 1), cond=class_cond(3), width=16, depth=2, unroll=1)
   loss = scm.build(
     network=network,
     teacher=network.apply,
@@ -129,7 +130,9 @@ def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate):
 @pytest.mark.parametrize("preset", ["S", "XXL"])
 def test_a_device_holds_its_share_of_the_state(preset):
   """Up to 64 devices; of more, several groups of 64 hold the same."""
-  network = edm2.build(shape=(64, 64, 4), classes=1000, sigma_d=0.5, preset=preset)
+  network = edm2.build(
+    shape=(64, 64, 4), cond=class_cond(1000), sigma_d=0.5, preset=preset
+  )
 
   def init(key):
     return state.create(network.init(key), optax.adam(1.0), ("power/0.1",))
@@ -187,7 +190,7 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
   monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)
   network = edm2.build(
     shape=(4, 4, 4),
-    classes=0,
+    cond={},
     sigma_d=0.5,
     channels=16,
     mults=(1,),
@@ -239,7 +242,7 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
 
 def test_the_state_is_donated_and_the_teacher_is_no_constant():
   mesh = sharding.make_mesh()
-  network = mlp.build(shape=(8, 8, 1), classes=0, width=256, depth=2)
+  network = mlp.build(shape=(8, 8, 1), cond={}, width=256, depth=2)
   loss = scm.build(network=network, teacher=network.apply, sigma_d=0.5)
   rate = optax.constant_schedule(1e-3)
   optimizer, betas = optax.sgd(rate), ema.betas(("power/0.1",), 8)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config as configs
+from sdiff_jax.data import trajectories
 from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import sampling, training
@@ -158,7 +159,7 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   workdir = str(tmp_path / "run")
   convert.run(config, workdir)
   experiment, params = workdir_lib.trained(config, workdir)
-  fitted = experiment.dataset.normaliser
+  fitted = experiment.dataset.normalizer
   np.testing.assert_array_equal(fitted.action.centre, [0, -2])
   assert (fitted.steps, fitted.shape, fitted.std) == (2, (16, 2), 1.0)
   assert workdir_lib.read(workdir).model.channels == (16, 32, 48)
@@ -169,7 +170,10 @@ def test_a_policy_brings_its_own_sizes_and_scales(tmp_path, fixture):
   F = jax.jit(experiment.network.apply)(params, x, t, cond)
   d = trigflow.denoise(x, F, t, 1.0)
   predict = diffusion_policy.predictor(
-    shape=(16, 2), observation=40, channels=(16, 32, 48), embed=32
+    shape=(16, 2),
+    cond=trajectories.observation_cond(40),
+    channels=(16, 32, 48),
+    embed=32,
   )
   eps = jax.jit(predict.apply)(params["net"], x, jnp.full(4, float(n)), cond)
   wanted = (x - (1 - abar[n]) ** 0.5 * eps) / abar[n] ** 0.5

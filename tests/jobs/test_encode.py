@@ -54,9 +54,9 @@ def test_latents_are_the_posteriors_of_the_autoencoder(tmp_path, scale, low):
   line = encode.run(config, str(tmp_path))
   assert line.startswith("encoded 21 images in 3 files (")
   source = latents.build(dir=str(tmp_path), scale=scale)
-  assert (source.size, source.shape, source.classes) == (21, (8, 8, 4), 3)
-  assert source.low == low
-  moments, cond = source.take(np.arange(21))
+  assert (source.size, source.shape, source.num_classes) == (21, (8, 8, 4), 3)
+  assert source.codec.vae_min_pixel == low
+  moments, cond = source[np.arange(21)]
   np.testing.assert_array_equal(cond["label"], LABELS)
   vae, params = autoencoder()
   pixels = (IMAGES / 255 * (1 - low) + low).astype(np.float32)
@@ -97,7 +97,7 @@ def test_each_process_makes_its_own_files(tmp_path, monkeypatch):
 
 def test_grey_images(tmp_path):
   encode.run(settings(tmp_path, IMAGES[:8, ..., :1]), str(tmp_path))
-  grey = latents.build(dir=str(tmp_path)).take(np.arange(8))[0]
+  grey = latents.build(dir=str(tmp_path))[np.arange(8)][0]
   vae, params = autoencoder()
   pixels = np.repeat(IMAGES[:8, ..., :1], 3, axis=-1) / np.float32(127.5) - 1
   wanted = np.concatenate(jax.jit(vae.encode)(params, pixels), axis=-1)
@@ -178,7 +178,7 @@ def test_from_images_to_latents_to_a_network_to_images(tmp_path):
 
 def test_an_autoencoder_decodes_what_the_network_makes(tmp_path):
   """Where the network's x0 is a latent, the image is that of the autoencoder."""
-  from sdiff_jax.data import pipeline
+  from sdiff_jax.data import _codecs
   from sdiff_jax.experiment import sampling
 
   encode.run(settings(tmp_path, encode__scale="edm2"), str(tmp_path / "latents"))
@@ -187,9 +187,10 @@ def test_an_autoencoder_decodes_what_the_network_makes(tmp_path):
   config.data, config.vae = configs.component("data", "latents", **where), str(SD2)
   experiment = experiments.build(config)
   vae, params = autoencoder()
-  moments = experiment.dataset.take(np.arange(8))[0]
-  z = pipeline.sample_posterior(moments, 0, 0, np.arange(8))
-  x0 = pipeline.encode(experiment.dataset, z, config.sigma_d)
+  moments = experiment.dataset[np.arange(8)][0]
+  seeds = [(0, 0, 2, row) for row in range(8)]
+  z = _codecs.sample_posterior(moments, seeds)
+  x0 = experiment.dataset.codec.encode(moments, config.sigma_d, seeds)
   found = jax.jit(functools.partial(sampling.decode, experiment))(params, x0)
   decoded = np.asarray(jax.jit(vae.decode)(params, z))
   wanted = np.clip(np.round(decoded * 255), 0, 255)

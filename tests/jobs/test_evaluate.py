@@ -26,7 +26,7 @@ def folder(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-  return digits.build().take(np.arange(1797))[0]
+  return digits.build()[np.arange(1797)][0]
 
 
 def row(config, tmp_path) -> dict:
@@ -94,7 +94,7 @@ def test_images_of_another_size_are_refused(tmp_path, images):
 
 
 def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
-  labels = digits.build().take(np.arange(1797))[1]["label"]
+  labels = digits.build()[np.arange(1797)][1]["label"]
   np.savez(tmp_path / "data.npz", images[:200], labels[:200])
   config = configs.base()
   config.data = configs.component("data", "npz", path=str(tmp_path / "data.npz"))
@@ -121,7 +121,7 @@ def test_the_shipped_features_know_fashion():
     source = idx.build(split="test")
   except UserError:
     pytest.skip("Fashion-MNIST is not installed")
-  images, cond = source.take(np.arange(2000))
+  images, cond = source[np.arange(2000)]
   labels = cond["label"]
   with np.load(classifier.FOLDER / "fashion.npz") as arrays:
     _, logits = classifier.predict(dict(arrays), images)

@@ -117,7 +117,7 @@ def test_labels_are_dropped(key, rate):
 @functools.cache
 def perceptron():
   """A network with its parameters, compiled once."""
-  net = mlp.build(shape=(2,), classes=0, width=16, depth=2)
+  net = mlp.build(shape=(2,), cond={}, width=16, depth=2)
   params = random_params(net, dtype="float32")
   return net._replace(apply=jax.jit(net.apply)), params
 

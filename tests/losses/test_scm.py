@@ -11,6 +11,7 @@ from closed_forms import Gaussian, central, random_params
 from hypothesis import strategies as st
 
 from sdiff_jax import losses
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import ConsistencyOptions, _weighting, scm
 from sdiff_jax.models import mlp
@@ -30,15 +31,16 @@ def states(seed: int = 0, batch: int = 5):
 
 
 @functools.cache
-def network(dtype: str = "float64", **options):
-  """Returns a small perceptron and parameters without a zero layer."""
-  net = mlp.build(shape=SHAPE, width=16, depth=2, dtype=dtype, **options)
+def network(dtype: str = "float64", num_classes: int = 0, **options):
+  """Returns a small MLP and parameters without a zero layer."""
+  options |= {"cond": class_cond(num_classes), "dtype": dtype}
+  net = mlp.build(shape=SHAPE, width=16, depth=2, **options)
   # Compiled once, where loops inside would be for every call.
   return net._replace(apply=jax.jit(net.apply)), random_params(net, dtype=dtype)
 
 
 def bound(**options):
-  net, params = network(classes=0, **options)
+  net, params = network(num_classes=0, **options)
   return functools.partial(net.apply, params)
 
 
@@ -53,7 +55,7 @@ def column(a, x):
 @pytest.mark.parametrize("cond", [None, "label"])
 def test_tangent_is_the_derivative_of_f_along_the_trajectory(cond):
   xt, t, v = states()
-  net, params = network(classes=3 if cond else 0)
+  net, params = network(num_classes=3 if cond else 0)
   cond = {"label": jnp.array([0, 1, 2, -1, 1])} if cond else None
   net = functools.partial(net.apply, params)
   F, g = scm.tangent(net, xt, t, v, cond, sigma_d=SIGMA_D)
@@ -166,7 +168,7 @@ def test_tangent_scales_with_the_data(k):
 @x64
 def test_dropout_has_one_mask_for_the_network_and_its_tangent():
   xt, t, v = states()
-  net, params = network(classes=0, dropout=0.4)
+  net, params = network(num_classes=0, dropout=0.4)
 
   def f(seed, xt, t):
     F = net.apply(params, xt / SIGMA_D, t, None, key=jax.random.key(seed))
@@ -264,7 +266,7 @@ def run(loss, params=FROZEN, step: int = 0, batch=BATCH):
 def oracle(params, call, tangent_normalizer, c=0.3):
   """Returns the normalized tangent of a call, by central differences in float64."""
   with jax.enable_x64(True):
-    wide = mlp.build(shape=SHAPE, classes=0, width=16, depth=2, dtype="float64")
+    wide = mlp.build(shape=SHAPE, cond={}, width=16, depth=2, dtype="float64")
     params = jax.tree.map(lambda p: jnp.asarray(p, "float64"), params)
     xt, t, v = (jnp.asarray(np.asarray(call[k], "float64")) for k in ("xt", "t", "v"))
 
@@ -288,7 +290,7 @@ def test_value_and_gradient_of_the_loss(
   seen, key, velocity, tangent_normalizer, adaptive
 ):
   """e^w/D |g|^2 - w, and -2 e^w/D g dF/dparams: none through F^- or the tangent."""
-  net, params = network("float32", classes=0)
+  net, params = network("float32", num_classes=0)
   loss = build(
     net,
     velocity=velocity,
@@ -322,7 +324,7 @@ def test_value_and_gradient_of_the_loss(
 
 def test_no_gradient_reaches_the_teacher(key):
   """Not even where teacher and student share their parameters."""
-  net, params = network("float32", classes=0)
+  net, params = network("float32", num_classes=0)
   loss = build(net, teacher=net.apply)
 
   def value(student, frozen):
@@ -394,8 +396,8 @@ def test_guidance_is_distilled_over_its_range(seen):
 
 def test_dropout_is_on_in_training():
   """The same parameters and step cost another value without dropout."""
-  net, params = network("float32", classes=0, dropout=0.5)
-  without, _ = network("float32", classes=0)
+  net, params = network("float32", num_classes=0, dropout=0.5)
+  without, _ = network("float32", num_classes=0)
   dropped, kept = (run(build(n), params)[0] for n in (net, without))
   assert abs(float(dropped - kept)) > 1e-3
 

@@ -21,7 +21,7 @@ x64 = pytest.mark.usefixtures("x64")
 def case():
   rng = np.random.default_rng(0)
   xt, v = rng.normal(size=(2, 5, 3))
-  network = mlp.build(shape=(3,), classes=0, width=8, depth=1, dtype="float64")
+  network = mlp.build(shape=(3,), cond={}, width=8, depth=1, dtype="float64")
   net = functools.partial(network.apply, random_params(network))
   return net, jnp.asarray(xt), jnp.asarray(rng.uniform(0.2, 1.5, 5)), jnp.asarray(v)
 

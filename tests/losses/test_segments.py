@@ -39,7 +39,7 @@ def states():
 @x64
 def test_tangent_is_the_derivative_of_f_to_s():
   xt, t, v, s = states()
-  network = mlp.build(shape=(2,), classes=0, width=8, depth=1, dtype="float64")
+  network = mlp.build(shape=(2,), cond={}, width=8, depth=1, dtype="float64")
   params = random_params(network)
 
   def net(x, t, cond=None):

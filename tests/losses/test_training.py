@@ -27,7 +27,7 @@ def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
   in as many steps, even with a rate tuned for it).
   """
   shape = jax.eval_shape(draw, jax.random.key(0)).shape[1:]
-  network = mlp.build(shape=shape, classes=0, width=64, depth=2)
+  network = mlp.build(shape=shape, cond={}, width=64, depth=2)
 
   def teacher(frozen, x, t, cond):
     return velocity(x * SIGMA_D, t) / SIGMA_D

@@ -7,6 +7,7 @@ import optax
 import pytest
 from closed_forms import Gaussian, random_params
 
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.losses import ConsistencyOptions, scm, vsd
 from sdiff_jax.models import mlp
@@ -72,7 +73,7 @@ def test_alone_it_finds_the_distribution():
 
 @pytest.fixture
 def case():
-  network = mlp.build(shape=(3,), classes=2, guidance=True, width=8, depth=1)
+  network = mlp.build(shape=(3,), cond=class_cond(2), guidance=True, width=8, depth=1)
   rng = np.random.default_rng(0)
   params = vsd.init_extra_params(random_params(network, dtype="float32"))
   params["fake"] = jax.tree.map(lambda p: p + 0.1, params["fake"])

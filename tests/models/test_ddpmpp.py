@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from closed_forms import central, random_params
 
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.models import ddpmpp
 from sdiff_jax.models.layers import linen
@@ -30,7 +31,7 @@ RENAMED = {
   "decoder": "decoder_type",
 }
 SMALL = {"channels": 8, "channel_mult": (1, 2), "blocks": 0, "attn_resolutions": ()}
-SMALL |= {"shape": (4, 4, 3), "classes": 0, "sigma_d": SIGMA_D}
+SMALL |= {"shape": (4, 4, 3), "cond": {}, "sigma_d": SIGMA_D}
 x64 = pytest.mark.usefixtures("x64")
 # Compiled once for one call: the time is the compiler's.
 quickly = functools.partial(
@@ -45,7 +46,7 @@ def options(arrays: dict) -> dict:
   out = {ours: cfg[theirs] for ours, theirs in RENAMED.items()}
   out |= {k: cfg[k] for k in ("channel_mult", "resample_filter")}
   side, colours = cfg["img_resolution"], cfg["img_channels"]
-  out |= {"shape": (side, side, colours), "classes": cfg["label_dim"]}
+  out |= {"shape": (side, side, colours), "cond": class_cond(cfg["label_dim"])}
   return out | {"sigma_d": SIGMA_D, "modulation": "shift"}
 
 
@@ -206,7 +207,7 @@ def test_tangent_is_that_of_central_differences(process):
 )
 def test_parameters_of_cifar10(fields, count):
   """EDM's network for CIFAR-10 has 55.7 million."""
-  net = ddpmpp.build(shape=(32, 32, 3), classes=0, sigma_d=SIGMA_D, **fields)
+  net = ddpmpp.build(shape=(32, 32, 3), cond={}, sigma_d=SIGMA_D, **fields)
   shapes = jax.eval_shape(net.init, jax.random.key(0))["net"]
   assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 from closed_forms import central, random_params
 
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import diffusion, scm
 from sdiff_jax.models import edm2
@@ -24,7 +25,7 @@ SIGMA_D = 0.5
 RAW = {"process": "edm", "embedding": "fourier", "norm": "scale"}
 SMALL = {
   "shape": (8, 8, 2),
-  "classes": 3,
+  "cond": class_cond(3),
   "sigma_d": SIGMA_D,
   "channels": 16,
   "mults": (1, 2),
@@ -59,7 +60,7 @@ def peer(arrays: dict, dtype: str) -> tuple:
   cfg = json.loads(str(arrays["meta"]))["cfg"]
   fields = {
     "shape": (cfg["img_resolution"],) * 2 + (cfg["img_channels"],),
-    "classes": cfg["label_dim"],
+    "cond": class_cond(cfg["label_dim"]),
     "channels": cfg["model_channels"],
     "mults": cfg["channel_mult"],
     "blocks": cfg["num_blocks"],
@@ -249,7 +250,7 @@ def test_parameters_of_another_network_are_listed(fixture):
 
 def parameters(**options) -> int:
   """Returns the number of trained parameters of a network for ImageNet-512."""
-  fields = {"shape": (64, 64, 4), "classes": 1000, "sigma_d": SIGMA_D}
+  fields = {"shape": (64, 64, 4), "cond": class_cond(1000), "sigma_d": SIGMA_D}
   net = jax.tree_util.tree_leaves_with_path(like(edm2.build(**fields | options))["net"])
   return sum(math.prod(p.shape) for k, p in net if k[-1].key not in ("freqs", "phases"))
 

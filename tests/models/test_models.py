@@ -11,6 +11,7 @@ from closed_forms import central, random_params
 from sdiff_jax import registry
 from sdiff_jax.models import dit, mlp
 from sdiff_jax.models.layers import common as common_lib
+from sdiff_jax.types import CondSpec
 
 # name -> arguments of build; a new model needs a line here and nothing else.
 CASES = {
@@ -31,17 +32,22 @@ CASES = {
     "blocks": 1,
     "head_channels": 16,
   },
-  "mlp": {"shape": (2, 3), "width": 16, "depth": 2, "observation": 5},
+  "mlp": {"shape": (2, 3), "width": 16, "depth": 2},
   "unet1d": {
     "shape": (4, 3),
     "sigma_d": 0.5,
     "channels": (8, 16),
     "embed": 8,
     "kernel": 3,
-    "observation": 5,
   },
 }
-COMMON = {"classes": 3, "guidance": True}
+# A condition of every kind, which every network embeds.
+COND = {
+  "label": CondSpec((), np.int32, num_classes=3),
+  "angle": CondSpec((), np.float32),
+  "observation": CondSpec((5,), np.float32),
+  "mask": CondSpec((2, 3), np.bool_),
+}
 B = 4
 # Ways to compute the same: fields of some networks.
 WAYS = [
@@ -51,17 +57,17 @@ WAYS = [
   if field in registry.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
-POLICIES = [name for name in CASES if "observation" in CASES[name]]
-LABELLED = [name for name in CASES if "classes" in registry.required("models", name)]
-labelled = pytest.mark.parametrize("name", LABELLED)
+GUIDED = [name for name in CASES if "guidance" in registry.fields("models", name)]
+DROPOUT = [name for name in CASES if "dropout" in registry.fields("models", name)]
 x64 = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
 def build(name: str, **options):
   """Returns a small network, compiled once, all of whose options are on."""
-  common = COMMON if name in LABELLED else {}
-  net = registry.lookup("models", name).build(**CASES[name] | common | options)
+  given = {"guidance": True} if name in GUIDED else {}
+  options |= {"cond": COND if options.get("cond", True) else {}}
+  net = registry.lookup("models", name).build(**CASES[name] | given | options)
   return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
 
 
@@ -74,6 +80,8 @@ def inputs(name: str, dtype: str = "float32"):
   t, dt, guidance = (jnp.asarray(rng.uniform(0.1, 1.5, B), dtype) for _ in range(3))
   cond = {"label": jnp.array([0, 1, 2, -1]), "guidance": guidance}
   cond["observation"] = jnp.asarray(rng.normal(size=(B, 5)), dtype)
+  cond["angle"] = jnp.asarray(rng.uniform(0.1, 1.5, B), dtype)
+  cond["mask"] = jnp.asarray(rng.random((B, 2, 3)) < 0.5)
   return x, t, cond, (dx, dt)
 
 
@@ -104,9 +112,8 @@ def test_output_is_like_the_input_in_float32(name):
 
 @models
 def test_plain_networks_need_no_condition(name):
-  none = {"classes": 0, "guidance": False} if name in LABELLED else {}
-  none |= {"observation": None} if name in POLICIES else {}
-  net = build(name, **none)
+  none = {"guidance": False} if name in GUIDED else {}
+  net = build(name, cond=False, **none)
   x, t, _, _ = inputs(name)
   F = net.apply(random_params(net, dtype="float32"), x, t, None)
   assert F.shape == x.shape
@@ -177,11 +184,11 @@ def test_all_inputs_count(name):
     (x + 0.1, t, cond),
     (x, t + 0.1, cond),
   ]
-  if name in LABELLED:
-    moved.append((x, t, cond | {"label": (cond["label"] + 2) % 3}))
-    moved.append((x, t, cond | {"guidance": cond["guidance"] + 0.5}))
-  if name in POLICIES:
-    moved.append((x, t, cond | {"observation": cond["observation"] + 0.5}))
+  moved.append((x, t, cond | {"label": (cond["label"] + 2) % 3}))
+  moved.append((x, t, cond | {"mask": ~cond["mask"]}))
+  for scalar in ("angle", "guidance") if name in GUIDED else ("angle",):
+    moved.append((x, t, cond | {scalar: cond[scalar] + 0.5}))
+  moved.append((x, t, cond | {"observation": cond["observation"] + 0.5}))
   for arguments in moved:
     apart = jnp.max(jnp.abs(net.apply(params, *arguments) - F), range(1, x.ndim))
     assert apart.min() > 1e-3
@@ -203,7 +210,7 @@ def without(params: dict, name: str) -> dict:
   return params
 
 
-@labelled
+@models
 def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
@@ -214,7 +221,7 @@ def test_no_label_adds_nothing(name):
   )
 
 
-@labelled
+@pytest.mark.parametrize("name", GUIDED)
 def test_guidance_starts_without_effect(name):
   """So a student that takes it starts as its teacher, which does not."""
   net, teacher = build(name), build(name, guidance=False)
@@ -249,7 +256,7 @@ def test_bfloat16_is_close(name):
     assert 1e-4 < jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)) < tolerance
 
 
-@labelled
+@pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_is_on_with_a_key_alone(name):
   net, plain = build(name, dropout=0.5), build(name)
   params = random_params(net, dtype="float32")
@@ -364,7 +371,7 @@ def test_positions_differ():
 )
 def test_sizes_that_do_not_divide(options, message):
   with pytest.raises(ValueError, match=message):
-    dit.build(**{"shape": (4, 4, 1), "classes": 0} | options)
+    dit.build(**{"shape": (4, 4, 1), "cond": {}} | options)
 
 
 # Layers.
@@ -488,7 +495,7 @@ def test_the_perceptron_of_edms_time():
 )
 def test_unknown_names_of_the_perceptron(options, known):
   with pytest.raises(ValueError, match=rf"model\.{known}"):
-    mlp.build(shape=(2,), classes=0, **options)
+    mlp.build(shape=(2,), cond={}, **options)
 
 
 def test_the_perceptrons_parameters_keep_their_names():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from closed_forms import random_params
 
+from sdiff_jax.data import trajectories
 from sdiff_jax.diffusion import noise_schedules, parameterizations, trigflow
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy
@@ -43,6 +44,7 @@ def peer(fixture):
     }
     fields = {names[k]: v for k, v in cfg.items() if k != "input_dim"}
     fields["channels"] = tuple(fields["channels"])
+    fields["cond"] = trajectories.observation_cond(fields.pop("observation"))
     fields["shape"] = arrays["sample"].shape[1:]
     tensors = {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}
     return fields, tensors, arrays
@@ -163,7 +165,9 @@ def test_parameters_of_published_policies(do, da, millions):
   count += sum(3 * c * c + c for c in (256, 512))
   count += sum(block(2 * o, i) + block(i, i) + 4 * i * i + i for i, o in levels[1:])
   count += 5 * 256**2 + 3 * 256 + 256 * da + da
-  net = diffusion_policy.predictor(shape=(16, da), observation=2 * do)
+  net = diffusion_policy.predictor(
+    shape=(16, da), cond=trajectories.observation_cond(2 * do)
+  )
   shapes = jax.eval_shape(net.init, jax.random.key(0))
   assert sum(p.size for p in jax.tree.leaves(shapes)) == count
   assert count / 1e6 == pytest.approx(millions, abs=1e-3)

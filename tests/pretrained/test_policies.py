@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax.data import normalizer
+from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.types import UserError
 

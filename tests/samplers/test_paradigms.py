@@ -13,6 +13,7 @@ from closed_forms import random_params
 from hypothesis import strategies as st
 
 from sdiff_jax import registry
+from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.samplers import paradigms, sequential, solvers
 
@@ -203,7 +204,10 @@ def test_tolerance_zero_of_any_solver_window_and_batch(name, steps, share, batch
 def test_networks_to_1e_5_and_in_fewer_iterations():
   """Matmuls round by their batch, so no change is 0: a few ulps count as none."""
   model = registry.build(
-    "models", {"name": "mlp", "width": 32, "depth": 2}, shape=(4, 4, 1), classes=3
+    "models",
+    {"name": "mlp", "width": 32, "depth": 2},
+    shape=(4, 4, 1),
+    cond=class_cond(3),
   )
   params = random_params(model, dtype="float32")
   net = lambda x, t, cond: model.apply(params, x, t, cond)  # noqa: E731

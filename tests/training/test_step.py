@@ -47,7 +47,7 @@ def _batch(rows):
 def test_a_batch_in_parts_is_the_batch(parts):
   """A step of sCM's loss, whose draws come with the batch, in float64."""
   network = mlp.build(
-    shape=(2, 2, 1), classes=0, width=16, depth=2, unroll=2, dtype="float64"
+    shape=(2, 2, 1), cond={}, width=16, depth=2, unroll=2, dtype="float64"
   )
 
   def loss(params, batch, key, step, frozen):

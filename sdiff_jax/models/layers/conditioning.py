@@ -44,7 +44,7 @@ def kind_of(name: str, spec: CondSpec) -> int:
         "each sample"
       )
     return CATEGORICAL
-  if not (jnp.issubdtype(dtype, jnp.floating) or dtype == bool):
+  if not (jnp.issubdtype(dtype, jnp.floating) or dtype.kind == "b"):
     raise ValueError(
       f"cond: {name!r} is {dtype} {spec.shape}; networks embed floats, booleans, and "
       "integers with num_classes"
@@ -121,9 +121,7 @@ def _numbers(value: Array, dtype: jnp.dtype) -> Array:
 
 def _scalar_features(value: Array, width: int, dtype: jnp.dtype) -> Array:
   """Returns positional features [B, width] of a scalar condition [B]."""
-  return common.positional(
-    value.astype(dtype) if value.dtype == bool else value, width
-  )
+  return common.positional(value.astype(dtype) if value.dtype == bool else value, width)
 
 
 def embed(
@@ -267,7 +265,9 @@ def append(emb: Array, cond: Cond, conditions: Conditions) -> Array:
   for name, spec in conditions:
     value = value_of(cond, name)
     if kind_of(name, spec) == ARRAY:
-      emb = jnp.concatenate([emb, _numbers(value, emb.dtype).astype(emb.dtype)], axis=-1)
+      emb = jnp.concatenate(
+        [emb, _numbers(value, emb.dtype).astype(emb.dtype)], axis=-1
+      )
     else:
       emb += embed(name, spec, value, width, emb.dtype)
   return emb
