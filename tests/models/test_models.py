@@ -182,7 +182,7 @@ def test_all_inputs_count(name):
   F = net.apply(params, x, t, cond)
   moved = [
     (x + 0.1, t, cond),
-    (x, t + 0.1, cond),
+    (x, t + 0.3, cond),
   ]
   moved.append((x, t, cond | {"label": (cond["label"] + 2) % 3}))
   moved.append((x, t, cond | {"mask": ~cond["mask"]}))
