@@ -416,8 +416,8 @@ def config(path: str, **fields):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"train.flip": True}, "config.train.flip=True: for images"),
-    ({"model.guidance": True}, "config.loss.guidance=True: for images"),
+    ({"train.flip": True}, "config.train.flip=True: needs images"),
+    ({"model.guidance": True}, "config.loss.guidance=True: needs images"),
     ({"train.sample_every": 1}, "config.data are trajectories, not images"),
     (
       {"model": configs.component("models", "dit")},

@@ -57,6 +57,10 @@ WAYS = [
   if field in registry.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
+# Of these, the ones that the cases of the contract are conditioned on; others: "label".
+NATIVE = {"mlp": ("label", "observation"), "unet1d": ("observation",)}
+LABELLED = [name for name in CASES if "label" in NATIVE.get(name, ("label",))]
+labelled = pytest.mark.parametrize("name", LABELLED)
 GUIDED = [name for name in CASES if "guidance" in registry.fields("models", name)]
 DROPOUT = [name for name in CASES if "dropout" in registry.fields("models", name)]
 x64 = pytest.mark.usefixtures("x64")
@@ -66,7 +70,8 @@ x64 = pytest.mark.usefixtures("x64")
 def build(name: str, **options):
   """Returns a small network, compiled once, all of whose options are on."""
   given = {"guidance": True} if name in GUIDED else {}
-  options |= {"cond": COND if options.get("cond", True) else {}}
+  names = options.get("cond", NATIVE.get(name, ("label",)))
+  options |= {"cond": {k: COND[k] for k in names}}
   net = registry.lookup("models", name).build(**CASES[name] | given | options)
   return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
 
@@ -113,7 +118,7 @@ def test_output_is_like_the_input_in_float32(name):
 @models
 def test_plain_networks_need_no_condition(name):
   none = {"guidance": False} if name in GUIDED else {}
-  net = build(name, cond=False, **none)
+  net = build(name, cond=(), **none)
   x, t, _, _ = inputs(name)
   F = net.apply(random_params(net, dtype="float32"), x, t, None)
   assert F.shape == x.shape
@@ -182,16 +187,48 @@ def test_all_inputs_count(name):
   F = net.apply(params, x, t, cond)
   moved = [
     (x + 0.1, t, cond),
-    (x, t + 0.3, cond),
+    (x, t + 0.1, cond),
   ]
-  moved.append((x, t, cond | {"label": (cond["label"] + 2) % 3}))
-  moved.append((x, t, cond | {"mask": ~cond["mask"]}))
-  for scalar in ("angle", "guidance") if name in GUIDED else ("angle",):
-    moved.append((x, t, cond | {scalar: cond[scalar] + 0.5}))
-  moved.append((x, t, cond | {"observation": cond["observation"] + 0.5}))
+  changes = {"label": (cond["label"] + 2) % 3, "observation": cond["observation"] + 0.5}
+  moved += [(x, t, cond | {k: changes[k]}) for k in NATIVE.get(name, ("label",))]
+  if name in GUIDED:
+    moved.append((x, t, cond | {"guidance": cond["guidance"] + 0.5}))
   for arguments in moved:
     apart = jnp.max(jnp.abs(net.apply(params, *arguments) - F), range(1, x.ndim))
     assert apart.min() > 1e-3
+
+
+@models
+def test_conditions_of_every_kind_count(name):
+  net = build(name, cond=tuple(COND))
+  params = random_params(net, dtype="float32")
+  x, t, cond, _ = inputs(name)
+  F = net.apply(params, x, t, cond)
+  changes = {"label": (cond["label"] + 2) % 3, "observation": cond["observation"] + 0.5}
+  changes |= {"angle": cond["angle"] + 0.5, "mask": ~cond["mask"]}
+  for changed, value in changes.items():
+    apart = jnp.abs(net.apply(params, x, t, cond | {changed: value}) - F)
+    assert jnp.max(apart, range(1, x.ndim)).min() > 1e-3
+  with pytest.raises(ValueError, match="cond: has no 'mask'"):
+    net.apply(params, x, t, {k: v for k, v in cond.items() if k != "mask"})
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    (CondSpec((), np.int32), "cond: 'c' is int32 .*; networks embed floats"),
+    (CondSpec((3,), np.int32), "cond: 'c' is int32 .*; networks embed floats"),
+    (CondSpec((2,), np.int32, 3), "cond: 'c' has classes, but is int32"),
+    (CondSpec((), np.float32, 3), "cond: 'c' has classes, but is float32"),
+  ],
+)
+@models
+def test_a_condition_that_cannot_be_embedded_is_refused(name, spec, message):
+  with pytest.raises(ValueError, match=message):
+    registry.lookup("models", name).build(**CASES[name], cond={"c": spec})
+  time = {"time": CondSpec((), np.float32)}
+  with pytest.raises(ValueError, match="cond: 'time' is the name of a layer"):
+    registry.lookup("models", name).build(**CASES[name], cond=time)
 
 
 def leaf_of(params: dict, name: str) -> list:
@@ -210,7 +247,7 @@ def without(params: dict, name: str) -> dict:
   return params
 
 
-@models
+@labelled
 def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
