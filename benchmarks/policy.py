@@ -42,7 +42,7 @@ def main() -> None:
   rows = json.loads((given.run / "rollout" / "results.json").read_text())
   print(f"{'sampler':16} iterations " + " ".join(f"{name:>12}" for name in CHIPS))
   for row in rows:
-    sampler = sampling.build_sampler(config, row["sampler"], config.rollout.samplers)
+    sampler = sampling.build_sampler(config, row["sampler"])
     flops, size = _cost(experiment, params, sampler.window)
     launches = _launches(policies.build(config, experiment, params, sampler))
     times = [

@@ -73,9 +73,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   assert value.shape == ()
   assert "mse" in aux
   for sampler in c.evaluate.samplers:
-    assert (
-      sampling.build_sampler(c, sampler, c.evaluate.samplers).tableau.evaluations >= 1
-    )
+    assert sampling.build_sampler(c, sampler).tableau.evaluations >= 1
 
 
 def test_guided_word():

@@ -82,7 +82,7 @@ def build_sampler(
     name_and_steps: "name/steps"; None for those of config.sampler.
     batch_size: robots at a time.
   """
-  sampler = sampling.build_sampler(config, name_and_steps, config.rollout.samplers)
+  sampler = sampling.build_sampler(config, name_and_steps, strict=False)
   denoise = sampling.placeholder(experiment, config.sample.guidance)
   shape = (batch_size, *experiment.dataset.shape)
   return pipelines.with_window(experiment.mesh, sampler, denoise, params, shape)

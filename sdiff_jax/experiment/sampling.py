@@ -1,7 +1,7 @@
 """Images of a trained network: its pipeline, its sampler, seeds and labels."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import ml_collections
@@ -25,44 +25,37 @@ GRID_ROWS = 10  # of a grid of samples; its columns are the classes
 def build_sampler(
   config: ml_collections.ConfigDict,
   name_and_steps: str | None = None,
-  among: Iterable[str] = (),
+  *,
+  strict: bool = True,
 ) -> Sampler:
   """Returns the sampler of config.sampler, or of a text such as "heun/16".
 
-  A text that names config.sampler itself keeps its timesteps. Of config.sampler only
-  those fields are passed on that the sampler takes.
+  A text that names config.sampler itself keeps its timesteps. Only those fields of
+  config.sampler are passed on that the sampler takes.
 
   Args:
     config: the config.
     name_and_steps: "name/steps"; None for those of config.sampler.
-    among: all such texts that a job samples by: a field of config.sampler may be for
-      any of them.
+    strict: refuse fields that were changed although config.sampler.name does not take
+      them. Fields are never refused for a text, since they may be for another one.
 
   Raises:
-    UserError: an unknown sampler, a value that does not fit, or a field that was
-      changed although no sampler takes it.
+    UserError: an unknown sampler, or a value or a field that does not fit.
   """
   section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
   name, steps = section.pop("name"), section.pop("steps")
-  used = [configs.name_and_number(text, "evaluate.samplers")[0] for text in among]
   if name_and_steps is not None:
     other, number = configs.name_and_number(name_and_steps, "evaluate.samplers")
     if (other, number) != (name, steps):
       name, steps, section["timesteps"] = other, int(number), ()
-    section["window"] = min(section["window"], steps)
-    used.append(config.sampler.name)
-  changed = {k for k, value in section.items() if value != defaults[k]}
+    section["window"], strict = min(section["window"], steps), False
   coarse = section.pop("coarse_workdir")
   with config_errors("config.sampler"):
-    taken = samplers.options(name).keys()
-    elsewhere = {option for other in used for option in samplers.options(other)}
-    fields = {
-      k: v
-      for k, v in section.items()
-      if k in taken or (k in changed and k not in elsewhere)
-    }
+    taken = samplers.options(name)
+    changed = {k for k, value in section.items() if strict and value != defaults[k]}
+    fields = {k: v for k, v in section.items() if k in taken or k in changed}
     sampler = samplers.build(name, sigma_d=config.sigma_d, steps=steps, **fields)
-    if coarse and not used and not sampler.takes("coarse_denoiser"):
+    if strict and coarse and not sampler.takes("coarse_denoiser"):
       raise ValueError(f"coarse_workdir={coarse}: only for srdsddim, not for {name!r}")
   return sampler
 

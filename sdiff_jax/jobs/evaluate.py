@@ -108,8 +108,7 @@ def _trained(
 ) -> list[dict[str, Any]]:
   """Returns the rows of a trained work directory, and writes their grids."""
   experiment, params = workdir_lib.trained(config, workdir)
-  among = config.evaluate.samplers
-  samplers = [(s, sampling.build_sampler(config, s, among)) for s in among]
+  samplers = [(s, sampling.build_sampler(config, s)) for s in config.evaluate.samplers]
   stored = workdir_lib.read(workdir)
   config = config.copy_and_resolve_references()
   config.data = stored.data

@@ -143,8 +143,7 @@ def _sample_fn(
   if not config.train.sample_every:
     return None
   sampling.check_images(experiment)
-  among = (*config.evaluate.samplers, *config.rollout.samplers)
-  sampler = sampling.build_sampler(config, among=among).sequential()
+  sampler = sampling.build_sampler(config).sequential()
   image_pipeline = sampling.pipeline(config, experiment)
   compiled = pipelines.batch_sampler(image_pipeline, sampler)
   profile = config.ema.profiles[0]
