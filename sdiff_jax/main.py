@@ -177,6 +177,10 @@ def _load(file: str, fields: dict[str, str]) -> ml_collections.ConfigDict:
   for section in configs.PIECES:
     if name := fields.get(f"{section}.name"):
       configs.switch(config, section, name)
+  if name := fields.get("sampler.name"):
+    from sdiff_jax.experiment import sampling  # slow to import
+
+    sampling.switch(config, name)
   return config
 
 

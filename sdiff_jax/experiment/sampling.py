@@ -60,6 +60,23 @@ def build_sampler(
   return sampler
 
 
+def switch(config: ml_collections.ConfigDict, name: str) -> None:
+  """Sets config.sampler.name, and resets the fields that this sampler does not take.
+
+  Args:
+    config: the config, whose other fields may be for another sampler.
+    name: of the sampler; an unknown one is left to `build_sampler` to refuse.
+  """
+  if name in samplers.names():
+    kept = {"name", "steps", *samplers.options(name)}
+    if samplers.takes(name, "coarse_denoiser"):
+      kept.add("coarse_workdir")
+    for field, default in configs.base().sampler.items():
+      if field not in kept:
+        config.sampler[field] = default
+  config.sampler.name = name
+
+
 def denoiser(
   experiment: Experiment, params: Params, guidance_scale: float = 1.0
 ) -> Denoiser:

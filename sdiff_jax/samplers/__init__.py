@@ -17,6 +17,7 @@ from sdiff_jax.samplers.sampler import (
   options,
   sample,
   solver_of,
+  takes,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
   "options",
   "sample",
   "solver_of",
+  "takes",
 ]

@@ -123,6 +123,25 @@ def options(name: str) -> dict[str, Any]:
   return _names.COMMON | solvers.options(solver) | of_loop
 
 
+def takes(name: str, option: str) -> bool:
+  """Returns whether a sampler has an option, `mesh` and `callback` included.
+
+  Args:
+    name: of the sampler.
+    option: of `build` or of `sample`.
+
+  Raises:
+    ValueError: an unknown name.
+
+  Example:
+    >>> takes("paraddim", "window"), takes("ddim", "window"), takes("ddim", "eta")
+    (True, False, True)
+  """
+  loop, _ = _names.lookup(name)
+  at_run = _names.RUNTIME.get(option, option) in _names.loop_parameters(loop)
+  return at_run or option in options(name)
+
+
 def solver_of(name: str) -> str:
   """Returns the solver of a sampler.
 

@@ -282,7 +282,7 @@ def more_tokens(path) -> None:
 @pytest.mark.parametrize(
   ("file", "damage", "message"),
   [
-    ("unet/diffusion_pytorch_model.safetensors", cut, "safetensors is damaged"),
+    ("unet/diffusion_pytorch_model.safetensors", cut, "safetensors: is damaged"),
     ("vae/diffusion_pytorch_model.safetensors", pickled, "no code of the file was run"),
     ("tokenizer/tokenizer.json", more_tokens, "they do not belong together"),
     ("tokenizer/tokenizer.json", cut, "holds no tokenizer of CLIP"),
@@ -319,7 +319,7 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
       {"sampler__temperature": 0.5},
       "config.sampler.temperature=0.5: only for networks",
     ),
-    ({"sampler__name": "paraddim", "sampler__window": 2}, "over mesh.window=4"),
+    ({"sampler__name": "paraddim", "sampler__window": 2}, "over the 4 devices along"),
     ({"sampler__name": "paraddim", "sampler__window": 9}, "config.sampler.window=9"),
     ({"sample__batch_size": 3}, "config.sample.batch_size=3: does not divide over 2"),
     (
