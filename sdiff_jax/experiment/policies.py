@@ -61,7 +61,7 @@ def trained(
     UserError: the work directory has no config or no checkpoint, or is no policy's.
   """
   experiment, params = workdir_lib.trained(config, workdir)
-  if experiment.dataset.normaliser is None:
+  if experiment.dataset.normalizer is None:
     raise UserError(f"{workdir} holds no policy: its data are images")
   return experiment, params
 
@@ -116,7 +116,7 @@ def build(
   scale = config.sample.guidance
   view, normalizer = (
     observations.VIEWS[config.demos.view],
-    experiment.dataset.normaliser,
+    experiment.dataset.normalizer,
   )
   n_action_steps = config.rollout.n_action_steps
   with config_errors("config.rollout"):
