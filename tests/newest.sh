@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Runs the tests on the newest Python and JAX: tests/newest.sh [ARGUMENTS OF PYTEST]
 #
-# If no Python on this machine is newer than its python3, the one of Debian's unstable
-# distribution is installed into .venv-newest (root and debootstrap are needed), and the
-# tests run there in a chroot, with this repository mounted.
+# The Python is NEWEST_PYTHON, or the newest from 3.12 on that is on the PATH or that
+# pyenv has installed. If there is none, or NEWEST_PYTHON is `debian`, that of Debian's
+# unstable distribution is installed into .venv-newest-root (root and debootstrap are
+# needed), and the tests run there in a chroot, with this repository mounted.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 repository=$PWD
-root=$repository/.venv-newest
+root=$repository/.venv-newest-root
 if (($#)); then arguments=("$@"); else arguments=(-m "not slow"); fi
 
 newest_python() {
-  local minor
+  local minor python
   for minor in 16 15 14 13 12; do
-    if command -v "python3.$minor"; then return; fi
+    for python in "python3.$minor" "$HOME"/.pyenv/versions/3."$minor".*/bin/python; do
+      if "$python" --version > /dev/null 2>&1; then
+        echo "$python"
+        return
+      fi
+    done
   done
 }
 
@@ -43,9 +49,9 @@ for requirement in importlib.metadata.requires("sdiff_jax"):
   "$environment/bin/python" -m pytest -p no:cacheprovider "${ignored[@]}" "$@"
 }
 
-python=$(newest_python) || true
-if [[ -n $python ]]; then
-  install_and_test "$python" "$root" "${arguments[@]}"
+python=${NEWEST_PYTHON:-$(newest_python)}
+if [[ -n $python && $python != debian ]]; then
+  install_and_test "$python" "$repository/.venv-newest" "${arguments[@]}"
   exit
 fi
 

@@ -103,7 +103,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   size, compare = config.sample.batch_size, config.sample.compare_sequential
   section, scale = config.generate, config.sample.guidance
-  prompts = prompts_lib.read(section.prompts) if section.prompts else []
+  with config_errors("config.generate"):
+    prompts = prompts_lib.read(section.prompts) if section.prompts else []
   mesh = experiments.mesh(config)
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(mesh))
@@ -198,7 +199,8 @@ def _check_prompts(
     raise UserError(
       "config.generate.negative_prompt: has no effect with config.sample.guidance=1"
     )
-  return prompts or prompts_lib.read(section.prompts)
+  with config_errors("config.generate"):
+    return prompts or prompts_lib.read(section.prompts)
 
 
 def _description(path: str) -> Description:

@@ -302,7 +302,7 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
   [
     ({"generate__folder": ""}, "config.generate.folder is empty: name a folder"),
     ({"generate__folder": "/none"}, "/none: no such folder"),
-    ({"generate__prompts": ""}, "config.generate.prompts is empty"),
+    ({"generate__prompts": ""}, "config.generate.prompts='': must have texts"),
     ({"generate__prompts": "none.json"}, "prompts='none.json': No such file"),
     (
       {"generate__dtype": "int8"},

@@ -186,7 +186,7 @@ def test_weights_that_do_not_fit_are_listed(copy):
     loading.load(str(folder))
   message = str(error.value)
   assert (
-    "the unet takes a text of width 20, the text_encoder makes one of 24" in message
+    "the unet takes text embeddings of size 20, the text_encoder returns 24" in message
   )
   assert "attn2.to_k.weight (24, 16) for (20, 16)" in message
   assert "vae/diffusion_pytorch_model.safetensors: missing: decoder.up_" in message
@@ -257,7 +257,7 @@ def test_folders_on_the_hub(monkeypatch):
   assert asked.pop() == ("google/ddpm", [files[0], files[3], files[4]])
   assert "unet" in loading.configs("hf://google/ddpm")
   assert asked.pop() == ("google/ddpm", [files[0]])
-  with pytest.raises(UserError, match="hf://no/model was not fetched: 404"):
+  with pytest.raises(UserError, match="hf://no/model: the download failed: 404"):
     loading.load("hf://no/model")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   with pytest.raises(UserError, match="needs the package huggingface_hub: pip"):

@@ -199,7 +199,7 @@ LEVELS = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
   ids=["stable diffusion 2", "its vae", "its text encoder", "church", "cifar-10"],
 )
 def test_parameters_of_published_networks(module, config, millions):
-  shapes = jax.eval_shape(module.of_config(config).init, jax.random.key(0))
+  shapes = jax.eval_shape(module.from_config(config).init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(shapes))
   assert count / 1e6 == pytest.approx(millions, abs=5e-4)
 
@@ -260,11 +260,15 @@ BOTH = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"]
       "unknown fields: depth, more; values not supported: act_fn='gelu', "
       "class_embed_type='x'",
     ),
-    (unet2d, TINY, r"down_block_types=\[.*\]: take 2 of DownBlock2D, AttnDownBlock2D,"),
+    (
+      unet2d,
+      TINY,
+      r"down_block_types=\[.*\]: must be 2 of DownBlock2D, AttnDownBlock2D,",
+    ),
     (
       unet2d_condition,
       TINY | BOTH | {"down_block_types": ["AttnDownBlock2D"] * 2},
-      "take 2 of DownBlock2D, CrossAttnDownBlock2D",
+      "must be 2 of DownBlock2D, CrossAttnDownBlock2D",
     ),
     (unet2d, TINY | BOTH | {"norm_num_groups": 3}, "norm_num_groups=3, and the heads"),
     (
@@ -275,17 +279,21 @@ BOTH = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"]
     (
       unet2d_condition,
       TINY | BOTH | {"cross_attention_dim": [8, 8]},
-      r"cross_attention_dim=\[8, 8\]: take one number",
+      r"cross_attention_dim=\[8, 8\]: must be one number",
     ),
     (vae, {"block_out_channels": [8, 8]}, "down_block_types=.* for each of"),
     (vae, {"block_out_channels": [8]}, "norm_num_groups=32: must divide"),
-    (clip_text, {"hidden_act": "relu"}, "hidden_act='relu': take one of gelu, quick"),
+    (
+      clip_text,
+      {"hidden_act": "relu"},
+      "hidden_act='relu': must be one of gelu, quick",
+    ),
     (clip_text, {"hidden_size": 513}, "num_attention_heads=8: must divide"),
   ],
 )
 def test_configs_that_do_not_fit(module, config, message):
   with pytest.raises(ValueError, match=message):
-    module.of_config(config)
+    module.from_config(config)
 
 
 def test_inputs_that_do_not_fit():
@@ -296,5 +304,5 @@ def test_inputs_that_do_not_fit():
   with pytest.raises(ValueError, match="2 must divide their sides"):
     net.encode(params, jnp.zeros((1, 5, 8, 3)))
   net, params = load(SD2 / "text_encoder")
-  with pytest.raises(ValueError, match="texts of 13 tokens: take 12 at most"):
+  with pytest.raises(ValueError, match="texts of 13 tokens, at most 12 fit"):
     net.apply(params, jnp.zeros((1, 13), jnp.int32))

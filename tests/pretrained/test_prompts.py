@@ -23,8 +23,8 @@ def test_captions_in_the_order_of_the_file(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("{", "captions.json is damaged, or no JSON: "),
-    ("\xff", "captions.json is damaged, or no JSON: "),
+    ("{", "captions.json is not valid JSON "),
+    ("\xff", "captions.json is not valid JSON "),
     ("[]", "captions.json has no captions: it must have a list `annotations`"),
     ('{"annotations": []}', "has no captions"),
     ('{"annotations": {"caption": "a"}}', "has no captions"),
@@ -41,8 +41,8 @@ def test_files_of_another_form_are_refused(tmp_path, text, message):
 
 
 def test_no_file_and_no_text():
-  with pytest.raises(UserError, match="prompts='no.json': No such file or directory"):
+  with pytest.raises(UserError, match="no.json does not exist"):
     prompts.read("no.json")
   for empty in ("", " ; "):
-    with pytest.raises(UserError, match="config.generate.prompts is empty"):
+    with pytest.raises(ValueError, match="prompts=.*: must have texts"):
       prompts.read(empty)

@@ -54,7 +54,7 @@ def test_tokens_named_by_dicts(folder):
   ("name", "text", "message"),
   [
     ("tokenizer.json", "{", r"tokenizer holds no tokenizer of CLIP \("),
-    ("tokenizer_config.json", "[", r"tokenizer_config\.json is damaged"),
+    ("tokenizer_config.json", "[", r"tokenizer_config\.json is not valid JSON"),
     ("vocab.json", '{"a": 0}', r"holds no tokenizer of CLIP \(.*"),
     ("vocab.json", None, r"no tokenizer of CLIP \(.*No such file"),
   ],

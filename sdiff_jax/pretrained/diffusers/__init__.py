@@ -1,1 +1,1 @@
-"""Models in the diffusers format: networks, text encoder, scheduler."""
+"""Models in folders of the diffusers format, as Flax networks."""

@@ -34,16 +34,16 @@ ACTIVATIONS = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
-# Configs of before 2023 all name this end of a text; the true one is the largest id.
+# Configs from before 2023 all have this wrong end token; the true one is the largest id.
 OLD_END = 2
 
 
 class Text(NamedTuple):
-  """What the encoder makes of B texts of L tokens.
+  """Outputs of the encoder for B texts of L tokens.
 
   Attributes:
-    hidden: after the last norm, [B, L, width].
-    pooled: of these, the one at the end of each text, [B, width].
+    hidden: states after the last norm, [B, L, width].
+    pooled: the hidden state at the end token of each text, [B, width].
   """
 
   hidden: Array
@@ -56,8 +56,8 @@ class TextEncoder(NamedTuple):
   Attributes:
     init: (key) -> params.
     apply: (params, ids int32 [B, L]) -> Text, in float32 or wider.
-    vocabulary: ids are below it.
-    length: L at most.
+    vocabulary: its size.
+    length: largest L.
     width: of the hidden states.
   """
 
@@ -69,7 +69,7 @@ class TextEncoder(NamedTuple):
 
 
 class Block(nn.Module):
-  """Attention and an MLP, each after a norm; [B, L, C] -> [B, L, C]."""
+  """Pre-norm transformer block, [B, L, C] -> [B, L, C]."""
 
   heads: int
   hidden: int
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """ids [B, L] -> hidden states after the last norm, [B, L, width]."""
+  """Maps ids [B, L] to hidden states after the last norm, [B, L, width]."""
 
   vocabulary: int
   length: int
@@ -109,8 +109,8 @@ class Encoder(nn.Module):
     dtype, eps = self.block["dtype"], self.block["eps"]
     embed = functools.partial(nn.Embed, features=self.width, dtype=dtype)
     h = embed(self.vocabulary, name="embeddings.token_embedding")(ids)
-    place = embed(self.length, name="embeddings.position_embedding")
-    h += place(jnp.arange(ids.shape[1]))[None]
+    positions = embed(self.length, name="embeddings.position_embedding")
+    h += positions(jnp.arange(ids.shape[1]))[None]
     kind = common.remat(Block, self.remat)
     for i in range(self.depth):
       h = kind(**self.block, name=f"encoder.layers.{i}")(h)
@@ -123,19 +123,18 @@ def from_config(
   """Returns the text encoder of a config.json (arXiv:2103.00020, section 2.4).
 
   Args:
-    config: fields by name; those not given have the defaults of transformers.
+    config: its fields; missing ones have the defaults of transformers.
     dtype: type of the hidden layers.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    ValueError: unknown fields, values that are not supported (all are listed), or
-      sizes that do not fit.
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
   c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
   if c["hidden_act"] not in ACTIVATIONS:
-    words = ", ".join(ACTIVATIONS)
-    raise ValueError(f"hidden_act={c['hidden_act']!r}: take one of {words}")
+    names = ", ".join(ACTIVATIONS)
+    raise ValueError(f"hidden_act={c['hidden_act']!r}: must be one of {names}")
   width, heads = c["hidden_size"], c["num_attention_heads"]
   if width % heads:
     raise ValueError(f"num_attention_heads={heads}: must divide hidden_size={width}")
@@ -149,7 +148,7 @@ def from_config(
 
   def apply(params: Params, ids: Array) -> Text:
     if ids.shape[1] > length:
-      raise ValueError(f"texts of {ids.shape[1]} tokens: take {length} at most")
+      raise ValueError(f"ids: texts of {ids.shape[1]} tokens, at most {length} fit")
     hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids))
     end = c["eos_token_id"]
     last = jnp.argmax(ids if end == OLD_END else ids == end, axis=1)

@@ -4,10 +4,10 @@ A folder has model_index.json, which names the parts, and a folder for each part
 its config and weights; a model with one network may have all in one folder.
 """
 
-import json
 import os
 from typing import Any, NamedTuple
 
+from sdiff_jax.io import file_io
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
   scheduler,
@@ -42,15 +42,15 @@ FILES = [
 
 
 class Model(NamedTuple):
-  """The parts of a folder; None for a part that it does not have.
+  """The parts of a folder; None for a missing part.
 
   Attributes:
-    unet: the network that is sampled from.
-    vae: latents to images.
-    text_encoder: tokens to the condition "text" of the U-Net.
+    unet: predicts the noise, v or x0.
+    vae: decodes latents to images.
+    text_encoder: maps tokens to the condition "text" of the U-Net.
     params: of the networks, by the names of these fields.
-    tokenizer: texts to tokens.
-    schedule: the process of the U-Net, and its solver.
+    tokenizer: maps texts to tokens.
+    schedule: the diffusion process of the U-Net, and its solver.
   """
 
   unet: Predictor
@@ -62,17 +62,17 @@ class Model(NamedTuple):
 
 
 def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
-  """Returns the model of a folder, its weights on the host.
+  """Returns the model of a folder, with its weights on the host.
 
   Args:
-    path: of the folder; hf://organisation/name is fetched from the Hugging Face hub.
+    path: of the folder; hf://organization/name is downloaded from the Hugging Face Hub.
     dtype: of the hidden layers and of the weights.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    UserError: files that are missing or damaged, or a list of all that does not fit:
-      unknown fields, values that are not supported, weights missing or left over.
+    UserError: a file is missing or damaged; or lists unknown fields, unsupported values,
+      and weights that are missing or left over, of all parts.
   """
   folder = _local(path)
   index = _json(os.path.join(folder, "model_index.json"))
@@ -109,7 +109,7 @@ def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
 
 
 def configs(path: str) -> dict[str, dict[str, Any]]:
-  """Returns what the config files of a folder say, as `abstract` takes it.
+  """Returns the contents of the config files of a folder, for `abstract`.
 
   Raises:
     UserError: a file is missing or damaged.
@@ -127,19 +127,19 @@ def configs(path: str) -> dict[str, dict[str, Any]]:
 def abstract(
   configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: str = ""
 ) -> Model:
-  """Returns the model of what its config files say, its weights as shapes alone.
+  """Returns the model of its config files, with abstract weights.
 
   Args:
-    configs: contents of config.json for "unet" and, where there are, "vae" and
+    configs: contents of config.json for "unet" and optionally "vae" and
       "text_encoder"; of scheduler_config.json for "scheduler".
     dtype: of the hidden layers and of the weights.
     remat: as in `load`.
 
   Raises:
-    UserError: a config that does not fit.
+    UserError: a config is not supported.
   """
   networks = {
-    name: _of_config(configs[name], name, dtype=dtype, remat=remat)
+    name: _network_from_config(configs[name], name, dtype=dtype, remat=remat)
     for name in PARTS
     if name in configs
   }
@@ -155,43 +155,45 @@ def abstract(
 
 
 def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, Params]:
-  """Returns the autoencoder of a folder, or of its folder vae, and its weights.
+  """Returns the autoencoder of a folder, or of its subfolder vae, and its weights.
 
   Args:
-    path: of the folder, or hf://organisation/name.
+    path: of the folder, or hf://organization/name.
     dtype: of the hidden layers and of the weights.
 
   Raises:
-    UserError: files that are missing or damaged, or another network.
+    UserError: a file is missing or damaged, or the network is no autoencoder.
   """
   folder = _part(_local(path), "vae")
-  found = network(folder, dtype=dtype)
-  if not isinstance(found, vae.Autoencoder):
-    raise UserError(f"{folder} holds no AutoencoderKL: name the folder of one")
-  return found, parameters(folder, found, dtype=dtype)
+  coder = network(folder, dtype=dtype)
+  if not isinstance(coder, vae.Autoencoder):
+    raise UserError(f"{folder}: holds no AutoencoderKL")
+  return coder, parameters(folder, coder, dtype=dtype)
 
 
 def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
   """Returns the network of the config.json of a folder, without its weights.
 
   Returns:
-    What `from_config` returns in the module for its class (see NETWORKS).
+    Result of `from_config` of the module of its class (see NETWORKS).
 
   Raises:
     UserError: the file is missing or damaged, or does not fit.
   """
   path = os.path.join(folder, "config.json")
-  return _of_config(_json(path), path, dtype=dtype, remat=remat)
+  return _network_from_config(_json(path), path, dtype=dtype, remat=remat)
 
 
-def _of_config(config: dict[str, Any], path: str, *, dtype: str, remat: str) -> Any:
-  """Returns the network of a config; `path` is named in errors."""
+def _network_from_config(
+  config: dict[str, Any], path: str, *, dtype: str, remat: str
+) -> Any:
+  """Returns the network of a config; messages of errors start with `path`."""
   names = [config.get("_class_name"), *config.get("architectures", ())]
-  known = [NETWORKS[name] for name in names if name in NETWORKS]
-  if not known:
+  modules = [NETWORKS[name] for name in names if name in NETWORKS]
+  if not modules:
     raise UserError(f"{path}: {names} is none of {', '.join(NETWORKS)}")
   try:
-    return known[0].from_config(config, dtype=dtype, remat=remat)
+    return modules[0].from_config(config, dtype=dtype, remat=remat)
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
 
@@ -200,24 +202,24 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
   """Returns the parameters of a network from the weights of a folder.
 
   Raises:
-    UserError: the file is missing or damaged, or weights that do not fit.
+    UserError: the file is missing or damaged, or the weights do not fit the network.
   """
   for name in FILES:
     path = os.path.join(folder, name)
     if os.path.exists(path):
-      found = state_dict.read(path)
-      return networks_lib.load_state_dict(found, network.init, dtype=dtype, path=path)
+      tensors = state_dict.read(path)
+      return networks_lib.load_state_dict(tensors, network.init, dtype=dtype, path=path)
   raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
 
 
 def _misfits(folder: str, networks: dict[str, Any]) -> list[str]:
-  """Returns what is wrong between the parts."""
+  """Returns inconsistencies between the parts."""
   unet, encoder = networks.get("unet"), networks.get("text_encoder")
   if unet is None or encoder is None or unet.text in (None, encoder.width):
     return []
   return [
-    f"{folder}: the unet takes a text of width {unet.text}, the text_encoder makes one "
-    f"of {encoder.width}"
+    f"{folder}: the unet takes text embeddings of size {unet.text}, the text_encoder "
+    f"returns {encoder.width}"
   ]
 
 
@@ -235,27 +237,27 @@ def _tokenizer(
   """Returns the tokenizer, checked against the encoder of its tokens."""
   if encoder is None:
     return tokenizer_lib.load(folder)
-  found = tokenizer_lib.load(folder, encoder.length)
-  if found.size > encoder.vocabulary:
+  tokenizer = tokenizer_lib.load(folder, encoder.length)
+  if tokenizer.size > encoder.vocabulary:
     raise UserError(
-      f"{folder} has {found.size} tokens, the text encoder {encoder.vocabulary}: they "
+      f"{folder} has {tokenizer.size} tokens, the text encoder {encoder.vocabulary}: they "
       "do not belong together"
     )
-  return found
+  return tokenizer
 
 
 def _part(folder: str, name: str) -> str:
-  """Returns the folder of a part, which may be the whole one."""
+  """Returns the subfolder of a part, or the folder itself if there is none."""
   part = os.path.join(folder, name)
   return part if os.path.isdir(part) else folder
 
 
 def _local(path: str, *, weights: bool = True) -> str:
-  """Returns a folder on this machine, fetched if the path asks for it.
+  """Returns a local folder, after downloading it from the Hub if need be.
 
   Args:
-    path: of the folder, or hf://organisation/name.
-    weights: fetch them too: of each part, the file that `parameters` reads.
+    path: of the folder, or hf://organization/name.
+    weights: whether to download weights: for each part the file that `parameters` reads.
   """
   if path.startswith(HUB):
     try:
@@ -266,35 +268,30 @@ def _local(path: str, *, weights: bool = True) -> str:
       ) from None
     name = path.removeprefix(HUB)
     try:
-      every = huggingface_hub.list_repo_files(name)
-      wanted = [f for f in every if f.endswith((".json", ".txt"))]
-      wanted += _first_weights(every) if weights else []
-      return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # of the net, of the hub, or of the name
-      raise UserError(f"{path} was not fetched: {error}") from error
+      files = huggingface_hub.list_repo_files(name)
+      patterns = [f for f in files if f.endswith((".json", ".txt"))]
+      patterns += _first_weights(files) if weights else []
+      return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # of the network, of the Hub, or a wrong name
+      raise UserError(f"{path}: the download failed: {error}") from error
   if not os.path.isdir(path):
     raise UserError(f"{path}: no such folder")
   return path
 
 
-def _first_weights(every: list[str]) -> list[str]:
-  """Returns the file that `parameters` reads in every folder that has one."""
-  found = {}
-  for file in every:
+def _first_weights(files: list[str]) -> list[str]:
+  """Returns the file that `parameters` reads, of every folder that has one."""
+  by_folder = {}
+  for file in files:
     folder, name = os.path.split(file)
     if name in FILES:
-      found.setdefault(folder, []).append(name)
-  return [os.path.join(k, min(v, key=FILES.index)) for k, v in found.items()]
+      by_folder.setdefault(folder, []).append(name)
+  return [os.path.join(k, min(v, key=FILES.index)) for k, v in by_folder.items()]
 
 
 def _json(path: str) -> dict[str, Any]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from None
-  except ValueError as error:
-    raise UserError(f"{path} is damaged: {error}") from None
-  if not isinstance(found, dict):
+  """Returns the dict of a JSON file."""
+  config = file_io.read_json(path)
+  if not isinstance(config, dict):
     raise UserError(f"{path} is damaged: not a dict")
-  return found
+  return config

@@ -1,45 +1,44 @@
-"""Texts to make images of: written out, or COCO's captions."""
+"""Prompts of generated images: texts, or a file of COCO captions."""
 
-import json
-
+from sdiff_jax.io import file_io
 from sdiff_jax.types import UserError
 
 
 def read(prompts: str) -> list[str]:
-  """Returns the texts of "a cat;a dog", or of a file of captions in its order.
+  """Returns prompts.
 
   Args:
-    prompts: texts with ";" between them, or a path that ends in .json, to a dict whose
-      "annotations" are dicts with a "caption" (the format of COCO's captions).
+    prompts: texts separated by ";", or the path of a .json file in the format of COCO's
+      captions, whose order is kept.
 
   Raises:
-    UserError: the file is missing, damaged or of another form, or there are no texts.
+    ValueError: there are no texts.
+    UserError: the file is missing or damaged, or has another format.
+
+  Example:
+    >>> read("a cat; a dog")
+    ['a cat', 'a dog']
   """
   if prompts.endswith(".json"):
-    return _of_file(prompts)
+    return _captions(prompts)
   texts = [text.strip() for text in prompts.split(";")]
   texts = [text for text in texts if text]
   if not texts:
-    raise UserError(
-      "config.generate.prompts is empty: write texts, 'a cat;a dog', or name a .json "
-      "of captions"
+    raise ValueError(
+      f"prompts={prompts!r}: must have texts, 'a cat;a dog', or be the path of a .json "
+      "file of captions"
     )
   return texts
 
 
-def _of_file(path: str) -> list[str]:
-  try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
-  except OSError as error:
-    raise UserError(f"config.generate.prompts={path!r}: {error.strerror}") from None
-  except ValueError as error:
-    raise UserError(f"{path} is damaged, or no JSON: {error}") from None
-  rows = found.get("annotations") if isinstance(found, dict) else None
-  if not isinstance(rows, list) or not rows:
+def _captions(path: str) -> list[str]:
+  """Returns the captions of a file."""
+  content = file_io.read_json(path)
+  annotations = content.get("annotations") if isinstance(content, dict) else None
+  if not isinstance(annotations, list) or not annotations:
     raise UserError(f"{path} has no captions: it must have a list `annotations`")
-  for k, row in enumerate(rows):
-    caption = row.get("caption") if isinstance(row, dict) else None
+  for k, annotation in enumerate(annotations):
+    caption = annotation.get("caption") if isinstance(annotation, dict) else None
     if not isinstance(caption, str) or not caption.strip():
       raise UserError(f"{path}: annotations[{k}] has no text `caption`")
-  return [row["caption"].strip() for row in rows]
+  return [annotation["caption"].strip() for annotation in annotations]

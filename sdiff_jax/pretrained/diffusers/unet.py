@@ -22,7 +22,7 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import Array, Cond, Params, PRNGKey
 
-DEFAULTS = {  # of fields that both have
+DEFAULTS = {  # of fields that both classes have
   "sample_size": None,
   "layers_per_block": 2,
   "norm_num_groups": 32,
@@ -34,7 +34,7 @@ DEFAULTS = {  # of fields that both have
   "attention_head_dim": 8,
 }
 UNSUPPORTED_FIELDS = (None, False)
-SUPPORTED_VALUES = {  # fields of which one value is known
+SUPPORTED_VALUES = {
   "act_fn": ("silu", "swish"),
   "center_input_sample": UNSUPPORTED_FIELDS,
   "class_embed_type": UNSUPPORTED_FIELDS,
@@ -46,18 +46,18 @@ SUPPORTED_VALUES = {  # fields of which one value is known
 
 
 class Unet(nn.Module):
-  """Prediction of (x [B, H, W, C], time [B], text [B, L, E] or None).
+  """Predicts from (x [B, H, W, C], time [B], text [B, L, E] or None).
 
-  Levels go from the highest resolution; `up` is listed so, too.
+  Levels are listed from the highest resolution on, also in `up`.
   """
 
   channels: tuple[int, ...]
-  depth: tuple[int, ...]  # resnets of a level on the way down
+  depth: tuple[int, ...]  # resnets of each level of the encoder
   down: tuple[str, ...]
   mid: str
   up: tuple[str, ...]
   heads: tuple[int, ...]
-  blocks: tuple[int, ...]  # of a transformer
+  blocks: tuple[int, ...]  # of the transformer of each level
   out: int
   groups: int
   eps: float
@@ -97,7 +97,7 @@ class Unet(nn.Module):
     return Conv(self.out, dtype=self.dtype, name="conv_out")(h)
 
   def _encode(self, h: Array, block: Callable) -> tuple[Array, list[Array]]:
-    """Returns the last hidden state, and all of them."""
+    """Returns the last hidden state, and the list of all of them."""
     skips = [h]
     for i, attends in enumerate(self.down):
       for j in range(self.depth[i]):
@@ -120,7 +120,7 @@ class Unet(nn.Module):
 
 
 class Time(nn.Module):
-  """Embeds a time in [0, T), [B] -> [B, width].
+  """Embeds a timestep in [0, T), [B] -> [B, width].
 
   Sines and cosines at frequencies 10000^(-i / (features / 2 - shift)).
   """
@@ -153,20 +153,20 @@ def predictor(
   dtype: str,
   remat: str,
 ) -> Predictor:
-  """Returns the network of the fields of a config.
+  """Returns the U-Net of the fields of a config.
 
   Args:
-    c: fields by name, all of them.
-    kinds: start of a level's name -> its attention, "none", "self" or "text".
-    mid: attention between the way down and the way up.
-    heads: of the attention of each level.
-    text: width of the text, or None.
+    c: all fields of the config.
+    kinds: prefix of the name of a block -> its attention, "none", "self" or "text".
+    mid: attention of the middle block.
+    heads: number of heads of each level.
+    text: size of the text embeddings, or None.
     dtype: type of the hidden layers.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    ValueError: sizes that do not fit; it names the field.
+    ValueError: sizes that do not fit; the message starts with the field.
   """
   channels = tuple(c["block_out_channels"])
   levels, groups = len(channels), c["norm_num_groups"]
@@ -209,15 +209,15 @@ def predictor(
 def _attention(
   c: dict[str, Any], field: str, kinds: dict[str, str], end: str
 ) -> tuple[str, ...]:
-  """Returns the attention of each level that a field lists."""
-  words = {f"{start}{end}": kind for start, kind in kinds.items()}
-  given, levels = c[field], len(c["block_out_channels"])
-  if len(given) != levels or not {*given} <= words.keys():
+  """Returns the attention of each level from a field that lists block types."""
+  by_name = {f"{prefix}{end}": kind for prefix, kind in kinds.items()}
+  names, levels = c[field], len(c["block_out_channels"])
+  if len(names) != levels or not {*names} <= by_name.keys():
     raise ValueError(
-      f"{field}={[*given]}: take {levels} of {', '.join(words)}, as many as "
-      "block_out_channels has"
+      f"{field}={[*names]}: must be {levels} of {', '.join(by_name)}, one for each of "
+      "block_out_channels"
     )
-  return tuple(words[name] for name in given)
+  return tuple(by_name[name] for name in names)
 
 
 def _of_module(
@@ -232,7 +232,7 @@ def _of_module(
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     if x.shape[1] % factor or x.shape[2] % factor:
-      raise ValueError(f"x is {x.shape}: {factor} must divide height and width")
+      raise ValueError(f"x: {factor} must divide height and width, got {x.shape}")
     rows = None if text is None else cond["text"]
     return common.to_accumulation_dtype(module.apply({"params": params}, x, time, rows))
 

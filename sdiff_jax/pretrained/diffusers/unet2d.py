@@ -29,17 +29,16 @@ def from_config(
   """Returns the network of a config.json (arXiv:2006.11239, appendix B).
 
   Args:
-    config: fields by name; those not given have the defaults of diffusers.
+    config: its fields; missing ones have the defaults of diffusers.
     dtype: type of the hidden layers.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    ValueError: unknown fields, values that are not supported (all are listed), or
-      sizes that do not fit.
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
   c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
-  # The size of a head; one head without it.
+  # The field is the size of a head; None means one head.
   size = c["attention_head_dim"]
   heads = (max(1, width // (size or width)) for width in c["block_out_channels"])
   return unet.predictor(

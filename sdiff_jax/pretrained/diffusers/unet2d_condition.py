@@ -38,8 +38,8 @@ SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
   "time_embedding_act_fn": unet.UNSUPPORTED_FIELDS,
   "timestep_post_act": unet.UNSUPPORTED_FIELDS,
 }
-# Nothing is dropped in sampling, scores are float32 always, and a matrix serves as a
-# convolution of side 1.
+# There is no dropout in sampling, scores are always float32, and a linear layer is the
+# same as a 1x1 convolution.
 IGNORED_FIELDS = ("dropout", "upcast_attention", "use_linear_projection")
 IGNORED_FIELDS += ("addition_embed_type_num_heads",)
 
@@ -50,22 +50,21 @@ def from_config(
   """Returns the network of a config.json (arXiv:2112.10752, appendix E.2.1).
 
   Args:
-    config: fields by name; those not given have the defaults of diffusers.
+    config: its fields; missing ones have the defaults of diffusers.
     dtype: type of the hidden layers.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    ValueError: unknown fields, values that are not supported (all are listed), or
-      sizes that do not fit.
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
   c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
   levels = len(c["block_out_channels"])
-  # The field holds the number of heads, against its name.
+  # In spite of its name, the field is the number of heads.
   heads = config_fields.each(c["attention_head_dim"], levels, "attention_head_dim")
   width = c["cross_attention_dim"]
   if not isinstance(width, int):
-    raise ValueError(f"cross_attention_dim={width}: take one number for all levels")
+    raise ValueError(f"cross_attention_dim={width}: must be one number for all levels")
   return unet.predictor(
     c,
     kinds={"": "none", "CrossAttn": "text"},

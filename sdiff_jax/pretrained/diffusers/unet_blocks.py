@@ -43,7 +43,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-  """Attention of x [B, L, C] to itself, or to other rows [B, M, E]."""
+  """Attention from x [B, L, C] to itself, or to `other` [B, M, E]."""
 
   heads: int
   bias: bool
@@ -73,14 +73,14 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Array) -> Array:
     norm = GroupNorm(self.groups, epsilon=self.eps, dtype=self.dtype, name="group_norm")
     B, _, _, C = x.shape
-    # Its layers stand beside the norm, with no name between.
+    # Names of its layers have no prefix of their own.
     attend = Attention(self.heads, bias=True, dtype=self.dtype)
     nn.share_scope(self, attend)
     return x + attend(norm(x).reshape(B, -1, C)).reshape(x.shape)
 
 
 class TransformerBlock(nn.Module):
-  """Attention to itself, then to the text, then a gated MLP; x is [B, L, C]."""
+  """Self-attention, cross-attention to the text and a gated MLP; x is [B, L, C]."""
 
   heads: int
   dtype: jnp.dtype
@@ -99,7 +99,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-  """x + blocks over the pixels of norm(x), between two linear layers."""
+  """x + linear(blocks(linear(norm(x)))), with attention over the pixels."""
 
   heads: int
   depth: int
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-  """A convolution of stride 2; without padding, zeros stand right and below."""
+  """Convolution of stride 2; padding 0 means zeros on the right and below only."""
 
   padding: int
   dtype: jnp.dtype
@@ -132,7 +132,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Every pixel four times, then a convolution."""
+  """Nearest-neighbor upsampling by 2, then a convolution."""
 
   dtype: jnp.dtype
 

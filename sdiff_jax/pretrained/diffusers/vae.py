@@ -21,7 +21,7 @@ from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import Array, Params, PRNGKey
 
 EPS = 1e-6
-LOGVAR = (-30.0, 20.0)  # range of the posterior's
+LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior
 DEFAULTS = {
   "in_channels": 3,
   "out_channels": 3,
@@ -46,7 +46,7 @@ IGNORED_FIELDS = ("sample_size", "force_upcast")
 
 
 class Autoencoder(NamedTuple):
-  """Images to latents and back.
+  """Encoder from images to latents, and decoder.
 
   Attributes:
     init: (key) -> params.
@@ -55,7 +55,7 @@ class Autoencoder(NamedTuple):
     decode: (params, latents [B, h, w, C]) -> images [B, H, W, 3], about in [-1, 1].
     factor: H / h.
     channels: C.
-    scaling: what a diffusion model samples is `scaling` times the latents.
+    scaling: factor of the latents that a diffusion model is trained on.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -67,9 +67,9 @@ class Autoencoder(NamedTuple):
 
 
 class Coder(nn.Module):
-  """The encoder, [B, H, W, 3] -> [B, h, w, 2 C], or the decoder, the way back.
+  """The encoder, [B, H, W, 3] -> [B, h, w, 2 C], or the decoder, [B, h, w, C] back.
 
-  `start` is "encoder" or "decoder", which names of parameters start with.
+  `start` is "encoder" or "decoder", the prefix of the names of its parameters.
   """
 
   start: str
@@ -132,14 +132,13 @@ def from_config(
   """Returns the autoencoder of a config.json (arXiv:2112.10752, appendix G).
 
   Args:
-    config: fields by name; those not given have the defaults of diffusers.
+    config: its fields; missing ones have the defaults of diffusers.
     dtype: type of the hidden layers.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
 
   Raises:
-    ValueError: unknown fields, values that are not supported (all are listed), or
-      sizes that do not fit.
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
   c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
   channels = tuple(c["block_out_channels"])
@@ -148,7 +147,7 @@ def from_config(
     ("up_block_types", "UpDecoderBlock2D"),
   ):
     if [*c[field]] != [word] * len(channels):
-      raise ValueError(f"{field}={[*c[field]]}: take {word} for each of {channels}")
+      raise ValueError(f"{field}={[*c[field]]}: must be {word} for each of {channels}")
   if any(width % c["norm_num_groups"] for width in channels):
     raise ValueError(
       f"norm_num_groups={c['norm_num_groups']}: must divide each of {channels}"
@@ -158,8 +157,8 @@ def from_config(
   common |= {"dtype": jnp.dtype(dtype)}
   z = c["latent_channels"]
   encoder = Coder("encoder", out=2 * z, quant=c["use_quant_conv"], **common)
-  colours, quant = c["out_channels"], c["use_post_quant_conv"]
-  decoder = Coder("decoder", out=colours, quant=quant, **common)
+  image_channels, quant = c["out_channels"], c["use_post_quant_conv"]
+  decoder = Coder("decoder", out=image_channels, quant=quant, **common)
   factor = 2 ** (len(channels) - 1)
 
   def init(key: PRNGKey) -> Params:
@@ -170,12 +169,12 @@ def from_config(
 
   def encode(params: Params, images: Array) -> tuple[Array, Array]:
     if images.shape[1] % factor or images.shape[2] % factor:
-      raise ValueError(f"images are {images.shape}: {factor} must divide their sides")
+      raise ValueError(f"images: {factor} must divide their sides, got {images.shape}")
     moments = common_lib.to_accumulation_dtype(
       encoder.apply({"params": params}, images)
     )
     mean, logvar = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.exp(jnp.clip(logvar, *LOGVAR) / 2)
+    return mean, jnp.exp(jnp.clip(logvar, *LOGVAR_RANGE) / 2)
 
   def decode(params: Params, latents: Array) -> Array:
     return common_lib.to_accumulation_dtype(decoder.apply({"params": params}, latents))
