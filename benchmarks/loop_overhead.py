@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax.data import pipeline
+from sdiff_jax import data
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
@@ -51,7 +51,7 @@ def device_batches(config, experiment: experiments.Experiment) -> Iterator[Any]:
   """Yields what the training job yields to its loop."""
   over_batch = sharding.batch(experiment.mesh)
   size = config.train.batch_size
-  batches = pipeline.batches(
+  batches = data.batches(
     experiment.dataset,
     seed=config.seed,
     batch_size=size,

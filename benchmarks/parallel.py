@@ -57,7 +57,7 @@ def trained(workdir: str) -> Data:
     return trigflow.denoiser(net, experiment.sigma_d)(x, t, cond)
 
   source = experiment.dataset
-  return Data(denoiser, params, source.shape, source.classes)
+  return Data(denoiser, params, source.shape, source.num_classes)
 
 
 def toy() -> Data:

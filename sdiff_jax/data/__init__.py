@@ -9,7 +9,7 @@ that maps raw samples to x0 and back. Batches of it are a function of a seed and
   ((4, 8, 8, 1), ['label'])
 """
 
-from sdiff_jax.data._codecs import ActionCodec, Codec, LatentCodec, PixelCodec
+from sdiff_jax.data._codecs import ActionCodec, Codec, LatentCodec, PixelCodec, to_uint8
 from sdiff_jax.data._dataset import Dataset, class_cond
 from sdiff_jax.data._loading import batches
 
@@ -21,4 +21,5 @@ __all__ = [
   "PixelCodec",
   "batches",
   "class_cond",
+  "to_uint8",
 ]

@@ -65,13 +65,6 @@ class Dataset:
     """The normalizer of trajectories, None for other data."""
     return self.codec.normalizer if isinstance(self.codec, ActionCodec) else None
 
-  # Earlier names, until their callers use the new ones.
-  take = property(lambda self: self.read)
-  normaliser = property(lambda self: self.normalizer)
-  classes = property(lambda self: self.num_classes)
-  latent = property(lambda self: hasattr(self.codec, "vae_min_pixel"))
-  low = property(lambda self: getattr(self.codec, "vae_min_pixel", -1.0))
-
   def class_of(self, cond: dict[str, np.ndarray], count: int) -> np.ndarray:
     """Returns the class of each sample, int32 [count]; -1 if there are none.
 

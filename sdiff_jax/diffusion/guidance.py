@@ -12,8 +12,24 @@ NO_LABEL = -1
 
 
 def unlabelled(cond: Cond) -> Cond:
-  """Returns the conditions without their label."""
+  """Returns the conditions with the label of no class.
+
+  Raises:
+    ValueError: there is no label.
+  """
+  if not cond or "label" not in cond:
+    raise ValueError("guidance: needs data with classes, to compare with no class")
   return cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
+
+
+def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
+  """Returns conditions with the guidance scale [B], for a network that takes it.
+
+  Example:
+    >>> sorted(with_scale(None, jnp.ones(2)))
+    ['guidance']
+  """
+  return (cond or {}) | {"guidance": scale}
 
 
 def without_text(empty: Array) -> Callable[[Cond], Cond]:

@@ -63,6 +63,22 @@ def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experim
   )
 
 
+def check_images(dataset: Dataset, *, has_decoder: bool = False) -> None:
+  """Checks that samples of a data set can become images.
+
+  Args:
+    dataset: the data set.
+    has_decoder: whether there is an autoencoder's decoder.
+
+  Raises:
+    UserError: they cannot.
+  """
+  try:
+    dataset.codec.check_images(has_decoder=has_decoder)
+  except ValueError as error:
+    raise UserError(f"config.{error}") from error
+
+
 def mesh(config: ml_collections.ConfigDict) -> Mesh:
   """Returns the mesh of a config.
 

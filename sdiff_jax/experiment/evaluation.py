@@ -10,8 +10,9 @@ import tqdm
 from jax.sharding import Mesh
 
 from sdiff_jax import registry
-from sdiff_jax.data import folder, npz, pipeline
+from sdiff_jax.data import Dataset, folder, npz
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import image_io
 from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, features, frechet
@@ -77,7 +78,7 @@ def feature_runs(
   return runs
 
 
-def real(config: ml_collections.ConfigDict) -> pipeline.Dataset | None:
+def real(config: ml_collections.ConfigDict) -> Dataset | None:
   """Returns the real images to compare with, or None if there are only statistics.
 
   They are those of evaluate.reference if that file has images besides its statistics,
@@ -89,13 +90,13 @@ def real(config: ml_collections.ConfigDict) -> pipeline.Dataset | None:
     return npz.build(path=path) if path.endswith(".npz") and _images(path) else None
   section = config.reference if config.reference.name else config.data
   source = registry.build("data", section.to_dict())
-  pipeline.check_pixels(source)
+  experiments.check_images(source)
   return source
 
 
-def dataset_images(source: pipeline.Dataset) -> streaming.Images:
+def dataset_images(source: Dataset) -> streaming.Images:
   """Returns all images of a data set, which are read when they are needed."""
-  return lambda indices: source.take(indices)[0], source.size
+  return lambda indices: source[indices][0], source.size
 
 
 def array_images(images: np.ndarray) -> streaming.Images:
@@ -106,7 +107,7 @@ def array_images(images: np.ndarray) -> streaming.Images:
 def metric_fn(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
-  real_images: pipeline.Dataset | None,
+  real_images: Dataset | None,
   shape: tuple[int, ...],
   prompts: Sequence[str] | None = None,
 ) -> MetricFn:
@@ -164,7 +165,7 @@ def _reference(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
   run: FeatureRun,
-  real_images: pipeline.Dataset | None,
+  real_images: Dataset | None,
   shape: tuple[int, ...],
   num_kept: int,
 ) -> FeatureSet | None:
@@ -198,13 +199,13 @@ def _read_statistics(
 
 
 def _cached_reference(
-  mesh: Mesh, run: FeatureRun, real_images: pipeline.Dataset, num_kept: int
+  mesh: Mesh, run: FeatureRun, real_images: Dataset, num_kept: int
 ) -> FeatureSet:
   """Returns all real images in the features of a network, computed once for all runs."""
   feature_size(run.network, real_images.shape)
   # A few images and their features identify the data and the network.
   indices = np.linspace(0, real_images.size - 1, NUM_PROBES).astype(int)
-  probes = real_images.take(indices)[0]
+  probes = real_images[indices][0]
   probe_features = np.concatenate([*run.extract(*array_images(probes))])
   key = [str((real_images.size, real_images.shape, num_kept)).encode()]
   return reference_statistics.cached(
@@ -215,9 +216,7 @@ def _cached_reference(
   )
 
 
-def feature_set_of(
-  run: FeatureRun, images: pipeline.Dataset, num_kept: int
-) -> FeatureSet:
+def feature_set_of(run: FeatureRun, images: Dataset, num_kept: int) -> FeatureSet:
   """Returns all images of a data set in the features of a network; shows progress.
 
   Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sdiff_jax.data import pipeline
+from sdiff_jax import data
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import sampling, training
@@ -38,7 +38,7 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
   with config_errors("config.train"):
     sharding.check_batch(size, over_batch)
   options = {"batch_size": size, "rows": sharding.rows(over_batch, size)}
-  batches = pipeline.batches(experiment.dataset, seed=0, sigma_d=sigma_d, **options)
+  batches = data.batches(experiment.dataset, seed=0, sigma_d=sigma_d, **options)
   batch = sharding.make_global_batch(next(batches), over_batch, size)
 
   def sizes(params: Params, frozen: Params, batch: dict) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def parallel_sampling(
   count = config.sample.num
   with config_errors("config.sample"):
     sharding.check_batch(count, sharding.samples(mesh), name="num")
-  seeds, labels = sampling.seeds_and_labels(config, experiment, np.arange(count))
+  seeds, cond = sampling.seeds_and_conditions(config, experiment, np.arange(count))
 
   def denoiser_of(params: Params) -> Denoiser:
     return sharding.with_mesh(
@@ -88,7 +88,7 @@ def parallel_sampling(
     sampler,
     seeds,
     experiment.dataset.shape,
-    {"label": jnp.asarray(labels)},
+    {name: jnp.asarray(values) for name, values in cond.items()},
     mesh=mesh,
   )
   rows = []

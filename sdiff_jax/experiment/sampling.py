@@ -3,15 +3,16 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from sdiff_jax import config as configs
 from sdiff_jax import samplers
-from sdiff_jax.data import pipeline as pipeline_lib
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
@@ -118,7 +119,7 @@ def network_denoiser(
 
   def with_scale(x: Array, t: Array, cond: Cond) -> Array:
     scale = jnp.full(t.shape, guidance_scale, jnp.float32)
-    return net(x, t, cond | {"guidance": scale})
+    return net(x, t, guidance.with_scale(cond, scale))
 
   if guidance_input:
     return trigflow.denoiser(with_scale, sigma_d)
@@ -138,7 +139,7 @@ def placeholder(
   """
 
   def call(params: Params, x: Array) -> Array:
-    shapes = pipeline_lib.conditions(experiment.dataset, len(x))
+    shapes = {k: spec.batch(len(x)) for k, spec in experiment.dataset.cond.items()}
     cond = {name: jnp.zeros(c.shape, c.dtype) for name, c in shapes.items()}
     return denoiser(experiment, params, guidance_scale)(x, jnp.ones(len(x)), cond)
 
@@ -164,11 +165,9 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
   def coarse_denoiser(constants: Params) -> Denoiser:
     return denoiser(coarse, constants["coarse"], coarse_scale)
 
-  def requests(indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    seeds, labels = seeds_and_labels(config, experiment, indices)
-    return seeds, {"label": labels}
+  def inputs(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: spec.batch(batch_size) for name, spec in dataset.cond.items()}
 
-  inputs = functools.partial(pipeline_lib.conditions, dataset)
   return Pipeline(
     mesh=experiment.mesh,
     shape=dataset.shape,
@@ -177,7 +176,7 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
     decode=lambda constants, _, x: decode(experiment, constants["vae"], x),
     inputs=inputs,
     input_shardings=dict.fromkeys(inputs(1), sharding.samples(experiment.mesh)),
-    requests=requests,
+    requests=functools.partial(seeds_and_conditions, config, experiment),
     constants=constants,
     coarse_denoiser=coarse_denoiser if coarse else None,
   )
@@ -185,13 +184,7 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
 
 def check_images(experiment: Experiment) -> None:
   """Raises a UserError if there is no decoder from samples to images."""
-  if experiment.dataset.normaliser:
-    pipeline_lib.check_pixels(experiment.dataset)
-  if experiment.dataset.latent and experiment.vae is None:
-    raise UserError(
-      "config.data are latents: name the folder of their autoencoder, config.vae, "
-      "which decodes them into images"
-    )
+  experiments.check_images(experiment.dataset, has_decoder=experiment.vae is not None)
 
 
 def image_shape(experiment: Experiment) -> tuple[int, int, int]:
@@ -205,12 +198,11 @@ def image_shape(experiment: Experiment) -> tuple[int, int, int]:
 def decode(experiment: Experiment, vae_params: Params, x0: Array) -> Array:
   """Returns uint8 images [B, H, W, C] of samples x0, which may be latents."""
   dataset, sigma_d = experiment.dataset, experiment.sigma_d
-  if experiment.vae is None:
-    return pipeline_lib.decode(dataset, x0, sigma_d)
-  decode_latents = functools.partial(experiment.vae[0].decode, vae_params)
-  values = pipeline_lib.unscaled(dataset, x0, sigma_d)
-  images = sharding.map_one_per_device(experiment.mesh, decode_latents)(values)
-  return pipeline_lib.pixels(images, dataset.low)
+  decoder = None
+  if experiment.vae is not None:
+    decode_latents = functools.partial(experiment.vae[0].decode, vae_params)
+    decoder = sharding.map_one_per_device(experiment.mesh, decode_latents)
+  return dataset.codec.to_images(x0, sigma_d, decoder)
 
 
 def _coarse(
@@ -231,25 +223,46 @@ def _coarse(
   return coarse, params, stored.sample.guidance
 
 
+def seeds_and_conditions(
+  config: ml_collections.ConfigDict, experiment: Experiment, indices: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns seeds, int32 [B], and conditions, each [B, ...], of samples.
+
+  Args:
+    config: sample.seed is the first sample's seed, sample.label the class of all
+      samples or -1 for all classes in turn.
+    experiment: gives the data set, which declares the conditions.
+    indices: numbers of the samples, int [B].
+
+  Raises:
+    UserError: values of a condition come from the data set, which is not here.
+  """
+  seeds = np.asarray(indices, np.int32) + np.int32(config.sample.seed)
+  with config_errors("config.data"):
+    cond = experiment.dataset.conditions(seeds)
+  if config.sample.label >= 0:
+    for name, spec in experiment.dataset.cond.items():
+      if spec.num_classes:
+        cond[name] = np.full_like(cond[name], config.sample.label)
+  return seeds, cond
+
+
 def seeds_and_labels(
   config: ml_collections.ConfigDict, experiment: Experiment, indices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns seeds and labels of images, int32 [B] each.
+  """Returns seeds and classes of samples, int32 [B] each; 0 for data without classes.
 
   Args:
-    config: sample.seed is the first image's seed, sample.label the class of all images
-      or -1 for all classes in turn.
-    experiment: gives the number of classes.
-    indices: numbers of the images, int [B].
+    config: see `seeds_and_conditions`.
+    experiment: gives the data set.
+    indices: numbers of the samples, int [B].
   """
-  seeds = np.asarray(indices, np.int32) + np.int32(config.sample.seed)
-  if config.sample.label < 0:
-    return seeds, seeds % max(experiment.dataset.classes, 1)
-  return seeds, np.full_like(seeds, config.sample.label)
+  seeds, cond = seeds_and_conditions(config, experiment, indices)
+  return seeds, np.maximum(experiment.dataset.class_of(cond, len(seeds)), 0)
 
 
 def grid_size(experiment: Experiment) -> tuple[int, int]:
   """Returns the number of images and of columns of a grid of samples."""
-  columns = experiment.dataset.classes or GRID_ROWS
+  columns = experiment.dataset.num_classes or GRID_ROWS
   columns = columns if columns <= 10 else GRID_ROWS
   return GRID_ROWS * columns, columns

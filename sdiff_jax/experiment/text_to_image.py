@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import samplers
-from sdiff_jax.data import pipeline as pipeline_lib
+from sdiff_jax import data, samplers
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
@@ -137,10 +136,10 @@ def denoiser(
 def decode(model: Model, params: dict[str, Params], x: Array, mesh: Mesh) -> Array:
   """Returns uint8 images of samples, decoded one a device at a time."""
   if model.vae is None:
-    return pipeline_lib.pixels(x)
+    return data.to_uint8(x)
   decode_latents = functools.partial(model.vae.decode, params["vae"])
   images = sharding.map_one_per_device(mesh, decode_latents)(x / model.vae.scaling)
-  return pipeline_lib.pixels(images)
+  return data.to_uint8(images)
 
 
 def pipeline(

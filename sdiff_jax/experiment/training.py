@@ -9,7 +9,7 @@ import ml_collections
 import optax
 
 from sdiff_jax import losses, registry
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import Dataset
 from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
@@ -111,11 +111,11 @@ def build_trainer(
   )
 
 
-def batch_shapes(dataset: pipeline.Dataset, batch_size: int) -> dict[str, Any]:
+def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, Any]:
   """Returns shapes and types of a batch over all processes, without reading data."""
   return {
     "x0": jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32),
-    "cond": pipeline.conditions(dataset, batch_size),
+    "cond": {name: spec.batch(batch_size) for name, spec in dataset.cond.items()},
   }
 
 
@@ -184,7 +184,7 @@ def _load(
   same_data = stored.data.to_dict() == config.data.to_dict()
   if not same_data or stored.sigma_d != config.sigma_d:
     raise UserError(f"config.{field}={workdir}: trained on other data")
-  scales = workdir_lib.stored_normalizer(workdir), experiment.dataset.normaliser
+  scales = workdir_lib.stored_normalizer(workdir), experiment.dataset.normalizer
   if scales[0] and not normalizer.allclose(*scales):
     raise UserError(
       f"config.{field}={workdir}: its {workdir_lib.NORMALIZER} is not that of the "
@@ -204,7 +204,7 @@ def _command(file: str, workdir: str) -> str:
 
 def step_flops(
   config: ml_collections.ConfigDict,
-  dataset: pipeline.Dataset,
+  dataset: Dataset,
   teacher: Network | None,
   state: TrainState,
   key: Any,

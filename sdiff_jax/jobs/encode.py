@@ -19,7 +19,7 @@ import tqdm
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
-from sdiff_jax.data import latents, pipeline
+from sdiff_jax.data import Dataset, latents
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with config_errors("config.encode"):
     latents.check_scale(chosen.scale)
   source = registry.build("data", config.data.to_dict(), "config.data")
-  pipeline.check_pixels(source)
+  experiments.check_images(source)
   if not config.vae:
     raise UserError("config.vae is empty: name the folder of an autoencoder")
   mesh, local = experiments.mesh(config), sharding.local()
@@ -80,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 
 def _about(
-  config: ml_collections.ConfigDict, source: pipeline.Dataset, vae: Autoencoder
+  config: ml_collections.ConfigDict, source: Dataset, vae: Autoencoder
 ) -> dict[str, Any]:
   """Returns what latents.json is to say.
 
@@ -144,7 +144,7 @@ def _encoder(
 
 
 def _shard(
-  source: pipeline.Dataset, encode: Encode, rows: np.ndarray, batch_size: int
+  source: Dataset, encode: Encode, rows: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns moments and conditions of images, encoded a full batch at a time."""
   moments, conds = [], []

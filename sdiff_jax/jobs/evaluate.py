@@ -14,7 +14,7 @@ import tqdm
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
-from sdiff_jax.data import folder, npz, pipeline
+from sdiff_jax.data import folder, npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -154,9 +154,9 @@ def _baselines(
   other instead.
   """
   source = experiment.dataset
-  pipeline.check_pixels(source)
+  experiments.check_images(source)
   num = config.evaluate.num
-  images, cond = source.take(np.arange(source.size))
+  images, cond = source[np.arange(source.size)]
   order = np.random.default_rng(0).permutation(len(images))
   if config.reference.name or config.evaluate.reference:
     name, some, against = "training images", order[:num], meter

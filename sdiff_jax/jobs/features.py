@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import Dataset
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.metrics.features import classifier
 from sdiff_jax.types import UserError
 
@@ -44,8 +45,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return f"accuracy on {len(labels)} {test} images {accuracy:.4f}: {path}"
 
 
-def _read_all(dataset: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _read_all(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
   """Returns all images, uint8 [N, H, W, C], and labels, int [N]."""
-  pipeline.check_pixels(dataset)
+  experiments.check_images(dataset)
   images, cond = dataset[np.arange(dataset.size)]
   return images, dataset.class_of(cond, dataset.size)

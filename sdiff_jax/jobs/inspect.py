@@ -7,7 +7,8 @@ import numpy as np
 import tqdm
 
 from sdiff_jax import registry
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import Dataset
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.io import image_io
 
 IMAGES = 100  # of the picture
@@ -24,19 +25,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: the data set refuses its fields or a file, or has latents.
   """
   source = registry.build("data", config.data.to_dict(), "config.data")
-  pipeline.check_pixels(source)
+  experiments.check_images(source)
   labels, counts = _walk(source)
   print("\n".join(_describe(source, config, labels, counts)))
   path = os.path.join(workdir, "inspect.png")
   chosen, columns = _chosen(labels, source.num_classes)
-  x0 = pipeline.encode(source, source[chosen.clip(0)][0], config.sigma_d)
-  images = np.array(pipeline.decode(source, x0, config.sigma_d))
+  x0 = source.codec.encode(source[chosen.clip(0)][0], config.sigma_d)
+  images = np.array(source.codec.to_images(x0, config.sigma_d))
   images[chosen < 0] = 0
   image_io.save_png(path, image_io.grid(images, columns))
   return f"inspected {source.size} images: {path}"
 
 
-def _walk(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _walk(source: Dataset) -> tuple[np.ndarray, np.ndarray]:
   """Returns all labels [N], and how often each level occurs, int [256, C]."""
   labels, counts = [], np.zeros((256, source.shape[-1]), np.int64)
   starts = range(0, source.size, BATCH)
@@ -51,7 +52,7 @@ def _walk(source: pipeline.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _describe(
-  source: pipeline.Dataset,
+  source: Dataset,
   config: ml_collections.ConfigDict,
   labels: np.ndarray,
   counts: np.ndarray,
@@ -64,7 +65,7 @@ def _describe(
   # The moments of the 256 levels as the network sees them, weighted by their counts.
   levels = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)
   levels = levels.repeat(counts.shape[1], axis=-1)
-  seen = pipeline.encode(source, levels, config.sigma_d)[:, 0, 0].astype(np.float64)
+  seen = source.codec.encode(levels, config.sigma_d)[:, 0, 0].astype(np.float64)
   for channel, (mean, std) in enumerate(zip(*_moments(seen, counts), strict=True)):
     lines.append(
       f"x0, channel {channel}: mean {mean:.3f}, to be 0; "

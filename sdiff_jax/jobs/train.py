@@ -12,7 +12,7 @@ from clu import parameter_overview
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
-from sdiff_jax.data import pipeline
+from sdiff_jax.data import Dataset, batches
 from sdiff_jax.distributed import processes, sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, sampling, training
@@ -160,13 +160,13 @@ def _sample_fn(
 
 def _batches(
   config: ml_collections.ConfigDict,
-  dataset: pipeline.Dataset,
+  dataset: Dataset,
   mesh: jax.sharding.Mesh,
   start: int,
 ) -> Iterator[dict]:
   """Returns the batches start, start + 1, ... on the devices."""
   batch_sharding, size = sharding.batch(mesh), config.train.batch_size
-  host_batches = pipeline.batches(
+  host_batches = batches(
     dataset,
     seed=config.seed,
     batch_size=size,
@@ -221,9 +221,7 @@ def _run_loop(
   return int(state.step)
 
 
-def _check_conditions(
-  config: ml_collections.ConfigDict, dataset: pipeline.Dataset
-) -> None:
+def _check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
   """Raises a UserError if a field needs images or labels, and the data have none."""
   if not dataset.normalizer:
     return

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sdiff_jax import config as configs
-from sdiff_jax.data import PixelCodec, _loading, batches, digits, pipeline
+from sdiff_jax.data import PixelCodec, _loading, batches, digits
 from sdiff_jax.jobs import train
 
 
@@ -94,7 +94,7 @@ def test_training_flips_if_its_config_says_so(tmp_path, monkeypatch, flip):
   def reached(source, *, flip, **options):
     raise ReachedError(flip)
 
-  monkeypatch.setattr(pipeline, "batches", reached)
+  monkeypatch.setattr(train, "batches", reached)
   config = configs.base()
   config.model.update(width=8, depth=1)
   assert config.train.flip is False
