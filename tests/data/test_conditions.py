@@ -37,13 +37,13 @@ def test_new_conditions_train_and_sample(tmp_path):
   c.data = configs.component("data", "turned")
   c.model.update(width=16, depth=1, embed=16)
   c.train.update(steps=2, batch_size=8, log_every=1)
-  c.sample.update(num=4, batch_size=4)
+  c.sample.update(num=8, batch_size=8)
   c.sampler.update(name="ddim", steps=2)
   train.run(c, str(tmp_path))
   sample.run(c, str(tmp_path))
   with np.load(tmp_path / "samples.npz") as arrays:
-    assert arrays["arr_0"].shape == (4, 4, 4, 1)
-    assert arrays["arr_1"].tolist() == [0, 1, 2, 0]
+    assert arrays["arr_0"].shape == (8, 4, 4, 1)
+    assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_conditions_of_samples():
