@@ -40,7 +40,8 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow"
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --durations=25 \
+	  -m "not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -15,7 +15,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["sdiff_jax", "sdiff_jax.*"]),
-  package_data={"sdiff_jax": ["metrics/features/*.npz"]},
+  package_data={"sdiff_jax": ["py.typed", "metrics/features/*.npz"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",

@@ -9,8 +9,18 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-# Programs of small tests compile faster than they are optimised.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
+import atexit
+import shutil
+import tempfile
+
+# Compiled programs, shared by all processes of a run of the tests and then removed.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdiff_jax_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  atexit.register(
+    shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+  )
 
 import pathlib
 
@@ -22,6 +32,12 @@ import pytest
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def cache() -> str:
+  """The folder of compiled programs that all processes share."""
+  return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture

@@ -34,21 +34,15 @@ TINY = (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """Compiled programs that the processes of this file share."""
-  return tmp_path_factory.mktemp("cache")
-
-
 def command(*args: str) -> list[str]:
   return [sys.executable, "-m", "sdiff_jax.main", *args]
 
 
 def environment(cache, devices: int = 1) -> dict[str, str]:
   return os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+    "--xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "PYTHONWARNINGS": "ignore",
   }
 

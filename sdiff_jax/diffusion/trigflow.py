@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
 from sdiff_jax.types import Array, Cond, NetFn
 
@@ -73,7 +74,9 @@ def denoiser(net: NetFn, sigma_d: float) -> Callable[[Array, Array, Cond], Array
 # variance, is TrigFlow's up to a rescaling: t = arctan(sigma / (sigma_d alpha)).
 
 
-def angle(alpha: Array, sigma: Array, sigma_d: float) -> Array:
+def angle(
+  alpha: Array | np.ndarray, sigma: Array | np.ndarray, sigma_d: float
+) -> Array:
   """Returns t = arctan(sigma / (sigma_d alpha)) in [0, pi/2] (eq. 29)."""
   return jnp.arctan2(sigma, sigma_d * alpha)
 

@@ -8,7 +8,7 @@ sharded along all three.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.types import Array
+from sdiff_jax.types import Array, PyTree
 
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 AXES = ("data", "fsdp", "window")
 SMALLEST_SHARDED = 2**16  # elements; smaller arrays cost more to gather than to keep
 TILE = 16  # rows of a bfloat16 tile in the memory of a TPU
@@ -67,7 +69,7 @@ def make_mesh(
   if slices == 1:
     grid = mesh_utils.create_device_mesh(sizes, devices, **split)
   else:
-    outside = []
+    outside: list[int] = []
     for size in sizes:
       outside.append(math.gcd(size, slices // math.prod(outside)))
     inside = [n // m for n, m in zip(sizes, outside, strict=True)]
@@ -75,7 +77,9 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def with_mesh(mesh: Mesh, function: Callable) -> Callable:
+def with_mesh(
+  mesh: Mesh, function: Callable[Arguments, Value]
+) -> Callable[Arguments, Value]:
   """Returns the function, traced with the mesh as the ambient abstract mesh.
 
   Attention kernels read it to shard themselves, since XLA cannot partition them, and
@@ -83,7 +87,7 @@ def with_mesh(mesh: Mesh, function: Callable) -> Callable:
   """
 
   @functools.wraps(function)
-  def call(*args: Any, **options: Any) -> Any:
+  def call(*args: Arguments.args, **options: Arguments.kwargs) -> Value:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return function(*args, **options)
 
@@ -110,7 +114,9 @@ def window(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(AXES[:2], AXES[2]))
 
 
-def map_one_per_device(mesh: Mesh, function: Callable) -> Callable:
+def map_one_per_device(
+  mesh: Mesh, function: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
   """Maps a function over a batch with one sample per device at a time.
 
   This bounds the memory of functions that need much for each image, such as decoders.
@@ -134,7 +140,7 @@ def map_one_per_device(mesh: Mesh, function: Callable) -> Callable:
   return call
 
 
-def device_put_global(tree: Any, shardings: Any) -> Any:
+def device_put_global(tree: PyTree, shardings: PyTree) -> PyTree:
   """Puts NumPy arrays, which are equal on all processes, on the devices.
 
   Unlike `jax.device_put` this neither compares the values of the processes nor waits
@@ -151,7 +157,7 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
   )
 
 
-def state(abstract: Any, mesh: Mesh) -> Any:
+def state(abstract: PyTree, mesh: Mesh) -> PyTree:
   """Returns the sharding of every array of a training state.
 
   Arrays of 65,536 elements or more are sharded along `fsdp`, on their largest dimension
@@ -165,10 +171,10 @@ def state(abstract: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: NamedSharding(mesh, _split(x, size)), abstract)
 
 
-def abstract_state(abstract: Any, mesh: Mesh) -> Any:
+def abstract_state(abstract: PyTree, mesh: Mesh) -> PyTree:
   """Returns shapes and types of a state with its shardings on the mesh (see `state`)."""
 
-  def with_sharding(x: Any, s: NamedSharding) -> jax.ShapeDtypeStruct:
+  def with_sharding(x: jax.Array, s: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
   return jax.tree.map(with_sharding, abstract, state(abstract, mesh))
@@ -182,7 +188,7 @@ def local() -> NamedSharding:
   )
 
 
-def _split(x: Any, size: int) -> P:
+def _split(x: jax.Array | jax.ShapeDtypeStruct, size: int) -> P:
   """Returns how an array of a state is sharded along `fsdp`, an axis of that size."""
   axes = [i for i, n in enumerate(x.shape) if n % size == 0]
   if size == 1 or x.size < SMALLEST_SHARDED or not axes:
@@ -280,7 +286,7 @@ def rows(sharding: NamedSharding, count: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(count)[i] for (i,) in slices.values()]))
 
 
-def make_global_batch(tree: Any, sharding: NamedSharding, count: int) -> Any:
+def make_global_batch(tree: PyTree, sharding: NamedSharding, count: int) -> PyTree:
   """Puts this process's `rows` of a batch on its devices.
 
   `jax.make_array_from_process_local_data` takes local data in the order of the shards;

@@ -9,11 +9,11 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 Path = str | os.PathLike[str]
 
@@ -43,18 +43,18 @@ def write_text(path: Path, text: str) -> None:
   write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, value: Json, indent: int | None = 2) -> None:
   """Writes a value as JSON to a file atomically."""
   write_text(path, json.dumps(value, indent=indent))
 
 
-def write_npz(path: Path, **arrays: Any) -> None:
+def write_npz(path: Path, **arrays: npt.ArrayLike) -> None:
   """Writes arrays to an .npz file atomically."""
   with atomic(path) as temporary, open(temporary, "wb") as file:
-    np.savez(file, **arrays)
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
 
-def read_json(path: Path, remedy: str = "") -> Any:
+def read_json(path: Path, remedy: str = "") -> Json:
   """Returns the value of a JSON file.
 
   Args:
@@ -74,6 +74,6 @@ def read_json(path: Path, remedy: str = "") -> Any:
     raise UserError(f"{path} is not valid JSON ({error}){end}") from error
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: Json) -> Json:
   """Returns a value as it will be read back from JSON: tuples become lists."""
   return json.loads(json.dumps(value))

@@ -11,24 +11,23 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from sdiff_jax.io import file_io
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 # Exceptions of numpy.load for a file that is truncated or holds other arrays.
 UNREADABLE = (zipfile.BadZipFile, EOFError, KeyError, ValueError)
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
   """Returns {"train.steps": 1000, ...} of nested mappings.
 
   `flax.traverse_util.flatten_dict` does the same; the package io depends on NumPy and
   Pillow alone.
   """
-  flat = {}
+  flat: dict[str, Json] = {}
   for key, value in nested.items():
     if isinstance(value, Mapping):
       flat |= flatten(value, f"{prefix}{key}.")
@@ -37,7 +36,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def differences(stored: Mapping[str, Json], current: Mapping[str, Json]) -> list[str]:
   """Returns "field (value there, value now)" for each field that differs.
 
   Args:
@@ -72,7 +71,7 @@ class Output:
     """Returns the paths of the parts that exist, sorted."""
     return sorted(glob.glob(os.path.join(glob.escape(self.folder), self.pattern)))
 
-  def settings(self) -> dict[str, Any] | None:
+  def settings(self) -> dict[str, Json] | None:
     """Returns the stored settings, None if there are none.
 
     Raises:
@@ -83,7 +82,7 @@ class Output:
       return None
     return file_io.read_json(path, f"remove {self.folder}, or take another directory")
 
-  def claim(self, settings: Mapping[str, Any], write: bool = True) -> None:
+  def claim(self, settings: Mapping[str, Json], write: bool = True) -> None:
     """Stores the settings, or checks that the existing parts were made with the same.
 
     Args:

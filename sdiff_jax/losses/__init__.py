@@ -10,7 +10,7 @@ arguments of `register` are facts about the loss, which `facts` reads.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sdiff_jax import registry
 from sdiff_jax.losses._tangent import (
@@ -19,7 +19,7 @@ from sdiff_jax.losses._tangent import (
   normalize_tangent,
   tangent_norm,
 )
-from sdiff_jax.types import Params
+from sdiff_jax.types import Json, Params
 
 __all__ = [
   "TANGENT_NORMALIZERS",
@@ -49,7 +49,7 @@ class Facts(NamedTuple):
   init_extra_params: Callable[[Params], Params] = lambda params: params
 
 
-def facts(section: Mapping[str, Any]) -> Facts:
+def facts(section: Mapping[str, Json]) -> Facts:
   """Returns the facts of the loss that a section names.
 
   A fact may be registered as a value, or as a function of the section's fields.

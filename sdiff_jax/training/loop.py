@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.metric_writer import Writer
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Array
+from sdiff_jax.types import Batch, Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,9 @@ class LoopOptions:
 
 
 def run(
-  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
   state: TrainState,
-  batches: Iterator[Any],
+  batches: Iterator[Batch],
   writer: Writer,
   checkpoints: Checkpoints,
   options: LoopOptions,
@@ -75,11 +74,14 @@ def run(
     The last state. The metric "seconds" is the training time without sample grids.
 
   Raises:
+    ValueError: there is no `sample` for the grids.
     FloatingPointError: the loss or its gradient was not finite; no state of that step
       was saved.
   """
+  if options.sample_every and sample is None:
+    raise ValueError("sample: needed for sample grids every sample_every steps")
   steps = options.steps
-  recent: list[dict[str, Array]] = []
+  recent: list[Metrics] = []
   logged = [start, seconds]
   clock = time.perf_counter() - seconds
 

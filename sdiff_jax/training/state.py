@@ -1,6 +1,6 @@
 """The state of training, which holds arrays alone."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
   step: Array
   params: Params
-  opt_state: Any
+  opt_state: optax.OptState
   ema: dict[str, Params]
 
 

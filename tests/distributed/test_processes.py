@@ -18,11 +18,6 @@ from sdiff_jax.types import UserError
 CONFIG = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
-
-
 def start(cache, *args: str) -> list[subprocess.Popen]:
   """Starts a command as two processes."""
   with socket.socket() as free:

@@ -50,7 +50,7 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
     return subprocess.run(
       [sys.executable, "-m", "sdiff_jax.main", *args],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": ""},
+      env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
       capture_output=True,
       text=True,
       check=False,

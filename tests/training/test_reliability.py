@@ -26,11 +26,6 @@ CONFIG = (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def disk(tmp_path):
   """Returns a function that makes a file system of so many megabytes."""
