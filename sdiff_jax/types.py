@@ -27,8 +27,11 @@ import numpy.typing as npt
 
 Array = jax.Array
 PRNGKey = jax.Array
-Params = Any
-Batch = dict[str, Any]  # {"x0": float32 [B, ...], "cond": Cond}
+PyTree = Any  # dicts, tuples and lists, nested, with arrays or their shapes as leaves
+Params = PyTree
+Batch = dict[str, PyTree]  # {"x0": float32 [B, ...], "cond": Cond}
+Metrics = dict[str, Array]  # name -> scalar
+Json = Any  # what JSON can hold: dicts, lists, strings, numbers, booleans and None
 Cond = dict[str, Array] | None
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.losses import _weighting
-from sdiff_jax.types import Array, Batch, LossFn, Network, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Metrics, Network, Params, PRNGKey
 
 # (key, B) -> TrigFlow times t [B].
 TimeSampler = Callable[[PRNGKey, int], Array]
@@ -35,7 +35,7 @@ def velocity_matching(
 
   def loss(
     params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]:
+  ) -> tuple[Array, Metrics]:
     del step, frozen
     x0 = batch["x0"]
     key_t, key_z, key_label, key_dropout = jax.random.split(key, 4)

@@ -12,7 +12,17 @@ from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _weighting
 from sdiff_jax.losses._velocity import VelocityFn
-from sdiff_jax.types import Array, Batch, Cond, LossFn, NetFn, Network, Params, PRNGKey
+from sdiff_jax.types import (
+  Array,
+  Batch,
+  Cond,
+  LossFn,
+  Metrics,
+  NetFn,
+  Network,
+  Params,
+  PRNGKey,
+)
 
 
 class Times(NamedTuple):
@@ -174,7 +184,7 @@ def tangent_loss(
 
   def loss(
     params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]:
+  ) -> tuple[Array, Metrics]:
     x0 = batch["x0"]
     key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)
     t, s, u = time_sampler(key_t, x0.shape[0])

@@ -16,7 +16,17 @@ from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity
 from sdiff_jax.losses._velocity import TeacherFn
-from sdiff_jax.types import Array, Batch, Cond, LossFn, NetFn, Network, Params, PRNGKey
+from sdiff_jax.types import (
+  Array,
+  Batch,
+  Cond,
+  LossFn,
+  Metrics,
+  NetFn,
+  Network,
+  Params,
+  PRNGKey,
+)
 
 
 def consistency(
@@ -146,7 +156,7 @@ def build(
 
   def loss(
     params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]:
+  ) -> tuple[Array, Metrics]:
     x0 = batch["x0"]
     key_t, key_z, key_v, key_dropout = jax.random.split(key, 4)
     doublings = jnp.minimum(step // double_every, math.ceil(math.log2(last / first)))

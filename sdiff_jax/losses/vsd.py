@@ -16,7 +16,7 @@ from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.losses import _velocity, _weighting, scm
 from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions
 from sdiff_jax.losses._velocity import TeacherFn
-from sdiff_jax.types import Array, Batch, LossFn, Network, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Metrics, Network, Params, PRNGKey
 
 
 def init_extra_params(params: Params) -> Params:
@@ -76,7 +76,7 @@ def build(
 
   def loss(
     params: Params, batch: Batch, key: PRNGKey, step: Array, frozen: Params
-  ) -> tuple[Array, dict[str, Array]]:
+  ) -> tuple[Array, Metrics]:
     key_scd, key_s, key_start, key_net, key_vsd, key_fake = jax.random.split(key, 6)
     start = jnp.full(len(batch["x0"]), jnp.arctan(time_grids.SIGMA_MAX / sigma_d))
     cond = cfg.sample_scale(key_s, start, batch["cond"], options.guidance)

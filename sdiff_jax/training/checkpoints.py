@@ -7,13 +7,12 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Params, PyTree, UserError
 
 FOLDER = "checkpoints"  # in a work directory
 
@@ -67,7 +66,7 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exception: Any) -> None:
+  def __exit__(self, *exception: object) -> None:
     self.wait()
     with self._os_errors():
       self._checkpointer.close()
@@ -176,8 +175,8 @@ class Checkpoints:
     return None if loaded is None else loaded["ema"]
 
   def _newest(
-    self, target: dict[str, Any], only: int = 0
-  ) -> tuple[dict[str, Any] | None, list[int]]:
+    self, target: dict[str, PyTree], only: int = 0
+  ) -> tuple[dict[str, PyTree] | None, list[int]]:
     """Returns the newest checkpoint that can be read, and the damaged newer steps."""
     damaged: dict[int, Exception] = {}
     steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)

@@ -1,12 +1,13 @@
 """Floating-point operations of a function, counted in its lowered program."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from sdiff_jax.types import PyTree
 
-def count_flops(function: Callable[..., Any], *args: Any) -> float:
+
+def count_flops(function: Callable[..., PyTree], *args: PyTree) -> float:
   """Returns the floating-point operations of function(*args), over all devices.
 
   They are counted in the program lowered for a CPU, because JAX gives no count for a
@@ -31,5 +32,5 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
     device = None
   with jax.default_device(device):
     lowered = jax.jit(function).lower(*shapes)
-  cost: Any = lowered.cost_analysis() or lowered.compile().cost_analysis()
-  return float(cost["flops"])
+  cost: PyTree = lowered.cost_analysis() or lowered.compile().cost_analysis()
+  return float((cost or {})["flops"])

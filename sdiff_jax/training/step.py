@@ -1,7 +1,6 @@
 """One step of training as a pure function, and its compiled form."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,12 @@ from jax.sharding import Mesh
 from sdiff_jax.distributed import sharding
 from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Array, Batch, LossFn, Params, PRNGKey
+from sdiff_jax.types import Array, Batch, LossFn, Metrics, Params, PRNGKey, PyTree
 
 # (state, batch, key, frozen) -> (state, metrics).
-Step = Callable[..., tuple[TrainState, dict[str, Array]]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+# (params, batch, key, step, frozen) -> a tree of arrays.
+Gradient = Callable[..., PyTree]
 
 
 def build(
@@ -56,17 +57,17 @@ def build(
   """
   decays = ema or {}
 
-  def scaled(params: Params, *args: Any) -> tuple[Array, dict[str, Array]]:
+  def scaled(params: Params, *args: PyTree) -> tuple[Array, Metrics]:
     value, aux = loss(params, *args)
     return loss_scale * value, aux
 
-  gradient_of: Callable[..., Any] = jax.value_and_grad(scaled, has_aux=True)
+  gradient_of: Gradient = jax.value_and_grad(scaled, has_aux=True)
   if grad_accum_steps > 1:
     gradient_of = accumulated(gradient_of, grad_accum_steps)
 
   def step(
     state: TrainState, batch: Batch, key: PRNGKey, frozen: Params
-  ) -> tuple[TrainState, dict[str, Array]]:
+  ) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(key, state.step)
     (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
     value, grads = jax.tree.map(lambda x: x / loss_scale, (value, grads))
@@ -90,7 +91,7 @@ def build(
   return step
 
 
-def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
+def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
   """Returns `gradient_of`, a mean over the batch, computed in equal parts sequentially.
 
   Part i holds the samples i, i + parts, ..., so that every device holds some of each
@@ -111,11 +112,11 @@ def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., An
     1.5
   """
 
-  def mean(params: Params, batch: Batch, key: PRNGKey, *rest: Any) -> Any:
+  def mean(params: Params, batch: Batch, key: PRNGKey, *rest: PyTree) -> PyTree:
     def split(x: Array) -> Array:
       return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
-    def accumulate(sums: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+    def accumulate(sums: PyTree, part: tuple[Array, Batch]) -> tuple[PyTree, None]:
       i, samples = part
       values = gradient_of(params, samples, jax.random.fold_in(key, i), *rest)
       return jax.tree.map(jnp.add, sums, values), None
@@ -130,7 +131,7 @@ def accumulated(gradient_of: Callable[..., Any], parts: int) -> Callable[..., An
   return mean
 
 
-def jitted(step: Step, mesh: Mesh, state: Any, frozen: Any) -> Any:
+def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.Wrapped:
   """Returns `step` under jit, sharded over a mesh, with the state donated.
 
   Args:

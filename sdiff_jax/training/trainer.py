@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,16 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.training import state as state_lib
 from sdiff_jax.training import step as step_lib
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.types import Array, LossFn, Network, Params, PRNGKey
+from sdiff_jax.types import (
+  Array,
+  Batch,
+  LossFn,
+  Metrics,
+  Network,
+  Params,
+  PRNGKey,
+  PyTree,
+)
 
 
 def _identity(params: Params) -> Params:
@@ -124,7 +132,7 @@ class Trainer:
     return state
 
   def lower(
-    self, state: TrainState, batch: Any, key: PRNGKey, frozen: Params = None
+    self, state: TrainState, batch: Batch, key: PRNGKey, frozen: Params = None
   ) -> jax.stages.Lowered:
     """Returns the step lowered for arrays of these shapes, to compile it ahead of time.
 
@@ -140,8 +148,8 @@ class Trainer:
     return lowered
 
   def step(
-    self, state: TrainState, batch: Any, key: PRNGKey, frozen: Params = None
-  ) -> tuple[TrainState, dict[str, Array]]:
+    self, state: TrainState, batch: Batch, key: PRNGKey, frozen: Params = None
+  ) -> tuple[TrainState, Metrics]:
     """Returns the state after one update, and the metrics of the step.
 
     The function is compiled at its first call.
@@ -163,10 +171,10 @@ class Trainer:
     return self._compiled[structure](state, batch, key, frozen)
 
   @functools.cached_property
-  def _compiled(self) -> dict[Any, step_lib.Step]:
+  def _compiled(self) -> dict[PyTree, step_lib.Step]:
     return {}
 
-  def _jit(self, state: TrainState, frozen: Params) -> Any:
+  def _jit(self, state: TrainState, frozen: Params) -> jax.stages.Wrapped:
     if self.mesh is None:
       return jax.jit(self.update, donate_argnums=0)
     return step_lib.jitted(self.update, self.mesh, state, frozen)
@@ -174,12 +182,12 @@ class Trainer:
   def fit(
     self,
     state: TrainState,
-    batches: Iterator[Any],
+    batches: Iterator[Batch],
     key: PRNGKey,
     *,
     steps: int,
     frozen: Params = None,
-  ) -> tuple[TrainState, dict[str, Array]]:
+  ) -> tuple[TrainState, Metrics]:
     """Runs `step` on the next batches.
 
     A run with checkpoints and logs is `loop.run`.
@@ -225,7 +233,7 @@ def initialize_from(source: Params, fresh: Params) -> Params:
   """
   remaining = dict(jax.tree.leaves_with_path(source["net"]))
 
-  def merge(path: Any, leaf: jax.Array) -> jax.Array:
+  def merge(path: PyTree, leaf: jax.Array) -> jax.Array:
     array = remaining.pop(path, leaf)
     if array.shape != leaf.shape:
       raise ValueError(
