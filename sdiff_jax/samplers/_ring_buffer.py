@@ -141,6 +141,7 @@ def solve(ring: RingBuffer, coefficients: list[Array], r: Array) -> Array:
     return x.reshape(len(x), num_blocks, ring.window // num_blocks, *x.shape[2:])
 
   order = len(coefficients)
+  coefficients = jnp.broadcast_arrays(*coefficients)  # some may be scalars of a slot
   matrix = [[by_block(c) for c in coefficients]]
   one, zero = jnp.ones_like(matrix[0][0]), jnp.zeros_like(matrix[0][0])
   matrix += [[one if k == i else zero for k in range(order)] for i in range(order - 1)]
