@@ -195,7 +195,7 @@ def secant(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
   for n, slope in enumerate(slopes):
     terms = [step.x[n]] if n < len(step.x) else []
     terms += [step.denoised[n] * slope] if n < len(step.denoised) else []
-    factors.append(sum(terms[1:], terms[0]))
+    factors.append(jnp.broadcast_to(sum(terms[1:], terms[0]), slope.shape))
   return factors
 
 
