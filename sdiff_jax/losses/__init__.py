@@ -36,6 +36,7 @@ class Facts(NamedTuple):
 
   Attributes:
     title: name of such a model in tables and reports, such as "sCD".
+    description: a sentence about such a model for reports, or "".
     family: "diffusion" (a denoiser, sampled in many steps) or "consistency" (sampled in
       one or a few).
     needs_teacher: whether the loss distills a teacher network.
@@ -44,6 +45,7 @@ class Facts(NamedTuple):
   """
 
   title: str
+  description: str = ""
   family: str = "diffusion"
   needs_teacher: bool = False
   init_extra_params: Callable[[Params], Params] = lambda params: params
@@ -70,7 +72,7 @@ def facts(section: Mapping[str, Json]) -> Facts:
   """
   registered = registry.lookup("losses", section["name"]).facts
   values = {"title": section["name"], **registered}
-  for name in ("title", "family", "needs_teacher"):
+  for name in ("title", "description", "family", "needs_teacher"):
     if callable(values.get(name)):
       values[name] = values[name](section)
   return Facts(**{k: v for k, v in values.items() if k in Facts._fields})

@@ -8,7 +8,13 @@ from sdiff_jax.losses import _matching
 from sdiff_jax.types import LossFn, Network
 
 
-@registry.register("losses", "diffusion", title="teacher", family="diffusion")
+@registry.register(
+  "losses",
+  "diffusion",
+  title="teacher",
+  description="The teacher is a diffusion model, sampled in many steps.",
+  family="diffusion",
+)
 def build(
   *,
   network: Network,

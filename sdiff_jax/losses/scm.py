@@ -111,6 +111,11 @@ def tangent_terms(
   "losses",
   "scm",
   title=lambda fields: "sCT" if fields["velocity"] == "data" else "sCD",
+  description=lambda fields: (
+    "sCT is a consistency model trained on data."
+    if fields["velocity"] == "data"
+    else "sCD is a consistency model distilled from the teacher."
+  ),
   family="consistency",
   needs_teacher=lambda fields: fields["velocity"] == "teacher",
 )

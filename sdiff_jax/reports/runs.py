@@ -59,12 +59,6 @@ TEXT_COLUMNS = 2  # the first columns hold text, which is aligned to the left
 BASELINES = '<tr><th colspan="{}">Baselines</th></tr>\n'
 KINDS = {"model": "", "baseline": BASELINES}  # kind of a result -> HTML above its group
 
-OBJECTIVES = {
-  "teacher": "The teacher is a diffusion model, sampled in many steps.",
-  "sCD": "sCD is a consistency model distilled from the teacher.",
-  "sCT": "sCT is a consistency model that is initialized from the teacher and trained on "
-  "data.",
-}
 FACTS = (  # label, key in training.json, format
   ("steps", "steps", "{:,}".format),
   ("images", "images", _short),
@@ -135,11 +129,12 @@ def write(runs: list[str], path: str) -> str:
   """
   loaded = [_load(run) for run in runs]
   kinds = [run.kind for run in loaded]
+  descriptions = [_description(run.config["loss"]) for run in loaded]
   data = [run.config["data"]["name"] for run in loaded]
   title = f"Trained on {_list(data)}: {_list(kinds)}"
   text = html.TEMPLATE.substitute(
     title=escape(title),
-    lead=" ".join(text for kind, text in OBJECTIVES.items() if kind in kinds),
+    lead=" ".join(dict.fromkeys(filter(None, descriptions))),
     body=_results(loaded) + _samples(loaded) + _rollouts(loaded) + _training(loaded),
   )
   out = pathlib.Path(path)
@@ -153,6 +148,14 @@ def title(loss: dict) -> str:
   if loss["name"] not in registry.names("losses"):  # of a plugin that is not here
     return loss["name"]
   return losses.facts(loss).title
+
+
+def _description(loss: dict[str, Any]) -> str:
+  """Returns a sentence about the models of a loss, "" if the loss is not known here."""
+  try:
+    return losses.facts(loss).description
+  except UserError:
+    return ""
 
 
 def rows(runs: list[str]) -> list[dict]:
