@@ -97,10 +97,7 @@ SEES_CONFIGS = {"capacity/lowering.py"}
 # Files of the library that still name fields of a config in their messages.
 NAMES_FIELDS = {
   *(f"capacity/{name}.py" for name in ("chips", "lowering", "report")),
-  *(f"data/episodes/{name}.py" for name in ("kitchen", "reader")),
-  *(f"data/{name}.py" for name in ("folder", "idx", "latents", "normalizer", "npz")),
-  *(f"data/{name}.py" for name in ("pipeline", "tfds", "trajectories")),
-  "pretrained/diffusers/prompts.py",
+  "data/episodes/kitchen.py",
 }
 
 

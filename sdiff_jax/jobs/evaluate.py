@@ -1,7 +1,6 @@
 """Job `evaluate`: measures the samples of several samplers, or given images."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from sdiff_jax.data import folder, npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import image_io
+from sdiff_jax.io import file_io, image_io
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
 from sdiff_jax.samplers import Sampler, SamplingStats
@@ -62,10 +61,10 @@ DEFAULTS = {
   configs_of=("train", "generate"),
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
-  """Writes results.json and a grid of samples for each solver into the folder evaluate.folder.
+  """Writes results.json and a grid of samples of each sampler into evaluate.folder.
 
-  With evaluate.images, or in a work directory of the job `generate`, it measures those
-  alone, into images.json. See report.py for what a row holds.
+  With evaluate.images, or in a work directory of the job `generate`, it measures only
+  these images, and writes images.json. The keys of a row are those of reports/runs.py.
   """
   images = config.evaluate.images
   if config.job == "generate":
@@ -78,8 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     name, rows = "results.json", _trained(config, workdir, folder)
   path = os.path.join(folder, name)
   if jax.process_index() == 0:
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(rows, file, indent=2)
+    file_io.write_json(path, rows)
     print(runs.table(rows))
   return f"measured {len(rows)} rows: {path}"
 
@@ -240,16 +238,11 @@ def _timed(
 
 
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:
-  """Returns the run's training operations so far as a share of its teacher's."""
+  """Returns the run's training operations so far as a fraction of its teacher's."""
   teacher = workdir_lib.parent(workdir_lib.read(workdir)) or workdir
   paths = [os.path.join(d, "training.json") for d in (workdir, teacher)]
   if not all(map(os.path.exists, paths)):
     return None
-  mine, theirs = map(_read, paths)
+  mine, theirs = map(file_io.read_json, paths)
   part = (config.sample.checkpoint or mine["steps"]) / mine["steps"]
   return part * mine["flops"] / theirs["flops"]
-
-
-def _read(path: str) -> dict[str, float]:
-  with open(path, encoding="utf-8") as file:
-    return json.load(file)
