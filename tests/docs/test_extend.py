@@ -1,5 +1,6 @@
 """The files of docs/extend, run from outside the package as its page says."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -67,6 +68,7 @@ def test_a_field_that_a_piece_lacks_is_refused(run):
 
 def test_the_solver_has_order_two():
   """For Gaussian data the end of the probability flow is known in closed form."""
+  importlib.import_module("ab2")
   std, sigma = 0.5, 5.0
   x = jnp.linspace(-1.0, 1.0, 5)[:, None]
   errors = []
