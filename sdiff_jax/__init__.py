@@ -34,7 +34,6 @@ Names are imported when they are first used, so `import sdiff_jax` is cheap.
 """
 
 import importlib
-import pkgutil
 from typing import Any
 
 __version__ = "0.1.0"
@@ -55,15 +54,13 @@ _MODULES = {
   "trigflow": "diffusion.trigflow",
 }
 _OBJECTS = {
+  "CondSpec": "types",
   "Denoiser": "types",
   "LossFn": "types",
   "Network": "types",
   "Trainer": "training.trainer",
   "UserError": "types",
 }
-# Packages whose public modules are imported with them.
-_WITH_MODULES = ("losses", "models", "training")
-
 __all__ = ["__version__", *_MODULES, *_OBJECTS]
 
 
@@ -73,12 +70,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_OBJECTS[name]}"), name)
   if name not in _MODULES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-  if name in _WITH_MODULES:
-    for file in pkgutil.iter_modules(module.__path__):
-      if not file.name.startswith("_"):
-        importlib.import_module(f"{module.__name__}.{file.name}")
-  return module
+  return importlib.import_module(f"{__name__}.{_MODULES[name]}")
 
 
 def __dir__() -> list[str]:

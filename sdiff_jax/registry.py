@@ -21,6 +21,7 @@ import importlib.util
 import inspect
 import pathlib
 import pkgutil
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -252,3 +253,26 @@ def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> 
     # Some pieces still put the name of their section before the argument themselves.
     text = str(error).removeprefix(label.rpartition(".")[2] + ".") if label else ""
     raise UserError(f"{label}.{text}" if label else str(error)) from error
+
+
+def public_module(package: str, name: str) -> types.ModuleType:
+  """Imports a public module of a package when it is first used as an attribute.
+
+  Packages of pieces have it as their `__getattr__`, so `sdiff_jax.losses.scm` works
+  without an import of its own.
+
+  Args:
+    package: dotted name of the package.
+    name: of the attribute.
+
+  Raises:
+    AttributeError: the package has no such public module.
+
+  Example:
+    >>> public_module("sdiff_jax.losses", "scm").__name__
+    'sdiff_jax.losses.scm'
+  """
+  module = f"{package}.{name}"
+  if name.startswith("_") or importlib.util.find_spec(module) is None:
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+  return importlib.import_module(module)

@@ -1,6 +1,7 @@
 """A network: a few convolutions that are scaled and shifted by an embedding."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from sdiff_jax import registry
 from sdiff_jax.models.layers import conditioning, linen
@@ -11,13 +12,14 @@ class ConvNet(nn.Module):
 
   width: int
   depth: int
-  cond: dict
+  conditions: tuple
 
   @nn.compact
   def __call__(self, x, t, cond, *, deterministic):
     del deterministic  # there is no dropout
     # One vector for the time and all conditions that the data set declares.
-    embedding = conditioning.Embedding(self.width, self.cond)(t, cond)
+    embed = conditioning.Embedding(self.width, self.conditions, jnp.float32)
+    embedding = embed(t, cond)
     h = nn.Conv(self.width, (3, 3))(x)
     for _ in range(self.depth):
       scale, shift = nn.Dense(2 * self.width)(embedding)[:, None, None].reshape(
@@ -38,4 +40,6 @@ def build(*, shape, cond, width=32, depth=2):
     width: channels; from here on the config's fields.
     depth: number of residual blocks.
   """
-  return linen.as_network(ConvNet(width, depth, cond), shape=shape, cond=cond)
+  conditions = conditioning.conditions(cond)
+  module = ConvNet(width, depth, conditions)
+  return linen.as_network(module, shape=shape, conditions=conditions)

@@ -27,6 +27,7 @@ PACKAGES = (
   "types",
   "registry",
   "config",
+  "defaults",
 )
 
 

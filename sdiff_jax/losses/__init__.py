@@ -9,6 +9,7 @@ Its arguments with a default are its fields in a config (see `registry`). The ke
 arguments of `register` are facts about the loss, which `facts` reads.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -76,3 +77,6 @@ def facts(section: Mapping[str, Json]) -> Facts:
     if callable(values.get(name)):
       values[name] = values[name](section)
   return Facts(**{k: v for k, v in values.items() if k in Facts._fields})
+
+
+__getattr__ = functools.partial(registry.public_module, __name__)

@@ -49,10 +49,10 @@ def test_the_page_shows_every_file():
 
 @pytest.mark.parametrize("name", ["ab2", "paraab2"])
 def test_it_trains_and_samples(run, name):
-  fields = "--config.sample.num=4", "--config.sample.batch_size=4"
+  fields = "--config.sample.num=8", "--config.sample.batch_size=8"
   command(run, "--job=sample", f"--config.sampler.name={name}", *fields)
   with np.load(run / "samples.npz") as samples:
-    assert samples["arr_0"].shape == (4, 8, 8, 1)
+    assert samples["arr_0"].shape == (8, 8, 8, 1)
   (run / "samples.npz").unlink()
 
 

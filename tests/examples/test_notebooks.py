@@ -183,7 +183,7 @@ def test_pod_rehearsal_without_a_compiler(
   assert not shown
   # Forward and backward cost 6 operations for each parameter and image; a convolution
   # costs more, at most that for each of the 64 pixels.
-  each = names["flops"] / (names["program"].parameters * 64)
+  each = names["flops"] / (names["program"].num_parameters * 64)
   assert 1 < each < 6 * 64
   assert f"v5e:2x2: 4 chips of 16 GB, a step in {names['least'] * 1e3:.2f} ms" in out
 
