@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import ml_collections
 
@@ -26,7 +25,7 @@ from sdiff_jax.defaults import (
   positive,
 )
 from sdiff_jax.io import resumable
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 __all__ = [
   "base",
@@ -44,7 +43,7 @@ __all__ = [
 PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 
 
-def component(kind: str, name: str, **changed: Any) -> ml_collections.ConfigDict:
+def component(kind: str, name: str, **changed: Json) -> ml_collections.ConfigDict:
   """Returns the section of a component: its name and the fields of its function.
 
   Args:
@@ -127,7 +126,7 @@ def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
   return config
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults() -> dict[str, Json]:
   """Returns the defaults of all fields outside of components, with their ranges."""
   defaults = copy.deepcopy(DEFAULTS)
   for _, job in _jobs():
@@ -141,7 +140,7 @@ def _jobs() -> Iterator[tuple[str, registry.Piece]]:
     yield name, registry.lookup("jobs", name)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Json) -> Json:
   """Returns defaults without their ranges."""
   if isinstance(value, Mapping):
     return {k: _plain(v) for k, v in value.items()}
@@ -246,7 +245,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError("config.ema.profiles=(): name one profile, such as 'power/0.05'")
 
 
-def with_new_names(stored: dict[str, Any]) -> dict[str, Any]:
+def with_new_names(stored: dict[str, Json]) -> dict[str, Json]:
   """Returns a stored config with the present names of its fields (see `RENAMED`).
 
   Args:

@@ -3,9 +3,9 @@
 They are the fields that several jobs share, or that identify an experiment.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 # Fields that had another name in an earlier version: old -> new. The command line
 # refuses the old name with the new one in the message; `read` of a work directory
@@ -72,7 +72,7 @@ def not_negative(default: float) -> Ranged:
   return Ranged(default, 0, exclusive=False)
 
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Json] = {
   "job": "train",  # what is done without --job
   "seed": 0,
   "sigma_d": positive(0.5),  # standard deviation that the data are scaled to

@@ -25,7 +25,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -154,7 +154,7 @@ def _first_sentence(text: str) -> str:
   return line.rstrip(".")
 
 
-def fields(kind: str, name: str) -> dict[str, Any]:
+def fields(kind: str, name: str) -> dict[str, Json]:
   """Returns the config fields of a piece with their defaults.
 
   Fields are the arguments with a default other than None. An argument whose default is a
@@ -171,7 +171,7 @@ def fields(kind: str, name: str) -> dict[str, Any]:
     >>> fields("losses", "diffusion")["p_mean"]
     -1.2
   """
-  out: dict[str, Any] = {}
+  out: dict[str, Json] = {}
   for p in inspect.signature(lookup(kind, name).build).parameters.values():
     if dataclasses.is_dataclass(p.default):
       out |= {f.name: getattr(p.default, f.name) for f in dataclasses.fields(p.default)}
@@ -198,7 +198,7 @@ def required(kind: str, name: str) -> list[str]:
   return [p.name for p in parameters if p.default in (p.empty, None)]
 
 
-def check(kind: str, section: dict[str, Any], label: str) -> None:
+def check(kind: str, section: dict[str, Json], label: str) -> None:
   """Checks that a section {"name": ..., field: value} fits the piece that it names.
 
   Args:
@@ -221,7 +221,7 @@ def check(kind: str, section: dict[str, Any], label: str) -> None:
     )
 
 
-def build(kind: str, section: dict[str, Any], label: str = "", **given: Any) -> Any:
+def build(kind: str, section: dict[str, Json], label: str = "", **given: Json) -> Json:
   """Builds the piece that a section names.
 
   Args:

@@ -8,7 +8,6 @@ a run that hits the cache costs), compilation minutes.
 import hashlib
 import os
 import pathlib
-from typing import Any
 
 import jax
 import jaxlib
@@ -16,7 +15,7 @@ import jaxlib
 from sdiff_jax.capacity import chips
 from sdiff_jax.io import file_io
 from sdiff_jax.training import flops
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 FOLDER = "~/.cache/sdiff_jax/rehearsals"
 
@@ -43,7 +42,7 @@ def _path(name: str) -> str:
   return os.path.join(os.path.expanduser(FOLDER), f"{name}.json")
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str) -> dict[str, Json] | None:
   """Returns the facts that are stored under a key, or None."""
   try:
     return file_io.read_json(_path(name))
@@ -51,6 +50,6 @@ def load(name: str) -> dict[str, Any] | None:
     return None
 
 
-def save(name: str, facts: dict[str, Any]) -> None:
+def save(name: str, facts: dict[str, Json]) -> None:
   """Stores the facts of a program under a key."""
   file_io.write_json(_path(name), facts)

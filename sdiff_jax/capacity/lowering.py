@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Pipeline
 from sdiff_jax.samplers import Sampler, autotune
 from sdiff_jax.training import flops as flops_lib
-from sdiff_jax.types import Network, Params, UserError
+from sdiff_jax.types import Json, Network, Params, PyTree, UserError
 
 KINDS = ("train", "sample")
 NO_WINDOW = "config.sampler.window=0: must be set, since no device can be timed"
@@ -54,7 +54,7 @@ class Program(NamedTuple):
   trip_count: int
   calls_per_batch: float
 
-  def summary(self) -> dict[str, Any]:
+  def summary(self) -> dict[str, Json]:
     """Returns the numbers of a program that need no compiler."""
     names = ("num_parameters", "num_images", "calls_per_batch")
     return {name: getattr(self, name) for name in names}
@@ -197,7 +197,7 @@ def _sampling_program(
   )
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
+def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
   """Returns the bytes of arrays that one device holds."""
   leaves = jax.tree.leaves(tree)
   if isinstance(shardings, jax.sharding.Sharding):
@@ -248,7 +248,7 @@ def analyze(
   num_devices: int,
   *,
   gpu: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
   """Compiles a program and returns its facts.
 
   Args:
@@ -282,7 +282,7 @@ def analyze(
   return facts
 
 
-def read(compiled: jax.stages.Compiled) -> dict[str, Any]:
+def read(compiled: jax.stages.Compiled) -> dict[str, Json]:
   """Returns the compiler's analysis of a program, see `analyze`."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   collectives = hlo.read(compiled.as_text())

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from html import escape
-from typing import Any
 
 from sdiff_jax.capacity import chips, roofline
 from sdiff_jax.capacity.hlo import Collective
 from sdiff_jax.reports import html as html_lib
+from sdiff_jax.types import Json
 
 PROGRESS_SECONDS = 30  # between two lines of progress
 NOTE = "modeled, not measured"
@@ -45,7 +45,7 @@ def memory_per_device(pod: str, devices: int) -> float:
   return chips.CHIPS[parsed.chip].memory * parsed.chips / devices
 
 
-def memory_use(facts: dict[str, Any]) -> int:
+def memory_use(facts: dict[str, Json]) -> int:
   """Returns the bytes that one device needs: arguments, temporaries, outputs, program.
 
   If nothing was compiled, only the persistent bytes are known.
@@ -55,15 +55,15 @@ def memory_use(facts: dict[str, Any]) -> int:
   return sum(memory.get(n, 0) for n in names) or sum(facts["persistent_bytes"].values())
 
 
-def fits(facts: dict[str, Any]) -> bool:
+def fits(facts: dict[str, Json]) -> bool:
   """Returns whether a compiled program fits into a device's memory."""
   available = memory_per_device(facts["pod"], facts["devices"])
   return "error" not in facts and memory_use(facts) <= available
 
 
 def model(
-  kind: str, steps: int, program: dict[str, Any], attempts: list[dict[str, Any]]
-) -> dict[str, Any]:
+  kind: str, steps: int, program: dict[str, Json], attempts: list[dict[str, Json]]
+) -> dict[str, Json]:
   """Returns the content of the report for one pod.
 
   Args:
@@ -149,7 +149,7 @@ COLUMNS = (  # header, description
 )
 
 
-def cells(pod_report: dict[str, Any]) -> list[str]:
+def cells(pod_report: dict[str, Json]) -> list[str]:
   """Returns the cells of a pod in the table, in the order of COLUMNS."""
   changes = dict(pod_report["attempts"][-1]["changes"])
   if pod_report["pod"] != pod_report["requested"]:
@@ -180,13 +180,13 @@ def cells(pod_report: dict[str, Any]) -> list[str]:
   ]
 
 
-def table(pods: list[dict[str, Any]]) -> str:
+def table(pods: list[dict[str, Json]]) -> str:
   """Returns the pods as a Markdown table."""
   lines = [[c[0] for c in COLUMNS], ["---"] * len(COLUMNS), *map(cells, pods)]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n({NOTE})"
 
 
-def html(pods: list[dict[str, Any]], command: list[str]) -> str:
+def html(pods: list[dict[str, Json]], command: list[str]) -> str:
   """Returns a self-contained page about pods.
 
   Args:
@@ -210,7 +210,7 @@ def html(pods: list[dict[str, Any]], command: list[str]) -> str:
   )
 
 
-def _section(pod_report: dict[str, Any]) -> str:
+def _section(pod_report: dict[str, Json]) -> str:
   """Returns the section of a pod."""
   chip = chips.CHIPS[chips.parse(pod_report["pod"]).chip]
   program, ops = pod_report["program"], pod_report.get("model_flops", 0.0)
@@ -269,7 +269,7 @@ def _n(number: float) -> str:
   return f"{number:,g}"
 
 
-def _sum_by_kind(collectives: list[dict[str, Any]]) -> list[tuple]:
+def _sum_by_kind(collectives: list[dict[str, Json]]) -> list[tuple]:
   """Returns (a collective, calls, bytes, ring bytes) for each kind, type and group."""
   sums: dict[tuple, list] = {}
   for c in collectives:
@@ -280,7 +280,7 @@ def _sum_by_kind(collectives: list[dict[str, Any]]) -> list[tuple]:
   return sorted((tuple(s) for s in sums.values()), key=lambda s: -s[3])
 
 
-def _text(changes: dict[str, Any]) -> str:
+def _text(changes: dict[str, Json]) -> str:
   return ", ".join(f"{k}={v}" for k, v in changes.items()) or "nothing"
 
 

@@ -12,7 +12,6 @@ consistency model.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._ring_buffer import RingBuffer, map_slots, wide
 from sdiff_jax.samplers._samples import Samples
 from sdiff_jax.samplers.tableau import TOLERANCE_UNIT, SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 
 
 def check(tableau: SolverTableau, tolerance: float) -> None:
@@ -151,7 +150,7 @@ def integrate(
   return jax.lax.scan(solver_step, (x, x, history), jnp.arange(size))[0][0]
 
 
-def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str, Json]:
   """Returns the options of `run`; without a window there are about R^(1/2) blocks.
 
   Args:

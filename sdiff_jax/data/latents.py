@@ -7,14 +7,13 @@ label of an image, int32, and the means and standard deviations, float16 [H, W, 
 import json
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.data._codecs import LatentCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 ABOUT = "latents.json"
 LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
@@ -82,7 +81,7 @@ def check_scale(scale: str) -> None:
     raise ValueError(f"scale={scale!r}: use one of {', '.join(SCALES)}")
 
 
-def paths(folder: str, about: dict[str, Any]) -> list[str]:
+def paths(folder: str, about: dict[str, Json]) -> list[str]:
   """Returns the files of a folder, by the `size` and `shard_size` of its latents."""
   count = -(-about["size"] // about["shard_size"])
   names = (f"latents-{k:05d}-of-{count:05d}.array_record" for k in range(count))
@@ -114,7 +113,7 @@ def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
     raise UserError(f"{path} was not written: {error}") from error
 
 
-def _about(folder: str) -> dict[str, Any]:
+def _about(folder: str) -> dict[str, Json]:
   """Returns what latents.json says, checked."""
   path = os.path.join(folder, ABOUT)
   try:
@@ -134,7 +133,7 @@ def _about(folder: str) -> dict[str, Any]:
   return about
 
 
-def _records(folder: str, about: dict[str, Any]) -> Callable[[list[int]], list[bytes]]:
+def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[bytes]]:
   """Returns (indices) -> records of all files."""
   from array_record.python import array_record_data_source  # slow
 

@@ -1,7 +1,6 @@
 """What a study measures of a trained run beside its samples."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.losses import _velocity, scm, tangent_norm
 from sdiff_jax.samplers import comparison
-from sdiff_jax.types import Array, Denoiser, Params
+from sdiff_jax.types import Array, Denoiser, Json, Params
 
 TOLERANCES = (0.01, 0.03, 0.1, 0.3, 1.0)
 WINDOWS = (4, 8, 16, 32)
@@ -63,7 +62,7 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
 
 def parallel_sampling(
   config: ml_collections.ConfigDict, workdir: str
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Json]]:
   """Returns the cost of config.sampler and its error to the sequential sampler.
 
   It is measured at each of TOLERANCES with sampler.window, then with each of WINDOWS at

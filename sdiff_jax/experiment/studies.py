@@ -1,14 +1,13 @@
 """The config of a study: runs of several experiments, and the figure they end in."""
 
 import ast
-from typing import Any
 
 import ml_collections
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import variants
 from sdiff_jax.reports import studies
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 # Variant -> config files of the runs, and the fields that all runs of a study change.
 SETTINGS = {
@@ -58,7 +57,7 @@ def run(
   guidance: float | None = None,
   checkpoints: bool = False,
   drawn: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
   """Returns one run of a study.
 
   Args:
@@ -86,7 +85,7 @@ def run(
 
 def build(
   name: str,
-  runs: dict[str, dict[str, Any]],
+  runs: dict[str, dict[str, Json]],
   *,
   title: str,
   lead: str,

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from sdiff_jax.pretrained.diffusers import loading, scheduler
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.samplers import Sampler
-from sdiff_jax.types import Array, Cond, Denoiser, Params, UserError
+from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Fields of config.sampler that only networks trained here have: the noise schedule of a
@@ -84,7 +83,7 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
 
 
 def build_sampler(
-  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **options: Any
+  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **options: Json
 ) -> tuple[Schedule, Sampler]:
   """Returns the schedule with its solver and spacing, and the sampler.
 

@@ -1,7 +1,7 @@
 """From a config to a Trainer: optimizer, loss, teacher, initial weights, FLOPs."""
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from sdiff_jax.training import ema, flops, optimizers, state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
-from sdiff_jax.types import LossFn, Network, Params, UserError
+from sdiff_jax.types import Json, LossFn, Network, Params, PRNGKey, UserError
 
 
 class Optimization(NamedTuple):
@@ -35,7 +35,7 @@ class Optimization(NamedTuple):
 
   learning_rate: optax.Schedule
   optimizer: optax.GradientTransformation
-  ema: dict[str, Any]
+  ema: dict[str, Json]
 
 
 def optimization(config: ml_collections.ConfigDict) -> Optimization:
@@ -111,7 +111,7 @@ def build_trainer(
   )
 
 
-def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, Any]:
+def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, Json]:
   """Returns shapes and types of a batch over all processes, without reading data."""
   return {
     "x0": jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32),
@@ -207,7 +207,7 @@ def step_flops(
   dataset: Dataset,
   teacher: Network | None,
   state: TrainState,
-  key: Any,
+  key: PRNGKey,
   frozen: Params,
 ) -> float:
   """Returns the floating-point operations of one step, over all devices.

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -22,7 +21,7 @@ from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training.checkpoints import Checkpoints
-from sdiff_jax.types import Network, Params, UserError
+from sdiff_jax.types import Json, Network, Params, UserError
 
 NORMALIZER = (
   "normaliser.npz"  # the name of earlier versions, for their work directories
@@ -62,7 +61,7 @@ def save_or_check_config(
       normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normalizer)
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
+def _identity(config: dict[str, Json]) -> dict[str, Json]:
   """Returns the fields that identify an experiment, flat: all but runtime fields."""
   runtime = configs.runtime_fields()
   return {
@@ -72,7 +71,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+def _with_absolute_paths(config: dict[str, Json]) -> dict[str, Json]:
   """Returns the config with absolute paths of the work directories of other runs."""
   if config["teacher"]["workdir"]:
     config["teacher"]["workdir"] = os.path.abspath(config["teacher"]["workdir"])
@@ -112,7 +111,7 @@ def parent(config: ml_collections.ConfigDict) -> str:
   return config.teacher.workdir or config.init_from
 
 
-def _with_tuples(value: Any) -> Any:
+def _with_tuples(value: Json) -> Json:
   """Returns a value read from JSON with tuples instead of lists."""
   if isinstance(value, dict):
     return {k: _with_tuples(v) for k, v in value.items()}

@@ -9,7 +9,6 @@ import concurrent.futures
 import multiprocessing
 import os
 import shutil
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -18,10 +17,11 @@ import tqdm
 from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.policies.pusht import env, expert, observations
+from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.types import UserError
 
 NEAR = 3  # every so many-th episode starts near the goal
-_envs: list[Any] = []  # of a worker process
+_envs: list[Env] = []  # of a worker process
 
 
 DEFAULTS = {

@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
-from sdiff_jax.types import Array, Params, UserError
+from sdiff_jax.types import Array, Json, Params, UserError
 
 # (uint8 images [n, H, W, C]) -> means and standard deviations, float32 [n, h, w, 2C]
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -81,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
 def _about(
   config: ml_collections.ConfigDict, source: Dataset, vae: Autoencoder
-) -> dict[str, Any]:
+) -> dict[str, Json]:
   """Returns what latents.json is to say.
 
   Raises:
@@ -105,7 +104,7 @@ def _about(
   return json.loads(json.dumps(about))  # tuples as they will be read
 
 
-def _claim(workdir: str, about: dict[str, Any]) -> None:
+def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the one there says the same."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.exists(path):

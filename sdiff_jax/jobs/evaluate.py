@@ -4,7 +4,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import ml_collections
@@ -21,7 +20,7 @@ from sdiff_jax.io import file_io, image_io
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
 from sdiff_jax.samplers import Sampler, SamplingStats
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 # Names in results.json of fields of SamplingStats.
 STORED_STATS = {"passes": "num_iterations", "evaluations": "num_evaluations"}
@@ -82,7 +81,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return f"measured {len(rows)} rows: {path}"
 
 
-def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
+def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Json]:
   """Returns the row of images, an .npz or a folder."""
   mesh, chosen = experiments.mesh(config), config.evaluate
   if not chosen.features and not chosen.clip:
@@ -103,7 +102,7 @@ def _given(config: ml_collections.ConfigDict, path: str) -> dict[str, Any]:
 
 def _trained(
   config: ml_collections.ConfigDict, workdir: str, folder: str
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Json]]:
   """Returns the rows of a trained work directory, and writes their grids."""
   experiment, params = workdir_lib.trained(config, workdir)
   samplers = [(s, sampling.build_sampler(config, s)) for s in config.evaluate.samplers]
@@ -135,7 +134,7 @@ def _trained(
   return rows
 
 
-def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Any]:
+def _row(model: str, sampler: str, measured: dict, num: int) -> dict[str, Json]:
   empty = dict.fromkeys(("evaluations", "images_per_second", "compute", "grid"))
   row = {"model": model, "sampler": sampler, "kind": "model", "images": num}
   return row | empty | measured

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -30,7 +30,7 @@ from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.samplers import Sampler, SamplingStats
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 NUM_SHOWN = 16  # images of the picture
 NUM_WRITERS = 4  # threads
@@ -39,7 +39,7 @@ STORED_FIELDS = ("name", "steps", "tolerance", "update_rule")
 # Names of earlier versions, in their images -> present names.
 RENAMED = {"passes": "num_iterations", "evaluations": "num_evaluations"}
 # What a PNG says of its image; None where there is none.
-Description = dict[str, Any] | None
+Description = dict[str, Json] | None
 
 
 class Images(NamedTuple):
@@ -51,7 +51,7 @@ class Images(NamedTuple):
   """
 
   folder: str
-  settings: list[dict[str, Any]]
+  settings: list[dict[str, Json]]
 
   def path(self, k: int) -> str:
     """Returns the path of image k."""
@@ -259,7 +259,7 @@ def _make(
 
 
 def _texts(
-  images: Images, indices: list[int], stats: SamplingStats, cost: Mapping[str, Any]
+  images: Images, indices: list[int], stats: SamplingStats, cost: Mapping[str, Json]
 ) -> list[str]:
   """Returns what the images of a batch say of themselves, as JSON."""
   values = {

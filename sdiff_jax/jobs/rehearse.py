@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import ml_collections
@@ -21,7 +20,7 @@ from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 # Full optimization needs many times longer; memory, collectives and operations are the
 # same.
@@ -89,7 +88,7 @@ def _suffix(config: ml_collections.ConfigDict) -> str:
   return "" if config.rehearse.program == "train" else f"_{config.rehearse.program}"
 
 
-def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
+def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Json]:
   """Returns the report of a pod, with the first changes that make the program fit."""
   attempts = []
   for changes, attempt_pod in _attempts(config, pod):
@@ -107,7 +106,7 @@ def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Any]:
 
 def _attempts(
   config: ml_collections.ConfigDict, pod: Pod
-) -> Iterator[tuple[dict[str, Any], Pod]]:
+) -> Iterator[tuple[dict[str, Json], Pod]]:
   """Yields changes of config fields that save memory, and pods, from the mildest on."""
   yield {}, pod
   changes = {}
@@ -130,8 +129,8 @@ def _attempts(
 
 
 def _attempt(
-  config: ml_collections.ConfigDict, changes: dict[str, Any], pod: Pod
-) -> tuple[dict[str, Any], dict[str, Any]]:
+  config: ml_collections.ConfigDict, changes: dict[str, Json], pod: Pod
+) -> tuple[dict[str, Json], dict[str, Json]]:
   """Returns the summary of a program and its facts, with changes of config fields."""
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(changes)
@@ -159,7 +158,7 @@ def _attempt(
   return program.summary(), facts | analysis
 
 
-def _text(changes: dict[str, Any]) -> str:
+def _text(changes: dict[str, Json]) -> str:
   return ", ".join(f"{k}={v}" for k, v in changes.items()) or "unchanged"
 
 

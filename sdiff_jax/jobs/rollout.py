@@ -3,7 +3,6 @@
 import functools
 import os
 import time
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -16,8 +15,9 @@ from sdiff_jax.io import file_io, image_io
 from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.policies.pusht import rollout as rollout_lib
+from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.reports import runs
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 DEFAULTS = {
   "rollout": {
@@ -74,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 def _episodes(
   rollout: ml_collections.ConfigDict,
   policy: Policy,
-  envs: list[Any],
+  envs: list[Env],
   name: str,
   film: str,
 ) -> rollout_lib.Episodes:
@@ -116,7 +116,7 @@ def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
   return {"difference": float(gained.mean()), "difference_error": float(error)}
 
 
-def _row(model: str, sampler: str, episodes: rollout_lib.Episodes) -> dict[str, Any]:
+def _row(model: str, sampler: str, episodes: rollout_lib.Episodes) -> dict[str, Json]:
   """Returns a row of results; see `reports.runs.ROLLOUT_COLUMNS`."""
   count, cost = len(episodes.reward), episodes.cost
   return {

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable
 from html import escape
-from typing import Any
 
 import jax
 import ml_collections
@@ -22,7 +21,7 @@ from sdiff_jax.io import file_io
 from sdiff_jax.reports import html
 from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs/studies
 
@@ -64,7 +63,7 @@ def _folder(workdir: str, seed: int, name: str) -> str:
 
 
 def run_config(
-  study: dict[str, Any], workdir: str, seed: int, name: str
+  study: dict[str, Json], workdir: str, seed: int, name: str
 ) -> ml_collections.ConfigDict:
   """Returns the config of a run."""
   entry = study["runs"][name]
@@ -84,13 +83,13 @@ def run_config(
 
 
 def _points(
-  study: dict[str, Any],
+  study: dict[str, Json],
   workdir: str,
   seed: int,
   name: str,
   config: ml_collections.ConfigDict,
-  earlier: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
+  earlier: list[dict[str, Json]],
+) -> list[dict[str, Json]]:
   """Trains and evaluates a run unless its results exist; returns its points.
 
   Args:
@@ -147,17 +146,19 @@ def _run_job(name: str, config: ml_collections.ConfigDict, workdir: str) -> None
   jax.clear_caches()
 
 
-def _first(points: list[dict[str, Any]], seed: int, name: str) -> dict[str, Any] | None:
+def _first(
+  points: list[dict[str, Json]], seed: int, name: str
+) -> dict[str, Json] | None:
   """Returns the first point of a run, None if it has none."""
   return next((p for p in points if p["seed"] == seed and p["run"] == name), None)
 
 
 def _cached(
   path: str,
-  measure: Callable[[ml_collections.ConfigDict, str], Any],
+  measure: Callable[[ml_collections.ConfigDict, str], Json],
   config: ml_collections.ConfigDict,
   workdir: str,
-) -> Any:
+) -> Json:
   """Reads a JSON result, or computes `measure(config, workdir)` and stores it."""
   if os.path.exists(path):
     return file_io.read_json(path, "remove it to measure again")
@@ -183,7 +184,7 @@ def _checkpoints(workdir: str) -> list[int]:
   return [*checkpoints.steps(workdir)[:-1], 0]
 
 
-def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]:
+def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Json]]:
   """Returns the rows of the job `evaluate`, which is run unless its file exists."""
   path = os.path.join(workdir, evaluation.results_folder(config), "results.json")
   if not os.path.exists(path):
@@ -191,7 +192,7 @@ def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str,
   return [row for row in file_io.read_json(path) if row["evaluations"]]
 
 
-def _write(study: dict[str, Any], workdir: str, rows: list[dict[str, Any]]) -> None:
+def _write(study: dict[str, Json], workdir: str, rows: list[dict[str, Json]]) -> None:
   """Writes figure, tables and points of a study."""
   x, panels = study["x"], tuple(study["panels"])
   path = os.path.join(workdir, study["name"])

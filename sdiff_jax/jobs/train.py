@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import ml_collections
@@ -24,7 +23,7 @@ from sdiff_jax.training import loop, metric_writer
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
-from sdiff_jax.types import Array, Network, Params, UserError
+from sdiff_jax.types import Array, Batch, Network, Params, UserError
 
 SUMMARY = "training.json"
 
@@ -181,7 +180,7 @@ def _batches(
 
 
 def _run_loop(
-  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+  step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]],
   state: TrainState,
   batches: Iterator[dict],
   checkpoints: Checkpoints,

@@ -1,9 +1,11 @@
 """What a metric is, and what it knows of two sets of images."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from sdiff_jax.types import PyTree
 
 MOMENTS, FEATURES = "moments", "features"
 
@@ -38,7 +40,7 @@ class Metric(NamedTuple):
     merge: (sums, sums) -> sums of both; needed with `update`.
   """
 
-  compute: Callable[[FeatureSet, FeatureSet | None, Any], dict[str, float]]
+  compute: Callable[[FeatureSet, FeatureSet | None, PyTree], dict[str, float]]
   needs: tuple[str, ...] = ()
-  update: Callable[[np.ndarray, np.ndarray, int], Any] | None = None
-  merge: Callable[[Any, Any], Any] | None = None
+  update: Callable[[np.ndarray, np.ndarray, int], PyTree] | None = None
+  merge: Callable[[PyTree, PyTree], PyTree] | None = None

@@ -1,6 +1,6 @@
 """Diffusion Policy's U-Net and policies (real-stanford/diffusion_policy)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from sdiff_jax.pretrained.diffusers import scheduler as scheduler_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Array, Cond, CondSpecs, Params, PRNGKey, UserError
+from sdiff_jax.types import Array, Cond, CondSpecs, Json, Params, PRNGKey, UserError
 
 # The noise scheduler of its configs, which its files do not hold.
 SCHEDULER = {
@@ -45,7 +45,7 @@ class PretrainedPolicy(NamedTuple):
       on.
   """
 
-  fields: dict[str, Any]
+  fields: dict[str, Json]
   network: Predictor
   params: Params
   normalizer: Normalizer

@@ -2,7 +2,6 @@
 
 import json
 import os
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from sdiff_jax.pretrained.diffusion_policy import (
   unet_tensors,
 )
 from sdiff_jax.pretrained.files import config_fields, state_dict
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 DEFAULTS = {  # of LeRobot's DiffusionConfig
   "n_obs_steps": 2,
@@ -128,7 +127,7 @@ def load(path: str, *, dtype: str = "float32") -> PretrainedPolicy:
   )
 
 
-def _observation_sizes(c: dict[str, Any]) -> dict[str, int]:
+def _observation_sizes(c: dict[str, Json]) -> dict[str, int]:
   """Returns the size of each part of an observation, by its feature.
 
   Raises:

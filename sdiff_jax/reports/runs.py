@@ -6,14 +6,14 @@ import json
 import pathlib
 from collections.abc import Callable, Iterable
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sdiff_jax import losses, registry
 from sdiff_jax.reports import html
 from sdiff_jax.training import metric_writer
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 
 def _seconds(value: float) -> str:
@@ -31,7 +31,7 @@ def _short(value: float) -> str:
 
 
 # Header, key in the results, format, description.
-Column = tuple[str, str, Callable[[Any], str], str]
+Column = tuple[str, str, Callable[[Json], str], str]
 MODEL_COLUMNS: tuple[Column, ...] = (
   ("Model", "model", str, "run that generated the images"),
   ("Sampler", "sampler", str, "sampler and number of solver steps"),
@@ -150,7 +150,7 @@ def title(loss: dict) -> str:
   return losses.facts(loss).title
 
 
-def _description(loss: dict[str, Any]) -> str:
+def _description(loss: dict[str, Json]) -> str:
   """Returns a sentence about the models of a loss, "" if the loss is not known here."""
   try:
     return losses.facts(loss).description

@@ -1,9 +1,11 @@
 """Figures and tables of studies."""
 
 import io
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from sdiff_jax.types import Json
 
 if TYPE_CHECKING:  # slow to import
   from matplotlib.axes import Axes
@@ -54,7 +56,7 @@ class Curve(NamedTuple):
   names: tuple[str, ...]
 
 
-def curves(rows: list[dict[str, Any]], x: str, y: str) -> dict[str, Curve]:
+def curves(rows: list[dict[str, Json]], x: str, y: str) -> dict[str, Curve]:
   """Returns the curve of each series.
 
   Args:
@@ -116,7 +118,7 @@ def _annotate(
 
 
 def draw(
-  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...], log: str
+  rows: list[dict[str, Json]], x: str, panels: tuple[Panel, ...], log: str
 ) -> "Figure":
   """Returns a figure with a panel for each key: mean and range of every series.
 
@@ -183,7 +185,7 @@ def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def tables(
-  rows: list[dict[str, Any]], x: str, panels: tuple[Panel, ...]
+  rows: list[dict[str, Json]], x: str, panels: tuple[Panel, ...]
 ) -> list[list[list[str]]]:
   """Returns a table for each horizontal axis, see `table`."""
   by_x: dict[str, list[str]] = {}
@@ -193,7 +195,7 @@ def tables(
 
 
 def table(
-  rows: list[dict[str, Any]], x: str, panels: tuple[str, ...]
+  rows: list[dict[str, Json]], x: str, panels: tuple[str, ...]
 ) -> list[list[str]]:
   """Returns lines of cells, the header first: series, x, and mean ± std over seeds."""
   lines = [["", LABELS.get(x, x), *(LABELS.get(y, y) for y in panels), "seeds"]]

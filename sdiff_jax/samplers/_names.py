@@ -17,10 +17,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from sdiff_jax import contrib, registry
 from sdiff_jax.samplers import solvers
+from sdiff_jax.types import Json
 
 KIND = "samplers"
 ALIASES = {"paradpmsolver": "paradpmpp2m"}
@@ -42,7 +43,7 @@ def loops() -> dict[str, registry.Piece]:
   return {name: registry.lookup(KIND, name) for name in registry.names(KIND)}
 
 
-def loop_parameters(loop: str) -> dict[str, Any]:
+def loop_parameters(loop: str) -> dict[str, Json]:
   """Returns the keyword arguments of a loop with their defaults."""
   parameters = inspect.signature(loops()[loop].build).parameters.values()
   return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
@@ -82,7 +83,7 @@ def lookup(name: str) -> tuple[str, str]:
   return known[name]
 
 
-def refuse(name: str, option: str, value: Any) -> NoReturn:
+def refuse(name: str, option: str, value: Json) -> NoReturn:
   """Raises a ValueError: a sampler does not take an option; it names those that do."""
   loop, solver = lookup(name)
   stated = option if value is None else f"{option}={value!r}"

@@ -6,7 +6,6 @@ has changed by no more than the tolerance. With tolerance 0 the result is that o
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ from sdiff_jax.samplers.tableau import (
   SolverTableau,
   StepCoefficients,
 )
-from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 
 ULPS = 4  # changes of so many units in the last place count as none
 
@@ -48,7 +47,7 @@ def check(tolerance: float | Array, update_rule: str) -> None:
     )
 
 
-def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str, Json]:
   """Returns the options of `run` if they fit a solver; a window of 0 is unset.
 
   Args:

@@ -17,7 +17,7 @@ from sdiff_jax.distributed import sharding as sharding_lib
 from sdiff_jax.samplers import _names, sequential, solvers
 from sdiff_jax.samplers._samples import Callback, Samples
 from sdiff_jax.samplers.tableau import SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 
 
 class SamplingStats(NamedTuple):
@@ -52,7 +52,7 @@ class Sampler:
   name: str
   tableau: SolverTableau
   loop: str
-  options: Mapping[str, Any]
+  options: Mapping[str, Json]
 
   @property
   def num_steps(self) -> int:
@@ -77,7 +77,7 @@ class Sampler:
     """Returns what the loop says of itself under a name, None if it says nothing."""
     return _names.loops()[self.loop].facts.get(name)
 
-  def replace(self, **options: Any) -> "Sampler":
+  def replace(self, **options: Json) -> "Sampler":
     """Returns the sampler with other options of its loop.
 
     Raises:
@@ -101,7 +101,7 @@ def names() -> list[str]:
   return sorted(_names.table())
 
 
-def options(name: str) -> dict[str, Any]:
+def options(name: str) -> dict[str, Json]:
   """Returns the options that `build` takes for a sampler, with their defaults.
 
   Args:
@@ -161,7 +161,7 @@ def build(
   *,
   sigma_d: float | None = None,
   steps: int | None = None,
-  **options: Any,
+  **options: Json,
 ) -> Sampler:
   """Returns the sampler of a name, on a noise schedule or on the TrigFlow process.
 
@@ -208,7 +208,7 @@ def build(
   )
 
 
-def from_tableau(name: str, tableau: SolverTableau, **options: Any) -> Sampler:
+def from_tableau(name: str, tableau: SolverTableau, **options: Json) -> Sampler:
   """Returns the sampler that runs a tableau by the loop of a sampler's name.
 
   Args:
@@ -293,7 +293,7 @@ def run(
   x: Array,
   keys: PRNGKey,
   cond: Cond,
-  **runtime: Any,
+  **runtime: Json,
 ) -> Samples:
   """Returns what a sampler makes of given first states, such as noised images.
 

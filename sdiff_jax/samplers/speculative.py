@@ -10,8 +10,6 @@ after a rejected one is used again, and their next guess starts from the denoise
 of this iteration.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -23,7 +21,7 @@ from sdiff_jax.samplers._samples import Callback, Samples
 from sdiff_jax.samplers._sliding_window import Iteration, Update, UpdateRule
 from sdiff_jax.samplers.paradigms import secant
 from sdiff_jax.samplers.tableau import SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 
 
 def check(tableau: SolverTableau) -> None:
@@ -46,7 +44,7 @@ def check(tableau: SolverTableau) -> None:
     )
 
 
-def check_options(tableau: SolverTableau, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str, Json]:
   """Returns the options of `run` if they fit a solver; a window of 0 is unset.
 
   Args:

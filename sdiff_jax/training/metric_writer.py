@@ -14,6 +14,7 @@ import tensorboardX
 import tqdm
 
 from sdiff_jax.io import file_io, image_io
+from sdiff_jax.types import Json
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
@@ -79,13 +80,13 @@ class Writer:
     self._printed = -math.inf
     return self
 
-  def __exit__(self, *exception: Any) -> None:
+  def __exit__(self, *exception: object) -> None:
     if self._active:
       self._bar.close()
       self._board.close()
       self._lines.close()
 
-  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+  def scalars(self, step: int, values: Mapping[str, Json]) -> None:
     """Appends a line {"step": step, name: number, ...}; NaN and inf become null."""
     if not self._active:
       return
@@ -125,10 +126,10 @@ class Writer:
     print(f"step {step}/{self._total}, {numbers}{left}", file=sys.stderr, flush=True)
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path) -> list[dict[str, Json]]:
   """Returns the lines of a run's metrics.jsonl, [] if it has none."""
   path = pathlib.Path(workdir) / METRICS
-  rows: list[dict[str, Any]] = []
+  rows: list[dict[str, Json]] = []
   for line in path.read_text("utf-8").splitlines() if path.exists() else ():
     try:
       rows.append(json.loads(line))

@@ -1,12 +1,12 @@
 """Conversion of open_clip's tensors and config fields to those of transformers."""
 
 import re
-from typing import Any
 
 import numpy as np
 
 from sdiff_jax.pretrained.diffusers import clip_text
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.types import Json
 
 SKIPPED = ("logit_scale", "attn_mask")  # of training; recomputed
 # Fields of open_clip and their defaults, which are those of its code.
@@ -41,7 +41,7 @@ NAMES = (
 )
 
 
-def config(model: dict[str, Any]) -> dict[str, Any]:
+def config(model: dict[str, Json]) -> dict[str, Json]:
   """Converts `model_cfg` of open_clip_config.json to a config of transformers.
 
   Raises:
@@ -52,7 +52,7 @@ def config(model: dict[str, Any]) -> dict[str, Any]:
   vision = config_fields.validated_config(model["vision_cfg"], VISION, {})
   act = "quick_gelu" if model.get("quick_gelu") else "gelu"
 
-  def both(c: dict[str, Any], heads: int) -> dict[str, Any]:
+  def both(c: dict[str, Json], heads: int) -> dict[str, Json]:
     sizes = {"hidden_size": c["width"], "num_hidden_layers": c["layers"]}
     sizes |= {"intermediate_size": int(c["width"] * c["mlp_ratio"])}
     return sizes | {"num_attention_heads": heads, "hidden_act": act}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import clip_text, networks
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.files import config_fields, state_dict
-from sdiff_jax.types import Array, Params, PRNGKey, UserError
+from sdiff_jax.types import Array, Json, Params, PRNGKey, UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +60,7 @@ class Vision(nn.Module):
   depth: int
   patch: int
   out: int
-  block: dict[str, Any]
+  block: dict[str, Json]
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -123,7 +123,7 @@ def load(folder: str) -> FeatureNetwork:
   return FeatureNetwork(None, towers.image, params["vision"], text=encode)
 
 
-def from_config(config: dict[str, Any]) -> Towers:
+def from_config(config: dict[str, Json]) -> Towers:
   """Returns the networks of a config.json of transformers' CLIPModel.
 
   Raises:

@@ -4,14 +4,13 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from sdiff_jax.io import file_io
 from sdiff_jax.metrics import FeatureSet, frechet
 from sdiff_jax.pretrained.files import safe_pickle
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 FOLDER = os.path.expanduser("~/.cache/sdiff_jax/references")
 
@@ -101,7 +100,9 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
     return {k: arrays[k] for k in arrays.files if k.startswith(("mu", "sigma"))}
 
 
-def _pair(entries: dict[str, Any], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _pair(
+  entries: dict[str, Json], metric: str
+) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns mu and sigma of a metric, or None."""
   if isinstance(entries.get(metric), dict):
     entries = entries[metric]
@@ -113,7 +114,7 @@ def _pair(entries: dict[str, Any], metric: str) -> tuple[np.ndarray, np.ndarray]
   return None
 
 
-def _pickled(path: str) -> dict[str, Any]:
+def _pickled(path: str) -> dict[str, Json]:
   with open(path, "rb") as file:
     entries = safe_pickle.Unpickler(file).load()
   safe_pickle.check(isinstance(entries, dict), "no dict of metrics")

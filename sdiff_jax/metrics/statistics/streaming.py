@@ -1,7 +1,7 @@
 """What metrics need of a set of images, collected batch by batch."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class StreamingStatistics(NamedTuple):
 
   moments: frechet.Moments | None
   features: tuple[np.ndarray, ...]
-  sums: tuple[Any, ...]
+  sums: tuple[np.ndarray, ...]
 
 
 def merge(

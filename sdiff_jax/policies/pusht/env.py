@@ -12,6 +12,8 @@ import numpy as np
 
 from sdiff_jax.types import UserError
 
+Env = Any  # of gym_pusht, which is an optional dependency
+
 SIDE = 512.0
 RADIUS = 15.0  # of the agent
 GOAL = (256.0, 256.0, np.pi / 4)  # x, y, angle of the outline
@@ -28,7 +30,7 @@ SUBSTEPS, DT = 10, 0.01  # of physics in a step, seconds
 STIFFNESS, DAMPING = 100, 20  # of the agent's pull to its target
 
 
-def make() -> Any:
+def make() -> Env:
   """Returns the environment, a gymnasium.Env whose observation is the state.
 
   Raises:
@@ -68,12 +70,12 @@ def near_goal(seed: int) -> np.ndarray:
   return np.array([*agent, x, y, angle])
 
 
-def reset(env: Any, state: np.ndarray) -> np.ndarray:
+def reset(env: Env, state: np.ndarray) -> np.ndarray:
   """Starts an episode from a state, and returns what comes of it."""
   return env.reset(options={"reset_to_state": state})[0]
 
 
-def move(env: Any, target: tuple[float, float]) -> None:
+def move(env: Env, target: tuple[float, float]) -> None:
   """Does the physics of env.step(target), and no more, to the bit."""
   agent, space = env.unwrapped.agent, env.unwrapped.space
   for _ in range(SUBSTEPS):

@@ -9,11 +9,12 @@ shows is a demonstration, not a person's.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sdiff_jax.policies.pusht import env as env_lib
+from sdiff_jax.policies.pusht.env import Env
 
 CANDIDATES = 60  # pushes of which the best is done
 CLEARANCE = 21.0  # pixels from the block's side to the agent's centre at the start
@@ -46,7 +47,7 @@ class Push(NamedTuple):
     return [self.start + d * self.direction for d in np.append(forth, back)]
 
 
-def demonstrate(env: Any, model: Any, start: np.ndarray, seed: int) -> Episode:
+def demonstrate(env: Env, model: Env, start: np.ndarray, seed: int) -> Episode:
   """Returns an episode of the expert.
 
   Args:
@@ -72,7 +73,7 @@ def demonstrate(env: Any, model: Any, start: np.ndarray, seed: int) -> Episode:
 
 
 def _steps(
-  env: Any, model: Any, state: np.ndarray, random: np.random.Generator
+  env: Env, model: Env, state: np.ndarray, random: np.random.Generator
 ) -> Iterator[np.ndarray]:
   """Yields the targets of one push, with the way to its start."""
   push = best(model, state, draw(state, random))
@@ -109,7 +110,7 @@ def draw(state: np.ndarray, random: np.random.Generator) -> list[Push]:
   return out
 
 
-def best(model: Any, state: np.ndarray, pushes: list[Push]) -> Push:
+def best(model: Env, state: np.ndarray, pushes: list[Push]) -> Push:
   """Returns the push after which the block is nearest its goal."""
   costs = []
   for push in pushes:
@@ -119,7 +120,7 @@ def best(model: Any, state: np.ndarray, pushes: list[Push]) -> Push:
   return pushes[int(np.argmin(costs))]
 
 
-def simulate(model: Any, state: np.ndarray, push: Push) -> np.ndarray:
+def simulate(model: Env, state: np.ndarray, push: Push) -> np.ndarray:
   """Returns the block's pose after a push, float64 [3]."""
   agent, block = model.unwrapped.agent, model.unwrapped.block
   agent.position, agent.velocity = tuple(push.start), (0, 0)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdiff_jax.policies.pusht import env as env_lib
+from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.types import UserError
 
 # (states up to now [B, K, 5], seed of each episode's noise int32 [B]) -> actions
@@ -31,7 +32,7 @@ class Episodes(NamedTuple):
 
 def run(
   act: Act,
-  envs: list[Any],
+  envs: list[Env],
   starts: np.ndarray,
   *,
   states: int,
@@ -75,7 +76,7 @@ def run(
   return Episodes(reward, solved, joined, np.concatenate(seen))
 
 
-def _step(env: Any, action: np.ndarray) -> tuple:
+def _step(env: Env, action: np.ndarray) -> tuple:
   if not np.isfinite(action).all():
     raise UserError(f"the policy's action is {action}")
   return env.step(action)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.files import config_fields
-from sdiff_jax.types import Array, Params, PRNGKey
+from sdiff_jax.types import Array, Json, Params, PRNGKey
 
 DEFAULTS = {
   "vocab_size": 49408,
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
   width: int
   depth: int
   remat: str
-  block: dict[str, Any]
+  block: dict[str, Json]
 
   @nn.compact
   def __call__(self, ids: Array) -> Array:
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
 
 
 def from_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
 ) -> TextEncoder:
   """Returns the text encoder of a config.json (arXiv:2103.00020, section 2.4).
 

@@ -19,7 +19,7 @@ from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 HUB = "hf://"
 PARTS = ("unet", "vae", "text_encoder")  # with a network
@@ -108,7 +108,7 @@ def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
   return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
 
 
-def configs(path: str) -> dict[str, dict[str, Any]]:
+def configs(path: str) -> dict[str, dict[str, Json]]:
   """Returns the contents of the config files of a folder, for `abstract`.
 
   Raises:
@@ -125,7 +125,7 @@ def configs(path: str) -> dict[str, dict[str, Any]]:
 
 
 def abstract(
-  configs: dict[str, dict[str, Any]], *, dtype: str = "float32", remat: str = ""
+  configs: dict[str, dict[str, Json]], *, dtype: str = "float32", remat: str = ""
 ) -> Model:
   """Returns the model of its config files, with abstract weights.
 
@@ -185,7 +185,7 @@ def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
 
 
 def _network_from_config(
-  config: dict[str, Any], path: str, *, dtype: str, remat: str
+  config: dict[str, Json], path: str, *, dtype: str, remat: str
 ) -> Any:
   """Returns the network of a config; messages of errors start with `path`."""
   names = [config.get("_class_name"), *config.get("architectures", ())]
@@ -212,7 +212,7 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
   raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
 
 
-def _misfits(folder: str, networks: dict[str, Any]) -> list[str]:
+def _misfits(folder: str, networks: dict[str, Json]) -> list[str]:
   """Returns inconsistencies between the parts."""
   unet, encoder = networks.get("unet"), networks.get("text_encoder")
   if unet is None or encoder is None or unet.text in (None, encoder.width):
@@ -289,7 +289,7 @@ def _first_weights(files: list[str]) -> list[str]:
   return [os.path.join(k, min(v, key=FILES.index)) for k, v in by_folder.items()]
 
 
-def _json(path: str) -> dict[str, Any]:
+def _json(path: str) -> dict[str, Json]:
   """Returns the dict of a JSON file."""
   config = file_io.read_json(path)
   if not isinstance(config, dict):

@@ -1,7 +1,7 @@
 """Noise schedules and solvers of published models, from their scheduler_config.json."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from sdiff_jax.diffusion import noise_schedules, parameterizations
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser
+from sdiff_jax.types import Array, Cond, Denoiser, Json
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETA_SCHEDULES = {
@@ -80,7 +80,7 @@ UNIPC_SUPPORTED_VALUES = {
   "shift_terminal": UNSUPPORTED_FIELDS,
 } | OTHER_GRIDS
 # Class -> the defaults of its own fields, and the values that others of them may have.
-CLASSES: dict[str, tuple[Mapping[str, Any], Mapping[str, tuple]]] = {
+CLASSES: dict[str, tuple[Mapping[str, Json], Mapping[str, tuple]]] = {
   "DDIM": (CLIP | {"set_alpha_to_one": True}, {}),
   "DDPM": (CLIP | {"variance_type": "fixed_small"}, {}),
   "PNDM": ({"set_alpha_to_one": False}, {}),
@@ -132,7 +132,7 @@ class Schedule(NamedTuple):
   clip: float
 
 
-def from_config(config: dict[str, Any]) -> Schedule:
+def from_config(config: dict[str, Json]) -> Schedule:
   """Returns the schedule of a scheduler_config.json.
 
   PNDM and Euler are solved by DDIM: PNDM is not implemented, and the step of Euler is
@@ -180,7 +180,7 @@ def from_config(config: dict[str, Any]) -> Schedule:
   )
 
 
-def _abar(c: dict[str, Any]) -> np.ndarray:
+def _abar(c: dict[str, Json]) -> np.ndarray:
   if c["trained_betas"] is not None:
     return np.cumprod(1 - np.asarray(c["trained_betas"], np.float64))
   return noise_schedules.alphas_cumprod(
@@ -191,7 +191,7 @@ def _abar(c: dict[str, Any]) -> np.ndarray:
   )
 
 
-def _solver(class_name: str, c: dict[str, Any]) -> str:
+def _solver(class_name: str, c: dict[str, Json]) -> str:
   """Returns the name of the solver that a config asks for."""
   if class_name == "DDPM":
     if c["variance_type"] not in VARIANCES:

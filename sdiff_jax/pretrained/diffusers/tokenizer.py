@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdiff_jax.io import file_io
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
+
+Tokenizers = Any  # the package and its objects; it is an optional dependency
 
 # A word is a run of letters, a digit, the end of a contraction, or other characters.
 WORDS = (
@@ -72,7 +74,7 @@ def load(folder: str, length: int = 77) -> Tokenizer:
   return Tokenizer(encode, length, tokenizer.get_vocab_size())
 
 
-def _json(folder: str, name: str) -> dict[str, Any]:
+def _json(folder: str, name: str) -> dict[str, Json]:
   """Returns the content of a JSON file, {} if it does not exist."""
   path = os.path.join(folder, name)
   if not os.path.exists(path):
@@ -80,12 +82,12 @@ def _json(folder: str, name: str) -> dict[str, Any]:
   return file_io.read_json(path)
 
 
-def _text(token: Any, default: str) -> str:
+def _text(token: Json, default: str) -> str:
   """Returns a token, which may be stored as a dict with its content."""
   return (token["content"] if isinstance(token, dict) else token) or default
 
 
-def _read(tokenizers: Any, folder: str, names: dict[str, str]) -> Any:
+def _read(tokenizers: Tokenizers, folder: str, names: dict[str, str]) -> Tokenizers:
   path = os.path.join(folder, "tokenizer.json")
   if os.path.exists(path):
     tokenizer = tokenizers.Tokenizer.from_file(path)
@@ -95,7 +97,9 @@ def _read(tokenizers: Any, folder: str, names: dict[str, str]) -> Any:
   return tokenizer
 
 
-def _byte_pairs(tokenizers: Any, folder: str, names: dict[str, str]) -> Any:
+def _byte_pairs(
+  tokenizers: Tokenizers, folder: str, names: dict[str, str]
+) -> Tokenizers:
   """Returns the tokenizer of vocab.json and merges.txt (arXiv:2103.00020, 2.4)."""
   t = tokenizers
   files = (os.path.join(folder, name) for name in ("vocab.json", "merges.txt"))

@@ -20,7 +20,7 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Upsample,
 )
 from sdiff_jax.pretrained.files import config_fields
-from sdiff_jax.types import Array, Cond, Params, PRNGKey
+from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
 DEFAULTS = {  # of fields that both classes have
   "sample_size": None,
@@ -61,7 +61,7 @@ class Unet(nn.Module):
   out: int
   groups: int
   eps: float
-  time: dict[str, Any]
+  time: dict[str, Json]
   padding: int
   remat: str
   dtype: jnp.dtype
@@ -144,7 +144,7 @@ class Time(nn.Module):
 
 
 def predictor(
-  c: dict[str, Any],
+  c: dict[str, Json],
   *,
   kinds: dict[str, str],
   mid: str,
@@ -207,7 +207,7 @@ def predictor(
 
 
 def _attention(
-  c: dict[str, Any], field: str, kinds: dict[str, str], end: str
+  c: dict[str, Json], field: str, kinds: dict[str, str], end: str
 ) -> tuple[str, ...]:
   """Returns the attention of each level from a field that lists block types."""
   by_name = {f"{prefix}{end}": kind for prefix, kind in kinds.items()}

@@ -1,10 +1,9 @@
 """DDPM's U-Net, UNet2DModel of the diffusers format."""
 
-from typing import Any
-
 from sdiff_jax.pretrained.diffusers import unet
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.types import Json
 
 DEFAULTS = unet.DEFAULTS | {
   "in_channels": 3,
@@ -24,7 +23,7 @@ IGNORED_FIELDS = ("dropout", "num_train_timesteps")
 
 
 def from_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
 ) -> Predictor:
   """Returns the network of a config.json (arXiv:2006.11239, appendix B).
 

@@ -1,10 +1,9 @@
 """Stable Diffusion's U-Net, UNet2DConditionModel of the diffusers format."""
 
-from typing import Any
-
 from sdiff_jax.pretrained.diffusers import unet
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.types import Json
 
 DEFAULTS = unet.DEFAULTS | {
   "in_channels": 4,
@@ -45,7 +44,7 @@ IGNORED_FIELDS += ("addition_embed_type_num_heads",)
 
 
 def from_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
 ) -> Predictor:
   """Returns the network of a config.json (arXiv:2112.10752, appendix E.2.1).
 

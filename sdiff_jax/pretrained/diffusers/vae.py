@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Upsample,
 )
 from sdiff_jax.pretrained.files import config_fields
-from sdiff_jax.types import Array, Params, PRNGKey
+from sdiff_jax.types import Array, Json, Params, PRNGKey
 
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior
@@ -127,7 +127,7 @@ class Coder(nn.Module):
 
 
 def from_config(
-  config: dict[str, Any], *, dtype: str = "float32", remat: str = ""
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
 ) -> Autoencoder:
   """Returns the autoencoder of a config.json (arXiv:2112.10752, appendix G).
 

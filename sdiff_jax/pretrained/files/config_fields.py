@@ -1,15 +1,16 @@
 """Validation of the config files of other projects."""
 
 from collections.abc import Container
-from typing import Any
+
+from sdiff_jax.types import Json
 
 
 def validated_config(
-  config: dict[str, Any],
-  defaults: dict[str, Any],
+  config: dict[str, Json],
+  defaults: dict[str, Json],
   supported: dict[str, Container],
   ignored: Container[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, Json]:
   """Returns the fields of a config that have a default, filled in.
 
   Args:
@@ -38,7 +39,7 @@ def validated_config(
   return {k: config.get(k, v) for k, v in defaults.items()}
 
 
-def each(value: Any, count: int, field: str) -> tuple:
+def each(value: Json, count: int, field: str) -> tuple:
   """Returns one value for each of `count` levels.
 
   Args:

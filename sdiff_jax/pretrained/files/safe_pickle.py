@@ -17,6 +17,10 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from sdiff_jax.types import Json
+
+Unpickled = Any  # what a pickle can hold
+
 MAGIC = 0x1950A86A20F9469CFC6C  # first in PyTorch's format without zip
 STORAGES = {  # of PyTorch
   "Double": "float64",
@@ -37,7 +41,7 @@ class Refused(Exception):
   """A file has content that files of weights do not need."""
 
 
-def legacy(file: IO[bytes]) -> Any:
+def legacy(file: IO[bytes]) -> Unpickled:
   """Returns the object of a .pt file without zip archive, after its magic number.
 
   The storages follow the object, in the order of a list of their keys.
@@ -64,7 +68,7 @@ def legacy(file: IO[bytes]) -> Any:
   return out
 
 
-def _load_from_bytes(data: bytes) -> Any:
+def _load_from_bytes(data: bytes) -> Unpickled:
   file = io.BytesIO(data)
   check(Unpickler(file).load() == MAGIC, "a storage of another form")
   return legacy(file)
@@ -92,7 +96,7 @@ class Unpickler(pickle.Unpickler):
     super().__init__(file)
     self._load = load
 
-  def find_class(self, module: str, name: str) -> Any:
+  def find_class(self, module: str, name: str) -> Unpickled:
     if (module, name) not in STAND_INS:
       raise Refused(
         f"holds {module}.{name}, which is no tensor: save its state dict, by "
@@ -100,7 +104,7 @@ class Unpickler(pickle.Unpickler):
       )
     return STAND_INS[module, name]
 
-  def persistent_load(self, pid: Any) -> np.ndarray:
+  def persistent_load(self, pid: Unpickled) -> np.ndarray:
     check(self._load is not None and pid[0] == "storage", "an object by reference")
     _, kind, key, _, numel, *view = pid
     check(not any(view), "a view of a storage")
@@ -115,51 +119,51 @@ class _Function:
   def __init__(self, call: Callable):
     self._call = call
 
-  def __call__(self, *args: Any) -> Any:
+  def __call__(self, *args: Unpickled) -> Unpickled:
     return self._call(*args)
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     raise Refused("holds a function with a state")
 
 
 class _Dict(dict):
   """A dict of another name; what else it was is dropped."""
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     pass
 
 
 class Module:
   """A module, of which the state alone is kept."""
 
-  def __new__(cls, *args: Any) -> "Module":
+  def __new__(cls, *args: Unpickled) -> "Module":
     module = super().__new__(cls)
     module.state = {}
     return module
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     self.state = state
 
 
 class _Dropped:
   """An object that no weight is in."""
 
-  def __new__(cls, *args: Any) -> "_Dropped":
+  def __new__(cls, *args: Unpickled) -> "_Dropped":
     return super().__new__(cls)
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     pass
 
 
 class Array:
   """An array of numpy's, of which the state is kept."""
 
-  def __new__(cls, *args: Any) -> "Array":
+  def __new__(cls, *args: Unpickled) -> "Array":
     array = super().__new__(cls)
     array.state = ()
     return array
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     self.state = state
 
   def read(self) -> np.ndarray:
@@ -178,22 +182,22 @@ class Array:
 class _Dtype:
   """A type of numpy's, by its name and the order of its bytes."""
 
-  def __new__(cls, name: str = "", *args: Any) -> "_Dtype":
+  def __new__(cls, name: str = "", *args: Unpickled) -> "_Dtype":
     kind = super().__new__(cls)
     kind.name, kind.order = name, "="
     return kind
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: Unpickled) -> None:
     self.order = state[1]
 
 
-def _from_buffer(data: bytes, kind: Any, shape: tuple, order: str) -> Array:
+def _from_buffer(data: bytes, kind: Unpickled, shape: tuple, order: str) -> Array:
   array = Array()
   array.state = (1, shape, kind, order == "F", bytes(data))
   return array
 
 
-def _persistent(meta: dict[str, Any]) -> Module:
+def _persistent(meta: dict[str, Json]) -> Module:
   """Returns an object of EDM's, whose source code stands in meta beside its state."""
   module = Module()
   module.state = meta["state"]
@@ -201,7 +205,7 @@ def _persistent(meta: dict[str, Any]) -> Module:
 
 
 def _tensor(
-  storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any
+  storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Unpickled
 ) -> np.ndarray:
   """Returns a view of a storage, after checking that it stays inside."""
   check(isinstance(storage, np.ndarray) and storage.ndim == 1, "a tensor of nothing")
@@ -222,11 +226,11 @@ def _encoded(text: str, encoding: str) -> bytes:
   return text.encode("latin1")
 
 
-def _first(x: Any, *_: Any) -> Any:
+def _first(x: Unpickled, *_: Unpickled) -> Unpickled:
   return x
 
 
-STAND_INS: dict[tuple[str, str], Any] = {
+STAND_INS: dict[tuple[str, str], Unpickled] = {
   ("collections", "OrderedDict"): _Dict,
   ("dnnlib.util", "EasyDict"): _Dict,
   ("dnnlib", "EasyDict"): _Dict,

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from sdiff_jax.pretrained.files import safe_pickle
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 MAX_NAMES = 6  # of each kind in the message of an error
 
@@ -108,7 +108,7 @@ def _abbreviate(names: list[str]) -> str:
   return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _read(path: str, file: IO[bytes]) -> Any:
+def _read(path: str, file: IO[bytes]) -> Json:
   """Returns the content of a file, according to its format."""
   if zipfile.is_zipfile(file):
     file.seek(0)
@@ -126,7 +126,7 @@ def _read(path: str, file: IO[bytes]) -> Any:
   return safe_pickle.legacy(file) if is_legacy else first
 
 
-def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
+def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Json:
   """Returns the object of a .pt file, whose storages are files of a zip archive."""
   if f"{prefix}byteorder" in archive.namelist():
     little = archive.read(f"{prefix}byteorder") == b"little"
@@ -144,7 +144,7 @@ def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
   ).load()
 
 
-def _state_dict(content: Any) -> dict[str, np.ndarray]:
+def _state_dict(content: Json) -> dict[str, np.ndarray]:
   """Returns the tensors of a module, or of a dict."""
   for entry in ("ema", "state_dict"):
     if isinstance(content, dict) and entry in content:

@@ -9,12 +9,11 @@ kind "samplers.solvers", with its default timesteps:
 Its further arguments, all with defaults, are its options.
 """
 
-from typing import Any
-
 from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules, time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.samplers.tableau import SolverTableau
+from sdiff_jax.types import Json
 
 __all__ = ["build", "from_schedule", "names", "options"]
 
@@ -37,7 +36,7 @@ def _lookup(name: str) -> registry.Piece:
   return registry.lookup(KIND, name)
 
 
-def options(name: str) -> dict[str, Any]:
+def options(name: str) -> dict[str, Json]:
   """Returns the options of a solver with their defaults.
 
   Args:
@@ -54,7 +53,7 @@ def options(name: str) -> dict[str, Any]:
   return registry.fields(KIND, name)
 
 
-def from_schedule(name: str, schedule: NoiseSchedule, **given: Any) -> SolverTableau:
+def from_schedule(name: str, schedule: NoiseSchedule, **given: Json) -> SolverTableau:
   """Returns the tableau of a solver on a noise schedule.
 
   Args:
@@ -89,7 +88,7 @@ def build(
   steps: int,
   timesteps: tuple[float, ...] = (),
   temperature: float = 1.0,
-  **given: Any,
+  **given: Json,
 ) -> SolverTableau:
   """Returns the tableau of a solver on the TrigFlow process.
 
