@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ ALL = sorted(CONFIGS.glob("*.py"))
 FILES = [path for path in ALL if load(path).job == "train"]
 # Those whose data are not everywhere, with the word that makes them small.
 WORDS = {p.stem: ("tiny",) for p in FILES if p.stem.startswith(("imagenet", "cifar10"))}
+
+
+def write_idx(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes bytes as MNIST's files hold them: magic number, sizes, values."""
+  header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+  path.write_bytes(header + array.tobytes())
 
 
 def test_configs_of_other_jobs_validate():
@@ -53,6 +60,10 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
     c.data.path = str(tmp_path / "episodes.npz")
     arrays = {"state": np.ones((40, 20)), "action": np.ones((40, 2))}
     np.savez(c.data.path, **arrays, episode_ends=[40])
+  if c.data.name == "idx":
+    c.data.dir = str(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((10, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(10, dtype=np.uint8))
   built = build.build(c)
   network = built.network
   of_teacher = c.copy_and_resolve_references()
