@@ -38,6 +38,7 @@ studies: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --durations=25 \
@@ -50,4 +51,4 @@ test-newest:
 	tests/newest.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -44,6 +44,7 @@ setuptools.setup(
       "h5py>=3.11",
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
+      "mypy>=1.13",
       "nbformat>=5.10",  # examples/
       "pytest>=8",
       "pytest-xdist>=3.6",

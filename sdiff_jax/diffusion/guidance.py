@@ -39,7 +39,8 @@ def without_text(empty: Array) -> Callable[[Cond], Cond]:
   """
 
   def free(cond: Cond) -> Cond:
-    return cond | {"text": jnp.broadcast_to(empty[None], cond["text"].shape)}
+    shape = (cond or {})["text"].shape
+    return (cond or {}) | {"text": jnp.broadcast_to(empty[None], shape)}
 
   return free
 
@@ -94,7 +95,9 @@ def sample_scale(key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]) 
   if not scales:
     return cond
   low, high = scales
-  return cond | {"guidance": jax.random.uniform(key, t.shape, t.dtype, low, high)}
+  return (cond or {}) | {
+    "guidance": jax.random.uniform(key, t.shape, t.dtype, low, high)
+  }
 
 
 def at_sampled_scale(net: NetFn) -> NetFn:

@@ -7,9 +7,9 @@
 one file that registers itself (kinds "samplers.solvers" and "samplers").
 """
 
+from sdiff_jax.samplers._samples import Samples
 from sdiff_jax.samplers.sampler import (
   Sampler,
-  Samples,
   SamplingStats,
   build,
   from_tableau,

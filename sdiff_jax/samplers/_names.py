@@ -51,7 +51,7 @@ def loop_parameters(loop: str) -> dict[str, Json]:
 
 def table() -> dict[str, tuple[str, str]]:
   """Returns name -> (loop, solver) of every sampler."""
-  pairs = {}
+  pairs: dict[str, tuple[str, str]] = {}
   for loop, piece in loops().items():
     for prefix in (piece.facts["prefix"], *piece.facts.get("aliases", ())):
       for solver in solvers.names():

@@ -7,7 +7,7 @@ edge between two of them, and one total each for a recurrence.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.samplers import sequential
-from sdiff_jax.types import Array, Cond, Denoiser
+from sdiff_jax.types import Array, Cond, Denoiser, PyTree
+
+Matrix = list[list[Array]]
+AffineMap = tuple[Matrix, list[Array]]
 
 
 class RingBuffer(NamedTuple):
@@ -151,8 +154,9 @@ def solve(ring: RingBuffer, coefficients: list[Array], r: Array) -> Array:
   # One total for each block, on every device: twice around, to be past any cut.
   totals = jax.tree.map(lambda x: ring.with_axes(x[:, :, -1], 0, None), (matrix, value))
 
-  def pass_block(y: list[Array], total: tuple) -> tuple[list[Array], list[Array]]:
-    return _apply(*total, y), y
+  def pass_block(y: list[Array], total: PyTree) -> tuple[list[Array], list[Array]]:
+    matrix, value = total
+    return _apply(matrix, value, y), y
 
   twice = jax.tree.map(lambda x: jnp.moveaxis(_repeat_blocks(x, 2), 1, 0), totals)
   start = [jnp.zeros_like(v[0]) for v in twice[1]]
@@ -169,16 +173,17 @@ def _repeat_blocks(x: Array, times: int) -> Array:
 
 def product(row: list[Array], y: list[Array]) -> Array:
   """Returns sum_k row_k y_k, where 0 times anything is 0, so nothing passes a cut."""
-  return sum(jnp.where(m == 0, 0, m * x) for m, x in zip(row, y, strict=True))
+  terms = [jnp.where(m == 0, 0, m * x) for m, x in zip(row, y, strict=True)]
+  return cast(Array, sum(terms))
 
 
-def _apply(matrix: list, value: list[Array], y: list[Array]) -> list[Array]:
+def _apply(matrix: Matrix, value: list[Array], y: list[Array]) -> list[Array]:
   """Returns matrix y + value."""
   return [product(row, y) + v for row, v in zip(matrix, value, strict=True)]
 
 
-def _compose(first: tuple, second: tuple) -> tuple[list, list]:
+def _compose(first: AffineMap, second: AffineMap) -> AffineMap:
   """Returns the affine map that applies `first`, then `second`."""
-  columns = list(zip(*first[0], strict=True))
+  columns = [[*column] for column in zip(*first[0], strict=True)]
   matrix = [[product(row, c) for c in columns] for row in second[0]]
   return matrix, _apply(*second, first[1])

@@ -339,7 +339,7 @@ class _WindowSteps(NamedTuple):
       return jnp.where(first, before[:, None], jnp.roll(value, 1, axis=1))
 
     states, denoised = [x_hat], [d]
-    if self.tableau.uses_previous_state:
+    if window.previous_x is not None:
       states.append(previous(x_hat, window.previous_x))
     for n, before in enumerate(window.history):
       denoised.append(previous(denoised[-1], before))
@@ -364,15 +364,15 @@ class _WindowSteps(NamedTuple):
       step = zeros._replace(x=[jnp.ones_like(step.x[0]), *zeros.x[1:]])
     weight = sum(step.denoised[1:], step.denoised[0])
     new = weight * shift[:, None]
-    if window.z is not None:
+    if window.z is not None and step.noise is not None:
       new += step.noise * jnp.roll(window.z, 1, axis=1)
     factor = step.x[0] + weight * step.gain
     factors = [jnp.where(known, 0, factor)]
     second = wide(offset == 1, ndim)  # the state whose x_{i-2} has left the window
-    if self.tableau.uses_previous_state:
+    if window.previous_x is not None:
       new += jnp.where(second, step.x[1] * window.previous_x[:, None], 0)
       factors.append(jnp.where(known | second, 0, step.x[1]))
-    if window.z_before is not None:
+    if window.z_before is not None and step.noise_before is not None:
       added = step.noise_before * jnp.roll(window.z_before, 1, axis=1)  # by step i - 1
       new += factor * added
       if self.tableau.uses_previous_state:

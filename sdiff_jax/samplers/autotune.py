@@ -125,4 +125,4 @@ def time_denoiser(
     begin = time.perf_counter()
     call(params).block_until_ready()
     seconds.append(time.perf_counter() - begin)
-  return float(sharding.process_max(np.float32([min(seconds)]), mesh)[0])
+  return float(sharding.process_max(np.asarray([min(seconds)], np.float32), mesh)[0])

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sdiff_jax.samplers.sampler import Sampler, Samples, sample
+from sdiff_jax.samplers._samples import Samples
+from sdiff_jax.samplers.sampler import Sampler, sample
 from sdiff_jax.types import Array, Cond, Denoiser, Params
 
 
@@ -119,4 +120,4 @@ def time_with_sequential(
     images.append(call().astype(np.float64))
     seconds.append(time.perf_counter() - begin)
   difference = np.sqrt(np.mean((images[0] - images[1]) ** 2))
-  return Timing(*seconds, float(difference))
+  return Timing(seconds[0], seconds[1], float(difference))

@@ -184,7 +184,8 @@ def build(
     (50, 16, 'paradigms')
   """
   loop, solver = _names.lookup(name)
-  common, of_solver = {}, solvers.options(solver)
+  common: dict[str, Json] = {}
+  of_solver = solvers.options(solver)
   if schedule is None:
     if sigma_d is None or steps is None:
       missing = "sigma_d" if sigma_d is None else "steps"
@@ -198,6 +199,8 @@ def build(
     if option not in known - _names.RUNTIME_ONLY:
       _names.refuse(name, option, value)
   if schedule is None:
+    assert sigma_d is not None
+    assert steps is not None
     of_tableau = {k: v for k, v in options.items() if k in common or k in of_solver}
     tableau = solvers.build(sigma_d=sigma_d, name=solver, steps=steps, **of_tableau)
   else:

@@ -7,8 +7,8 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._samples import Samples
-from sdiff_jax.samplers.tableau import SolverTableau, StepCoefficients
-from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey
+from sdiff_jax.samplers.tableau import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, PRNGKey, PyTree
 
 
 def keys_from_seeds(seeds: np.ndarray | Array) -> PRNGKey:
@@ -138,7 +138,7 @@ def sample(
   steps = jnp.arange(tableau.evaluations)
   shape = x.shape[1:]
 
-  def solver_step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+  def solver_step(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
     x, previous_x, history = carry
     coefficients, times, i = inputs
     z_before = noise_before(keys, i, shape) if tableau.uses_noise_before else None
@@ -151,12 +151,13 @@ def sample(
     return (new, x, denoised[: len(history)]), None
 
   history = [jnp.zeros_like(x)] * (tableau.history - 1)
-  inputs: tuple[StepCoefficients, Array, Array] = (
+  inputs: PyTree = (
     tableau.coefficients(x.dtype),
     times,
     steps,
   )
-  (x, *_), _ = jax.lax.scan(solver_step, (x, x, history), inputs)
+  start: PyTree = (x, x, history)
+  (x, *_), _ = jax.lax.scan(solver_step, start, inputs)
   return x
 
 

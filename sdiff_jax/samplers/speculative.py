@@ -112,6 +112,8 @@ def run(
   def improve(now: Iteration) -> Update:
     steps = now.begin[:, None] + now.offset
     u = jax.vmap(jax.vmap(uniform, in_axes=(None, 0)))(keys, steps)
+    assert now.z is not None
+    assert now.step.noise is not None
     accepted, drawn = reflection_coupling(now.phi, now.old, now.step.noise, now.z, u)
     last = jnp.minimum(window, tableau.evaluations - now.begin)[:, None] - 1
     # The last step has no draft yet: its Phi is a draw from the solver's Gaussian.

@@ -111,7 +111,7 @@ class SolverTableau(NamedTuple):
 
   def coefficients(self, dtype: jnp.dtype) -> StepCoefficients:
     """Returns the coefficients as device arrays [R] of a dtype, unused ones left out."""
-    columns = StepCoefficients(
+    columns = (
       [*self.x_coef.T[: 1 + self.uses_previous_state]],
       [*self.denoised_coef.T],
       self.noise_coef if self.uses_noise else None,
@@ -119,7 +119,8 @@ class SolverTableau(NamedTuple):
       self.alpha,
       self.gain,
     )
-    return jax.tree.map(lambda column: jnp.asarray(column, dtype), columns)
+    arrays = jax.tree.map(lambda column: jnp.asarray(column, dtype), columns)
+    return StepCoefficients(*arrays)
 
   def scaled(self, temperature: float) -> "SolverTableau":
     """Returns the solver with its first state and all noise times a temperature."""
@@ -143,7 +144,7 @@ class SolverStep(NamedTuple):
       step.
   """
 
-  index: int
+  index: int  # type: ignore[assignment]  # of the step, not tuple.index
   x: Sequence[float]
   denoised: Sequence[float]
   noise: float = 0.0
@@ -231,6 +232,7 @@ def apply_step(
   terms = [c * v for c, v in zip(coefficients.x, x, strict=True)]
   terms += [c * v for c, v in zip(coefficients.denoised, denoised, strict=True)]
   if coefficients.noise is not None:
+    assert z is not None
     terms.append(coefficients.noise * z)
   return functools.reduce(jnp.add, [_keep_apart(term) for term in terms])
 
@@ -247,6 +249,7 @@ def add_noise(
   """
   if coefficients.noise_before is None:
     return x
+  assert z_before is not None
   return x + _keep_apart(coefficients.noise_before * z_before)
 
 
