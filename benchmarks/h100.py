@@ -414,16 +414,10 @@ def sampler(stage: Stage, data: pathlib.Path) -> None:
 def iteration_seconds(program: jax.stages.Compiled, arrays: Any) -> float:
   """Returns the seconds of a parallel iteration: of a whole sample over their number."""
   _, samples = program(*arrays)
-  iterations = int(jnp.max(num_iterations(samples)))
+  iterations = int(jnp.max(samples.num_iterations))
   begin = time.perf_counter()
   jax.block_until_ready(program(*arrays))
   return (time.perf_counter() - begin) / iterations
-
-
-def num_iterations(samples: Any) -> jax.Array:
-  """Returns the number of sequential iterations of each sample."""
-  new_name = hasattr(samples, "num_iterations")
-  return samples.num_iterations if new_name else samples.passes
 
 
 # --- attention -----------------------------------------------------------------------
@@ -463,6 +457,8 @@ def compare_with_torch(stage: Stage, script: str, name: str, *arguments: Any) ->
     for module in needs:
       if importlib.util.find_spec(module) is None:
         return {"not run": f"{module} is not installed"}
+    if not (ROOT / "third_party" / script).exists():
+      return {"not run": f"there is no third_party/{script}"}
     command = [sys.executable, str(ROOT / "third_party" / script)]
     command += [str(argument) for argument in arguments]
     command += ["--tiny"] * stage.tiny
