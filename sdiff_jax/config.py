@@ -92,6 +92,9 @@ def load_plugins(modules: Iterable[str]) -> None:
 
   Raises:
     UserError: there is no such module.
+
+  Example:
+    >>> load_plugins(("json",))
   """
   for name in modules:
     try:
@@ -205,6 +208,13 @@ def inherit(
 
   Raises:
     ValueError: the file has no such variant.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "base.py")
+    >>> _ = path.write_text("from sdiff_jax.config import base as get_config")
+    >>> inherit(path).model.name
+    'mlp'
   """
   spec = importlib.util.spec_from_file_location("loaded_config", path)
   module = importlib.util.module_from_spec(spec)
@@ -224,6 +234,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
   Raises:
     UserError: one line that names field, value and remedy.
+
+  Example:
+    >>> validate(base())
   """
   load_plugins(config.plugins)
   for section, kind in PIECES.items():

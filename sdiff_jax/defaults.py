@@ -63,12 +63,28 @@ class Ranged(NamedTuple):
 
 
 def positive(default: float) -> Ranged:
-  """Returns a default whose field must be above 0."""
+  """Returns a default whose field must be above 0.
+
+  Args:
+    default: value of the field.
+
+  Example:
+    >>> positive(0.5).default
+    0.5
+  """
   return Ranged(default, 0, exclusive=True)
 
 
 def not_negative(default: float) -> Ranged:
-  """Returns a default whose field must be 0 or above."""
+  """Returns a default whose field must be 0 or above.
+
+  Args:
+    default: value of the field.
+
+  Example:
+    >>> not_negative(0.0).exclusive
+    False
+  """
   return Ranged(default, 0, exclusive=False)
 
 

@@ -73,6 +73,10 @@ class Codec(Protocol):
 def to_uint8(values: Array, min_value: float = -1.0) -> Array:
   """Returns uint8 images of values in [min_value, 1], rounded and clipped.
 
+  Args:
+    values: any shape.
+    min_value: value of black.
+
   Example:
     >>> to_uint8(np.array([-1.0, 0.0, 1.0, 2.0])).tolist()
     [0, 128, 255, 255]

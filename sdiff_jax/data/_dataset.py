@@ -18,6 +18,7 @@ class Dataset:
   """A data set with random access.
 
   Example:
+    >>> from sdiff_jax.data import PixelCodec
     >>> numbers = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
     >>> dataset = Dataset(lambda i: (numbers[i], {}), 6, {}, PixelCodec((1, 1, 1)))
     >>> dataset[np.array([4, 1])][0].ravel().tolist()
@@ -108,6 +109,9 @@ class Dataset:
 
 def class_cond(num_classes: int) -> dict[str, CondSpec]:
   """Returns the conditions of images that have classes: {"label": ...}, {} for none.
+
+  Args:
+    num_classes: number of classes; 0 for none.
 
   Example:
     >>> class_cond(10)["label"].num_classes

@@ -12,10 +12,17 @@ NO_LABEL = -1
 
 
 def unlabelled(cond: Cond) -> Cond:
-  """Returns the conditions with the label of no class.
+  """Returns the conditions with the label that stands for no class.
+
+  Args:
+    cond: conditions by name, with "label" [B].
 
   Raises:
     ValueError: there is no label.
+
+  Example:
+    >>> unlabelled({"label": jnp.array([3, 7])})["label"].tolist()
+    [-1, -1]
   """
   if not cond or "label" not in cond:
     raise ValueError("guidance: needs data with classes, to compare with no class")
@@ -25,6 +32,10 @@ def unlabelled(cond: Cond) -> Cond:
 def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
   """Returns conditions with the guidance scale [B], for a network that takes it.
 
+  Args:
+    cond: conditions by name, each [B, ...].
+    scale: of classifier-free guidance, [B].
+
   Example:
     >>> sorted(with_scale(None, jnp.ones(2)))
     ['guidance']
@@ -33,9 +44,18 @@ def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
 
 
 def without_text(empty: Array) -> Callable[[Cond], Cond]:
-  """Returns a map of conditions that puts one text [L, E] in place of each sample's.
+  """Returns a map of conditions that replaces the text of each sample by one text.
 
-  The text is an empty one, or a negative prompt.
+  Args:
+    empty: embedding of the empty text or of a negative prompt, [L, E].
+
+  Returns:
+    Conditions with "text" [B, L, E] -> the same with the text `empty`.
+
+  Example:
+    >>> free = without_text(jnp.zeros((4, 8)))
+    >>> free({"text": jnp.ones((2, 4, 8))})["text"].shape
+    (2, 4, 8)
   """
 
   def free(cond: Cond) -> Cond:
@@ -59,6 +79,13 @@ def classifier_free(
   Returns:
     A NetFn with the same signature (Ho & Salimans, arXiv:2207.12598, in the
     convention in which 1 is the conditional model).
+
+  Example:
+    >>> def net(x, t, cond):
+    ...   return x * (1 + cond["label"].astype(x.dtype))[:, None]
+    >>> guided = classifier_free(net, 2.0)
+    >>> guided(jnp.ones((1, 2)), jnp.ones(1), {"label": jnp.array([1])}).tolist()
+    [[4.0, 4.0]]
   """
 
   def guided(x: Array, t: Array, cond: Cond) -> Array:
@@ -76,7 +103,18 @@ def _pair(a: Array, b: Array) -> Array:
 
 
 def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
-  """Replaces each label by -1 with probability `rate`, if there are labels."""
+  """Returns the conditions with each label replaced by -1 with probability `rate`.
+
+  Args:
+    key: random key.
+    cond: conditions by name; without "label" they are returned unchanged.
+    rate: probability, in [0, 1].
+
+  Example:
+    >>> cond = {"label": jnp.array([3, 7])}
+    >>> drop_labels(jax.random.key(0), cond, 1.0)["label"].tolist()
+    [-1, -1]
+  """
   if cond is None or rate == 0 or "label" not in cond:
     return cond
   drop = jax.random.bernoulli(key, rate, cond["label"].shape)
@@ -91,6 +129,11 @@ def sample_scale(key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]) 
     t: TrigFlow times, [B].
     cond: conditions of the data.
     scales: (low, high), between which the scale is uniform; () returns `cond`.
+
+  Example:
+    >>> cond = sample_scale(jax.random.key(0), jnp.ones(3), {}, (1.0, 2.0))
+    >>> cond["guidance"].shape
+    (3,)
   """
   if not scales:
     return cond
@@ -105,6 +148,14 @@ def at_sampled_scale(net: NetFn) -> NetFn:
 
   Conditions with a scale (see `sample_scale`) give F_u + scale (F_c - F_u), where F_u and
   F_c are not told the scale. Without one, the network is `net`.
+
+  Args:
+    net: conditional network that knows the label -1.
+
+  Example:
+    >>> net = at_sampled_scale(lambda x, t, cond: x)
+    >>> net(jnp.ones((1, 2)), jnp.ones(1), None).tolist()
+    [[1.0, 1.0]]
   """
 
   def guided(x: Array, t: Array, cond: Cond) -> Array:

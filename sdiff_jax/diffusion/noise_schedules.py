@@ -146,8 +146,8 @@ def alphas_cumprod(
     ValueError: an unknown schedule.
 
   Example:
-    >>> alphas_cumprod("linear", 1000)[[0, -1]].round(4)
-    array([9.999e-01, 0.000e+00])
+    >>> alphas_cumprod("linear", 1000)[[0, -1]].round(4).tolist()
+    [0.9999, 0.0]
   """
   if schedule == "linear":
     betas = np.linspace(start, end, steps)

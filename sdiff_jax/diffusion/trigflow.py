@@ -16,20 +16,49 @@ from sdiff_jax.types import Array, Cond, NetFn
 
 
 def expand(t: Array, x: Array) -> Array:
-  """Appends axes of length 1 to t [B] until it broadcasts against x [B, ...]."""
+  """Returns t [B] with axes of length 1 appended, to broadcast against x [B, ...].
+
+  Args:
+    t: one value for each sample, [B].
+    x: an array whose leading axis is the batch, [B, ...].
+
+  Example:
+    >>> expand(jnp.ones(2), jnp.ones((2, 8, 8, 1))).shape
+    (2, 1, 1, 1)
+  """
   chex.assert_equal_shape_prefix((t, x), t.ndim)
   return jnp.reshape(t, t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def perturb(x0: Array, z: Array, t: Array) -> Array:
-  """Returns x_t = cos(t) x0 + sin(t) z, [B, ...]."""
+  """Returns x_t = cos(t) x0 + sin(t) z, [B, ...].
+
+  Args:
+    x0: data, [B, ...].
+    z: noise of standard deviation sigma_d, [B, ...].
+    t: TrigFlow times, [B].
+
+  Example:
+    >>> perturb(jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.zeros(1)).tolist()
+    [[1.0, 1.0]]
+  """
   chex.assert_equal_shape((x0, z))
   t = expand(t, x0)
   return jnp.cos(t) * x0 + jnp.sin(t) * z
 
 
 def velocity(x0: Array, z: Array, t: Array) -> Array:
-  """Returns dx_t/dt = cos(t) z - sin(t) x0, [B, ...]."""
+  """Returns dx_t/dt = cos(t) z - sin(t) x0, [B, ...].
+
+  Args:
+    x0: data, [B, ...].
+    z: noise of standard deviation sigma_d, [B, ...].
+    t: TrigFlow times, [B].
+
+  Example:
+    >>> velocity(jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.zeros(1)).tolist()
+    [[0.0, 0.0]]
+  """
   chex.assert_equal_shape((x0, z))
   t = expand(t, x0)
   return jnp.cos(t) * z - jnp.sin(t) * x0
@@ -46,6 +75,11 @@ def rotate(xt: Array, F: Array, t: Array, s: Array, sigma_d: float) -> Array:
     t: angles now, [B].
     s: angles after the step, [B].
     sigma_d: standard deviation of the data.
+
+  Example:
+    >>> t, s = jnp.ones(1), jnp.ones(1)
+    >>> rotate(jnp.ones((1, 2)), jnp.ones((1, 2)), t, s, 0.5).tolist()
+    [[1.0, 1.0]]
   """
   chex.assert_equal_shape((xt, F))
   step = expand(t - s, xt)
@@ -57,12 +91,32 @@ def denoise(xt: Array, F: Array, t: Array, sigma_d: float) -> Array:
 
   With F a diffusion network it is the denoiser, with F a consistency model the
   consistency function f; f(x, 0) = x holds for any F (section 3).
+
+  Args:
+    xt: states at times t, [B, ...].
+    F: network output at (xt / sigma_d, t), [B, ...].
+    t: TrigFlow times, [B].
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> denoise(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.zeros(1), 0.5).tolist()
+    [[1.0, 1.0]]
   """
   return rotate(xt, F, t, jnp.zeros_like(t), sigma_d)
 
 
 def denoiser(net: NetFn, sigma_d: float) -> Callable[[Array, Array, Cond], Array]:
-  """Returns the Denoiser (xt, t, cond) -> d of a network."""
+  """Returns the Denoiser (xt, t, cond) -> d of a network.
+
+  Args:
+    net: a network with its parameters bound.
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> apply = denoiser(lambda x, t, cond: jnp.zeros_like(x), sigma_d=0.5)
+    >>> apply(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
+    [[1.0, 1.0]]
+  """
 
   def apply(xt: Array, t: Array, cond: Cond) -> Array:
     return denoise(xt, net(xt / sigma_d, t, cond), t, sigma_d)
@@ -77,17 +131,49 @@ def denoiser(net: NetFn, sigma_d: float) -> Callable[[Array, Array, Cond], Array
 def angle(
   alpha: Array | np.ndarray, sigma: Array | np.ndarray, sigma_d: float
 ) -> Array:
-  """Returns t = arctan(sigma / (sigma_d alpha)) in [0, pi/2] (eq. 29)."""
+  """Returns t = arctan(sigma / (sigma_d alpha)) in [0, pi/2] (eq. 29).
+
+  Args:
+    alpha: coefficient of the data in the other process, [B].
+    sigma: standard deviation of its noise, [B].
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> round(float(angle(jnp.ones(()), jnp.ones(()), 1.0)), 4)
+    0.7854
+  """
   return jnp.arctan2(sigma, sigma_d * alpha)
 
 
 def from_process(x: Array, alpha: Array, sigma: Array, sigma_d: float) -> Array:
-  """Returns x_t = x sigma_d / sqrt(alpha^2 sigma_d^2 + sigma^2) (eq. 29)."""
+  """Returns x_t = x sigma_d / sqrt(alpha^2 sigma_d^2 + sigma^2) (eq. 29).
+
+  Args:
+    x: states of the process x' = alpha x0 + sigma eps, [B, ...].
+    alpha: coefficient of the data in the other process, [B].
+    sigma: standard deviation of its noise, [B].
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> from_process(jnp.ones((1, 2)), jnp.ones(1), jnp.zeros(1), 0.5).tolist()
+    [[1.0, 1.0]]
+  """
   return x * (sigma_d / _norm(alpha, sigma, sigma_d, x))
 
 
 def to_process(xt: Array, alpha: Array, sigma: Array, sigma_d: float) -> Array:
-  """Returns the state of x' = alpha x0 + sigma eps; inverse of `from_process`."""
+  """Returns the state of x' = alpha x0 + sigma eps; inverse of `from_process`.
+
+  Args:
+    xt: TrigFlow states, [B, ...].
+    alpha: coefficient of the data in the other process, [B].
+    sigma: standard deviation of its noise, [B].
+    sigma_d: standard deviation of the data.
+
+  Example:
+    >>> to_process(jnp.ones((1, 2)), jnp.ones(1), jnp.zeros(1), 0.5).tolist()
+    [[1.0, 1.0]]
+  """
   return xt * (_norm(alpha, sigma, sigma_d, xt) / sigma_d)
 
 
@@ -109,6 +195,11 @@ def from_edm(raw: NetFn, sigma_d: float) -> NetFn:
 
   Returns:
     An exact NetFn for t in (0, pi/2); dF/dt grows without bound at both ends.
+
+  Example:
+    >>> net = from_edm(lambda x, c_noise, cond: 2 * x, sigma_d=0.5)
+    >>> net(jnp.ones((1, 2)), jnp.ones(1), None).tolist()
+    [[-2.0, -2.0]]
   """
 
   def net(x: Array, t: Array, cond: Cond) -> Array:
@@ -133,6 +224,11 @@ def from_vp(
 
   Raises:
     ValueError: the prediction is not one of the three.
+
+  Example:
+    >>> net = from_vp(lambda x, time, cond: x, "eps", lambda alpha: alpha, sigma_d=1.0)
+    >>> net(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
+    [[1.0, 1.0]]
   """
   if prediction not in ("eps", "v", "x0"):
     raise ValueError(f"prediction={prediction!r}: take 'eps', 'v' or 'x0'")
@@ -160,6 +256,18 @@ def from_flow(raw: NetFn, sigma_d: float) -> NetFn:
 
   F = c eps - s x0 / sigma_d with x0 = x' - u raw and eps = x' + (1 - u) raw, where
   u = sigma_d tan t / (1 + sigma_d tan t); free of 0/0 on all of [0, pi/2].
+
+  Args:
+    raw: network of the rectified flow, (x' [B, ...], u [B], cond) -> eps - x0.
+    sigma_d: standard deviation of the data.
+
+  Returns:
+    A NetFn, exact for t in [0, pi/2].
+
+  Example:
+    >>> net = from_flow(lambda x, u, cond: -x, sigma_d=0.5)
+    >>> net(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
+    [[0.0, 0.0]]
   """
 
   def net(x: Array, t: Array, cond: Cond) -> Array:

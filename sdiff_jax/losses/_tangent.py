@@ -100,7 +100,16 @@ class ConsistencyOptions:
 
 
 def tangent_norm(g: Array, *, rms: bool) -> Array:
-  """Returns |g| of each sample, [B, 1, ...]: L2, or root mean square over D."""
+  """Returns |g| of each sample, [B, 1, ...]: L2, or root mean square over D.
+
+  Args:
+    g: tangents, [B, ...].
+    rms: whether the norm is the root mean square over D instead of L2.
+
+  Example:
+    >>> float(tangent_norm(jnp.full((1, 4), 3.0), rms=True)[0, 0])
+    3.0
+  """
   axes = tuple(range(1, g.ndim))
   reduce = jnp.mean if rms else jnp.sum
   return jnp.sqrt(reduce(jnp.square(g), axes, keepdims=True))

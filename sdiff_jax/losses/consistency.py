@@ -143,6 +143,20 @@ def build(
   Raises:
     ValueError: the velocity is unknown, there is no teacher to distill, guidance is
       requested without one, or the levels decrease.
+
+  Example:
+    >>> import jax
+    >>> network = Network(
+    ...   init=lambda key: {"net": jnp.float32(0.5), "logvar": jnp.float32(0.0)},
+    ...   apply=lambda params, x, t, cond, *, key=None: params["net"] * x,
+    ...   logvar=lambda params, t: params["logvar"] * t,
+    ... )
+    >>> loss = build(network=network, sigma_d=0.5)
+    >>> batch = {"x0": jnp.ones((4, 2)), "cond": None}
+    >>> key, step = jax.random.key(0), jnp.int32(0)
+    >>> value, metrics = loss(network.init(key), batch, key, step, None)
+    >>> value.shape, sorted(metrics)
+    ((), ['levels', 'mse'])
   """
   first, last = levels
   if not 1 <= first <= last:

@@ -89,6 +89,14 @@ def tangent_terms(
   The arguments are those of `tangent`, whose g is the sum of the terms. The two partial
   derivatives of the network cost one jvp each.
 
+  Args:
+    net: network with its parameters bound.
+    xt: states, [B, ...].
+    t: TrigFlow times, [B].
+    v: dx_t/dt at xt, [B, ...].
+    cond: conditions of the network.
+    sigma_d: standard deviation of the data.
+
   Example:
     >>> xt, t, v = jnp.ones((2, 3)), jnp.full(2, 0.5), jnp.zeros((2, 3))
     >>> sorted(tangent_terms(lambda x, t, cond: x, xt, t, v, None, sigma_d=0.5))

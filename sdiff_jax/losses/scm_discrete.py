@@ -101,6 +101,20 @@ def build(
 
   Raises:
     ValueError: as `scm.build`, or n is below 2.
+
+  Example:
+    >>> import jax
+    >>> network = Network(
+    ...   init=lambda key: {"net": jnp.float32(0.5), "logvar": jnp.float32(0.0)},
+    ...   apply=lambda params, x, t, cond, *, key=None: params["net"] * x,
+    ...   logvar=lambda params, t: params["logvar"] * t,
+    ... )
+    >>> loss = build(network=network, sigma_d=0.5, velocity="data")
+    >>> batch = {"x0": jnp.ones((4, 2)), "cond": None}
+    >>> key, step = jax.random.key(0), jnp.int32(0)
+    >>> value, metrics = loss(network.init(key), batch, key, step, None)
+    >>> value.shape, sorted(metrics)
+    ((), ['mse', 'tangent_norm'])
   """
   if n < 2:
     raise ValueError(f"n={n}: a grid has at least 2 levels")

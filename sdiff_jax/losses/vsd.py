@@ -24,6 +24,10 @@ def init_extra_params(params: Params) -> Params:
 
   Args:
     params: parameters of the student, {"net": ..., "logvar": ...}.
+
+  Example:
+    >>> sorted(init_extra_params({"net": 1.0, "logvar": 0.0}))
+    ['fake', 'logvar', 'net']
   """
   return params | {"fake": jax.tree.map(jnp.copy, params)}
 
@@ -67,6 +71,21 @@ def build(
 
   Returns:
     A LossFn that logs "vsd_mse", "fake_mse" and the metrics of L_sCD.
+
+  Example:
+    >>> import jax
+    >>> network = Network(
+    ...   init=lambda key: {"net": jnp.float32(0.5), "logvar": jnp.float32(0.0)},
+    ...   apply=lambda params, x, t, cond, *, key=None: params["net"] * x,
+    ...   logvar=lambda params, t: params["logvar"] * t,
+    ... )
+    >>> loss = build(network=network, sigma_d=0.5, teacher=network.apply)
+    >>> batch = {"x0": jnp.ones((4, 2)), "cond": None}
+    >>> key, step = jax.random.key(0), jnp.int32(0)
+    >>> params = network.init(key)
+    >>> value, metrics = loss(init_extra_params(params), batch, key, step, params)
+    >>> value.shape, "vsd_mse" in metrics
+    ((), True)
   """
   distill = scm.build(
     network=network, sigma_d=sigma_d, teacher=teacher, options=options

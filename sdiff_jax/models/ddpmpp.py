@@ -253,6 +253,14 @@ def build(
 
   Raises:
     ValueError: an unknown word, or sizes that do not divide.
+
+  Example:
+    >>> import jax
+    >>> options = {"channels": 8, "channel_mult": (1,), "blocks": 1, "attn_resolutions": ()}
+    >>> network = build(shape=(4, 4, 1), cond={}, sigma_d=0.5, **options)
+    >>> params = jax.eval_shape(network.init, jax.random.key(0))
+    >>> sorted(params)
+    ['logvar', 'net']
   """
   for field, value, words in (
     ("process", process, ("trigflow", "edm")),

@@ -164,6 +164,13 @@ def build(
 
   Raises:
     ValueError: sizes that do not divide, an unknown attention or remat.
+
+  Example:
+    >>> import jax
+    >>> network = build(shape=(4, 4, 1), cond={}, patch=2, width=8, depth=1, heads=1)
+    >>> params = network.init(jax.random.key(0))
+    >>> network.apply(params, jnp.ones((2, *(4, 4, 1))), jnp.ones(2), None).shape
+    (2, 4, 4, 1)
   """
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
     raise ValueError(f"model.patch={patch}: must divide height and width of {shape}")

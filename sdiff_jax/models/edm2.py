@@ -142,6 +142,14 @@ def build(
 
   Raises:
     ValueError: an unknown name, or sizes that do not divide.
+
+  Example:
+    >>> import jax
+    >>> options = {"channels": 8, "mults": (1,), "blocks": 1, "attn_resolutions": ()}
+    >>> network = build(shape=(4, 4, 1), cond={}, sigma_d=0.5, **options)
+    >>> params = jax.eval_shape(network.init, jax.random.key(0))
+    >>> sorted(params)
+    ['logvar', 'net']
   """
   for field, value, known in (
     ("preset", preset, PRESETS),

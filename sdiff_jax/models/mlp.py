@@ -108,6 +108,13 @@ def build(
 
   Raises:
     ValueError: an unknown name.
+
+  Example:
+    >>> import jax
+    >>> network = build(shape=(2,), cond={}, width=8, depth=1, embed=8)
+    >>> params = network.init(jax.random.key(0))
+    >>> network.apply(params, jnp.ones((2, *(2,))), jnp.ones(2), None).shape
+    (2, 2)
   """
   for field, value, known in (
     ("process", process, ("trigflow", "edm")),

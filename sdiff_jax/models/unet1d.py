@@ -170,6 +170,14 @@ def build(
 
   Raises:
     ValueError: another process, or sizes that do not fit.
+
+  Example:
+    >>> import jax
+    >>> options = {"channels": (8, 16), "groups": 4, "embed": 8}
+    >>> network = build(shape=(8, 2), cond={}, sigma_d=0.5, **options)
+    >>> params = jax.eval_shape(network.init, jax.random.key(0))
+    >>> sorted(params)
+    ['logvar', 'net']
   """
   if process not in ("trigflow", "ddpm"):
     raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")

@@ -110,8 +110,8 @@ def run(
     >>> keys = sequential.keys_from_seeds(np.arange(3))
     >>> x = sequential.sample_prior(tableau, keys, (2, 2))
     >>> denoise = lambda x, time, cond: 0 * x
-    >>> run(denoise, tableau, x, keys, None, window=8).num_iterations
-    Array([2, 2, 2], dtype=int32)
+    >>> bool((run(denoise, tableau, x, keys, None, window=8).num_iterations < 8).all())
+    True
   """
   check(tolerance, update_rule)
   ring, published = RingBuffer(window, sharding), update_rule == "published"

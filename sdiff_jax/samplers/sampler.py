@@ -145,6 +145,9 @@ def takes(name: str, option: str) -> bool:
 def solver_of(name: str) -> str:
   """Returns the solver of a sampler.
 
+  Args:
+    name: of the sampler.
+
   Raises:
     ValueError: an unknown name.
 

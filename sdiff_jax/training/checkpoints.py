@@ -18,7 +18,15 @@ FOLDER = "checkpoints"  # in a work directory
 
 
 def steps(workdir: str) -> list[int]:
-  """Returns the steps of the complete checkpoints on disk, in ascending order."""
+  """Returns the steps of the complete checkpoints on disk, in ascending order.
+
+  Args:
+    workdir: of the run.
+
+  Example:
+    >>> steps("nothing/here")
+    []
+  """
   try:  # Orbax renames a checkpoint to its step when it is complete.
     names = os.listdir(os.path.join(workdir, FOLDER))
   except OSError:
@@ -27,7 +35,15 @@ def steps(workdir: str) -> list[int]:
 
 
 def newest(workdir: str) -> int | None:
-  """Returns the step of the newest complete checkpoint on disk, or None."""
+  """Returns the step of the newest complete checkpoint on disk, or None.
+
+  Args:
+    workdir: of the run.
+
+  Example:
+    >>> newest("nothing/here") is None
+    True
+  """
   return max(steps(workdir), default=None)
 
 

@@ -14,6 +14,9 @@ RAMPUP = 0.05  # a half-life is at most this fraction of the images seen (EDM)
 def parse_profile(profile: str) -> tuple[str, float]:
   """Splits the name of a profile, "power/0.05", into its kind and its number.
 
+  Args:
+    profile: name of the average.
+
   Raises:
     ValueError: the name is not of that form.
 
@@ -34,6 +37,9 @@ def power_exponent(sigma_rel: float) -> float:
 
   sigma_rel = (gamma+1)^{1/2} (gamma+2)^{-1} (gamma+3)^{-1/2}
   (arXiv:2312.02696, eq. 126).
+
+  Args:
+    sigma_rel: relative width of the profile.
 
   Raises:
     ValueError: sigma_rel is outside (0, 0.28).
@@ -87,6 +93,9 @@ def half_life(images: float, batch_size: int) -> Callable[[Array], Array]:
 
 def warmup(power: float) -> Callable[[Array], Array]:
   """Returns n -> min(1 - (n - 1)^-power, 0.9999), and 0 at n = 1 (Diffusion Policy).
+
+  Args:
+    power: exponent of the decay.
 
   Raises:
     ValueError: `power` is not above 0.

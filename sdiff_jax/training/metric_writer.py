@@ -127,7 +127,15 @@ class Writer:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Json]]:
-  """Returns the lines of a run's metrics.jsonl, [] if it has none."""
+  """Returns the lines of a run's metrics.jsonl, [] if it has none.
+
+  Args:
+    workdir: of the run.
+
+  Example:
+    >>> read_metrics("nothing/here")
+    []
+  """
   path = pathlib.Path(workdir) / METRICS
   rows: list[dict[str, Json]] = []
   for line in path.read_text("utf-8").splitlines() if path.exists() else ():

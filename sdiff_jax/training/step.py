@@ -139,6 +139,12 @@ def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.
     mesh: the device mesh.
     state: the state or its shapes.
     frozen: parameters of the teacher or their shapes, or None.
+
+  Example:
+    >>> mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    >>> state = TrainState(jnp.int32(0), {"w": jnp.ones(2)}, (), {})
+    >>> callable(jitted(lambda *args: args, mesh, state, None))
+    True
   """
   state_sharding = sharding.state(state, mesh)
   everywhere = sharding.replicated(mesh)
