@@ -47,6 +47,7 @@ from matplotlib.figure import Figure
 from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips, lowering
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import programs
 from sdiff_jax.io import file_io
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.training import flops as flops_lib
@@ -337,7 +338,7 @@ def step(stage: Stage, data: pathlib.Path) -> None:
 
     @functools.cache
     def program(config=config) -> lowering.Program:
-      return lowering.build(config, mesh)
+      return programs.build(config, mesh)
 
     cases.append(
       Case(
@@ -394,7 +395,7 @@ def sampler(stage: Stage, data: pathlib.Path) -> None:
     # Every change is below this tolerance: an iteration advances by a whole window.
     config.sampler.update(steps=steps, window=window, tolerance=1e6)
     config.sample.batch_size = jax.device_count()
-    program = lowering.build(config, sharding.make_mesh())
+    program = programs.build(config, sharding.make_mesh())
     cases.append(
       Case(
         f"ParaDDPM-{steps} window {window}",

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.capacity import chips, lowering
+from sdiff_jax.capacity import chips
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import programs, sampling
 from sdiff_jax.experiment import training as training_lib
 
 REPEATS = 20
@@ -34,7 +34,7 @@ def load(file: str, batch: int) -> tuple[Any, experiments.Experiment]:
   if config.model.get("dtype") == "float16":
     config.model.dtype = "bfloat16"
   config = experiments.model_variant(config, "unrolled")
-  source, mesh = lowering.source_of(config), sharding.make_mesh()
+  source, mesh = programs.abstract_dataset(config), sharding.make_mesh()
   network = experiments.network(config, source)
   return config, experiments.Experiment(source, network, mesh, config.sigma_d)
 
@@ -64,7 +64,7 @@ def noise(shapes: Any) -> Any:
 def training(config, experiment: experiments.Experiment) -> tuple[float, float, float]:
   """Returns seconds of a step, the model's operations in it, and the most bytes."""
   source, network, mesh = experiment.dataset, experiment.network, experiment.mesh
-  teacher, shapes = lowering.teacher(config, source)
+  teacher, shapes = programs.abstract_teacher(config, source)
   key = jax.random.key(0)
   frozen = shapes and jax.jit(teacher.init)(key)
   trainer = training_lib.build_trainer(config, network, teacher, mesh)
@@ -79,7 +79,7 @@ def training(config, experiment: experiments.Experiment) -> tuple[float, float, 
 
   memory = compiled.memory_analysis()
   most = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  return median(call), lowering.training(config, experiment).flops(False), most
+  return median(call), programs.training(config, experiment).flops(False), most
 
 
 def rows(

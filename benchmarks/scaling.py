@@ -20,9 +20,10 @@ import jax
 from sdiff_jax import config as config_lib
 from sdiff_jax import samplers
 from sdiff_jax.capacity import chips as chips_lib
-from sdiff_jax.capacity import lowering, roofline
+from sdiff_jax.capacity import roofline
 from sdiff_jax.capacity.hlo import Collective
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import programs
 from sdiff_jax.samplers import autotune
 
 SIZES = {"S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}  # channels
@@ -71,7 +72,7 @@ def counted(kind: str, size: str, guidance: bool = True) -> tuple[float, int]:
     config.loss.guidance = ()
     config.model.guidance = False
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  program = lowering.build(config, mesh)
+  program = programs.build(config, mesh)
   say(f"{kind} {size}")
   return program.flops(False) / 8, program.num_parameters
 

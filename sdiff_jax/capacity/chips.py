@@ -16,8 +16,6 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from sdiff_jax.types import UserError
-
 
 class Chip(NamedTuple):
   """Rates and sizes of a chip, from its data sheet.
@@ -126,21 +124,21 @@ def parse(name: str) -> Pod:
   """Returns the pod of a name.
 
   Raises:
-    UserError: there is no such pod; the message lists the topologies of the chip.
+    ValueError: there is no such pod; the message lists the topologies of the chip.
   """
   chip, _, size = (
     name.partition("x") if name.startswith("h100") else name.partition(":")
   )
   if chip not in CHIPS:
-    raise UserError(
-      f"config.rehearse.topology={name!r}: must be one of {', '.join(CHIPS)} with a size, "
+    raise ValueError(
+      f"topology={name!r}: must be one of {', '.join(CHIPS)} with a size, "
       "such as v5e:16x16, v5p:4x4x8 or h100x64"
     )
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", size) or (
     size.count("x") != CHIPS[chip].sizes[-1].count("x")
   ):
     known = ", ".join(_name(chip, size) for size in CHIPS[chip].sizes)
-    raise UserError(f"config.rehearse.topology={name!r}: must be one such as {known}")
+    raise ValueError(f"topology={name!r}: must be one such as {known}")
   return Pod(name, chip, math.prod(int(n) for n in size.split("x")))
 
 
@@ -166,15 +164,15 @@ def devices(pod: Pod) -> np.ndarray:
   """Returns the devices of a pod, to compile for.
 
   Raises:
-    UserError: the compiler is not installed, or does not know the pod.
+    ValueError: the compiler is not installed, or does not know the pod.
   """
   gpu = pod.chip == "h100"
   compiler_module, extra = (
     ("jax_plugins.xla_cuda12", "cuda") if gpu else ("libtpu", "rehearse")
   )
   if not _is_installed(compiler_module):
-    raise UserError(
-      f"config.rehearse.topology={pod.name}: its compiler is not installed, "
+    raise ValueError(
+      f"topology={pod.name}: its compiler is not installed, "
       f"pip install -e '.[{extra}]'; a {pod.chip} is not needed"
     )
   try:
@@ -194,8 +192,8 @@ def devices(pod: Pod) -> np.ndarray:
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     known = ", ".join(_name(pod.chip, size) for size in CHIPS[pod.chip].sizes)
     reason = " ".join(str(error).split())[:200]
-    raise UserError(
-      f"config.rehearse.topology={pod.name}: {reason}; choose one such as {known}"
+    raise ValueError(
+      f"topology={pod.name}: {reason}; choose one such as {known}"
     ) from error
   return np.array(topology.devices)
 

@@ -135,7 +135,7 @@ def model(
 ROOFS = ("overlapped", "serial")
 _BOTH = "overlapped / serial"
 COLUMNS = (  # header, description
-  ("Pod", "a name in config.rehearse.topology"),
+  ("Pod", "name of the topology"),
   ("Chips", "number of chips; a v4 or tpu7x chip is two devices"),
   ("Changed", "config fields that were changed so that the program fits"),
   ("Fits", "memory that is used and memory of a device, GB"),
@@ -145,7 +145,7 @@ COLUMNS = (  # header, description
   ("Step, ms", f"{_BOTH}: {roofline.FORMULA}"),
   ("Images/s", _BOTH),
   ("Of peak", f"{_BOTH}: F_model / (t chips peak)"),
-  ("Days", f"{_BOTH}: to the last step of config.train.steps"),
+  ("Days", f"{_BOTH}: until the last training step"),
 )
 
 

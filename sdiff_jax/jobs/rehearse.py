@@ -18,6 +18,7 @@ from sdiff_jax.capacity import cache, lowering, report
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import programs
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io
 from sdiff_jax.types import Json, UserError
@@ -59,12 +60,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: an unknown pod, a compiler that is not installed, or a batch that does not
       divide over the devices.
   """
-  if config.rehearse.program not in lowering.KINDS:
+  if config.rehearse.program not in programs.KINDS:
     raise UserError(
       f"config.rehearse.program={config.rehearse.program!r}: must be "
-      f"{' or '.join(lowering.KINDS)}"
+      f"{' or '.join(programs.KINDS)}"
     )
-  pods = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
+  with config_errors("config.rehearse"):
+    pods = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
   if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in pods):
     _say("TPUs have no float16 units; use --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
@@ -136,10 +138,11 @@ def _attempt(
   config.update_from_flattened_dict(changes)
   gpu = pod.chip == "h100"
   level = "" if gpu else LEVEL
-  devices = chips_lib.devices(pod)
+  with config_errors("config.rehearse"):
+    devices = chips_lib.devices(pod)
   with config_errors("config.mesh"):
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  program = lowering.build(config, mesh)
+  program = programs.build(config, mesh)
   facts = {
     "pod": pod.name,
     "devices": len(devices),

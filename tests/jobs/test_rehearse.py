@@ -19,7 +19,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.capacity import cache, chips, lowering, report
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import training
+from sdiff_jax.experiment import programs, training
 from sdiff_jax.jobs import rehearse
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.types import UserError
@@ -75,7 +75,7 @@ def found(teacher):
   """The facts of a step, compiled once."""
   config = config_of(teacher)
   mesh = sharding.make_mesh(**config.mesh)
-  program = lowering.build(config, mesh)
+  program = programs.build(config, mesh)
   facts = {
     "pod": config.rehearse.topology,
     "devices": 8,
@@ -89,7 +89,7 @@ def test_kinds_of_memory_are_those_of_a_state(found, teacher):
   """All of it is small, so every device holds it whole: nbytes of arrays."""
   program, _ = found
   config = config_of(teacher)
-  source = lowering.source_of(config)
+  source = programs.abstract_dataset(config)
   network = experiments.network(config, source)
   theirs = config_lib.load(config.teacher.config, "missing")
   theirs = experiments.network(theirs, source)
@@ -147,7 +147,7 @@ def test_every_block_counts():
   config.rehearse.update(shape=(8, 8, 4), classes=10)
   config.train.batch_size = 8
   config.model.update(depth=4, unroll=1, attention="plain", remat="")
-  program = lowering.build(config, sharding.make_mesh(**config.mesh))
+  program = programs.build(config, sharding.make_mesh(**config.mesh))
   facts = lowering.analyze(program, program.lower(), 8)
   assert 0.95 < facts["flops"] * 8 / facts["model_flops"] < 1.3
 
@@ -235,7 +235,7 @@ def test_a_pass_of_paradigms_sends_less_than_a_window(teacher):
   config.sample.batch_size = 1
   config.sampler.update(name="paraddpm", steps=100, window=64)
   config.mesh.update(data=1, window=8)
-  program = lowering.build(config, sharding.make_mesh(**config.mesh))
+  program = programs.build(config, sharding.make_mesh(**config.mesh))
   facts = lowering.analyze(program, program.lower(), 8)
   sent = sum(c["calls"] * c["bytes"] for c in facts["collectives"] if c["in_loop"])
   assert 0 < sent <= 64 * 64 * 4
@@ -269,11 +269,11 @@ def test_a_published_model_needs_no_weights(tmp_path):
   # Twice the operations of 64 rows without guidance, and little else.
   config.sample.guidance = 1.0
   mesh = sharding.make_mesh(**config.mesh)
-  alone = lowering.build(config, mesh).flops(False)
+  alone = programs.build(config, mesh).flops(False)
   assert found["model_flops"] == pytest.approx(2 * alone, rel=0.01)
   config.sampler.window = 0
   with pytest.raises(UserError, match="window=0: must be set"):
-    lowering.build(config, mesh)
+    programs.build(config, mesh)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     pairs = _sequences(path)
   else:
     raise UserError(
-      f"config.data.path={path!r} has no .zgroup, no {FILES[0]} and no */*.mjl: name a "
-      "folder of episodes"
+      f"{path}: has no .zgroup, no {FILES[0]} and no */*.mjl; name a folder of episodes"
     )
   observations, actions = zip(*pairs, strict=True)
   return {

@@ -1,0 +1,192 @@
+"""The training step or the sampling of a config as a program of abstract arrays.
+
+Such a program is lowered and compiled for devices that are not here, and its memory,
+collectives and operations are analyzed (see `capacity.lowering`). No data are read.
+"""
+
+import os
+from typing import NoReturn
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from sdiff_jax import config as configs
+from sdiff_jax import registry
+from sdiff_jax.capacity import lowering
+from sdiff_jax.capacity.lowering import Program
+from sdiff_jax.data import Dataset, PixelCodec, class_cond
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import pipelines, text_to_image
+from sdiff_jax.experiment import sampling as sampling_lib
+from sdiff_jax.experiment import training as training_lib
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.experiment.pipelines import Pipeline
+from sdiff_jax.samplers import Sampler
+from sdiff_jax.types import Network, Params, UserError
+
+KINDS = ("train", "sample")
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+  """Returns the program that config.rehearse.program names.
+
+  Args:
+    config: of a run, or of the job `generate`.
+    mesh: the devices to compile for.
+
+  Raises:
+    UserError: the batch does not divide over the mesh, or a field has no valid value.
+  """
+  if config.job == "generate":
+    return generation(config, mesh)
+  program = {"train": training, "sample": sampling}[config.rehearse.program]
+  config = experiments.model_variant(config, "unrolled")
+  dataset = abstract_dataset(config)
+  experiment = Experiment(
+    dataset,
+    experiments.network(config, dataset),
+    mesh,
+    config.sigma_d,
+    bool(config.model.get("guidance", False)),
+  )
+  return program(config, experiment)
+
+
+def abstract_dataset(config: ml_collections.ConfigDict) -> Dataset:
+  """Returns the data set, or one without images if config.rehearse.shape is set.
+
+  Raises:
+    UserError: the data set refuses a field.
+  """
+  if not config.rehearse.shape:
+    return registry.build("data", config.data.to_dict(), "config.data")
+  classes = class_cond(config.rehearse.classes)
+  return Dataset(_no_data, 0, classes, PixelCodec(tuple(config.rehearse.shape)))
+
+
+def _no_data(indices: np.ndarray) -> NoReturn:
+  raise UserError("config.rehearse.shape: names a shape alone; there are no data")
+
+
+def training(config: ml_collections.ConfigDict, experiment: Experiment) -> Program:
+  """Returns the training step of a config, with the teacher that it distills.
+
+  Raises:
+    UserError: the batch does not divide over the mesh, or a field has no valid value.
+  """
+  dataset, mesh = experiment.dataset, experiment.mesh
+  size, parts = config.train.batch_size, config.train.grad_accum_steps
+  with config_errors("config.train"):
+    sharding.check_batch(size, sharding.batch(mesh), parts)
+  teacher, frozen = abstract_teacher(config, dataset)
+  trainer = training_lib.build_trainer(config, experiment.network, teacher, mesh)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(trainer.create_state, key)
+
+  def flops(remat: bool) -> float:
+    variant = config if remat else experiments.model_variant(config, "without_remat")
+    return training_lib.step_flops(variant, dataset, teacher, state, key, frozen)
+
+  batch = training_lib.batch_shapes(dataset, size)
+  return lowering.training_step(trainer, mesh, state, batch, key, frozen, flops)
+
+
+def abstract_teacher(
+  config: ml_collections.ConfigDict, dataset: Dataset
+) -> tuple[Network | None, Params]:
+  """Returns the network of the teacher and the shapes of its parameters.
+
+  Returns:
+    (None, None) for a loss without a teacher.
+
+  Raises:
+    UserError: there is neither a run of the teacher nor its config file.
+  """
+  teacher_config = _teacher_config(config)
+  if teacher_config is None:
+    return None, None
+  network = experiments.network(teacher_config, dataset)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return network, jax.eval_shape(network.init, key)
+
+
+def _teacher_config(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict | None:
+  """Returns the config of the teacher's run, or of its file if there is no run yet.
+
+  The dtype of a teacher from a file is that of the student.
+  """
+  file, workdir = config.teacher.config, config.teacher.workdir
+  if not training_lib.needs_teacher(config):
+    return None
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    return experiments.model_variant(workdir_lib.read(workdir), "unrolled")
+  teacher_config = configs.load(
+    file, f"config.teacher.config={file!r}: no such file, and no run there"
+  )
+  if "dtype" in teacher_config.model and "dtype" in config.model:
+    teacher_config.model.dtype = config.model.dtype
+  return experiments.model_variant(teacher_config, "unrolled")
+
+
+def sampling(config: ml_collections.ConfigDict, experiment: Experiment) -> Program:
+  """Returns the program of a batch of samples of a network trained here.
+
+  Raises:
+    UserError: the batch or the window does not divide over the mesh, or there is no
+      window.
+  """
+  everywhere = sharding.replicated(experiment.mesh)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    jax.eval_shape(experiment.network.init, key),
+  )
+  pipeline = sampling_lib.pipeline(config, experiment)
+  return _batch_of_samples(config, pipeline, sampling_lib.build_sampler(config), params)
+
+
+def generation(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+  """Returns the program of a batch of samples by a model of the diffusers format.
+
+  Only the config files of its folder are read. The decoder is left out, since it runs
+  once, and the U-Net in every iteration.
+
+  Raises:
+    UserError: the batch or the window does not divide over the mesh, or there is no
+      window, or the folder does not fit.
+  """
+  model, sampler = text_to_image.from_config(config, abstract=True)
+  weights = {k: v for k, v in model.params.items() if k != "vae"}
+  model = model._replace(vae=None, params=weights)
+  pipeline = text_to_image.pipeline(
+    model, sampler, mesh, guidance_scale=config.sample.guidance
+  )
+  params = text_to_image.params_with_sharding(model, mesh)
+  return _batch_of_samples(config, pipeline, sampler, params)
+
+
+def _batch_of_samples(
+  config: ml_collections.ConfigDict,
+  pipeline: Pipeline,
+  sampler: Sampler,
+  params: Params,
+) -> Program:
+  """Returns the program of a batch of samples of a pipeline."""
+  with config_errors("config.sample"):
+    sharding.check_batch(config.sample.batch_size, sharding.samples(pipeline.mesh))
+  with config_errors("config.sampler"):
+    return lowering.sampling(
+      pipelines.batch_sampler(pipeline, sampler),
+      sampler,
+      pipeline.placeholder,
+      params,
+      shape=pipeline.shape,
+      batch_size=config.sample.batch_size,
+    )
