@@ -164,20 +164,18 @@ def _mean_square(x: Array) -> Array:
 
 def _picard(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
   """A = 1 - x_coef_1, A' = x_coef_1: each state moves by the change before it."""
-  if len(step.x) == 1:
-    return _padded([jnp.ones_like(step.x[0])], slopes)
-  return _padded([1 - step.x[1], step.x[1]], slopes)
+  return _fit([1 - step.x[1], step.x[1]], slopes)
 
 
 def _linear(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
   """A = x_coef_0, A' = x_coef_1: denoised values are held fixed."""
-  return _padded(step.x, slopes)
+  return _fit(step.x, slopes)
 
 
-def _padded(factors: list[Array], slopes: list[Array]) -> list[Array]:
-  """Returns the factors with zeros, as many as there are slopes."""
+def _fit(factors: list[Array], slopes: list[Array]) -> list[Array]:
+  """Returns as many factors as there are slopes, with zeros after the given ones."""
   missing = len(slopes) - len(factors)
-  return [*factors, *[jnp.zeros_like(factors[0])] * missing]
+  return [*factors, *[jnp.zeros_like(factors[0])] * missing][: len(slopes)]
 
 
 def secant(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
@@ -190,11 +188,9 @@ def secant(step: StepCoefficients, slopes: list[Array]) -> list[Array]:
   Returns:
     A, A', ..., [B, W, ...] each, as many as slopes.
   """
-  factors = []
-  for n, slope in enumerate(slopes):
-    terms = [step.x[n]] if n < len(step.x) else []
-    terms += [step.denoised[n] * slope] if n < len(step.denoised) else []
-    factors.append(jnp.broadcast_to(sum(terms[1:], terms[0]), slope.shape))
+  factors = [c * slope for c, slope in zip(step.denoised, slopes, strict=True)]
+  for n, c in enumerate(step.x[: len(factors)]):
+    factors[n] = c + factors[n]
   return factors
 
 

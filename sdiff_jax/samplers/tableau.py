@@ -33,8 +33,8 @@ class StepCoefficients(NamedTuple):
   """Coefficients of solver steps as device arrays that broadcast against states.
 
   Attributes:
-    x: of x_hat_i and, if the solver uses it, of x_hat_{i-1}.
-    denoised: of d_i, d_{i-1}, ...
+    x: of x_hat_i and x_hat_{i-1}.
+    denoised: of d_i, d_{i-1}, ..., as many as the solver's `memory`.
     noise: of z_i; None for a solver that adds no noise after the evaluation.
     noise_before: of z'_i; None for a solver that adds no noise before the evaluation.
     alpha: see `SolverTableau`.
@@ -110,10 +110,15 @@ class SolverTableau(NamedTuple):
     return max(1 + self.uses_previous_state, self.history)
 
   def coefficients(self, dtype: jnp.dtype) -> StepCoefficients:
-    """Returns the coefficients as device arrays [R] of a dtype, unused ones left out."""
+    """Returns the coefficients as device arrays [R] of a dtype.
+
+    Args:
+      dtype: of the arrays.
+    """
+    missing = np.zeros((self.evaluations, self.memory - self.history))
     columns = (
-      [*self.x_coef.T[: 1 + self.uses_previous_state]],
-      [*self.denoised_coef.T],
+      [*self.x_coef.T],
+      [*self.denoised_coef.T, *missing.T],
       self.noise_coef if self.uses_noise else None,
       self.noise_before if self.uses_noise_before else None,
       self.alpha,
@@ -229,8 +234,8 @@ def apply_step(
   Returns:
     The next state, [...].
   """
-  terms = [c * v for c, v in zip(coefficients.x, x, strict=True)]
-  terms += [c * v for c, v in zip(coefficients.denoised, denoised, strict=True)]
+  terms = [c * v for c, v in zip(coefficients.x, x, strict=False)]
+  terms += [c * v for c, v in zip(coefficients.denoised, denoised, strict=False)]
   if coefficients.noise is not None:
     assert z is not None
     terms.append(coefficients.noise * z)
