@@ -185,7 +185,7 @@ def load(name: str, variant: str = "") -> ml_collections.ConfigDict:
 def fashion(name: str, data: pathlib.Path, tiny: bool) -> ml_collections.ConfigDict:
   """Returns configs/fashion_NAME.py with a small EDM2 network in bfloat16."""
   c = load(f"fashion_{name}")
-  c.model = config_lib.component("models", "edm2", channels=64, mults=(1, 2, 2))
+  c.model = config_lib.component("models", "edm2", channels=64, channel_mult=(1, 2, 2))
   c.model.update(attn_resolutions=(7,), dropout=0.1 if name == "diffusion" else 0.0)
   c.model.dtype = "bfloat16"
   c.train.update(batch_size=512, log_every=50, sample_every=0)
@@ -206,7 +206,7 @@ def fashion(name: str, data: pathlib.Path, tiny: bool) -> ml_collections.ConfigD
   if tiny:
     c.data = config_lib.component("data", "digits")
     c.reference = ml_collections.ConfigDict({"name": ""})
-    c.model.update(channels=8, mults=(1, 2), blocks=1, head_channels=8)
+    c.model.update(channels=8, channel_mult=(1, 2), blocks=1, head_channels=8)
     c.model.attn_resolutions = (4,)
     c.train.update(batch_size=16, log_every=1)
     c.evaluate.update(features="digits", num=64, batch_size=64, pr_num_images=64)

@@ -22,7 +22,12 @@ from sdiff_jax.training import ema, optimizers, state, step
 SIZES = {
   "mlp": {"width": 256, "depth": 4, "unroll": 4},
   "dit": {"width": 256, "depth": 4, "unroll": 4, "heads": 4, "patch": 2},
-  "edm2": {"channels": 64, "mults": (1, 2), "blocks": 1, "attn_resolutions": (8,)},
+  "edm2": {
+    "channels": 64,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attn_resolutions": (8,),
+  },
 }
 SHAPES = {"mlp": (8, 8, 1), "dit": (16, 16, 1), "edm2": (16, 16, 1)}
 

@@ -18,7 +18,7 @@ from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.models import edm2
 
 SIGMA_D, BATCH, SHAPE, CLASSES = 0.5, 16, (16, 16, 4), 10
-SIZE = {"channels": 32, "mults": (1, 2), "blocks": 1, "attn_resolutions": (8,)}
+SIZE = {"channels": 32, "channel_mult": (1, 2), "blocks": 1, "attn_resolutions": (8,)}
 TYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
   jax.config.update("jax_enable_x64", True)
   print(f"{'':34s}{'F':>8s}{'J':>8s}{'J, x fixed':>12s}")
   for embedding, norm in itertools.product(
-    ("positional", "fourier"), ("double", "scale")
+    ("positional", "fourier"), ("double", "single")
   ):
     fields = {"embedding": embedding, "norm": norm}
     params = weights(

@@ -19,7 +19,7 @@ def get_config():
     "trajectories",
     path="data/kitchen/kitchen_demos_multitask",
     held_out=0.02,
-    least=5e-2,
+    min_range=5e-2,
     std=1.0,
   )
   c.model = config.component("models", "unet1d", process="ddpm")

@@ -40,8 +40,8 @@ def small(c):
 
 def published(c):
   c.sigma_d = 1.0
-  c.demos.view = "keypoints"
   c.data = config.component("data", "trajectories", path="runs/pusht/keypoints.npz")
+  c.data.frame = "keypoints"
   # As many episodes as its authors used; actions in [-1, 1] are not scaled again.
   c.data.update(episodes=90, held_out=0.02, std=1.0)
   c.model = config.component("models", "unet1d", process="ddpm")

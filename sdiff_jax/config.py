@@ -21,6 +21,7 @@ from sdiff_jax.defaults import (
   RENAMED,
   RUNTIME,
   Ranged,
+  Renamed,
   not_negative,
   positive,
 )
@@ -239,12 +240,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     >>> validate(base())
   """
   load_plugins(config.plugins)
+  values = resumable.flatten(config.to_dict())
+  for name, message in renamed_fields(values, config.to_dict()).items():
+    raise UserError(f"config.{name}: {message.format('config.')}")
   for section, kind in PIECES.items():
     if config[section].name or section != "reference":
       registry.check(kind, config[section].to_dict(), f"config.{section}")
-  values = resumable.flatten(config.to_dict())
-  for name in values.keys() & RENAMED.keys():
-    raise UserError(f"config.{name}: is now config.{RENAMED[name]}")
   defaults = resumable.flatten(_defaults())
   for name in sorted(values.keys() - defaults.keys()):
     if name.partition(".")[0] not in {*PIECES, "plugins", "study"}:
@@ -258,8 +259,51 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError("config.ema.profiles=(): name one profile, such as 'power/0.05'")
 
 
+def renamed_fields(
+  values: Mapping[str, Json], components: Mapping[str, Json]
+) -> dict[str, str]:
+  """Returns a message for each field of which the name or the value is an old one.
+
+  Args:
+    values: value of each field, by "section.field".
+    components: sections of the config, of which the components' names are read.
+
+  Returns:
+    name of the field -> message, in which "{}" stands before the new name.
+
+  Example:
+    >>> renamed_fields({"optim.final": 0.1}, base().to_dict())
+    {'optim.final': 'is now {}optim.end_lr_fraction'}
+  """
+  messages = {}
+  for old in sorted(values.keys() & RENAMED.keys()):
+    new = RENAMED[old]
+    if new.name != old:
+      if old.partition(".")[0] in PIECES and not _concerns(new, components):
+        continue  # a field of another component, which has a right to the name
+      messages[old] = f"is now {{}}{new.name}"
+    elif _concerns(new, components) and _new_value(new, values[old]) != values[old]:
+      value = _new_value(new, values[old])
+      messages[old] = f"the value {values[old]!r} is now {value!r}"
+  return messages
+
+
+def _concerns(renamed: Renamed, components: Mapping[str, Json]) -> bool:
+  """Returns whether the component that had the field is the one of the config."""
+  section = renamed.name.partition(".")[0]
+  name = components.get(section, {}).get("name")
+  return renamed.component in ("", name)
+
+
+def _new_value(renamed: Renamed, value: Json) -> Json:
+  return renamed.values.get(value, value) if isinstance(value, str) else value
+
+
 def with_new_names(stored: dict[str, Json]) -> dict[str, Json]:
-  """Returns a stored config with the present names of its fields (see `RENAMED`).
+  """Returns a stored config with the present names and values of its fields.
+
+  They are those of `RENAMED`. A field that belongs to a component now, and that the
+  component of the config never had, is removed.
 
   Args:
     stored: config of a work directory, as nested dicts.
@@ -267,11 +311,16 @@ def with_new_names(stored: dict[str, Json]) -> dict[str, Json]:
   stored = copy.deepcopy(stored)
   for old, new in RENAMED.items():
     section, _, field = old.rpartition(".")
+    new_section, _, new_field = new.name.rpartition(".")
     values = stored.get(section, {}) if section else stored
-    if field in values:
-      new_section, _, new_field = new.rpartition(".")
+    if field not in values:
+      continue
+    if _concerns(new, stored):
+      value = _new_value(new, values.pop(field))
       target = stored.setdefault(new_section, {}) if new_section else stored
-      target[new_field] = values.pop(field)
+      target[new_field] = value
+    elif section != new_section:
+      del values[field]
   return stored
 
 

@@ -3,34 +3,58 @@
 They are the fields that several jobs share, or that identify an experiment.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from sdiff_jax.types import Json, UserError
 
-# Fields that had another name in an earlier version: old -> new. The command line
-# refuses the old name with the new one in the message; `read` of a work directory
-# accepts it.
+
+class Renamed(NamedTuple):
+  """A field that had another name or other values in an earlier version.
+
+  Attributes:
+    name: present name of the field.
+    component: the only data set, network or loss that had the field; "" for any.
+    values: old value -> new one.
+  """
+
+  name: str
+  component: str = ""
+  values: Mapping[str, str] = {}
+
+
+# Fields that had another name or other values in an earlier version, by the old name.
+# The command line refuses the old name with the new one in the message; `read` of a work
+# directory accepts it.
 RENAMED = {
-  "conditional": "class_conditional",
-  "ema.posthoc": "ema.posthoc_std",
-  "evaluate.neighbours": "evaluate.pr_num_images",
-  "generate.negative": "generate.negative_prompt",
-  "generate.spacing": "generate.timestep_spacing",
-  "loss.segments": "loss.segment_boundaries",
-  "loss.stabiliser": "loss.tangent_normalizer",
-  "model.attention_at": "model.attn_resolutions",
-  "optim.final": "optim.end_lr_fraction",
-  "pod": "rehearse.topology",
-  "rehearse.what": "rehearse.program",
-  "rollout.actions": "rollout.n_action_steps",
-  "rollout.filmed": "rollout.num_videos",
-  "rollout.noise": "rollout.noise_seed",
-  "rollout.timed": "rollout.num_timed",
-  "sample.compare": "sample.compare_sequential",
-  "sampler.angles": "sampler.timesteps",
-  "sampler.coarse": "sampler.coarse_workdir",
-  "sampler.rule": "sampler.update_rule",
-  "train.accumulate": "train.grad_accum_steps",
+  "conditional": Renamed("class_conditional"),
+  "data.least": Renamed("data.min_range", "trajectories"),
+  "demos.view": Renamed("data.frame", "trajectories"),
+  "ema.posthoc": Renamed("ema.posthoc_std"),
+  "evaluate.neighbours": Renamed("evaluate.pr_num_images"),
+  "generate.negative": Renamed("generate.negative_prompt"),
+  "generate.spacing": Renamed("generate.timestep_spacing"),
+  "loss.segments": Renamed("loss.segment_boundaries"),
+  "loss.stabiliser": Renamed("loss.tangent_normalizer"),
+  "model.attention_at": Renamed("model.attn_resolutions"),
+  "model.modulation": Renamed(
+    "model.norm", "ddpmpp", {"double_norm": "double", "shift": "single"}
+  ),
+  "model.mults": Renamed("model.channel_mult", "edm2"),
+  "model.norm": Renamed("model.norm", "edm2", {"scale": "single"}),
+  "optim.final": Renamed("optim.end_lr_fraction"),
+  "pod": Renamed("rehearse.topology"),
+  "reference.least": Renamed("reference.min_range", "trajectories"),
+  "rehearse.what": Renamed("rehearse.program"),
+  "rollout.actions": Renamed("rollout.n_action_steps"),
+  "rollout.filmed": Renamed("rollout.num_videos"),
+  "rollout.noise": Renamed("rollout.noise_seed"),
+  "rollout.timed": Renamed("rollout.num_timed"),
+  "sample.compare": Renamed("sample.compare_sequential"),
+  "sampler.angles": Renamed("sampler.timesteps"),
+  "sampler.coarse": Renamed("sampler.coarse_workdir"),
+  "sampler.rule": Renamed("sampler.update_rule"),
+  "train.accumulate": Renamed("train.grad_accum_steps"),
 }
 # Sections and fields outside of jobs that may change between two runs in one work
 # directory: they do not change what is trained.

@@ -127,13 +127,14 @@ def parse(argv: list[str]) -> Command:
   if fields and file is None:
     first = next(a for a in rest if a.startswith("--config."))
     raise UserError(f"{first}: name the file of the config as well, --config=FILE")
-  for name in fields.keys() & configs.RENAMED.keys():
-    raise UserError(f"--config.{name}: is now --config.{configs.RENAMED[name]}")
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "Directory of the run.", values)
   flags.DEFINE_string("job", None, "What to do.", values)
   if file is not None:
     config = _load(file, fields)
+    renamed = configs.renamed_fields(fields, config.to_dict())
+    for name, message in renamed.items():
+      raise UserError(f"--config.{name}: {message.format('--config.')}")
     options = {"flag_values": values, "sys_argv": [program, *rest]}
     try:
       config_flags.DEFINE_config_dict("config", config, **options)

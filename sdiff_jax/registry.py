@@ -250,9 +250,7 @@ def build(kind: str, section: dict[str, Json], label: str = "", **given: Json) -
         options[p.name] = dataclasses.replace(p.default, **changed)
     return function(**given, **options)
   except ValueError as error:
-    # Some pieces still put the name of their section before the argument themselves.
-    text = str(error).removeprefix(label.rpartition(".")[2] + ".") if label else ""
-    raise UserError(f"{label}.{text}" if label else str(error)) from error
+    raise UserError(f"{label}.{error}" if label else str(error)) from error
 
 
 def public_module(package: str, name: str) -> types.ModuleType:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import config, registry
+from sdiff_jax import config, main, registry
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build, sampling, training, workdir
 from sdiff_jax.io import resumable
@@ -146,7 +146,7 @@ def test_validation_names_field_and_value(field, value, message):
 def test_a_refusal_of_a_piece_is_the_users_error():
   section = config.component("models", "dit", patch=3).to_dict()
   with pytest.raises(UserError, match="model.patch=3: must divide"):
-    registry.build("models", section, shape=(8, 8, 1), cond={})
+    registry.build("models", section, "model", shape=(8, 8, 1), cond={})
 
 
 def test_name_and_number():
@@ -164,6 +164,91 @@ def test_old_names_of_fields_are_refused_with_the_new_ones():
     match=r"^config\.train\.accumulate: is now config\.train\.grad_accum_steps$",
   ):
     config.validate(c)
+
+
+@pytest.mark.parametrize(
+  ("section", "component", "old", "value", "message"),
+  [
+    ("model", "edm2", "mults", (1, 2), "mults: is now config.model.channel_mult"),
+    ("model", "ddpmpp", "modulation", "shift", "modulation: is now config.model.norm"),
+    ("model", "edm2", "norm", "scale", "norm: the value 'scale' is now 'single'"),
+    ("data", "trajectories", "least", 0.1, "least: is now config.data.min_range"),
+  ],
+)
+def test_an_old_name_or_value_of_a_component_is_refused_with_the_new_one(
+  section, component, old, value, message
+):
+  c = config.base()
+  config.switch(c, section, component)
+  with c.unlocked():
+    c[section][old] = value
+  with pytest.raises(UserError) as refused:
+    config.validate(c)
+  assert str(refused.value) == f"config.{section}.{message}"
+
+
+def test_another_component_may_have_a_field_of_an_old_name():
+  """Such as a network of another project with a field `mults`."""
+  own = {"name": "mlp", "mults": (1,), "norm": "scale"}
+  fields = {"model.mults": (1,), "model.norm": "scale"}
+  assert not config.renamed_fields(fields, {"model": own})
+  assert config.with_new_names({"model": own}) == {"model": own}
+
+
+def test_old_names_on_the_command_line():
+  def refused(file: str, *args: str) -> str:
+    with pytest.raises(UserError) as error:
+      main.parse(["main", f"--config={CONFIGS / file}", *args])
+    return str(error.value)
+
+  message = "--config.model.mults: is now --config.model.channel_mult"
+  arguments = ("imagenet512_scd.py:tiny", "--config.model.mults=(1,)")
+  assert refused(*arguments) == message
+  message = "--config.demos.view: is now --config.data.frame"
+  assert refused("pusht_diffusion.py", "--config.demos.view=block") == message
+  message = "--config.model.norm: the value 'scale' is now 'single'"
+  assert refused("imagenet512_scd.py:tiny", "--config.model.norm=scale") == message
+
+
+@pytest.mark.parametrize(
+  ("stored", "section", "expected"),
+  [
+    (
+      {"model": {"name": "edm2", "mults": [1, 2], "norm": "scale"}},
+      "model",
+      {"channel_mult": (1, 2), "norm": "single"},
+    ),
+    ({"model": {"name": "edm2", "norm": "double"}}, "model", {"norm": "double"}),
+    ({"model": {"name": "mlp", "norm": "single"}}, "model", {"norm": "single"}),
+    (
+      {"model": {"name": "ddpmpp", "modulation": "shift"}},
+      "model",
+      {"norm": "single"},
+    ),
+    (
+      {"model": {"name": "ddpmpp", "modulation": "double_norm"}},
+      "model",
+      {"norm": "double"},
+    ),
+    (
+      {
+        "data": {"name": "trajectories", "least": 0.05},
+        "demos": {"view": "keypoints"},
+      },
+      "data",
+      {"min_range": 0.05, "frame": "keypoints"},
+    ),
+    ({"demos": {"view": "block"}}, "data", {"name": "digits"}),
+  ],
+)
+def test_components_of_before_are_read_under_the_new_names(
+  tmp_path, stored, section, expected
+):
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  c = workdir.read(str(tmp_path))
+  assert expected.items() <= c[section].to_dict().items()
+  assert "view" not in c.demos
+  config.validate(c)
 
 
 def test_unknown_fields_of_any_section_are_refused():
@@ -187,8 +272,8 @@ def test_every_new_name_is_a_field():
     for field in registry.fields(kind, name)
   }
   for old, new in config.RENAMED.items():
-    assert new in known | pieces, new
-    assert old not in known | pieces, old
+    assert new.name in known | pieces, new
+    assert old not in known | pieces or (old == new.name and new.values), old
 
 
 # The fields that were renamed, as a work directory of before has them.

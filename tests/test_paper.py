@@ -172,7 +172,7 @@ def test_sizes_of_the_networks(data, size):
   """Beyond the paper's table: the double norm has another linear layer in a block."""
   shape = (64, 64, 3 if data == "imagenet64" else 4)
   c = get(f"{data}_diffusion", size)
-  assert parameters(c, shape, norm="scale") == pytest.approx(
+  assert parameters(c, shape, norm="single") == pytest.approx(
     MILLIONS[size] * 1e6, rel=2e-4
   )
   if size == "S":
@@ -184,7 +184,7 @@ def test_sizes_of_the_networks(data, size):
 
 def test_size_of_the_network_of_cifar10():
   c = get("cifar10_scd")
-  assert parameters(c, (32, 32, 3), modulation="shift") == 55_732_739  # EDM's 55.7
+  assert parameters(c, (32, 32, 3), norm="single") == 55_732_739  # EDM's 55.7
   assert parameters(c, (32, 32, 3)) == 60_049_667
 
 
@@ -252,7 +252,7 @@ def test_two_steps(name):
 def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
   """Measured: relative errors .56 without the loss scale, .0026 with it."""
   c = get("imagenet64_scd", "S")
-  small = {"channels": 16, "mults": (1, 2), "blocks": 1, "head_channels": 16}
+  small = {"channels": 16, "channel_mult": (1, 2), "blocks": 1, "head_channels": 16}
   given = {"shape": (64, 64, 3), "cond": class_cond(10), "sigma_d": 0.5}
   share = 8 / c.train.batch_size  # a batch of 8 weighs what it weighs in 2048
 

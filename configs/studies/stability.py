@@ -3,7 +3,7 @@
   python -m sdiff_jax.main --config=configs/studies/stability.py
 
 Each series lacks one of the three parts and has a teacher of its own kind. With the
-variant `paper` the plain parts are EDM2's modulation and features of scale 1.
+variant `paper` the plain parts are EDM2's own modulation and its Fourier features.
 """
 
 from sdiff_jax.experiment import studies
@@ -14,11 +14,10 @@ ONE = "evaluate.samplers=('consistency/1',)"
 
 def get_config(variant: str = ""):
   files, changes = studies.parse_variant(variant)
-  norm = "scale" if variant == "paper" else "single"
   variants = {
     "edm_time": ("model.process=edm", "c_noise = ln(σ)/4"),
     "fourier": ("model.embedding=fourier", "Fourier features"),
-    "plain_norm": (f"model.norm={norm}", "plain modulation"),
+    "plain_norm": ("model.norm=single", "plain modulation"),
   }
   label = "all three"
   runs = {

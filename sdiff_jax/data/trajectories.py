@@ -24,10 +24,11 @@ def build(
   held_out: float = 0.0,
   observation_range: str = "range",
   action_range: str = "range",
-  least: float = 1e-4,
+  min_range: float = 1e-4,
   std: float = 0.0,
   keys: tuple[str, ...] = robomimic.KEYS,
   absolute: bool = False,
+  frame: str = "block",
 ) -> Dataset:
   """Returns windows of episodes: x0 are actions, the condition is what was observed.
 
@@ -45,14 +46,18 @@ def build(
     held_out: share of the episodes that is left out before.
     observation_range: how observations are normalised (see `normaliser.fit`).
     action_range: how actions are; "percentile" for each step of the chunk.
-    least: dimensions of a smaller range are not scaled.
+    min_range: dimensions of a smaller range are centered and not scaled.
     std: of normalised actions, which x0 has as sigma_d; 0 measures it.
     keys: observations of robomimic.
     absolute: actions of robomimic are poses, and their rotations become matrices.
+    frame: what the episodes of Push-T hold, "block" (all in the block's frame) or
+      "keypoints" (see `policies.pusht.observations`): the job that makes them writes it,
+      and rollouts give it to the policy. Nothing here depends on it.
 
   Raises:
     UserError: the episodes cannot be read or do not fit, or none is long enough.
   """
+  del frame  # the episodes hold what they were written with
   if not (1 <= n_obs_steps <= horizon and 1 <= n_action_steps <= horizon):
     raise ValueError(
       f"horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
@@ -76,11 +81,11 @@ def build(
       f"horizon={horizon}: no episode of {path} is so long; the longest "
       f"has {np.diff(found.ends, prepend=0).max()} steps"
     )
-  observation = maps.fit(found.observation, observation_range, least)
+  observation = maps.fit(found.observation, observation_range, min_range)
   # Chunks differ from the actions in frames, and by their percentiles.
   per_step = found.frame is not None or action_range == "percentile"
   everything = chunks(found, at, n_obs_steps) if per_step else found.action
-  action = maps.fit(everything, action_range, least)
+  action = maps.fit(everything, action_range, min_range)
   rms = np.sqrt(np.mean(maps.normalize(action, everything) ** 2, dtype=np.float64))
   shape = (horizon, found.action.shape[1])
   fitted = Normalizer(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)

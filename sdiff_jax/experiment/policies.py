@@ -101,7 +101,8 @@ def build(
   """Returns the policy of an experiment.
 
   Args:
-    config: rollout.n_action_steps, sample.guidance, and what the policy observes.
+    config: rollout.n_action_steps, sample.guidance, and the frame of the data that the
+      policy was trained on.
     experiment: of the policy.
     params: of the network.
     sampler: with its window.
@@ -114,14 +115,12 @@ def build(
     ValueError: the sampler cannot stop after so few iterations.
   """
   scale = config.sample.guidance
-  view, normalizer = (
-    observations.VIEWS[config.demos.view],
-    experiment.dataset.normalizer,
-  )
+  normalizer = experiment.dataset.normalizer
   n_action_steps = config.rollout.n_action_steps
   with config_errors("config.rollout"):
     policy_lib.check_action_steps(n_action_steps, normalizer)
-  with config_errors("config.demos"):
+  with config_errors("config.data"):
+    view = observations.lookup(config.data.frame)
     policy_lib.check_view(view, normalizer)
   return Policy(
     functools.partial(sampling.denoiser, experiment, guidance_scale=scale),

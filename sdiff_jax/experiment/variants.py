@@ -5,28 +5,10 @@ from collections.abc import Iterable
 
 import ml_collections
 
-from sdiff_jax import config
+from sdiff_jax import config, registry
 
 # The word for seconds of work on the digits, see `make_tiny`.
 TINY_WORD = ("", "tiny")
-# Fields of a small network of each kind for 8 x 8 digits; the other fields stay.
-TINY = {
-  "dit": {"patch": 1, "width": 32, "depth": 2, "heads": 2},
-  "ddpmpp": {
-    "channels": 8,
-    "channel_mult": (1, 2),
-    "blocks": 1,
-    "attn_resolutions": (4,),
-  },
-  "edm2": {
-    "channels": 8,
-    "mults": (1, 2),
-    "blocks": 1,
-    "attn_resolutions": (4,),
-    "head_channels": 8,
-    "dropout_resolution": 4,
-  },
-}
 
 
 def parse(variant: str, *groups: Iterable[str]) -> tuple[str, ...]:
@@ -84,11 +66,13 @@ def train_on_data(c: ml_collections.ConfigDict) -> None:
 def make_tiny(c: ml_collections.ConfigDict) -> None:
   """Turns a config into seconds of work on the digits, with the same kind of network.
 
-  Precision, loss, optimizer, averages and samplers stay those of the experiment.
+  The sizes of the network are those that it registers as `tiny`. Precision, loss,
+  optimizer, averages and samplers stay those of the experiment.
   """
   c.data = config.component("data", "digits")
   c.rehearse.shape = ()
-  c.model.update(TINY[c.model.name])
+  tiny = registry.lookup("models", c.model.name).facts["tiny"]
+  c.model.update(tiny)
   c.train.update(steps=4, batch_size=16, log_every=2)
   c.optim.rampup_images = min(c.optim.rampup_images, 32)
   c.checkpoint.every = 4

@@ -1,8 +1,9 @@
 """Job `demos`: makes episodes of Push-T by a scripted expert, the data of a policy.
 
-Episode k is made from seed + k alone; every third starts with the block near its
-goal, where a policy needs it most and the others seldom are. Episodes are kept in
-PATH.parts as they are made, and joined when all are there.
+Episode k depends on seed + k alone. Every third episode starts with the block near its
+goal, where precision matters most and other episodes seldom are. Finished episodes are
+stored in the folder PATH.parts and joined into one file at the end, so that the job
+resumes where it was stopped.
 """
 
 import concurrent.futures
@@ -16,20 +17,20 @@ import tqdm
 
 from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env, expert, observations
 from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.types import UserError
 
-NEAR = 3  # every so many-th episode starts near the goal
+NEAR = 3  # one episode in so many starts near the goal
 _envs: list[Env] = []  # of a worker process
 
 
 DEFAULTS = {
   "demos": {
-    "episodes": 600,  # those that succeed are kept, and mirrored
-    "seed": 0,  # episode k is made from seed + k alone
-    # What the policy sees: "block", all in the block's frame, or "keypoints".
-    "view": "block",
+    "episodes": 600,  # number of episodes; those that succeed are kept and mirrored
+    "seed": 0,  # episode k depends on seed + k alone
   }
 }
 
@@ -38,30 +39,39 @@ DEFAULTS = {
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes the episodes that succeeded to config.data.path.
 
-  Its arrays: state [N, 5], before each action, action [N, 2], observation [N, Do] and
-  frame [N, 2, 3] (see `robotics.frames`), episode_ends [episodes], and the seeds. The
-  second half of the episodes is the mirror image of the first.
+  The file holds the arrays state float32 [N, 5] (pixels and radians, before each
+  action), action float32 [N, 2] (pixels), observation float32 [N, Do] and
+  frame float32 [N, 2, 3] (see `policies.pusht.observations`), episode_ends int
+  [episodes] and seeds int. The second half of the episodes is the mirror image of the
+  first half.
+
+  Args:
+    config: demos, and the fields path and frame of data.
+    workdir: is not used.
+
+  Returns:
+    The last line of the output.
 
   Raises:
-    UserError: a field does not fit, or no episode succeeded.
+    UserError: a field is invalid, or no episode succeeded.
   """
   del workdir
+  if config.data.name != "trajectories":
+    raise UserError(f"config.data.name={config.data.name!r}: must be trajectories")
   path, demos = config.data.path, config.demos
-  if demos.view not in observations.VIEWS:
-    raise UserError(
-      f"config.demos.view={demos.view!r}: take one of {[*observations.VIEWS]}"
-    )
+  with config_errors("config.data"):
+    view = observations.lookup(config.data.frame)
   if not path.endswith(".npz"):
     raise UserError(f"config.data.path={path!r}: name the .npz file to write")
   if os.path.exists(path):
-    return f"the episodes are there already; remove the file for others: {path}"
+    return f"the episodes are there already; remove the file to make others: {path}"
   folder = f"{path}.parts"
   with workdir_lib.errors(folder):
     os.makedirs(folder, exist_ok=True)
     seeds = range(demos.seed, demos.seed + demos.episodes)
     missing = [s for s in seeds if not os.path.exists(_part(folder, s))]
     _make(folder, missing, demos.episodes)
-    kept = _join(folder, seeds, path, demos.view)
+    kept = _join(folder, seeds, path, view)
   shutil.rmtree(folder)
   return f"kept {kept} of {demos.episodes} episodes, those that succeeded: {path}"
 
@@ -72,8 +82,10 @@ def start(seed: int) -> np.ndarray:
 
 
 def _make(folder: str, seeds: list[int], total: int) -> None:
-  """Makes episodes on all cores."""
-  spawn = multiprocessing.get_context("spawn")  # JAX has threads, so no fork
+  """Makes the episodes of `seeds`, one process for each core."""
+  spawn = multiprocessing.get_context(
+    "spawn"
+  )  # JAX has threads, which a fork would copy
   with (
     tqdm.tqdm(total=total, initial=total - len(seeds), unit="episode") as bar,
     concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool,
@@ -86,7 +98,7 @@ def _make(folder: str, seeds: list[int], total: int) -> None:
 
 
 def _episode(folder: str, seed: int) -> None:
-  """Makes one episode and writes it, whole or not at all."""
+  """Makes one episode and writes it atomically."""
   if not _envs:
     _envs.extend([env.make(), env.make()])
   episode = expert.demonstrate(*_envs, start(seed), seed)
@@ -100,19 +112,19 @@ def _part(folder: str, seed: int) -> str:
   return os.path.join(folder, f"{seed:08d}.npz")
 
 
-def _join(folder: str, seeds: range, path: str, view: str) -> int:
-  """Writes the episodes that succeeded to one file, and returns their number."""
+def _join(folder: str, seeds: range, path: str, view: View) -> int:
+  """Writes the episodes that succeeded to one file; returns their number."""
   parts = {}
   for seed in seeds:
     with np.load(_part(folder, seed)) as part:
       if part["solved"]:
         parts[seed] = part["state"], part["action"]
   if not parts:
-    raise UserError(f"{folder}: no episode succeeded; take more, config.demos.episodes")
+    raise UserError(f"{folder}: no episode succeeded; increase config.demos.episodes")
   joined = (np.concatenate(a) for a in zip(*parts.values(), strict=True))
   states, actions = (a.astype(np.float32) for a in joined)
   ends = np.cumsum([len(action) for _, action in parts.values()])
-  # Each episode shows the same task a second time, in its mirror.
+  # The mirror image of an episode is another episode of the same task.
   image = (np.asarray(a) for a in observations.mirror(states, actions))
   states, actions = (
     np.concatenate([a, b]) for a, b in zip((states, actions), image, strict=True)
@@ -122,10 +134,9 @@ def _join(folder: str, seeds: range, path: str, view: str) -> int:
   first[np.append(0, ends[:-1])] = True
   before = np.where(first[:, None], states, np.roll(states, 1, axis=0))
   arrays = {"state": states, "action": actions, "episode_ends": ends}
-  _, observe, frame, _ = observations.VIEWS[view]
-  arrays["observation"] = np.asarray(observe(states, before))
-  if frame:
-    arrays["frame"] = np.asarray(frame(states))
+  arrays["observation"] = np.asarray(view.observe(states, before))
+  if view.frame:
+    arrays["frame"] = np.asarray(view.frame(states))
   with open(f"{path}.tmp", "wb") as file:
     np.savez(file, **arrays, seeds=np.array([*parts]))
   os.replace(f"{path}.tmp", path)

@@ -209,7 +209,7 @@ def _description(path: str) -> Description:
     return None
   try:
     stored = json.loads(image_io.about(path))
-    names = configs.RENAMED | RENAMED
+    names = {old: new.name for old, new in configs.RENAMED.items()} | RENAMED
     stored = {names.get(name, name): value for name, value in stored.items()}
     return stored if "sampler.window" in stored else None
   except (*folder.UNREADABLE, AttributeError, TypeError) as error:

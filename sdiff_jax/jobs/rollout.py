@@ -43,6 +43,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if rollout.episodes < 1 or rollout.num_timed < 1:
     raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
   experiment, params = policies.trained(config, workdir)
+  stored = workdir_lib.read(workdir)
+  config = config.copy_and_resolve_references()
+  config.data = stored.data  # the frame is that of the data that were trained on
   folder = os.path.join(workdir, "rollout")
   os.makedirs(folder, exist_ok=True)
   samplers = {
@@ -50,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     for name in rollout.samplers
   }
   build = functools.partial(policies.build, config, experiment, params)
-  model = losses.facts(workdir_lib.read(workdir).loss).title
+  model = losses.facts(stored.loss).title
   path = os.path.join(folder, "results.json")
   envs = [env.make() for _ in range(rollout.episodes)]
   rows, histories = [], []

@@ -82,7 +82,7 @@ class Block(nn.Module):
   resample: str  # "up", "down" or ""
   attention: bool
   taps: tuple[float, ...]
-  modulation: str
+  norm: str
   dropout: float
   deterministic: bool
   dtype: jnp.dtype
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     h = resampled(nn.silu(GroupNorm(self.dtype, name="norm0")(x)))
     h = Conv(self.features, dtype=self.dtype, name="conv0")(h)
-    if self.modulation == "shift":
+    if self.norm == "single":
       shift = Dense(self.features, dtype=self.dtype, name="affine")(emb)
       h = GroupNorm(self.dtype, name="norm1")(h + shift[:, None, None])
     else:
@@ -128,7 +128,7 @@ class Unet(nn.Module):
   encoder: str
   decoder: str
   taps: tuple[float, ...]
-  modulation: str
+  norm: str
   dropout: float
   block: type[nn.Module]
   embedding: nn.Module
@@ -139,7 +139,7 @@ class Unet(nn.Module):
     emb = self.embedding(t, cond)
 
     def block(name: str, h: Array, features: int, resample="", attention=False):
-      fields = (self.taps, self.modulation, self.dropout, deterministic, self.dtype)
+      fields = (self.taps, self.norm, self.dropout, deterministic, self.dtype)
       return self.block(features, resample, attention, *fields, name=name)(h, emb)
 
     _, H, W, C = x.shape
@@ -195,14 +195,19 @@ class Unet(nn.Module):
     return aux
 
 
-@registry.register("models", "ddpmpp", without_remat=lambda fields: {"remat": ""})
+@registry.register(
+  "models",
+  "ddpmpp",
+  tiny={"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attn_resolutions": (4,)},
+  without_remat=lambda fields: {"remat": ""},
+)
 def build(
   *,
   shape: tuple[int, ...],
   cond: CondSpecs,
   sigma_d: float,
   process: str = "trigflow",
-  modulation: str = "double_norm",
+  norm: str = "double",
   embedding: str = "positional",
   encoder: str = "standard",
   decoder: str = "standard",
@@ -224,7 +229,7 @@ def build(
   DDPM++ and NCSN++ (arXiv:2011.13456, appendix C) as EDM has them (arXiv:2206.00364,
   table 7). NCSN++ is embedding="fourier", noise_mult=2, encoder="residual",
   resample_filter=(1, 3, 3, 1). A network that EDM published is process="edm",
-  modulation="shift", augment=9.
+  norm="single", augment=9.
 
   Args:
     shape: (H, W, C) of one sample.
@@ -232,8 +237,8 @@ def build(
     sigma_d: standard deviation of the data.
     process: "trigflow", or "edm": the network is EDM's inner one, told ln(sigma) / 4,
       and F what trigflow.from_edm makes of it.
-    modulation: how the embedding enters a block: "double_norm", or "shift", added
-      before the norm (EDM).
+    norm: how a block is modulated: "double", by the adaptive double norm, or "single",
+      by adding the embedding before the norm (EDM).
     embedding: of the time, "positional" or "fourier".
     encoder: "standard", or with the image at lower resolutions, "skip" or "residual".
     decoder: "standard", or "skip", which adds up an image of every resolution.
@@ -264,26 +269,25 @@ def build(
   """
   for field, value, words in (
     ("process", process, ("trigflow", "edm")),
-    ("modulation", modulation, ("double_norm", "shift")),
+    ("norm", norm, ("double", "single")),
     ("embedding", embedding, ("positional", "fourier")),
     ("encoder", encoder, ("standard", "skip", "residual")),
     ("decoder", decoder, ("standard", "skip")),
   ):
     if value not in words:
-      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(words)}")
+      raise ValueError(f"{field}={value!r}: take one of {', '.join(words)}")
   times = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % times or shape[1] % times:
     raise ValueError(
-      f"model.channel_mult={channel_mult}: {times} must divide height and width of "
-      f"{shape}"
+      f"channel_mult={channel_mult}: {times} must divide height and width of {shape}"
     )
   if channels % (32 if channels * max(channel_mult) > 64 else 4):
     raise ValueError(
-      f"model.channels={channels}: take a multiple of 4, and of 32 where a resolution "
+      f"channels={channels}: take a multiple of 4, and of 32 where a resolution "
       "has more than 64 features"
     )
   if len(resample_filter) % 2:
-    raise ValueError(f"model.resample_filter={resample_filter}: take an even number")
+    raise ValueError(f"resample_filter={resample_filter}: take an even number")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Unet(
     channels=channels,
@@ -293,7 +297,7 @@ def build(
     encoder=encoder,
     decoder=decoder,
     taps=tuple(resample_filter),
-    modulation=modulation,
+    norm=norm,
     dropout=dropout,
     block=common.remat(Block, remat),
     embedding=conditioning.EDMEmbedding(

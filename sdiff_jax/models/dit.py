@@ -125,6 +125,7 @@ class Dit(nn.Module):
 @registry.register(
   "models",
   "dit",
+  tiny={"patch": 1, "width": 32, "depth": 2, "heads": 2},
   unrolled=lambda fields: {"unroll": fields["depth"]},
   without_kernels=lambda fields: {"attention": "plain"},
   without_remat=lambda fields: {"remat": ""},
@@ -173,11 +174,11 @@ def build(
     (2, 4, 4, 1)
   """
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
-    raise ValueError(f"model.patch={patch}: must divide height and width of {shape}")
+    raise ValueError(f"patch={patch}: must divide height and width of {shape}")
   if width % heads or width % 4:
-    raise ValueError(f"model.width={width}: a multiple of 4 and model.heads={heads}")
+    raise ValueError(f"width={width}: a multiple of 4 and heads={heads}")
   if attention not in IMPLS:
-    raise ValueError(f"model.attention={attention!r}: take one of {', '.join(IMPLS)}")
+    raise ValueError(f"attention={attention!r}: take one of {', '.join(IMPLS)}")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Dit(
     patch,

@@ -18,7 +18,7 @@ class UNet(nn.Module):
   """EDM2's raw network of (x, time, cond), [B, H, W, C] -> [B, H, W, C]."""
 
   channels: int
-  mults: tuple[int, ...]
+  channel_mult: tuple[int, ...]
   blocks: int
   attn_resolutions: tuple[int, ...]
   head_channels: int
@@ -33,7 +33,7 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
-    sizes = [self.channels * m for m in self.mults]
+    sizes = [self.channels * m for m in self.channel_mult]
     height, colours = x.shape[1], x.shape[-1]
     embedding = conditioning.EDM2Embedding(
       sizes[0], max(sizes), self.embedding, self.conditions, name="embedding"
@@ -92,7 +92,19 @@ class LogVar(nn.Module):
     return -mp.Linear(1, name="linear")(x)[:, 0]
 
 
-@registry.register("models", "edm2", without_remat=lambda fields: {"remat": ""})
+@registry.register(
+  "models",
+  "edm2",
+  tiny={
+    "channels": 8,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attn_resolutions": (4,),
+    "head_channels": 8,
+    "dropout_resolution": 4,
+  },
+  without_remat=lambda fields: {"remat": ""},
+)
 def build(
   *,
   shape: tuple[int, ...],
@@ -100,7 +112,7 @@ def build(
   sigma_d: float,
   preset: str = "S",
   channels: int = 0,
-  mults: tuple[int, ...] = (1, 2, 3, 4),
+  channel_mult: tuple[int, ...] = (1, 2, 3, 4),
   blocks: int = 3,
   attn_resolutions: tuple[int, ...] = (16, 8),
   head_channels: int = 64,
@@ -116,7 +128,7 @@ def build(
 ) -> Network:
   """Returns the U-Net as a Network: by default as sCM trains it (arXiv:2410.11081).
 
-  A published EDM2 network is process="edm", embedding="fourier", norm="scale", and
+  A published EDM2 network is process="edm", embedding="fourier", norm="single", and
   dropout_resolution at least its height.
 
   Args:
@@ -125,13 +137,14 @@ def build(
     sigma_d: standard deviation of the data.
     preset: XS, S, M, L, XL or XXL: 128, 192, 256, 320, 384 or 448 channels.
     channels: channels at the full resolution instead of the preset's; 0: the preset's.
-    mults: channels of each level as multiples of those of the first.
+    channel_mult: multiplier of the channels of each level, from the highest
+      resolution.
     blocks: residual blocks of a level.
     attn_resolutions: heights at which blocks attend.
     head_channels: channels of a head; a block with fewer does not attend.
     process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
     embedding: of time, "positional" (slow in t) or "fourier" (EDM2's).
-    norm: "double" (adaptive double norm) or "scale" (EDM2's modulation).
+    norm: "double" (adaptive double norm) or "single" (EDM2's own modulation).
     dropout: rate inside the blocks.
     dropout_resolution: largest height with dropout.
     clip: bound on the output of a block.
@@ -155,26 +168,26 @@ def build(
     ("preset", preset, PRESETS),
     ("process", process, ("trigflow", "edm")),
     ("embedding", embedding, ("positional", "fourier")),
-    ("norm", norm, ("double", "scale")),
+    ("norm", norm, ("double", "single")),
   ):
     if value not in known:
-      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(known)}")
+      raise ValueError(f"{field}={value!r}: take one of {', '.join(known)}")
   channels = channels or PRESETS[preset]
-  smallest = 2 ** (len(mults) - 1)
+  smallest = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % smallest or shape[1] % smallest:
     raise ValueError(
-      f"model.mults={mults}: {smallest} must divide height and width of {shape}"
+      f"channel_mult={channel_mult}: {smallest} must divide height and width of {shape}"
     )
-  for width in (channels * m for m in mults):
+  for width in (channels * m for m in channel_mult):
     if width % 2 or width % max(width // head_channels, 1):
       raise ValueError(
-        f"model.channels={channels}: {width} must be even and divide into heads of "
-        f"about model.head_channels={head_channels}"
+        f"channels={channels}: {width} must be even and divide into heads of "
+        f"about head_channels={head_channels}"
       )
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = UNet(
     channels,
-    tuple(mults),
+    tuple(channel_mult),
     blocks,
     tuple(attn_resolutions),
     head_channels,

@@ -72,7 +72,12 @@ class Mlp(nn.Module):
     return (gain * flat + shift).reshape(x.shape)
 
 
-@registry.register("models", "mlp", unrolled=lambda fields: {"unroll": fields["depth"]})
+@registry.register(
+  "models",
+  "mlp",
+  tiny={"width": 16, "depth": 2, "embed": 64},
+  unrolled=lambda fields: {"unroll": fields["depth"]},
+)
 def build(
   *,
   shape: tuple[int, ...],
@@ -122,7 +127,7 @@ def build(
     ("norm", norm, NORMS),
   ):
     if value not in known:
-      raise ValueError(f"model.{field}={value!r}: take one of {', '.join(known)}")
+      raise ValueError(f"{field}={value!r}: take one of {', '.join(known)}")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Mlp(
     width=width,

@@ -139,7 +139,12 @@ def _double(features: int, dtype: jnp.dtype, **options: object) -> nn.ConvTransp
   )
 
 
-@registry.register("models", "unet1d")
+@registry.register(
+  "models",
+  "unet1d",
+  tiny={"channels": (8, 16), "embed": 8, "kernel": 3},
+  sample_ndim=2,
+)
 def build(
   *,
   shape: tuple[int, ...],
@@ -180,7 +185,7 @@ def build(
     ['logvar', 'net']
   """
   if process not in ("trigflow", "ddpm"):
-    raise ValueError(f"model.process={process!r}: take 'trigflow' or 'ddpm'")
+    raise ValueError(f"process={process!r}: take 'trigflow' or 'ddpm'")
   net = linen.as_network(
     module(shape, cond, channels, embed, kernel, groups, scale, dtype),
     shape=shape,
@@ -208,16 +213,16 @@ def module(
   factor = 2 ** (len(channels) - 1)
   if len(shape) != 2 or shape[0] % factor:
     raise ValueError(
-      f"model.channels={tuple(channels)}: {factor} must divide the steps of {shape}; "
+      f"channels={tuple(channels)}: {factor} must divide the steps of {shape}; "
       "it takes actions (H, Da)"
     )
   if any(c % groups for c in channels) or channels[0] % GROUPS:
     raise ValueError(
-      f"model.groups={groups}: must divide model.channels={tuple(channels)}, and "
+      f"groups={groups}: must divide channels={tuple(channels)}, and "
       f"{GROUPS} the first of them"
     )
   if kernel % 2 == 0 or embed % 2:
-    raise ValueError(f"model.kernel={kernel}, model.embed={embed}: take odd and even")
+    raise ValueError(f"kernel={kernel}, embed={embed}: take odd and even")
   conditions = conditioning.conditions(cond)
   sizes = tuple(channels), embed, kernel, groups
   return Unet1d(*sizes, scale, conditions, jnp.dtype(dtype))

@@ -155,7 +155,7 @@ def test_ranges(npz):
   assert affine.scale[2] == 1  # centred only
   assert np.abs(y[:, 2]).max() < 1e-4
   np.testing.assert_allclose(normalizer.denormalize(affine, y), x, atol=1e-5)
-  assert normalizer.fit(x, "range", least=8.0).scale.tolist()[0] == 1
+  assert normalizer.fit(x, "range", min_range=8.0).scale.tolist()[0] == 1
   position = normalizer.normalize(normalizer.fit(x, "position"), x)
   np.testing.assert_array_equal(position[:, 3], x[:, 3])
   np.testing.assert_allclose(position[:, :2], y[:, :2])

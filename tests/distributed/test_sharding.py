@@ -193,7 +193,7 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
     cond={},
     sigma_d=0.5,
     channels=16,
-    mults=(1,),
+    channel_mult=(1,),
     blocks=1,
     attn_resolutions=(4,),
     head_channels=8,

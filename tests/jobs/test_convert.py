@@ -30,7 +30,7 @@ def get_config():
   c = config.base()
   c.data = config.use("data", "npz", path={data!r})
   c.model = config.use(
-    "models", "ddpmpp", process="edm", modulation="shift", channels=16,
+    "models", "ddpmpp", process="edm", norm="single", channels=16,
     channel_mult=(1, 2), emb_mult=2, blocks=1, attn_resolutions=(8,), augment=9,
   )
   return c

@@ -64,7 +64,7 @@ def test_episodes_come_with_their_mirror_images(config, tmp_path):
 
 
 def test_keypoints_have_no_frame(config, tmp_path):
-  config.demos.view = "keypoints"
+  config.data.frame = "keypoints"
   demos.run(config, str(tmp_path))
   with np.load(config.data.path) as arrays:
     assert "frame" not in arrays
@@ -110,14 +110,16 @@ def test_only_what_succeeded_is_kept(config, tmp_path, monkeypatch):
   monkeypatch.setattr(
     expert, "demonstrate", lambda *a: asked(*a)._replace(solved=False)
   )
-  with pytest.raises(UserError, match="no episode succeeded; take more"):
+  with pytest.raises(
+    UserError, match="no episode succeeded; increase config.demos.episodes"
+  ):
     demos.run(config, str(tmp_path))
 
 
 def test_wrong_fields_are_refused(config, tmp_path):
-  config.demos.view = "pixels"
-  with pytest.raises(UserError, match=r"config.demos.view='pixels': take one of"):
+  config.data.frame = "pixels"
+  with pytest.raises(UserError, match=r"config.data.frame='pixels': use one of"):
     demos.run(config, str(tmp_path))
-  config.demos.view, config.data.path = "block", "demos"
+  config.data.frame, config.data.path = "block", "demos"
   with pytest.raises(UserError, match="name the .npz file to write"):
     demos.run(config, str(tmp_path))

@@ -185,10 +185,10 @@ def test_policies_of_other_observations_are_refused(trained):
   config = workdir_lib.read(trained)
   experiment, params = workdir_lib.trained(config, trained)
   sampler = sampling.build_sampler(config, strict=False)
-  config.demos.view = "keypoints"
+  config.data.frame = "keypoints"
   with pytest.raises(UserError, match="observes 20 numbers .* trained on 14"):
     policy_lib.build(config, experiment, params, sampler)
-  config.demos.view = "block"
+  config.data.frame = "block"
   config.rollout.n_action_steps = 17
   with pytest.raises(
     UserError, match="config.rollout.n_action_steps=17: must be 1 to 16"

@@ -47,7 +47,7 @@ def options(arrays: dict) -> dict:
   out |= {k: cfg[k] for k in ("channel_mult", "resample_filter")}
   side, colours = cfg["img_resolution"], cfg["img_channels"]
   out |= {"shape": (side, side, colours), "cond": class_cond(cfg["label_dim"])}
-  return out | {"sigma_d": SIGMA_D, "modulation": "shift"}
+  return out | {"sigma_d": SIGMA_D, "norm": "single"}
 
 
 def state_dict(arrays: dict) -> dict[str, np.ndarray]:
@@ -200,8 +200,8 @@ def test_tangent_is_that_of_central_differences(process):
 @pytest.mark.parametrize(
   ("fields", "count"),
   [
-    ({"modulation": "shift", "augment": 9}, 55_733_891),
-    ({"modulation": "shift"}, 55_732_739),
+    ({"norm": "single", "augment": 9}, 55_733_891),
+    ({"norm": "single"}, 55_732_739),
     ({}, 60_049_667),
   ],
 )
@@ -267,13 +267,13 @@ def test_what_does_not_fit_is_listed(fixture):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"process": "vp"}, r"model\.process='vp': take one of trigflow, edm"),
-    ({"modulation": "scale"}, r"model\.modulation='scale': take one of double_norm"),
-    ({"encoder": "none"}, r"model\.encoder='none'"),
-    ({"channels": 6}, r"model\.channels=6: take a multiple of 4"),
-    ({"channels": 48}, r"model\.channels=48: take a multiple of 4, and of 32"),
-    ({"shape": (5, 4, 3)}, r"model\.channel_mult=\(1, 2\): 2 must divide"),
-    ({"resample_filter": (1, 2, 1)}, r"model\.resample_filter=\(1, 2, 1\): take an"),
+    ({"process": "vp"}, r"process='vp': take one of trigflow, edm"),
+    ({"modulation": "scale"}, r"modulation='scale': take one of double_norm"),
+    ({"encoder": "none"}, r"encoder='none'"),
+    ({"channels": 6}, r"channels=6: take a multiple of 4"),
+    ({"channels": 48}, r"channels=48: take a multiple of 4, and of 32"),
+    ({"shape": (5, 4, 3)}, r"channel_mult=\(1, 2\): 2 must divide"),
+    ({"resample_filter": (1, 2, 1)}, r"resample_filter=\(1, 2, 1\): take an"),
   ],
 )
 def test_impossible_networks(fields, message):

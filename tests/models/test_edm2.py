@@ -22,18 +22,18 @@ from sdiff_jax.training import ema, state, step
 from sdiff_jax.types import UserError
 
 SIGMA_D = 0.5
-RAW = {"process": "edm", "embedding": "fourier", "norm": "scale"}
+RAW = {"process": "edm", "embedding": "fourier", "norm": "single"}
 SMALL = {
   "shape": (8, 8, 2),
   "cond": class_cond(3),
   "sigma_d": SIGMA_D,
   "channels": 16,
-  "mults": (1, 2),
+  "channel_mult": (1, 2),
   "blocks": 1,
   "attn_resolutions": (4,),
   "head_channels": 16,
 }
-ONE_LEVEL = {"mults": (1,), "attn_resolutions": ()}
+ONE_LEVEL = {"channel_mult": (1,), "attn_resolutions": ()}
 peers = pytest.mark.parametrize(
   "name", ["edm2_cond", "edm2_heads64", "edm2_no_attention"]
 )
@@ -62,7 +62,7 @@ def peer(arrays: dict, dtype: str) -> tuple:
     "shape": (cfg["img_resolution"],) * 2 + (cfg["img_channels"],),
     "cond": class_cond(cfg["label_dim"]),
     "channels": cfg["model_channels"],
-    "mults": cfg["channel_mult"],
+    "channel_mult": cfg["channel_mult"],
     "blocks": cfg["num_blocks"],
     "attn_resolutions": cfg["attn_resolutions"],
     "head_channels": cfg.get("channels_per_head", 64),
@@ -267,7 +267,7 @@ def parameters(**options) -> int:
 )
 def test_published_sizes(preset, published, counted, double):
   """arXiv:2410.11081, tables 4 and 5; the double norm adds 4.9 %."""
-  assert parameters(preset=preset, embedding="fourier", norm="scale") == counted
+  assert parameters(preset=preset, embedding="fourier", norm="single") == counted
   assert counted == pytest.approx(published, rel=2e-4)
   assert parameters(preset=preset) == double
 
@@ -275,17 +275,17 @@ def test_published_sizes(preset, published, counted, double):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"preset": "XXS"}, r"model\.preset='XXS': take one of XS, S, M, L, XL, XXL"),
-    ({"process": "vp"}, r"model\.process='vp': take one of trigflow, edm"),
+    ({"preset": "XXS"}, r"preset='XXS': take one of XS, S, M, L, XL, XXL"),
+    ({"process": "vp"}, r"process='vp': take one of trigflow, edm"),
     (
       {"embedding": "rope"},
-      r"model\.embedding='rope': take one of positional, fourier",
+      r"embedding='rope': take one of positional, fourier",
     ),
-    ({"norm": "layer"}, r"model\.norm='layer': take one of double, scale"),
-    ({"shape": (8, 9, 1)}, r"model\.mults=\(1, 2\): 2 must divide .* of \(8, 9, 1\)"),
-    ({"shape": (8, 8)}, r"model\.mults=\(1, 2\): 2 must divide"),
-    ({"channels": 25}, r"model\.channels=25: 25 must be even"),
-    ({"channels": 50}, r"model\.channels=50: 50 .* model\.head_channels=16"),
+    ({"norm": "layer"}, r"norm='layer': take one of double, single"),
+    ({"shape": (8, 9, 1)}, r"channel_mult=\(1, 2\): 2 must divide .* of \(8, 9, 1\)"),
+    ({"shape": (8, 8)}, r"channel_mult=\(1, 2\): 2 must divide"),
+    ({"channels": 25}, r"channels=25: 25 must be even"),
+    ({"channels": 50}, r"channels=50: 50 .* head_channels=16"),
   ],
 )
 def test_fields_that_do_not_fit(options, message):
@@ -412,7 +412,7 @@ def test_every_update_keeps_the_norms():
 
 
 def test_frequencies_are_not_trained():
-  net = small(**ONE_LEVEL, embedding="fourier", norm="scale")
+  net = small(**ONE_LEVEL, embedding="fourier", norm="single")
   params = random_params(net, dtype="float32")
   x = jnp.ones((2, 8, 8, 2))
   t, cond = jnp.array([0.5, 1.0]), {"label": jnp.array([0, 1])}

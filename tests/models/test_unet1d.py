@@ -213,10 +213,10 @@ def test_files_that_do_not_fit(peer):
   [
     ({"shape": (10, 2)}, r"4 must divide the steps of \(10, 2\)"),
     ({"shape": (8, 8, 3)}, r"it takes actions \(H, Da\)"),
-    ({"channels": (16, 20)}, "model.groups=8: must divide model.channels=.16, 20"),
+    ({"channels": (16, 20)}, "groups=8: must divide channels=.16, 20"),
     ({"channels": (12, 24), "groups": 4}, "and 8 the first of them"),
-    ({"kernel": 4}, "model.kernel=4, model.embed=256: take odd and even"),
-    ({"process": "vp"}, "model.process='vp': take 'trigflow' or 'ddpm'"),
+    ({"kernel": 4}, "kernel=4, embed=256: take odd and even"),
+    ({"process": "vp"}, "process='vp': take 'trigflow' or 'ddpm'"),
   ],
 )
 def test_sizes_that_do_not_fit(fields, message):

@@ -52,7 +52,7 @@ def _wide(a: np.ndarray, x: Array) -> np.ndarray:
   return a.astype(x.dtype).reshape((1,) * (x.ndim - a.ndim) + a.shape)
 
 
-def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
+def fit(values: np.ndarray, kind: str, min_range: float = 1e-4) -> Affine:
   """Returns the affine map of a kind that fits values.
 
   Args:
@@ -60,7 +60,7 @@ def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
     kind: "range": least and largest of each dimension to -1 and 1; "percentile":
       those of PERCENTILES; "position": the range of the first three dimensions alone;
       "max_abs": the largest |value| of all to 1; "none": the values as they are.
-    least: dimensions whose range is below it are centred, and not scaled.
+    min_range: dimensions of a smaller range are centered and not scaled.
 
   Raises:
     ValueError: another kind.
@@ -75,7 +75,7 @@ def fit(values: np.ndarray, kind: str, least: float = 1e-4) -> Affine:
     else:
       low, high = values.min(axis=0), values.max(axis=0)
     centre += (low + high) / 2
-    scale = np.where(high - low < least, 1, (high - low) / 2).astype(np.float32)
+    scale = np.where(high - low < min_range, 1, (high - low) / 2).astype(np.float32)
     if kind == "position":
       centre[..., 3:], scale[..., 3:] = 0, 1
   elif kind != "none":

@@ -44,7 +44,7 @@ def remat(
     ValueError: another word.
   """
   if how not in KEEPS:
-    raise ValueError(f"model.remat={how!r}: take 'dots', 'full' or '' for none")
+    raise ValueError(f"remat={how!r}: take 'dots', 'full' or '' for none")
   if not how:
     return block
   return nn.remat(block, policy=KEEPS[how], prevent_cse=not in_loop)

@@ -100,3 +100,18 @@ VIEWS = {
   "block": View(STATE_SIZE, block, frame, REST),
   "keypoints": View(STATE_SIZE, keypoints, None, REST),
 }
+
+
+def lookup(frame: str) -> View:
+  """Returns what a policy observes in a frame, one of VIEWS.
+
+  Raises:
+    ValueError: there is no such frame.
+
+  Example:
+    >>> lookup("keypoints").frame is None
+    True
+  """
+  if frame not in VIEWS:
+    raise ValueError(f"frame={frame!r}: use one of {', '.join(VIEWS)}")
+  return VIEWS[frame]
