@@ -202,4 +202,4 @@ def test_pod_rehearsal(execute, shown, monkeypatch, tmp_path, capsys):
   execute("pod_rehearsal", **TINY, RUNS=str(tmp_path))
   assert "| v5e:2x2 | 4 | nothing |" in capsys.readouterr().out
   (page,) = shown
-  assert "modelled, not measured" in page
+  assert "modeled, not measured" in page
