@@ -263,7 +263,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path):
   said, _ = process.communicate(timeout=30)
   assert process.returncode == 0
   step = int(next(iter((tmp_path / "checkpoints").glob("[0-9]*"))).name)
-  assert said.strip().startswith(f"stopped at step {step}, the same command goes on")
+  assert said.strip().startswith(
+    f"stopped at step {step}; repeat the command to resume"
+  )
   assert 4 <= step < 100000
 
 

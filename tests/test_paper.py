@@ -209,14 +209,14 @@ def word(name: str) -> str:
 
 
 @pytest.fixture
-def unoptimised():
-  """Programs that run twice are not worth the time of XLA's optimisation."""
+def unoptimized():
+  """Programs that run twice are not worth the time of XLA's optimization."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
   "name",
   [pytest.param("cifar10_diffusion", marks=pytest.mark.slow), "imagenet512_scd"],
@@ -248,7 +248,7 @@ def test_two_steps(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.usefixtures("unoptimized")
 def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
   """Measured: relative errors .56 without the loss scale, .0026 with it."""
   c = get("imagenet64_scd", "S")
@@ -281,7 +281,7 @@ def test_float16_keeps_the_gradient_of_a_mean_over_the_papers_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("name", FILES)
 def test_the_tiny_runs(name, tmp_path: pathlib.Path):
   """The job `train` as a user starts it, from a teacher of random weights."""

@@ -1,6 +1,6 @@
 """The training step or the sampling of a config as a program of abstract arrays.
 
-Such a program is lowered and compiled for devices that are not here, and its memory,
+Such a program is lowered and compiled for absent devices, and its memory,
 collectives and operations are analyzed (see `capacity.lowering`). No data are read.
 """
 

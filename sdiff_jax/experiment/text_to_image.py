@@ -154,7 +154,7 @@ def pipeline(
   """Returns the pipeline of a model; its parameters are an argument.
 
   It can be lowered and compiled with shapes in place of the parameters (see
-  `loading.abstract`), for devices that are not here.
+  `loading.abstract`), for absent devices.
 
   Args:
     model: with the schedule that `build_sampler` returned.

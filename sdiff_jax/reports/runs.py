@@ -145,7 +145,7 @@ def write(runs: list[str], path: str) -> str:
 
 def title(loss: dict) -> str:
   """Returns the kind of a model by its section `loss`: teacher, sCD, sCT, ..."""
-  if loss["name"] not in registry.names("losses"):  # of a plugin that is not here
+  if loss["name"] not in registry.names("losses"):  # of a plugin that is not installed
     return loss["name"]
   return losses.facts(loss).title
 

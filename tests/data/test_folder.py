@@ -1,4 +1,4 @@
-"""Folders of images: classes, colour modes, ADM's crop, files that cannot be read."""
+"""Folders of images: classes, color modes, ADM's crop, files that cannot be read."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Windows of episodes, their normalisers, and the files that episodes come in."""
+"""Windows of episodes, their normalizers, and the files that episodes come in."""
 
 import json
 import struct

@@ -125,12 +125,12 @@ def test_a_student_of_two_processes_and_its_samples(cache, together, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_both_and_one_device_goes_on(cache, alone, tmp_path):
+def test_sigterm_to_one_stops_both_and_one_device_resumes(cache, alone, tmp_path):
   config = (*CONFIG, f"--workdir={tmp_path}", "--config.checkpoint.every=1")
   both = start(cache, *config)
   until(lambda: list(tmp_path.glob("checkpoints/[0-9]*")), both)
   both[1].send_signal(signal.SIGTERM)
-  assert f"the same command goes on: {tmp_path}" in finish(both)
+  assert f"repeat the command to resume: {tmp_path}" in finish(both)
   (step,) = {max(int(f.name) for f in (tmp_path / "checkpoints").iterdir())}
   assert 0 < step < 40
   works(cache, *config)

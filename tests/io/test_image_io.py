@@ -11,8 +11,8 @@ GREY = (image_io.GAP_COLOR,) * 3
 
 
 def test_grid_places_every_pixel():
-  colours = np.array([RED, GREEN, BLUE], np.uint8)
-  images = np.broadcast_to(colours[:, None, None], (3, 1, 2, 3))
+  colors = np.array([RED, GREEN, BLUE], np.uint8)
+  images = np.broadcast_to(colors[:, None, None], (3, 1, 2, 3))
   canvas = image_io.grid(images, columns=2, scale=2)
   first = [RED] * 4 + [GREY] * 2 + [GREEN] * 4
   second = [BLUE] * 4 + [GREY] * 6

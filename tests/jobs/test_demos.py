@@ -1,4 +1,4 @@
-"""The job that makes demonstrations: stopped at any moment, it goes on where it was."""
+"""The job that makes demonstrations: it resumes wherever it was stopped."""
 
 import os
 

@@ -161,7 +161,7 @@ def test_statistics_instead_of_images(tmp_path, images):
 
 
 def test_a_folder_against_statistics(tmp_path, images):
-  """The images say how large they are; they are read in colour."""
+  """The images say how large they are; they are read in color."""
   config = config_for(tmp_path, images)
   (tmp_path / "png").mkdir()
   for i, image in enumerate(images[:20]):

@@ -103,7 +103,7 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
   ],
 )
 def test_in_parallel_at_tolerance_0(name):
-  """Windows over 4 devices end where the rows one after the other do."""
+  """Windows over 4 devices end where the sequential ones do."""
   options = {"steps": 6, "spacing": "trailing", "window": 4, "tolerance": 0.0}
   model, sampler = planned(name=name, **options)
   mesh = sharding.make_mesh(window=4)

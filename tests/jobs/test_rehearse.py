@@ -1,4 +1,4 @@
-"""Rehearsals: on simulated devices of this machine, and for TPUs that are not here."""
+"""Rehearsals: on simulated devices of this machine, and for absent TPUs."""
 
 import importlib.util
 import json
@@ -137,7 +137,7 @@ def test_operations_of_a_step_are_those_of_its_networks(found):
   program, facts = found
   forward = 2 * program.num_parameters * 16
   assert 4 < facts["model_flops"] / forward < 7
-  # On each device; the optimiser's are those of every parameter on all of them.
+  # On each device; the optimizer's are those of every parameter on all of them.
   assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.num_parameters
 
 
@@ -152,7 +152,7 @@ def test_every_block_counts():
   assert 0.95 < facts["flops"] * 8 / facts["model_flops"] < 1.3
 
 
-def test_what_is_modelled_follows_from_the_facts(found):
+def test_what_is_modeled_follows_from_the_facts(found):
   program, facts = found
   summary, chip = program.summary(), chips.CHIPS["v5e"]
   out = report.model("train", 1000, summary, [facts])

@@ -1,4 +1,4 @@
-"""The job that samples: stopped at any moment, it goes on where it was."""
+"""The job that samples: it resumes wherever it was stopped."""
 
 import json
 import pathlib
@@ -351,13 +351,13 @@ def test_parallel_samplers_by_name(copy, capsys, name):
   assert "16 in sequential sampling" in line
   err = capsys.readouterr().err
   assert "sequential sampling" in err
-  if name != "specddpm":  # which draws others of the same law
+  if name != "specddpm":  # which draws other samples of the same distribution
     assert float(re.search(r"differ by ([\d.e-]+)", err)[1]) < 3
 
 
 @pytest.mark.slow
 def test_a_window_is_chosen_once(copy, watch, capsys):
-  """A stopped job goes on with the window that its parts were made with."""
+  """A stopped job resumes with the window that its parts were made with."""
   workdir = copy("run")
   fields = {"sampler__name": "paraddpm", "sampler__steps": 16}
   stopped(workdir, watch, **fields)

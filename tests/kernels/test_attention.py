@@ -114,7 +114,7 @@ def test_rows_without_keys_are_zero(impl):
 def scm(call, p, t, weight=0.0):
   """Returns the gradient of a loss of the output and of its tangent, held constant.
 
-  With a weight, gradients go through that share of the tangent.
+  With a weight, gradients go through that fraction of the tangent.
   """
 
   def loss(p):
@@ -273,7 +273,7 @@ def test_the_triton_kernel_interpreted(masked):
   [("float32", 64, 1), ("bfloat16", 128, 1), ("float32", 96, 0), ("float64", 8, 0)],
 )
 def test_gpus_take_their_kernel_where_it_has_room(dtype, size, count):
-  """Lowered for a GPU that is not here, the program calls the kernel, or does not."""
+  """Lowered for an absent GPU, the program calls the kernel, or does not."""
   with jax.enable_x64(dtype == "float64"):
     x = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
     call = jax.jit(functools.partial(attention, impl="fused"))

@@ -1,4 +1,4 @@
-"""The kernel compiled for TPUs that are not here, by the libtpu of `.[test,tpu]`."""
+"""The kernel compiled for absent TPUs, by the libtpu of `.[test,tpu]`."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="needs libtpu, the compiler for TPUs: pip install -e '.[test,tpu]'",
 )
-# libtpu looks for a TPU and its neighbours unless told not to.
+# libtpu looks for a TPU and its neighbors unless told not to.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",

@@ -1,4 +1,4 @@
-"""launch/local.sh trains for real: two processes, SIGTERM, then one process goes on."""
+"""launch/local.sh trains for real: two processes, SIGTERM, then one process resumes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_both_modes_train_and_each_goes_on_with_the_other(tmp_path):
   assert pair.returncode == 75, errors[-3000:]
   step = max(int(path.name) for path in run.glob("checkpoints/[0-9]*"))
   assert 0 < step < 24
-  assert f"stopped at step {step}, the same command goes on: {run}" in said
+  assert f"stopped at step {step}; repeat the command to resume: {run}" in said
   one = local(*config, **cache)
   said, errors = one.communicate(timeout=200)
   assert one.returncode == 0, errors[-3000:]

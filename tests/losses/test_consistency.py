@@ -51,7 +51,7 @@ def test_f_is_that_of_trigflow_but_for_the_least_noise():
 
 
 @pytest.mark.parametrize("n", [3, 1280])
-def test_pairs_are_neighbours_with_the_mass_between_them(n):
+def test_pairs_are_neighbors_with_the_mass_between_them(n):
   above, below = consistency.adjacent_times(
     jax.random.key(0), 20_000, jnp.int32(n), p_mean=-1.1, p_std=2.0
   )

@@ -19,8 +19,8 @@ START = np.arctan(80 / SIGMA_D)  # the angle of one-step sampling
 STEPS, BATCH = 3000, 512
 
 
-def distil(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
-  """Trains a perceptron on a velocity (xt, t) -> v and returns its average as f.
+def distill(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
+  """Trains an MLP on a velocity (xt, t) -> v and returns its average as f.
 
   Without the adaptive weight: as the tangent at some t vanishes, e^w grows there,
   and what is left of the error moves slower (0.017 instead of 0.010 sigma_d below
@@ -92,7 +92,7 @@ def test_gaussian():
   def draw(key):
     return data.mean + data.std * jax.random.normal(key, (BATCH, 4))
 
-  f = distil(data.velocity, draw)
+  f = distill(data.velocity, draw)
   x0 = mean + std * np.random.default_rng(0).standard_normal((4096, 4))
   for t in (START, 1.1):
     error = rmse(f, data.consistency, *noisy(x0, t))
@@ -113,7 +113,7 @@ def test_mixture():
   np.testing.assert_allclose(
     MIXTURE.consistency(MIXTURE_X, MIXTURE_T), MIXTURE_F, atol=1e-10
   )
-  f = distil(MIXTURE.velocity, draw)
+  f = distill(MIXTURE.velocity, draw)
   found = f(jnp.asarray(MIXTURE_X), jnp.asarray(MIXTURE_T), None)
   print(found[:, 0] - MIXTURE_F[:, 0])
   np.testing.assert_allclose(found, MIXTURE_F, atol=0.03)

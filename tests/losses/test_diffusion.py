@@ -115,7 +115,7 @@ def test_labels_are_dropped(key, rate):
 
 
 @functools.cache
-def perceptron():
+def mlp_net():
   """A network with its parameters, compiled once."""
   net = mlp.build(shape=(2,), cond={}, width=16, depth=2)
   params = random_params(net, dtype="float32")
@@ -130,9 +130,9 @@ def test_consistency_training_starts_as_diffusion(
   """At r = 0 the gradients are parallel for one sample.
 
   g = -cos^2 t sigma_d (F - v/sigma_d), so the gradient of |F - F^- - g|^2 is
-  sigma_d cos^2 t that of |F - v/sigma_d|^2, over |g| + c if normalised.
+  sigma_d cos^2 t that of |F - v/sigma_d|^2, over |g| + c if normalized.
   """
-  net, params = perceptron()
+  net, params = mlp_net()
   z = SIGMA_D * jax.random.normal(key, (1, 2))
   t = jnp.full(1, angle)
   # Both draw the same angle and noise.

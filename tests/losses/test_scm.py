@@ -348,13 +348,13 @@ def test_velocities_are_those_of_data_and_teacher(seen, monkeypatch):
   monkeypatch.setattr(trigflow, "perturb", perturb)
   run(build(velocity="teacher"))
   run(build(velocity="data"))
-  distil, train = seen
+  distill, train = seen
   x0, z, t = drawn[0]
   np.testing.assert_array_equal(x0, BATCH["x0"])
   assert np.std(z) == pytest.approx(SIGMA_D, rel=0.3)
-  np.testing.assert_allclose(distil["xt"], real(x0, z, t), rtol=1e-6)
-  F = teacher(FROZEN, distil["xt"] / SIGMA_D, t, None)
-  np.testing.assert_allclose(distil["v"], SIGMA_D * F, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(distill["xt"], real(x0, z, t), rtol=1e-6)
+  F = teacher(FROZEN, distill["xt"] / SIGMA_D, t, None)
+  np.testing.assert_allclose(distill["v"], SIGMA_D * F, rtol=1e-5, atol=1e-6)
   x0, z, t = drawn[1]
   c, s = column(jnp.cos(t), z), column(jnp.sin(t), z)
   np.testing.assert_allclose(train["v"], c * z - s * x0, rtol=1e-5, atol=1e-6)

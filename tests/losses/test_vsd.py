@@ -170,10 +170,10 @@ def close(found, wanted):
 def test_with_distillation_it_is_the_sum(case):
   options, params, batch = case
   both, alone = (vsd.build(**options, consistency=c) for c in (True, False))
-  distil = scm.build(**options)
+  distill = scm.build(**options)
   key = jax.random.split(jax.random.key(3), 6)[0]
   frozen = jnp.float32(0.7)
-  of_scd = jax.jit(jax.grad(lambda p: distil(p, batch, key, STEP, frozen)[0]))
+  of_scd = jax.jit(jax.grad(lambda p: distill(p, batch, key, STEP, frozen)[0]))
   expected = of_scd(params)
   total = jax.tree.map(jnp.add, gradient(alone, params, batch), expected)
   close(gradient(both, params, batch), total)

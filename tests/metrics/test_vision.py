@@ -332,5 +332,5 @@ def test_other_images_are_refused(module):
   with pytest.raises(ValueError, match=r"uint8 \[N, H, W, 3\], got float32"):
     pixels(np.zeros((1, 8, 8, 3), np.float32))
   grey = pixels(np.full((1, 8, 8, 1), 100, np.uint8))
-  colour = pixels(np.full((1, 8, 8, 3), 100, np.uint8))
-  np.testing.assert_array_equal(grey, colour)
+  color = pixels(np.full((1, 8, 8, 3), 100, np.uint8))
+  np.testing.assert_array_equal(grey, color)

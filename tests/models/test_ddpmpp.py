@@ -45,8 +45,8 @@ def options(arrays: dict) -> dict:
   cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
   out = {ours: cfg[theirs] for ours, theirs in RENAMED.items()}
   out |= {k: cfg[k] for k in ("channel_mult", "resample_filter")}
-  side, colours = cfg["img_resolution"], cfg["img_channels"]
-  out |= {"shape": (side, side, colours), "cond": class_cond(cfg["label_dim"])}
+  side, colors = cfg["img_resolution"], cfg["img_channels"]
+  out |= {"shape": (side, side, colors), "cond": class_cond(cfg["label_dim"])}
   return out | {"sigma_d": SIGMA_D, "norm": "single"}
 
 

@@ -215,7 +215,7 @@ def test_integer_labels_and_no_label(fixture):
 
 
 @peers
-def test_forced_normalisation(name, fixture):
+def test_forced_normalization(name, fixture):
   """What a step of training writes back into the weights."""
   arrays = fixture(name)
   forced = [k for k in arrays if k.startswith("forced/")]
@@ -340,7 +340,7 @@ def test_vectors_of_zeros_have_derivatives():
 
 
 def test_gradients_leave_the_norm_alone():
-  """They are at right angles to the weight, since the layer normalises it."""
+  """They are at right angles to the weight, since the layer normalizes it."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
   layer = mp.Linear(4)
   params = layer.init(jax.random.key(0), x)
@@ -374,7 +374,7 @@ def test_tangent_of_the_consistency_function():
 
 
 def weights(params):
-  """Returns name -> normalised weight of a network."""
+  """Returns name -> normalized weight of a network."""
   leaves = jax.tree_util.tree_leaves_with_path(params["net"])
   return {
     jax.tree_util.keystr(k): np.asarray(w) for k, w in leaves if k[-1].key == "weight"
@@ -407,7 +407,7 @@ def test_every_update_keeps_the_norms():
     for stored, tolerance in ((before[name], 2e-3), (w, 3e-5)):
       rms = np.sqrt(np.mean(np.square(stored, dtype="float64"), (*range(w.ndim - 1),)))
       np.testing.assert_allclose(rms, 1 - 1e-4, atol=tolerance, err_msg=name)
-  # What has no norm to keep is left as the optimiser made it.
+  # What has no norm to keep is left as the optimizer made it.
   assert 0 < abs(float(current.params["net"]["gain"])) < 0.05
 
 

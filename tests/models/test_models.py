@@ -467,13 +467,13 @@ def test_fourier_features_are_fast():
   np.testing.assert_array_equal(common_lib.fourier(t, 512), value)
 
 
-# The perceptron without one of what steadies the tangent.
+# The MLP without one of what stabilizes the tangent.
 PLAIN = ({"process": "edm"}, {"embedding": "fourier"}, {"norm": "single"})
 
 
 @pytest.mark.parametrize("options", PLAIN)
 @x64
-def test_every_perceptron_has_a_derivative(options):
+def test_every_mlp_has_a_derivative(options):
   net = build("mlp", dtype="float64", sigma_d=0.5, **options)
   x, t, cond, along = inputs("mlp", "float64")
   params = random_params(net)
@@ -489,7 +489,7 @@ def test_every_perceptron_has_a_derivative(options):
 
 
 @x64
-def test_the_perceptron_of_edms_time():
+def test_the_mlp_of_edms_time():
   """F = -raw(x, ln(sigma_d tan t) / 4), and w of the same time."""
   net = build("mlp", process="edm", sigma_d=0.5, dtype="float64")
   raw = build("mlp", dtype="float64")
@@ -508,12 +508,12 @@ def test_the_perceptron_of_edms_time():
     ({"norm": "scale"}, "norm='scale': take one of double, single"),
   ],
 )
-def test_unknown_names_of_the_perceptron(options, known):
+def test_unknown_names_of_the_mlp(options, known):
   with pytest.raises(ValueError, match=rf"^{known}"):
     mlp.build(shape=(2,), cond={}, **options)
 
 
-def test_the_perceptrons_parameters_keep_their_names():
+def test_the_mlps_parameters_keep_their_names():
   """A run that was trained before can be read."""
   shapes = jax.eval_shape(build("mlp").init, jax.random.key(0))["net"]
   assert {*shapes["blocks"]} == {"AdaptiveDoubleNorm_0", "Dense_0", "Dense_1"}

@@ -72,7 +72,7 @@ def test_guided_latents(fixture, name, changed):
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp2m"])
 def test_in_parallel(solver):
-  """ParaDiGMS at tolerance 0 ends where the rows one after the other do."""
+  """ParaDiGMS at tolerance 0 ends where the sequential sampler does."""
   model, rng = sd2(), np.random.default_rng(0)
   apply = functools.partial(model.unet.apply, model.params["unet"])
   table = scheduler.tableau(model.schedule, 6, solver)

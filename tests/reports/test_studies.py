@@ -52,7 +52,7 @@ def test_a_panel_may_have_its_own_horizontal_axis():
   assert [axes.get_xlabel() for axes in figure.axes] == ["at", "at", "at", "other"]
   (line,) = last.lines
   np.testing.assert_allclose(line.get_ydata(), [3, 12])
-  # One series has one colour, in a panel that lacks another one too.
+  # One series has one color, in a panel that lacks another one too.
   assert line.get_color() == figure.axes[0].lines[1].get_color()
   assert figure.get_size_inches()[1] == pytest.approx(6.8)
   first, second = studies.tables(rows, "at", ("y", ("other", "y")))
@@ -75,9 +75,9 @@ def test_figure_has_a_panel_for_each_key():
   assert first.get_xscale() == "log"
   assert [len(axes.lines) for axes in figure.axes] == [2, 2]
   np.testing.assert_allclose(first.lines[1].get_ydata(), [3, 5])
-  # One series has one colour everywhere.
-  colours = [[line.get_color() for line in axes.lines] for axes in figure.axes]
-  assert colours[0] == colours[1]
+  # One series has one color everywhere.
+  colors = [[line.get_color() for line in axes.lines] for axes in figure.axes]
+  assert colors[0] == colors[1]
   for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
     assert studies.picture(figure, kind).startswith(start)
 

@@ -29,7 +29,7 @@ def energy_p_value(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> fl
 
 
 def draws(name: str, window: int, seeds: np.ndarray, steps: int = 16) -> tuple:
-  """Returns samples one after the other, and by speculation, from other seeds."""
+  """Returns samples of the sequential sampler and of speculation, from other seeds."""
   table = solvers.build(sigma_d=0.5, name=name, steps=steps)
   denoiser = _gaussian_mixture.denoiser(0.5, dimensions=4)
 

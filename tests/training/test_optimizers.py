@@ -1,4 +1,4 @@
-"""Learning rates by their formulas, optimisers by what they do to a quadratic."""
+"""Learning rates by their formulas, optimizers by what they do to a quadratic."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def options(**changes) -> dict:
 
 
 def descend(steps: int, rate: float = 0.05, **changes) -> tuple[float, jax.Array]:
-  """Returns the value and place that an optimiser reaches on |x - (1, -2)|^2."""
+  """Returns the value and place that an optimizer reaches on |x - (1, -2)|^2."""
   optimizer = optimizers.build(lambda step: jnp.float32(rate), **options(**changes))
 
   def value(x):
@@ -70,7 +70,7 @@ def test_rampup_counts_images(schedule):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "radam"])
-def test_optimisers_descend(name):
+def test_optimizers_descend(name):
   start, _ = descend(0, name=name)
   end, _ = descend(200, name=name)
   assert start == 5

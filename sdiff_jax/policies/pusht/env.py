@@ -2,7 +2,7 @@
 
 A state is [agent x, agent y, block x, block y, block angle] in pixels of a square of
 512 and radians, an action the point [x, y] that the agent heads for. The reward is
-min(1, coverage / 0.95), coverage being the share of the outline under the block.
+min(1, coverage / 0.95), coverage being the fraction of the outline under the block.
 """
 
 import os

@@ -58,7 +58,7 @@ def test_measures_are_those_of_the_two_sets():
   assert (measured["precision"], measured["recall"]) == both
 
 
-def test_neighbours_are_a_random_part_of_large_sets():
+def test_neighbors_are_a_random_part_of_large_sets():
   known = reference(REAL, keep=50)
   np.testing.assert_allclose(known.mean, frechet.statistics(REAL).mean, rtol=1e-12)
   assert known.features.shape == (50, 5)
@@ -68,7 +68,7 @@ def test_neighbours_are_a_random_part_of_large_sets():
   assert rows != {row.tobytes() for row in REAL[:50]}
 
 
-def test_without_neighbours_there_is_the_distance_alone():
+def test_without_neighbors_there_is_the_distance_alone():
   none = reference(REAL, keep=0)
   assert none.features.shape == (0, 5)
   assert streaming.measure(run("fid"), summary(FAKE), none).keys() == {"fid"}
