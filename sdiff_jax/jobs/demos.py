@@ -18,6 +18,7 @@ import tqdm
 from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.io import file_io
 from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env, expert, observations
 from sdiff_jax.policies.pusht.env import Env
@@ -102,10 +103,7 @@ def _episode(folder: str, seed: int) -> None:
   if not _envs:
     _envs.extend([env.make(), env.make()])
   episode = expert.demonstrate(*_envs, start(seed), seed)
-  path = _part(folder, seed)
-  with open(f"{path}.tmp", "wb") as file:
-    np.savez(file, **episode._asdict())
-  os.replace(f"{path}.tmp", path)
+  file_io.write_npz(_part(folder, seed), **episode._asdict())
 
 
 def _part(folder: str, seed: int) -> str:
@@ -137,7 +135,5 @@ def _join(folder: str, seeds: range, path: str, view: View) -> int:
   arrays["observation"] = np.asarray(view.observe(states, before))
   if view.frame:
     arrays["frame"] = np.asarray(view.frame(states))
-  with open(f"{path}.tmp", "wb") as file:
-    np.savez(file, **arrays, seeds=np.array([*parts]))
-  os.replace(f"{path}.tmp", path)
+  file_io.write_npz(path, **arrays, seeds=np.array([*parts]))
   return len(parts)

@@ -5,7 +5,6 @@ or not at all, and is not made again.
 """
 
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -101,28 +100,22 @@ def _about(
     "vae": config.vae,
     "data": config.data.to_dict(),
   }
-  return json.loads(json.dumps(about))  # tuples as they will be read
+  return file_io.as_json(about)
 
 
 def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the one there says the same."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.exists(path):
-    try:
-      with open(path, encoding="utf-8") as file:
-        there = resumable.flatten(json.load(file))
-    except (ValueError, AttributeError) as error:
-      raise UserError(f"{path} is damaged ({error}); take another --workdir") from None
-    differ = resumable.differences(there, resumable.flatten(about))
-    if differ:
+    stored = file_io.read_json(path, "choose another --workdir")
+    if different := resumable.differences(stored, about):
       raise UserError(
-        f"{workdir} holds other latents: {', '.join(differ)}; take another --workdir, "
-        "or the same values"
+        f"{workdir} holds other latents: {', '.join(different)}; choose another "
+        "--workdir, or use the same values"
       )
     return
-  os.makedirs(workdir, exist_ok=True)
   if jax.process_index() == 0:
-    file_io.write_text(path, json.dumps(about, indent=2))
+    file_io.write_json(path, about)
 
 
 def _encoder(

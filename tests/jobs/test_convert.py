@@ -28,8 +28,8 @@ from sdiff_jax import config
 
 def get_config():
   c = config.base()
-  c.data = config.use("data", "npz", path={data!r})
-  c.model = config.use(
+  c.data = config.component("data", "npz", path={data!r})
+  c.model = config.component(
     "models", "ddpmpp", process="edm", norm="single", channels=16,
     channel_mult=(1, 2), emb_mult=2, blocks=1, attn_resolutions=(8,), augment=9,
   )

@@ -59,7 +59,7 @@ def test_episodes_come_with_their_mirror_images(config, tmp_path):
   assert not os.path.exists(f"{config.data.path}.parts")
   source = trajectories.build(path=config.data.path, n_obs_steps=1)
   assert source.shape == (16, 2)
-  assert source.observation == 14
+  assert source.cond["observation"].shape == (14,)
   assert "are there already" in demos.run(config, str(tmp_path))
 
 

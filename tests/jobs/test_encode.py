@@ -86,7 +86,7 @@ def test_each_process_makes_its_own_files(tmp_path, monkeypatch):
   config, whole = settings(tmp_path), tmp_path / "whole"
   encode.run(config, str(whole))
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(encode.sharding, "agreed", lambda flags, mesh: flags)
+  monkeypatch.setattr(encode.sharding, "all_processes", lambda flags, mesh: flags)
   parts = tmp_path / "parts"
   for k, made in ((0, 2), (1, 3)):
     monkeypatch.setattr(jax, "process_index", lambda k=k: k)
@@ -109,8 +109,8 @@ def test_grey_images(tmp_path):
   [
     ({"vae": ""}, "config.vae is empty: name the folder of an autoencoder"),
     ({"vae": "/none"}, "/none: no such folder"),
-    ({"vae": str(SD2 / "unet")}, "unet holds no AutoencoderKL: name the folder of one"),
-    ({"encode__scale": "sd"}, "config.encode.scale='sd': take one of scm, edm2"),
+    ({"vae": str(SD2 / "unet")}, "unet: holds no AutoencoderKL"),
+    ({"encode__scale": "sd"}, "config.encode.scale='sd': use one of scm, edm2"),
     ({"encode__batch_size": 9}, "config.encode.batch_size=9: does not divide over 8"),
   ],
 )
@@ -131,12 +131,12 @@ def test_images_that_do_not_fit_and_other_latents_are_refused(tmp_path):
     encode.run(other, str(tmp_path / "run"))
   (tmp_path / "latents.json").write_text("{")
   with pytest.raises(
-    UserError, match="latents.json is damaged .*; take another --work"
+    UserError, match="latents.json is not valid JSON .*: choose another --work"
   ):
     encode.run(settings(tmp_path), str(tmp_path))
   of_latents = configs.base()
   of_latents.data = configs.component("data", "latents", dir=str(tmp_path / "run"))
-  with pytest.raises(UserError, match="config.data are latents: this needs images"):
+  with pytest.raises(UserError, match="config.data are latents: images of them need"):
     encode.run(of_latents, str(tmp_path / "again"))
 
 
@@ -169,7 +169,9 @@ def test_from_images_to_latents_to_a_network_to_images(tmp_path):
   assert images.std() > 5
   assert (workdir / "samples.png").exists()
   config.vae = ""
-  with pytest.raises(UserError, match="are latents: name the folder of their autoenco"):
+  with pytest.raises(
+    UserError, match="are latents: images of them need their autoenco"
+  ):
     sample.run(config, str(workdir))
   config.evaluate.update(features="digits", num=8, batch_size=8)
   with pytest.raises(UserError, match="config.data are latents"):

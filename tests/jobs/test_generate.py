@@ -286,8 +286,8 @@ def more_tokens(path) -> None:
     ("vae/diffusion_pytorch_model.safetensors", pickled, "no code of the file was run"),
     ("tokenizer/tokenizer.json", more_tokens, "they do not belong together"),
     ("tokenizer/tokenizer.json", cut, "holds no tokenizer of CLIP"),
-    ("scheduler/scheduler_config.json", pathlib.Path.unlink, "No such file"),
-    ("model_index.json", cut, "model_index.json is damaged"),
+    ("scheduler/scheduler_config.json", pathlib.Path.unlink, "does not exist"),
+    ("model_index.json", cut, "model_index.json is not valid JSON"),
   ],
 )
 def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
@@ -303,7 +303,7 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
     ({"generate__folder": ""}, "config.generate.folder is empty: name a folder"),
     ({"generate__folder": "/none"}, "/none: no such folder"),
     ({"generate__prompts": ""}, "config.generate.prompts='': must have texts"),
-    ({"generate__prompts": "none.json"}, "prompts='none.json': No such file"),
+    ({"generate__prompts": "none.json"}, "none.json does not exist"),
     (
       {"generate__dtype": "int8"},
       "config.generate.dtype='int8': must be one of float32",
