@@ -16,7 +16,7 @@ from test_config import CONFIGS, load
 from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
 from sdiff_jax.experiment import build, sampling, training
-from sdiff_jax.jobs import convert, train
+from sdiff_jax.jobs import train
 from sdiff_jax.training import state
 from sdiff_jax.types import UserError
 
@@ -287,12 +287,15 @@ def test_the_tiny_runs(name, tmp_path: pathlib.Path):
   """The job `train` as a user starts it, from a teacher of random weights."""
   c = get(name, word(name))
   if c.teacher.config:
-    teacher = build.build(get(f"{name.split('_')[0]}_diffusion", word(name)))
+    file = f"{name.split('_')[0]}_diffusion"
+    teacher_config = get(file, word(name))
+    teacher = build.build(teacher_config)
     params = random_params(teacher.network, dtype="float32")
     c.init_from = str(tmp_path / "teacher")
     if c.teacher.workdir:
       c.teacher.workdir = c.init_from
-    convert.write(teacher, c.init_from, teacher.network.normalize(params))
+    params = teacher.network.normalize(params)
+    training.save_initial(teacher_config, teacher, c.init_from, params)
   run = str(tmp_path / "run")
   assert train.run(c, run) == f"trained 4 steps: {run}"
   assert (tmp_path / "run" / "training.json").exists()
