@@ -181,7 +181,9 @@ def test_clip_score_of_made_images(tmp_path, peers):
   with pytest.raises(UserError, match=r"x.png holds no prompt: the CLIP score is of"):
     evaluate.run(config, str(tmp_path / "run"))
   config.evaluate.clip = ""
-  with pytest.raises(UserError, match="config.evaluate: nothing to measure; give fea"):
+  with pytest.raises(
+    UserError, match="config.evaluate: has neither features nor clip; set fea"
+  ):
     evaluate.run(config, str(tmp_path / "run"))
 
 
