@@ -1,12 +1,14 @@
 """The Python code of the pages runs."""
 
+import ast
 import pathlib
 import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sdiff_jax import config
+from sdiff_jax import config, registry
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -56,3 +58,27 @@ def test_the_network_of_edm_has_the_fields_that_are_shown():
   c = config.base()
   exec(block, {"c": c, "config": config})
   assert c.model.process == "edm"
+
+
+@pytest.mark.parametrize("page", ["docs/concepts.md", "CONTRIBUTING.md"])
+def test_the_layers_are_those_of_the_architecture_test(page):
+  text = (DOCS.parent / page).read_text("utf-8")
+  rows = re.findall(r"^\| \d+ \| ([^|]+) \|", text, re.MULTILINE)
+  layers = [set(re.findall("`(\\w+)`", row)) for row in rows]
+  source = (DOCS.parent / "tests" / "test_architecture.py").read_text("utf-8")
+  (written,) = re.findall(r"^LAYERS = (\(.*?^\))", source, re.DOTALL | re.MULTILINE)
+  assert layers == [*ast.literal_eval(written)]
+
+
+def test_required_arguments_are_listed():
+  """The table of CONTRIBUTING.md has the arguments of every piece of every kind."""
+  text = (DOCS.parent / "CONTRIBUTING.md").read_text("utf-8")
+  rows = dict(
+    re.findall(r"^\| `([\w.]+)` \| `sdiff_jax/[^|]+ \| ([^|]+) \|", text, re.M)
+  )
+  assert len(rows) == 9
+  for kind, listed in rows.items():
+    for name in registry.names(kind):
+      names = set(re.findall("`(\\w+)`", listed))
+      if registry.lookup(kind, name).build.__module__.startswith("sdiff_jax."):
+        assert set(registry.required(kind, name)) <= names | {"folder"}, (kind, name)
