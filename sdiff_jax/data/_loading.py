@@ -13,7 +13,7 @@ FLIPS, NOISE = 1, 2
 
 
 def indices(size: int, seed: int, k: int, batch_size: int) -> np.ndarray:
-  """Returns the indices of batch k: epochs of permutations, one after the other.
+  """Returns the indices of batch k: epochs of permutations in sequence.
 
   Grain's own `shuffle` permutes with another generator, which would change every batch
   of existing runs.

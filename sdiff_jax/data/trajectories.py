@@ -43,11 +43,11 @@ def build(
     n_obs_steps: To, observations.
     n_action_steps: Ta, actions that are executed.
     episodes: how many to take; 0 for all.
-    held_out: share of the episodes that is left out before.
-    observation_range: how observations are normalised (see `normaliser.fit`).
+    held_out: fraction of the episodes that is held out.
+    observation_range: how observations are normalized (see `normalizer.fit`).
     action_range: how actions are; "percentile" for each step of the chunk.
     min_range: dimensions of a smaller range are centered and not scaled.
-    std: of normalised actions, which x0 has as sigma_d; 0 measures it.
+    std: of normalized actions, which x0 has as sigma_d; 0 measures it.
     keys: observations of robomimic.
     absolute: actions of robomimic are poses, and their rotations become matrices.
     frame: what the episodes of Push-T hold, "block" (all in the block's frame) or

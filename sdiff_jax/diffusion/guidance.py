@@ -11,7 +11,7 @@ from sdiff_jax.types import Array, Cond, NetFn, PRNGKey
 NO_LABEL = -1
 
 
-def unlabelled(cond: Cond) -> Cond:
+def unlabeled(cond: Cond) -> Cond:
   """Returns the conditions with the label that stands for no class.
 
   Args:
@@ -21,7 +21,7 @@ def unlabelled(cond: Cond) -> Cond:
     ValueError: there is no label.
 
   Example:
-    >>> unlabelled({"label": jnp.array([3, 7])})["label"].tolist()
+    >>> unlabeled({"label": jnp.array([3, 7])})["label"].tolist()
     [-1, -1]
   """
   if not cond or "label" not in cond:
@@ -66,7 +66,7 @@ def without_text(empty: Array) -> Callable[[Cond], Cond]:
 
 
 def classifier_free(
-  net: NetFn, scale: Array | float, free: Callable[[Cond], Cond] = unlabelled
+  net: NetFn, scale: Array | float, free: Callable[[Cond], Cond] = unlabeled
 ) -> NetFn:
   """Returns F_u + scale (F_c - F_u), both halves in one call of the network.
 

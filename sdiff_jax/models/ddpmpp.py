@@ -1,4 +1,4 @@
-"""The U-Nets DDPM++ and NCSN++ in EDM's form, with or without double normalisation."""
+"""The U-Nets DDPM++ and NCSN++ in EDM's form, with or without double normalization."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def resample(
 
   Args:
     x: images.
-    taps: of the filter along one axis, an even number; normalised here.
+    taps: of the filter along one axis, an even number; normalized here.
     up: double the sides; else halve them.
     pad: zeros around an image that is halved; as many as halve it, unless given.
   """
@@ -173,7 +173,7 @@ class Unet(nn.Module):
     return h, skips
 
   def _decode(
-    self, h: Array, skips: list[Array], levels: list, colours: int, block: Callable
+    self, h: Array, skips: list[Array], levels: list, colors: int, block: Callable
   ) -> Array:
     """Returns the image of the last level, with all levels' where they have some."""
     aux = None
@@ -190,7 +190,7 @@ class Unet(nn.Module):
       if self.decoder == "skip" or i == 0:
         image = nn.silu(GroupNorm(self.dtype, name=f"dec_{at}_aux_norm")(h))
         conv = functools.partial(Conv, kernel_init=zeros, dtype=self.dtype)
-        image = conv(colours, name=f"dec_{at}_aux_conv")(image)
+        image = conv(colors, name=f"dec_{at}_aux_conv")(image)
         aux = image if aux is None else resample(aux, self.taps, up=True) + image
     return aux
 

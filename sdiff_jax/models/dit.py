@@ -1,4 +1,4 @@
-"""Diffusion transformer with adaptive double normalisation."""
+"""Diffusion transformer with adaptive double normalization."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-  """Self-attention with normalised queries and keys, [B, L, C] -> [B, L, C]."""
+  """Self-attention with normalized queries and keys, [B, L, C] -> [B, L, C]."""
 
   heads: int
   dtype: jnp.dtype
@@ -59,7 +59,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention and perceptron, each on the normalised, modulated residual stream."""
+  """Attention and MLP, each on the normalized, modulated residual stream."""
 
   heads: int
   dropout: float
@@ -145,7 +145,7 @@ def build(
   dtype: str = "float32",
   attention: str = "auto",
 ) -> Network:
-  """Returns the transformer as a Network (arXiv:2212.09748, other normalisation).
+  """Returns the transformer as a Network (arXiv:2212.09748, other normalization).
 
   Args:
     shape: (H, W, C) of one sample.
@@ -154,7 +154,7 @@ def build(
     width: features of a token, a multiple of 4 and of heads.
     depth: blocks.
     heads: attention heads.
-    dropout: rate inside the perceptrons.
+    dropout: rate inside the MLPs.
     guidance: take a guidance scale as an input.
     remat: what a block computes again in the backward pass: "" nothing, "dots" all
       but products and convolutions, "full" everything (see layers.KEEPS).

@@ -34,7 +34,7 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     sizes = [self.channels * m for m in self.channel_mult]
-    height, colours = x.shape[1], x.shape[-1]
+    height, colors = x.shape[1], x.shape[-1]
     embedding = conditioning.EDM2Embedding(
       sizes[0], max(sizes), self.embedding, self.conditions, name="embedding"
     )
@@ -77,7 +77,7 @@ class UNet(nn.Module):
         h = make(level, "dec", f"block{i}", size)(h, emb, skips.pop())
     gain = self.param("gain", nn.initializers.zeros, ())
     return (
-      common.to_accumulation_dtype(mp.Conv(colours, self.dtype, name="out")(h)) * gain
+      common.to_accumulation_dtype(mp.Conv(colors, self.dtype, name="out")(h)) * gain
     )
 
 

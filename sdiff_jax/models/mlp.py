@@ -1,4 +1,4 @@
-"""A residual perceptron for small data, by default with what steadies sCM."""
+"""A residual MLP for small data, by default with the parts that stabilize sCM."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def build(
   unroll: int = 4,
   dtype: str = "float32",
 ) -> Network:
-  """Returns the perceptron as a Network.
+  """Returns the MLP as a Network.
 
   Args:
     shape: shape of one sample, any rank.

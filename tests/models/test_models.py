@@ -230,9 +230,9 @@ def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
   x, t, cond, _ = inputs(name)
-  unlabelled = net.apply(params, x, t, cond | {"label": jnp.full(B, -1)})
+  unlabeled = net.apply(params, x, t, cond | {"label": jnp.full(B, -1)})
   np.testing.assert_array_equal(
-    unlabelled, net.apply(without(params, "label"), x, t, cond)
+    unlabeled, net.apply(without(params, "label"), x, t, cond)
   )
 
 

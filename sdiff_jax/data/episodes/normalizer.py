@@ -26,7 +26,7 @@ class Normalizer(NamedTuple):
     action: of an action [Da], or of those of a chunk [H, Da].
     steps: To, observations that the policy is given.
     shape: (H, Da), of a chunk of actions.
-    std: root mean square of the normalised actions; x0 has sigma_d instead.
+    std: root mean square of the normalized actions; x0 has sigma_d instead.
   """
 
   observation: Affine

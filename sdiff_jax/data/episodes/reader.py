@@ -1,4 +1,4 @@
-"""Episodes: observations and actions, one after the other, in files of several forms.
+"""Episodes: observations and actions of consecutive times, in several file formats.
 
 Our own is an .npz with `action` float [N, Da], `episode_ends` int [E], where each
 episode ends (past its last row), and `observation` [N, Do] or, instead of it, `state`.
@@ -115,7 +115,7 @@ def split_mask(count: int, held_out: float, most: int) -> np.ndarray:
 
   Args:
     count: episodes.
-    held_out: share of them that is held out, one of them at least; 0 for none.
+    held_out: fraction of them that is held out, at least one; 0 for none.
     most: episodes to take of the others; 0 for all.
   """
   mask = np.ones(count, bool)

@@ -162,7 +162,7 @@ class LogVar(nn.Module):
     phases = 2 * np.pi * rng.random(self.features, np.float32)
     frequencies, phases = frequencies.astype(t.dtype), phases.astype(t.dtype)
     x = jnp.cos(t[:, None] * frequencies[None] + phases[None])
-    # Features of unit norm: an optimiser's step then moves w by some 10 rates, not 100.
+    # Features of unit norm: an optimizer's step then moves w by some 10 rates, not 100.
     x *= (2 / self.features) ** 0.5
     w = Dense(1, kernel_init=nn.initializers.zeros)(x)
     return w[:, 0]

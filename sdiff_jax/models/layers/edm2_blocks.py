@@ -9,7 +9,7 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.types import Array
 
-BALANCE = 0.3  # share of a residual branch in its sum
+BALANCE = 0.3  # weight of a residual branch in its sum
 
 
 def halve(x: Array) -> Array:
@@ -59,7 +59,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     B, H, W, C = x.shape
     y = mp.Linear(3 * C, self.dtype, name="qkv")(x)
-    # Query, key and value are neighbours: the order of published weights.
+    # Query, key and value are neighbors: the order of published weights.
     y = y.reshape(B, H * W, self.heads, C // self.heads, 3)
     q, k, v = jnp.moveaxis(mp.normalize(y, (-2,)), -1, 0)
     y = attention(q, k, v).reshape(x.shape)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
   """A residual block: resampling, two convolutions, attention, [B, H, W, C] -> [...].
 
-  The first half of the network normalises the main path, the second half concatenates
+  The first half of the network normalizes the main path, the second half concatenates
   `skip` to it.
   """
 

@@ -1,8 +1,8 @@
 """Magnitude-preserving layers: unit variance in, unit variance out (EDM2).
 
 Karras et al., arXiv:2312.02696, appendix B. A weight is stored as it was trained and
-normalised where it is used, so gradients are at right angles to it; `normalize_weights`
-brings the stored ones back to their norm after an update ("forced" normalisation).
+normalized where it is used, so gradients are at right angles to it; `normalize_weights`
+brings the stored ones back to their norm after an update ("forced" normalization).
 """
 
 import functools
@@ -30,7 +30,7 @@ def normalize(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def pixel_norm(x: Array) -> Array:
-  """Returns x normalised over its channels, the last axis."""
+  """Returns x normalized over its channels, the last axis."""
   return normalize(x, (-1,))
 
 
@@ -61,7 +61,7 @@ def normalize_weight(w: Array) -> Array:
 
 
 def normalize_weights(params: Params) -> Params:
-  """Returns parameters whose leaves named `weight` are normalised, others as given."""
+  """Returns parameters whose leaves named `weight` are normalized, others as given."""
 
   def of(path: tuple, leaf: Array) -> Array:
     return normalize_weight(leaf) if path[-1].key == "weight" else leaf
