@@ -158,7 +158,7 @@ def build(
 
   Example:
     >>> import jax
-    >>> options = {"channels": 8, "mults": (1,), "blocks": 1, "attn_resolutions": ()}
+    >>> options = {"channels": 8, "channel_mult": (1,), "blocks": 1, "attn_resolutions": ()}
     >>> network = build(shape=(4, 4, 1), cond={}, sigma_d=0.5, **options)
     >>> params = jax.eval_shape(network.init, jax.random.key(0))
     >>> sorted(params)
