@@ -38,18 +38,20 @@ def build(
   and Ta - 1 after (arXiv:2303.04137).
 
   Args:
-    path: of the episodes (see `episodes.read`).
-    horizon: H, actions that are predicted.
-    n_obs_steps: To, observations.
-    n_action_steps: Ta, actions that are executed.
-    episodes: how many to take; 0 for all.
+    path: file or folder of the episodes (see `episodes.reader.read`).
+    horizon: H, number of actions that are predicted.
+    n_obs_steps: To, number of observations.
+    n_action_steps: Ta, number of actions that are executed.
+    episodes: number of episodes to train on; 0 for all.
     held_out: fraction of the episodes that is held out.
     observation_range: how observations are normalized (see `normalizer.fit`).
-    action_range: how actions are; "percentile" for each step of the chunk.
+    action_range: how actions are normalized; "percentile" normalizes each step of the
+      chunk by itself.
     min_range: dimensions of a smaller range are centered and not scaled.
-    std: of normalized actions, which x0 has as sigma_d; 0 measures it.
-    keys: observations of robomimic.
-    absolute: actions of robomimic are poses, and their rotations become matrices.
+    std: root mean square of normalized actions, which x0 is scaled from to sigma_d; 0
+      measures it.
+    keys: names of the observations of robomimic.
+    absolute: whether actions of robomimic are poses, whose rotations become matrices.
     frame: what the episodes of Push-T hold, "block" (all in the block's frame) or
       "keypoints" (see `policies.pusht.observations`): the job that makes them writes it,
       and rollouts give it to the policy. Nothing here depends on it.

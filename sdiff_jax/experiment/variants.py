@@ -66,13 +66,12 @@ def train_on_data(c: ml_collections.ConfigDict) -> None:
 def make_tiny(c: ml_collections.ConfigDict) -> None:
   """Turns a config into seconds of work on the digits, with the same kind of network.
 
-  The sizes of the network are those that it registers as `tiny`. Precision, loss,
+  The network gets the fields that it registers as `tiny`, if any. Precision, loss,
   optimizer, averages and samplers stay those of the experiment.
   """
   c.data = config.component("data", "digits")
   c.rehearse.shape = ()
-  tiny = registry.lookup("models", c.model.name).facts["tiny"]
-  c.model.update(tiny)
+  c.model.update(registry.lookup("models", c.model.name).facts.get("tiny", {}))
   c.train.update(steps=4, batch_size=16, log_every=2)
   c.optim.rampup_images = min(c.optim.rampup_images, 32)
   c.checkpoint.every = 4

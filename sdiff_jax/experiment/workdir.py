@@ -23,9 +23,8 @@ from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Json, Network, Params, UserError
 
-NORMALIZER = (
-  "normaliser.npz"  # the name of earlier versions, for their work directories
-)
+NORMALIZER = "normalizer.npz"
+OLD_NORMALIZER = "normaliser.npz"  # its name in work directories of earlier versions
 # Error numbers of a full disk, and of a path that this user may not write.
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -157,8 +156,11 @@ def restore_ema(
 
 def stored_normalizer(workdir: str) -> normalizer.Normalizer | None:
   """Returns the normalizer of a policy's work directory, None of any other."""
-  path = os.path.join(workdir, NORMALIZER)
-  return normalizer.load(path) if os.path.exists(path) else None
+  for name in (NORMALIZER, OLD_NORMALIZER):
+    path = os.path.join(workdir, name)
+    if os.path.exists(path):
+      return normalizer.load(path)
+  return None
 
 
 def stored_experiment(

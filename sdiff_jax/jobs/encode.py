@@ -1,7 +1,7 @@
 """Job `encode`: encodes the images of config.data as latents of an autoencoder.
 
-A process makes the files that are its own, with its own devices; a file is there whole
-or not at all, and is not made again.
+Each process writes its own files with its own devices. Files are written atomically and
+finished ones are not written again, so that the job resumes where it was stopped.
 """
 
 import functools
@@ -33,8 +33,8 @@ Encode = Callable[[np.ndarray], np.ndarray]
 DEFAULTS = {
   "encode": {
     "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
-    "batch_size": config_lib.positive(16),  # over the devices of a process
-    "shard_size": config_lib.positive(4096),  # images in a file
+    "batch_size": config_lib.positive(16),  # images, over the devices of a process
+    "shard_size": config_lib.positive(4096),  # number of images in a file
   }
 }
 
@@ -46,44 +46,44 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes latents.json and files of records, which the data set `latents` reads.
 
   Raises:
-    UserError: a field does not fit, or the files there are of something else.
+    UserError: a field is invalid, or the directory holds other latents.
   """
-  chosen = config.encode
+  section = config.encode
   with config_errors("config.encode"):
-    latents.check_scale(chosen.scale)
+    latents.check_scale(section.scale)
   source = registry.build("data", config.data.to_dict(), "config.data")
   experiments.check_images(source)
   if not config.vae:
     raise UserError("config.vae is empty: name the folder of an autoencoder")
   mesh, local = experiments.mesh(config), sharding.local()
   with config_errors("config.encode"):
-    sharding.check_batch(chosen.batch_size, local)
+    sharding.check_batch(section.batch_size, local)
   vae, params = loading.autoencoder(config.vae)
   about = _about(config, source, vae)
   files = latents.paths(workdir, about)
   _claim(workdir, about)
   mine = range(jax.process_index(), len(files), jax.process_count())
   missing = [k for k in mine if not os.path.exists(files[k])]
-  encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[chosen.scale], local)
-  begin, done = time.perf_counter(), 0
+  encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[section.scale], local)
+  start, num_encoded = time.perf_counter(), 0
   for k in tqdm.tqdm(missing, unit="file", desc="encode", disable=None):
-    first = k * chosen.shard_size
-    rows = np.arange(first, min(first + chosen.shard_size, source.size))
-    latents.write(files[k], *_shard(source, encode, rows, chosen.batch_size))
-    done += len(rows)
+    first = k * section.shard_size
+    rows = np.arange(first, min(first + section.shard_size, source.size))
+    latents.write(files[k], *_shard(source, encode, rows, section.batch_size))
+    num_encoded += len(rows)
   sharding.all_processes(np.ones(1, bool), mesh)
-  rate = done / (time.perf_counter() - begin)
-  took = f" ({rate:.4g} images/s a process)" if done else ""
-  return f"encoded {source.size} images in {len(files)} files{took}: {workdir}"
+  rate = num_encoded / (time.perf_counter() - start)
+  speed = f" ({rate:.4g} images/s per process)" if num_encoded else ""
+  return f"encoded {source.size} images in {len(files)} files{speed}: {workdir}"
 
 
 def _about(
   config: ml_collections.ConfigDict, source: Dataset, vae: Autoencoder
 ) -> dict[str, Json]:
-  """Returns what latents.json is to say.
+  """Returns the content of latents.json.
 
   Raises:
-    UserError: the autoencoder is for images of other sizes.
+    UserError: the factor of the autoencoder does not divide the sides of the images.
   """
   height, width, _ = source.shape
   if height % vae.factor or width % vae.factor:
@@ -104,7 +104,7 @@ def _about(
 
 
 def _claim(workdir: str, about: dict[str, Json]) -> None:
-  """Writes latents.json, or checks that the one there says the same."""
+  """Writes latents.json, or checks that the file that exists has the same content."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.exists(path):
     stored = file_io.read_json(path, "choose another --workdir")
@@ -128,7 +128,9 @@ def _encoder(
   @functools.partial(jax.jit, in_shardings=(everywhere, local), out_shardings=local)
   @functools.partial(sharding.with_mesh, local.mesh)
   def encode(params: Params, images: Array) -> Array:
-    images = jnp.broadcast_to(images, (*images.shape[:3], 3))  # grey, too
+    images = jnp.broadcast_to(
+      images, (*images.shape[:3], 3)
+    )  # gray images have one channel
     x = images.astype(jnp.float32) * ((1 - low) / 255) + low
     return jnp.concatenate(vae.encode(params, x), axis=-1)
 
@@ -141,12 +143,12 @@ def _shard(
   """Returns moments and conditions of images, encoded a full batch at a time."""
   moments, conds = [], []
   for first in range(0, len(rows), batch_size):
-    chosen = rows[first : first + batch_size]
-    filled = np.resize(chosen, batch_size)
+    indices = rows[first : first + batch_size]
+    filled = np.resize(indices, batch_size)
     images, cond = source[filled]
-    moments.append(encode(images)[: len(chosen)].astype(latents.MOMENTS))
-    conds.append({name: x[: len(chosen)] for name, x in cond.items()})
+    moments.append(encode(images)[: len(indices)].astype(latents.MOMENTS))
+    conds.append({name: x[: len(indices)] for name, x in cond.items()})
   moments = np.concatenate(moments)
   if not np.isfinite(moments).all():
-    raise UserError("the autoencoder made latents that are no numbers, or too large")
+    raise UserError("the autoencoder returned latents that are not finite in float16")
   return moments, {name: np.concatenate([c[name] for c in conds]) for name in conds[0]}

@@ -13,7 +13,7 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
-HALF = 0.5**0.5  # keeps the variance of a sum of two
+HALF = 0.5**0.5  # factor that keeps the variance of a sum of two terms
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
@@ -24,13 +24,21 @@ Conv = functools.partial(common.Conv, kernel_size=(3, 3), kernel_init=xavier)
 def resample(
   x: Array, taps: tuple[float, ...], *, up: bool = False, pad: int | None = None
 ) -> Array:
-  """Filters every channel and doubles or halves the sides, [B, H, W, C].
+  """Returns x with every channel filtered and its height and width doubled or halved.
 
   Args:
-    x: images.
-    taps: of the filter along one axis, an even number; normalized here.
-    up: double the sides; else halve them.
-    pad: zeros around an image that is halved; as many as halve it, unless given.
+    x: images, [B, H, W, C].
+    taps: coefficients of the filter along one axis, an even number of them; they are
+      normalized to a sum of 1.
+    up: whether to double height and width instead of halving them.
+    pad: zeros around an image that is halved; None for as many as halve it exactly.
+
+  Returns:
+    [B, 2H, 2W, C] or [B, H/2, W/2, C].
+
+  Example:
+    >>> resample(jnp.ones((1, 4, 4, 3)), (1, 1)).shape
+    (1, 2, 2, 3)
   """
   width, channels = len(taps), x.shape[-1]
   row = np.asarray(taps, np.float64) / np.sum(taps)
@@ -49,7 +57,7 @@ def resample(
 
 
 def group_norm(x: Array) -> Array:
-  """Returns x of mean 0 and variance 1 in min(32, C / 4) groups of channels."""
+  """Returns x [B, ..., C] with mean 0 and variance 1 in min(32, C / 4) groups."""
   w = common.to_accumulation_dtype(x)
   groups = min(32, x.shape[-1] // 4)
   w = w.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
@@ -59,7 +67,7 @@ def group_norm(x: Array) -> Array:
 
 
 class GroupNorm(nn.Module):
-  """group_norm(x) scale + bias."""
+  """group_norm(x) * scale + bias, [B, ..., C] -> [B, ..., C]."""
 
   dtype: jnp.dtype
 
@@ -73,9 +81,10 @@ class GroupNorm(nn.Module):
 
 
 class Block(nn.Module):
-  """Two convolutions, the second one modulated, then attention of one head.
+  """Two convolutions, modulated between them, then attention with one head.
 
-  [B, H, W, C] -> [B, H, W, features], or sides doubled or halved before the first.
+  [B, H, W, C] -> [B, H, W, features]; height and width may be doubled or halved before
+  the first convolution.
   """
 
   features: int
@@ -112,14 +121,14 @@ class Block(nn.Module):
     quiet = nn.initializers.variance_scaling(0.2, "fan_avg", "uniform")
     h = GroupNorm(self.dtype, name="norm2")(x)
     h = common.Dense(3 * C, dtype=self.dtype, kernel_init=quiet, name="qkv")(h)
-    # Query, key and value of a channel lie beside one another.
+    # Query, key and value of a channel are adjacent, the order of published weights.
     q, k, v = jnp.moveaxis(h.reshape(B, H * W, 1, C, 3), -1, 0)
     h = attention(q, k, v).reshape(x.shape)
     return common.Dense(C, dtype=self.dtype, kernel_init=zeros, name="proj")(h)
 
 
 class Unet(nn.Module):
-  """F(x, t, cond) of an image, [B, H, W, C] -> [B, H, W, C]."""
+  """F(x, t, cond) of images x [B, H, W, C] at times t [B] -> [B, H, W, C]."""
 
   channels: int
   channel_mult: tuple[int, ...]
@@ -153,7 +162,7 @@ class Unet(nn.Module):
   def _encode(
     self, x: Array, levels: list, block: Callable
   ) -> tuple[Array, list[Array]]:
-    """Returns the last hidden state, and all of them."""
+    """Returns the last hidden state and the list of all of them."""
     h = Conv(self.channels, dtype=self.dtype, name=f"enc_{levels[0][0]}_conv")(x)
     aux, skips = x, []
     for i, (at, width, attends) in enumerate(levels):
@@ -173,9 +182,9 @@ class Unet(nn.Module):
     return h, skips
 
   def _decode(
-    self, h: Array, skips: list[Array], levels: list, colors: int, block: Callable
+    self, h: Array, skips: list[Array], levels: list, channels: int, block: Callable
   ) -> Array:
-    """Returns the image of the last level, with all levels' where they have some."""
+    """Returns the output image; with decoder="skip" it is a sum over all resolutions."""
     aux = None
     for i, (at, width, attends) in reversed([*enumerate(levels)]):
       if i == len(levels) - 1:
@@ -190,7 +199,7 @@ class Unet(nn.Module):
       if self.decoder == "skip" or i == 0:
         image = nn.silu(GroupNorm(self.dtype, name=f"dec_{at}_aux_norm")(h))
         conv = functools.partial(Conv, kernel_init=zeros, dtype=self.dtype)
-        image = conv(colors, name=f"dec_{at}_aux_conv")(image)
+        image = conv(channels, name=f"dec_{at}_aux_conv")(image)
         aux = image if aux is None else resample(aux, self.taps, up=True) + image
     return aux
 
@@ -198,6 +207,14 @@ class Unet(nn.Module):
 @registry.register(
   "models",
   "ddpmpp",
+  sample_ndim=3,
+  minimal={
+    "shape": (4, 6, 3),
+    "channels": 8,
+    "channel_mult": (1,),
+    "blocks": 0,
+    "attn_resolutions": (),
+  },
   tiny={"channels": 8, "channel_mult": (1, 2), "blocks": 1, "attn_resolutions": (4,)},
   without_remat=lambda fields: {"remat": ""},
 )
@@ -233,31 +250,31 @@ def build(
 
   Args:
     shape: (H, W, C) of one sample.
-    cond: what a sample is conditioned on, by name.
+    cond: conditions of one sample by name, as the data set declares them.
     sigma_d: standard deviation of the data.
-    process: "trigflow", or "edm": the network is EDM's inner one, told ln(sigma) / 4,
-      and F what trigflow.from_edm makes of it.
+    process: "trigflow", or "edm": the network is EDM's inner one, whose time
+      is ln(sigma) / 4, and F is its change of variables (`trigflow.from_edm`).
     norm: how a block is modulated: "double", by the adaptive double norm, or "single",
       by adding the embedding before the norm (EDM).
     embedding: of the time, "positional" or "fourier".
-    encoder: "standard", or with the image at lower resolutions, "skip" or "residual".
-    decoder: "standard", or "skip", which adds up an image of every resolution.
-    resample_filter: taps that halve and double the sides.
-    channels: features at multiplier 1.
+    encoder: "standard"; "skip" and "residual" also feed the image at every resolution.
+    decoder: "standard", or "skip", whose output is a sum of images of all resolutions.
+    resample_filter: coefficients of the filter for resampling, along one axis.
+    channels: number of channels at multiplier 1.
     channel_mult: multiplier of each resolution, from the highest.
-    emb_mult: features of the embedding, over channels.
-    noise_mult: features of the embedded time, over channels.
-    blocks: blocks of a resolution.
-    attn_resolutions: heights of the resolutions with attention.
+    emb_mult: width of the embedding as a multiple of channels.
+    noise_mult: width of the features of the time as a multiple of channels.
+    blocks: number of residual blocks of each resolution.
+    attn_resolutions: heights (pixels) of the resolutions with attention.
     augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
-    dropout: rate inside the blocks.
-    guidance: take a guidance scale as an input.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
-    dtype: type of the hidden layers; parameters are float32.
+    dropout: dropout rate inside the blocks.
+    guidance: whether the scale of classifier-free guidance is an input.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+    dtype: dtype of the hidden layers; parameters are float32.
 
   Raises:
-    ValueError: an unknown word, or sizes that do not divide.
+    ValueError: an unknown option, or sizes that do not divide.
 
   Example:
     >>> import jax
@@ -267,27 +284,27 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  for field, value, words in (
+  for field, value, options in (
     ("process", process, ("trigflow", "edm")),
     ("norm", norm, ("double", "single")),
     ("embedding", embedding, ("positional", "fourier")),
     ("encoder", encoder, ("standard", "skip", "residual")),
     ("decoder", decoder, ("standard", "skip")),
   ):
-    if value not in words:
-      raise ValueError(f"{field}={value!r}: take one of {', '.join(words)}")
-  times = 2 ** (len(channel_mult) - 1)
-  if len(shape) != 3 or shape[0] % times or shape[1] % times:
+    if value not in options:
+      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
+  factor = 2 ** (len(channel_mult) - 1)
+  if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
     raise ValueError(
-      f"channel_mult={channel_mult}: {times} must divide height and width of {shape}"
+      f"channel_mult={channel_mult}: {factor} must divide height and width of {shape}"
     )
   if channels % (32 if channels * max(channel_mult) > 64 else 4):
     raise ValueError(
-      f"channels={channels}: take a multiple of 4, and of 32 where a resolution "
-      "has more than 64 features"
+      f"channels={channels}: must be a multiple of 4, and of 32 where a "
+      "resolution has more than 64 channels"
     )
   if len(resample_filter) % 2:
-    raise ValueError(f"resample_filter={resample_filter}: take an even number")
+    raise ValueError(f"resample_filter={resample_filter}: must have an even length")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Unet(
     channels=channels,

@@ -12,7 +12,17 @@ from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:
-  """Returns fixed 2-D sine-cosine positions, float32 [rows * columns, width]."""
+  """Returns fixed 2-D sine-cosine position embeddings, float32 [rows * columns, width].
+
+  Args:
+    rows: number of patches of an image from top to bottom.
+    columns: number of patches from left to right.
+    width: width of an embedding, a multiple of 4.
+
+  Example:
+    >>> positions(2, 3, 8).shape
+    (6, 8)
+  """
   frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4, endpoint=False)
   parts = []
   for index in np.mgrid[:rows, :columns].reshape(2, -1, 1):
@@ -21,7 +31,7 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-  """Self-attention with normalized queries and keys, [B, L, C] -> [B, L, C]."""
+  """Self-attention with RMS-normalized queries and keys, [B, L, C] -> [B, L, C]."""
 
   heads: int
   dtype: jnp.dtype
@@ -40,12 +50,12 @@ class Attention(nn.Module):
 
 
 def _residual_out(width: int, dtype: jnp.dtype) -> nn.Dense:
-  # Residual branches start at 0: each block starts as the identity.
+  # A kernel of zeros makes each block start as the identity.
   return common.Dense(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")
 
 
 class MLP(nn.Module):
-  """Two layers, four times as wide inside, [B, L, C] -> [B, L, C]."""
+  """MLP with one hidden layer of 4 C features, [B, L, C] -> [B, L, C]."""
 
   dropout: float
   deterministic: bool
@@ -59,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention and MLP, each on the normalized, modulated residual stream."""
+  """Residual attention and MLP, each behind an adaptive double norm, [B, L, C]."""
 
   heads: int
   dropout: float
@@ -77,7 +87,7 @@ class Block(nn.Module):
 
 
 class Dit(nn.Module):
-  """F(x, t, cond) of an image through patches, [B, H, W, C] -> [B, H, W, C]."""
+  """F(x, t, cond) of images x [B, H, W, C] at times t [B] -> [B, H, W, C]."""
 
   patch: int
   width: int
@@ -125,6 +135,8 @@ class Dit(nn.Module):
 @registry.register(
   "models",
   "dit",
+  sample_ndim=3,
+  minimal={"shape": (4, 6, 2), "width": 16, "depth": 2, "heads": 2},
   tiny={"patch": 1, "width": 32, "depth": 2, "heads": 2},
   unrolled=lambda fields: {"unroll": fields["depth"]},
   without_kernels=lambda fields: {"attention": "plain"},
@@ -145,26 +157,27 @@ def build(
   dtype: str = "float32",
   attention: str = "auto",
 ) -> Network:
-  """Returns the transformer as a Network (arXiv:2212.09748, other normalization).
+  """Returns the transformer as a Network (arXiv:2212.09748 with adaptive double norm).
 
   Args:
     shape: (H, W, C) of one sample.
-    cond: what a sample is conditioned on, by name.
-    patch: side of a patch, a divisor of H and W.
-    width: features of a token, a multiple of 4 and of heads.
-    depth: blocks.
-    heads: attention heads.
-    dropout: rate inside the MLPs.
-    guidance: take a guidance scale as an input.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
-    unroll: blocks per turn of the loop over them; compile time against speed.
-    dtype: type of the hidden layers; parameters are float32.
-    attention: "plain" holds all scores, "fused" a block of them at a time; "auto"
-      takes "plain" where images have few patches.
+    cond: conditions of one sample by name, as the data set declares them.
+    patch: side of a patch, pixels; must divide H and W.
+    width: number of features of a token, a multiple of 4 and of heads.
+    depth: number of blocks.
+    heads: number of attention heads.
+    dropout: dropout rate inside the MLPs.
+    guidance: whether the scale of classifier-free guidance is an input.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+    unroll: number of blocks in one iteration of the loop over them; more compile slower
+      and run faster.
+    dtype: dtype of the hidden layers; parameters are float32.
+    attention: implementation (see `kernels.attention`): "plain" stores all scores,
+      "fused" computes them in blocks, "auto" is "plain" for images of few patches.
 
   Raises:
-    ValueError: sizes that do not divide, an unknown attention or remat.
+    ValueError: sizes that do not divide, or an unknown option.
 
   Example:
     >>> import jax
@@ -176,9 +189,9 @@ def build(
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:
     raise ValueError(f"patch={patch}: must divide height and width of {shape}")
   if width % heads or width % 4:
-    raise ValueError(f"width={width}: a multiple of 4 and heads={heads}")
+    raise ValueError(f"width={width}: must be a multiple of 4 and of heads={heads}")
   if attention not in IMPLS:
-    raise ValueError(f"attention={attention!r}: take one of {', '.join(IMPLS)}")
+    raise ValueError(f"attention={attention!r}: use one of {', '.join(IMPLS)}")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Dit(
     patch,

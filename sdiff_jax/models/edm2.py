@@ -10,12 +10,12 @@ from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.models.layers.edm2_blocks import Block
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
-# Channels of the published sizes; nothing else differs between them.
+# Number of channels of the published sizes, which differ in nothing else.
 PRESETS = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
 
 
 class UNet(nn.Module):
-  """EDM2's raw network of (x, time, cond), [B, H, W, C] -> [B, H, W, C]."""
+  """EDM2's inner network of x [B, H, W, C], time [B] and cond -> [B, H, W, C]."""
 
   channels: int
   channel_mult: tuple[int, ...]
@@ -34,7 +34,7 @@ class UNet(nn.Module):
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     sizes = [self.channels * m for m in self.channel_mult]
-    height, colors = x.shape[1], x.shape[-1]
+    height, out_channels = x.shape[1], x.shape[-1]
     embedding = conditioning.EDM2Embedding(
       sizes[0], max(sizes), self.embedding, self.conditions, name="embedding"
     )
@@ -58,7 +58,7 @@ class UNet(nn.Module):
         name=f"{part}_{level}_{name}",
       )
 
-    # A channel of ones takes the place of biases.
+    # A channel of ones replaces biases.
     h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1).astype(self.dtype)
     h = mp.Conv(sizes[0], self.dtype, name="in")(h)
     skips = [h]
@@ -77,12 +77,13 @@ class UNet(nn.Module):
         h = make(level, "dec", f"block{i}", size)(h, emb, skips.pop())
     gain = self.param("gain", nn.initializers.zeros, ())
     return (
-      common.to_accumulation_dtype(mp.Conv(colors, self.dtype, name="out")(h)) * gain
+      common.to_accumulation_dtype(mp.Conv(out_channels, self.dtype, name="out")(h))
+      * gain
     )
 
 
 class LogVar(nn.Module):
-  """w = -u of EDM2's log variance u(c_noise), features and one linear layer, [B]."""
+  """w = -u of EDM2's log variance u(c_noise): features and a linear layer, [B] -> [B]."""
 
   features: int = 128
 
@@ -95,6 +96,14 @@ class LogVar(nn.Module):
 @registry.register(
   "models",
   "edm2",
+  sample_ndim=3,
+  minimal={
+    "shape": (4, 6, 2),
+    "channels": 16,
+    "channel_mult": (1,),
+    "blocks": 1,
+    "head_channels": 16,
+  },
   tiny={
     "channels": 8,
     "channel_mult": (1, 2),
@@ -133,28 +142,29 @@ def build(
 
   Args:
     shape: (H, W, C) of one sample, H and W divisible by 2^(levels - 1).
-    cond: what a sample is conditioned on, by name.
+    cond: conditions of one sample by name, as the data set declares them.
     sigma_d: standard deviation of the data.
     preset: XS, S, M, L, XL or XXL: 128, 192, 256, 320, 384 or 448 channels.
-    channels: channels at the full resolution instead of the preset's; 0: the preset's.
+    channels: number of channels at the full resolution; 0 for that of the preset.
     channel_mult: multiplier of the channels of each level, from the highest
       resolution.
-    blocks: residual blocks of a level.
-    attn_resolutions: heights at which blocks attend.
-    head_channels: channels of a head; a block with fewer does not attend.
+    blocks: number of residual blocks of each level.
+    attn_resolutions: heights (pixels) of the levels with attention.
+    head_channels: number of channels of an attention head; a block with fewer channels
+      has no attention.
     process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
-    embedding: of time, "positional" (slow in t) or "fourier" (EDM2's).
+    embedding: features of the time, "positional" (slow in t) or "fourier" (EDM2's).
     norm: "double" (adaptive double norm) or "single" (EDM2's own modulation).
-    dropout: rate inside the blocks.
-    dropout_resolution: largest height with dropout.
-    clip: bound on the output of a block.
-    guidance: take a guidance scale as an input.
-    remat: what a block computes again in the backward pass: "" nothing, "dots" all
-      but products and convolutions, "full" everything (see layers.KEEPS).
-    dtype: type of the hidden layers; parameters, and all that embeds time, are float32.
+    dropout: dropout rate inside the blocks.
+    dropout_resolution: largest height (pixels) with dropout.
+    clip: bound on the magnitude of the output of a block.
+    guidance: whether the scale of classifier-free guidance is an input.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+    dtype: dtype of the hidden layers; parameters and the embedding are float32.
 
   Raises:
-    ValueError: an unknown name, or sizes that do not divide.
+    ValueError: an unknown option, or sizes that do not divide.
 
   Example:
     >>> import jax
@@ -164,14 +174,14 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  for field, value, known in (
+  for field, value, options in (
     ("preset", preset, PRESETS),
     ("process", process, ("trigflow", "edm")),
     ("embedding", embedding, ("positional", "fourier")),
     ("norm", norm, ("double", "single")),
   ):
-    if value not in known:
-      raise ValueError(f"{field}={value!r}: take one of {', '.join(known)}")
+    if value not in options:
+      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
   channels = channels or PRESETS[preset]
   smallest = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % smallest or shape[1] % smallest:

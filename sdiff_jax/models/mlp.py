@@ -1,4 +1,4 @@
-"""A residual MLP for small data, by default with the parts that stabilize sCM."""
+"""A residual MLP for small data, by default with the stabilized layers of sCM."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NORMS = {"double": common.AdaptiveDoubleNorm, "single": common.AdaptiveNorm}
 
 
 class Block(nn.Module):
-  """h + W2 drop(silu(W1 silu(norm(h, emb)))), [B, width] -> [B, width]."""
+  """h + W2 dropout(silu(W1 silu(norm(h, emb)))), [B, width] -> [B, width]."""
 
   norm: type[nn.Module]
   dropout: float
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Mlp(nn.Module):
-  """F(x, t, cond) of a flattened sample, [B, ...] -> [B, ...]."""
+  """F(x, t, cond) of flattened samples x [B, ...] at times t [B] -> [B, ...]."""
 
   width: int
   depth: int
@@ -61,8 +61,8 @@ class Mlp(nn.Module):
     h, _ = blocks(*options, name="blocks")(h, emb)
     h = self.norm(self.dtype, name="out_norm")(h, emb)
     h = nn.silu(h)
-    # A filter of the input that depends on its content: what the image does not
-    # decide, noise above all, passes by the hidden layers pixel by pixel.
+    # The output is gain * x + shift: noise, which the hidden layers cannot represent,
+    # passes from input to output without them.
     gain, shift = (
       common.Dense(
         flat.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name=name
@@ -75,7 +75,7 @@ class Mlp(nn.Module):
 @registry.register(
   "models",
   "mlp",
-  tiny={"width": 16, "depth": 2, "embed": 64},
+  minimal={"shape": (2, 3), "width": 16, "depth": 2},
   unrolled=lambda fields: {"unroll": fields["depth"]},
 )
 def build(
@@ -98,21 +98,22 @@ def build(
 
   Args:
     shape: shape of one sample, any rank.
-    cond: what a sample is conditioned on, by name.
-    sigma_d: standard deviation of the data, which process="edm" needs.
-    width: features of the hidden layers.
-    depth: residual blocks.
-    embed: features of the embedding of time, label and guidance.
+    cond: conditions of one sample by name, as the data set declares them.
+    sigma_d: standard deviation of the data, required by process="edm".
+    width: number of features of the hidden layers.
+    depth: number of residual blocks.
+    embed: width of the embedding of time and conditions.
     process: "trigflow": F is the network; "edm": F = -raw(x, ln(sigma_d tan t) / 4).
-    embedding: of time, "positional" (slow in t) or "fourier" (EDM's).
-    norm: "double" (adaptive double norm) or "single" (as AdaGN).
-    dropout: rate inside the blocks.
-    guidance: take a guidance scale as an input.
-    unroll: blocks per turn of the loop over them; compile time against speed.
-    dtype: type of the hidden layers; parameters are float32.
+    embedding: features of the time, "positional" (slow in t) or "fourier" (EDM's).
+    norm: "double" (adaptive double norm) or "single" (adaptive norm, as AdaGN).
+    dropout: dropout rate inside the blocks.
+    guidance: whether the scale of classifier-free guidance is an input.
+    unroll: number of blocks in one iteration of the loop over them; more compile slower
+      and run faster.
+    dtype: dtype of the hidden layers; parameters are float32.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown option.
 
   Example:
     >>> import jax
@@ -121,13 +122,13 @@ def build(
     >>> network.apply(params, jnp.ones((2, *(2,))), jnp.ones(2), None).shape
     (2, 2)
   """
-  for field, value, known in (
+  for field, value, options in (
     ("process", process, ("trigflow", "edm")),
     ("embedding", embedding, ("positional", "fourier")),
     ("norm", norm, NORMS),
   ):
-    if value not in known:
-      raise ValueError(f"{field}={value!r}: take one of {', '.join(known)}")
+    if value not in options:
+      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Mlp(
     width=width,

@@ -1,6 +1,6 @@
 """Diffusion Policy's U-Net over the steps of a chunk of actions (arXiv:2303.04137).
 
-Parameters are named as in its files.
+The names of the parameters are those of its files.
 """
 
 import functools
@@ -17,8 +17,8 @@ from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.models.layers.normalization import GroupNorm
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
-GROUPS = 8  # of the last norm, whatever the others have
-STEPS = 100  # of DDPM, with the cosine schedule
+GROUPS = 8  # number of groups of the last norm; the others have a field
+STEPS = 100  # number of timesteps of DDPM, with the cosine schedule
 
 
 class ConvBlock(nn.Module):
@@ -69,9 +69,9 @@ class Residual(nn.Module):
 
 
 class Unet1d(nn.Module):
-  """Prediction of (x [B, H, Da], time [B], cond).
+  """Prediction of (x [B, H, Da], time [B], cond) -> [B, H, Da].
 
-  Levels go from the highest resolution.
+  `channels` are those of each level, from the highest resolution.
   """
 
   channels: tuple[int, ...]
@@ -86,7 +86,7 @@ class Unet1d(nn.Module):
   def __call__(
     self, x: Array, time: Array, cond: Cond, *, deterministic: bool = True
   ) -> Array:
-    del deterministic  # it has no dropout
+    del deterministic  # there is no dropout
     emb = self._embed(time, cond)
 
     def block(features: int, name: str, x: Array) -> Array:
@@ -115,7 +115,7 @@ class Unet1d(nn.Module):
     return out(x.shape[-1], 1, self.dtype)(h)
 
   def _embed(self, time: Array, cond: Cond) -> Array:
-    """Returns the embedding of the time with the conditions behind it."""
+    """Returns the embedding of the time and the conditions, [B, E]."""
     emb = common.positional(time, self.embed)
     emb = jnp.roll(emb, self.embed // 2, axis=-1)  # sines first
     emb = nn.Dense(4 * self.embed, name="diffusion_step_encoder.1")(emb)
@@ -142,8 +142,8 @@ def _double(features: int, dtype: jnp.dtype, **options: object) -> nn.ConvTransp
 @registry.register(
   "models",
   "unet1d",
-  tiny={"channels": (8, 16), "embed": 8, "kernel": 3},
   sample_ndim=2,
+  minimal={"shape": (4, 3), "channels": (8, 16), "embed": 8, "kernel": 3},
 )
 def build(
   *,
@@ -161,20 +161,20 @@ def build(
   """Returns the U-Net as a Network.
 
   Args:
-    shape: (H, Da), of a chunk of actions.
+    shape: (H, Da), steps and dimensions of a chunk of actions.
     sigma_d: standard deviation of the data.
-    cond: what a sample is conditioned on, by name.
-    channels: features of each level; H halves from one to the next.
-    embed: features of the embedding of time.
-    kernel: steps that a convolution spans, odd.
-    groups: of the norms.
-    scale: the condition scales features, too, and does not only shift them.
-    process: "trigflow", F of the angle; or "ddpm": the U-Net predicts the noise at the
-      timesteps of the published policy, and F is the exact change of variables.
-    dtype: type of the hidden layers; parameters are float32.
+    cond: conditions of one sample by name, as the data set declares them.
+    channels: number of channels of each level; H halves from one to the next.
+    embed: width of the embedding of the time, even.
+    kernel: number of steps that a convolution spans, odd.
+    groups: number of groups of the norms.
+    scale: whether conditions scale features (FiLM) instead of only shifting them.
+    process: "trigflow": the U-Net is F; "ddpm": the U-Net predicts the noise at the
+      timesteps of the published policy, and F is its exact change of variables.
+    dtype: dtype of the hidden layers; parameters are float32.
 
   Raises:
-    ValueError: another process, or sizes that do not fit.
+    ValueError: an unknown process, or sizes that do not divide.
 
   Example:
     >>> import jax
@@ -185,7 +185,7 @@ def build(
     ['logvar', 'net']
   """
   if process not in ("trigflow", "ddpm"):
-    raise ValueError(f"process={process!r}: take 'trigflow' or 'ddpm'")
+    raise ValueError(f"process={process!r}: use 'trigflow' or 'ddpm'")
   net = linen.as_network(
     module(shape, cond, channels, embed, kernel, groups, scale, dtype),
     shape=shape,
@@ -195,7 +195,7 @@ def build(
 
 
 def noise() -> np.ndarray:
-  """Returns alpha^2 at the timesteps of "ddpm", float64 [100]."""
+  """Returns alpha^2 at the timesteps of process="ddpm", float64 [100]."""
   return noise_schedules.alphas_cumprod("cosine", STEPS)
 
 
@@ -209,20 +209,24 @@ def module(
   scale: bool,
   dtype: str,
 ) -> Unet1d:
-  """Returns the module, once its sizes fit."""
+  """Returns the module; see `build`.
+
+  Raises:
+    ValueError: sizes that do not divide.
+  """
   factor = 2 ** (len(channels) - 1)
   if len(shape) != 2 or shape[0] % factor:
     raise ValueError(
       f"channels={tuple(channels)}: {factor} must divide the steps of {shape}; "
-      "it takes actions (H, Da)"
+      "samples must be chunks of actions (H, Da)"
     )
   if any(c % groups for c in channels) or channels[0] % GROUPS:
     raise ValueError(
       f"groups={groups}: must divide channels={tuple(channels)}, and "
-      f"{GROUPS} the first of them"
+      f"{GROUPS} must divide the first of them"
     )
   if kernel % 2 == 0 or embed % 2:
-    raise ValueError(f"kernel={kernel}, embed={embed}: take odd and even")
+    raise ValueError(f"kernel={kernel}, embed={embed}: must be odd and even")
   conditions = conditioning.conditions(cond)
   sizes = tuple(channels), embed, kernel, groups
   return Unet1d(*sizes, scale, conditions, jnp.dtype(dtype))

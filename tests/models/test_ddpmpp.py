@@ -267,13 +267,13 @@ def test_what_does_not_fit_is_listed(fixture):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"process": "vp"}, r"process='vp': take one of trigflow, edm"),
-    ({"modulation": "scale"}, r"modulation='scale': take one of double_norm"),
+    ({"process": "vp"}, r"process='vp': use one of trigflow, edm"),
+    ({"norm": "scale"}, r"norm='scale': use one of double"),
     ({"encoder": "none"}, r"encoder='none'"),
-    ({"channels": 6}, r"channels=6: take a multiple of 4"),
-    ({"channels": 48}, r"channels=48: take a multiple of 4, and of 32"),
+    ({"channels": 6}, r"channels=6: must be a multiple of 4"),
+    ({"channels": 48}, r"channels=48: must be a multiple of 4, and of 32"),
     ({"shape": (5, 4, 3)}, r"channel_mult=\(1, 2\): 2 must divide"),
-    ({"resample_filter": (1, 2, 1)}, r"resample_filter=\(1, 2, 1\): take an"),
+    ({"resample_filter": (1, 2, 1)}, r"resample_filter=\(1, 2, 1\): must have an even"),
   ],
 )
 def test_impossible_networks(fields, message):

@@ -13,16 +13,12 @@ from sdiff_jax.models import dit, mlp
 from sdiff_jax.models.layers import common as common_lib
 from sdiff_jax.types import CondSpec
 
-SHAPES = {2: (4, 3), 3: (4, 6, 2)}  # of a sample, by the number of its axes
-
 
 def case(name: str) -> dict:
-  """Returns arguments of build: the sizes that the network registers as `tiny`."""
-  facts = registry.lookup("models", name).facts
-  fields = {"shape": SHAPES[facts.get("sample_ndim", 3)]} | facts["tiny"]
-  if "sigma_d" in registry.required("models", name):
-    fields["sigma_d"] = 0.5
-  return fields
+  """Returns the arguments of build that the network registers as `minimal`."""
+  fields = registry.lookup("models", name).facts["minimal"]
+  needs_sigma_d = "sigma_d" in registry.required("models", name)
+  return {"sigma_d": 0.5} | fields if needs_sigma_d else dict(fields)
 
 
 CASES = {name: case(name) for name in registry.names("models")}
@@ -42,7 +38,18 @@ WAYS = [
   if field in registry.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
-NATIVE = ("label", "observation")  # what the cases are conditioned on
+# What the cases are conditioned on, by the number of axes of a sample: action chunks,
+# images, or either of them.
+NATIVE = {2: ("observation",), 3: ("label",), None: ("label", "observation")}
+
+
+def native(name: str) -> tuple[str, ...]:
+  return NATIVE[registry.lookup("models", name).facts.get("sample_ndim")]
+
+
+labelled = pytest.mark.parametrize(
+  "name", [name for name in CASES if "label" in native(name)]
+)
 GUIDED = [name for name in CASES if "guidance" in registry.fields("models", name)]
 DROPOUT = [name for name in CASES if "dropout" in registry.fields("models", name)]
 x64 = pytest.mark.usefixtures("x64")
@@ -52,7 +59,7 @@ x64 = pytest.mark.usefixtures("x64")
 def build(name: str, **options):
   """Returns a small network, compiled once, all of whose options are on."""
   given = {"guidance": True} if name in GUIDED else {}
-  names = options.get("cond", NATIVE)
+  names = options.get("cond", native(name))
   options |= {"cond": {k: COND[k] for k in names}}
   net = registry.lookup("models", name).build(**CASES[name] | given | options)
   return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
@@ -168,7 +175,7 @@ def test_all_inputs_count(name):
     (x, t + 0.1, cond),
   ]
   changes = {"label": (cond["label"] + 2) % 3, "observation": cond["observation"] + 0.5}
-  moved += [(x, t, cond | {k: changes[k]}) for k in NATIVE]
+  moved += [(x, t, cond | {k: changes[k]}) for k in native(name)]
   if name in GUIDED:
     moved.append((x, t, cond | {"guidance": cond["guidance"] + 0.5}))
   for arguments in moved:
@@ -225,7 +232,7 @@ def without(params: dict, name: str) -> dict:
   return params
 
 
-@models
+@labelled
 def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
@@ -379,9 +386,9 @@ def test_positions_differ():
   [
     ({"shape": (4, 5, 1)}, r"patch=2: must divide .* of \(4, 5, 1\)"),
     ({"shape": (4, 4)}, r"patch=2: must divide height and width"),
-    ({"width": 18, "heads": 3}, r"width=18: a multiple of 4"),
+    ({"width": 18, "heads": 3}, r"width=18: must be a multiple of 4"),
     ({"width": 16, "heads": 3}, r"width=16: .* heads=3"),
-    ({"attention": "flash"}, r"attention='flash': take one of auto, plain"),
+    ({"attention": "flash"}, r"attention='flash': use one of auto, plain"),
   ],
 )
 def test_sizes_that_do_not_divide(options, message):
@@ -503,9 +510,9 @@ def test_the_mlp_of_edms_time():
 @pytest.mark.parametrize(
   ("options", "known"),
   [
-    ({"process": "vp"}, "process='vp': take one of trigflow, edm"),
-    ({"embedding": "rope"}, "embedding='rope': take one of positional, fourier"),
-    ({"norm": "scale"}, "norm='scale': take one of double, single"),
+    ({"process": "vp"}, "process='vp': use one of trigflow, edm"),
+    ({"embedding": "rope"}, "embedding='rope': use one of positional, fourier"),
+    ({"norm": "scale"}, "norm='scale': use one of double, single"),
   ],
 )
 def test_unknown_names_of_the_mlp(options, known):
@@ -530,5 +537,5 @@ def test_wide_keeps_what_is_wide():
   "name", [name for name in CASES if "remat" in registry.fields("models", name)]
 )
 def test_an_unknown_way_to_recompute_is_refused_at_once(name):
-  with pytest.raises(ValueError, match="remat='half': take 'dots', 'full' or ''"):
+  with pytest.raises(ValueError, match="remat='half': use 'dots', 'full' or ''"):
     build(name, remat="half")

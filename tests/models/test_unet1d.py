@@ -212,16 +212,16 @@ def test_files_that_do_not_fit(peer):
   ("fields", "message"),
   [
     ({"shape": (10, 2)}, r"4 must divide the steps of \(10, 2\)"),
-    ({"shape": (8, 8, 3)}, r"it takes actions \(H, Da\)"),
+    ({"shape": (8, 8, 3)}, r"must be chunks of actions \(H, Da\)"),
     ({"channels": (16, 20)}, "groups=8: must divide channels=.16, 20"),
-    ({"channels": (12, 24), "groups": 4}, "and 8 the first of them"),
-    ({"kernel": 4}, "kernel=4, embed=256: take odd and even"),
-    ({"process": "vp"}, "process='vp': take 'trigflow' or 'ddpm'"),
+    ({"channels": (12, 24), "groups": 4}, "and 8 must divide the first of them"),
+    ({"kernel": 4}, "kernel=4, embed=256: must be odd and even"),
+    ({"process": "vp"}, "process='vp': use 'trigflow' or 'ddpm'"),
   ],
 )
 def test_sizes_that_do_not_fit(fields, message):
   with pytest.raises(ValueError, match=message):
-    unet1d.build(**{"shape": (16, 2), "sigma_d": 1.0} | fields)
+    unet1d.build(**{"shape": (16, 2), "sigma_d": 1.0, "cond": {}} | fields)
 
 
 @x64
@@ -229,6 +229,7 @@ def test_jvp_of_the_change_of_variables():
   """dF/dt through timestep and scales, against differences between two timesteps."""
   net = unet1d.build(
     shape=(4, 2),
+    cond={},
     sigma_d=0.7,
     channels=(8, 16),
     embed=8,

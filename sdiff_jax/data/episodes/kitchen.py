@@ -1,4 +1,4 @@
-"""Episodes of Franka Kitchen: three .npy files, or the .mjl logs of relay learning."""
+"""Episodes of Franka Kitchen: three .npy files, or .mjl logs of relay policy learning."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ import numpy as np
 from sdiff_jax.types import UserError
 
 FILES = ("observations_seq.npy", "actions_seq.npy", "existence_mask.npy")
-SKIP = 40  # steps of a log to one of an episode
+SKIP = 40  # number of steps of a log for one step of an episode
 ROBOT, OBJECTS, GOAL = 9, 21, 30
 
 
@@ -20,7 +20,7 @@ def read(path: str) -> dict[str, np.ndarray]:
       existence_mask.npy [E, T], 1 where there is a step; or with TASK/*.mjl.
 
   Raises:
-    UserError: files are missing, damaged or of another form.
+    UserError: files are missing, damaged or of another format.
   """
   logs = sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.mjl")))
   if logs:
@@ -44,8 +44,8 @@ def _sequences(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
     observation, action, mask = (np.load(os.path.join(path, f)) for f in FILES)
   except (OSError, ValueError, EOFError) as error:
     raise UserError(f"{path}: a file is missing or damaged ({error})") from error
-  fits = observation.ndim == action.ndim == 3 and mask.ndim == 2 and mask.size
-  if not fits or not observation.shape[:2] == action.shape[:2] == mask.shape:
+  valid = observation.ndim == action.ndim == 3 and mask.ndim == 2 and mask.size
+  if not valid or not observation.shape[:2] == action.shape[:2] == mask.shape:
     shapes = ", ".join(
       f"{name} {x.shape}"
       for name, x in zip(FILES, (observation, action, mask), strict=True)
@@ -60,7 +60,7 @@ def _sequences(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
 def _log(path: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns observations [n, 60] and actions [n, 9] of a log of MuJoCo.
 
-  Seven int32 (positions, velocities, controls, mocap bodies, sensors, user data, length
+  The file holds seven int32 (positions, velocities, controls, mocap bodies, sensors, user data, length
   of the name), the name, then records of float32: the time, and all of these.
   """
   with open(path, "rb") as file:
@@ -70,7 +70,9 @@ def _log(path: str) -> tuple[np.ndarray, np.ndarray]:
   body = data[28 + max(name, 0) :]
   record = 1 + nq + nv + nu + 7 * mocap + sensors + user
   if sizes.min() < 0 or nq < ROBOT + OBJECTS or not body or len(body) % (4 * record):
-    raise UserError(f"{path} is no log of Franka Kitchen, or damaged; fetch it again")
+    raise UserError(
+      f"{path}: is damaged, or not a log of Franka Kitchen; download it again"
+    )
   steps = np.frombuffer(body, "<f4").reshape(-1, record)[::SKIP]
   q, start = steps[:, 1 : 1 + nq], 1 + nq + nv
   goal = np.zeros((len(q), GOAL), np.float32)

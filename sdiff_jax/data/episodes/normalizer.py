@@ -1,4 +1,4 @@
-"""Affine maps that bring observations and actions to a common range."""
+"""Normalizers: affine maps of observations and actions to a common range."""
 
 import zipfile
 from typing import NamedTuple
@@ -19,14 +19,14 @@ class Affine(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-  """What a policy needs of the data that it was trained on.
+  """The statistics of the training data that a policy needs.
 
   Attributes:
-    observation: of one observation, [Do].
-    action: of an action [Da], or of those of a chunk [H, Da].
-    steps: To, observations that the policy is given.
-    shape: (H, Da), of a chunk of actions.
-    std: root mean square of the normalized actions; x0 has sigma_d instead.
+    observation: map of one observation, [Do].
+    action: map of an action [Da], or of the actions of a chunk [H, Da].
+    steps: To, number of observations that the policy is conditioned on.
+    shape: (H, Da), steps and dimensions of a chunk of actions.
+    std: root mean square of the normalized actions; that of x0 is sigma_d.
   """
 
   observation: Affine
@@ -57,13 +57,17 @@ def fit(values: np.ndarray, kind: str, min_range: float = 1e-4) -> Affine:
 
   Args:
     values: float32 [N, ...].
-    kind: "range": least and largest of each dimension to -1 and 1; "percentile":
-      those of PERCENTILES; "position": the range of the first three dimensions alone;
-      "max_abs": the largest |value| of all to 1; "none": the values as they are.
+    kind: "range": minimum and maximum of each dimension become -1 and 1; "percentile":
+      the same with PERCENTILES; "position": the range of the first three dimensions alone;
+      "max_abs": the largest |value| becomes 1; "none": the identity.
     min_range: dimensions of a smaller range are centered and not scaled.
 
   Raises:
-    ValueError: another kind.
+    ValueError: an unknown kind.
+
+  Example:
+    >>> fit(np.array([[0.0], [4.0]]), "range")
+    Affine(centre=array([2.], dtype=float32), scale=array([2.], dtype=float32))
   """
   shape = values.shape[1:]
   centre, scale = np.zeros(shape, np.float32), np.ones(shape, np.float32)
@@ -84,7 +88,7 @@ def fit(values: np.ndarray, kind: str, min_range: float = 1e-4) -> Affine:
 
 
 def allclose(one: Normalizer, two: Normalizer) -> bool:
-  """Returns whether two have the same shapes, and scales within a thousandth."""
+  """Returns whether two normalizers agree in shapes, and in values to 0.001."""
   flat = [[*n.observation, *n.action, n.steps, n.shape, n.std] for n in (one, two)]
   return all(
     np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-3, atol=1e-3)
@@ -103,10 +107,10 @@ def save(path: str, normalizer: Normalizer) -> None:
 
 
 def load(path: str) -> Normalizer:
-  """Returns what `save` wrote.
+  """Returns the normalizer of a file that `save` wrote.
 
   Raises:
-    UserError: the file is damaged, or another one.
+    UserError: the file is damaged or of another format.
   """
   try:
     with np.load(path) as arrays:

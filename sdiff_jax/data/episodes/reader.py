@@ -1,7 +1,7 @@
-"""Episodes: observations and actions of consecutive times, in several file formats.
+"""Readers of episodes, sequences of observations and actions, in several formats.
 
-Our own is an .npz with `action` float [N, Da], `episode_ends` int [E], where each
-episode ends (past its last row), and `observation` [N, Do] or, instead of it, `state`.
+The format of this project is an .npz with `action` float [N, Da], `episode_ends` int [E], one
+past the last step of each episode, and `observation` [N, Do] or, instead of it, `state`.
 """
 
 import os
@@ -13,18 +13,18 @@ import numpy as np
 from sdiff_jax.data.episodes import kitchen, pusht_zarr, robomimic
 from sdiff_jax.types import UserError
 
-SEED = 42  # of the episodes that Diffusion Policy holds out, and of those it takes
+SEED = 42  # seed of Diffusion Policy's choice of episodes
 
 
 class Episodes(NamedTuple):
-  """E episodes of N steps in all.
+  """E episodes with N steps in total.
 
   Attributes:
     observation: float32 [N, Do].
     action: float32 [N, Da].
-    ends: one past the last step of each episode, int64 [E], rising to N.
-    frame: None, or frames that actions are told in, float32 [N, Da, Da + 1]: rotation
-      R, and behind it origin o. From a step with it, the action a is R (a - o).
+    ends: one past the last step of each episode, int64 [E], increasing to N.
+    frame: coordinate frames of the actions, float32 [N, Da, Da + 1]: a rotation R and an
+      origin o, in which an action a is R (a - o); None for the frame of the data.
   """
 
   observation: np.ndarray
@@ -34,16 +34,17 @@ class Episodes(NamedTuple):
 
 
 def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
-  """Returns the episodes of a file or folder, by its form.
+  """Returns the episodes of a file or folder, of the format that it has.
 
   Args:
     path: .npz, .hdf5 of robomimic, a .zarr folder of Diffusion Policy, or a folder of
       Franka Kitchen's .npy files or .mjl logs.
-    keys: observations of robomimic.
+    keys: names of the observations of robomimic.
     absolute: see `robomimic.read`.
 
   Raises:
-    UserError: nothing is there, or it is damaged, or of another form.
+    ValueError: the path is empty or does not exist.
+    UserError: the file is damaged or of another format.
   """
   if not path:
     raise ValueError("path='': name a file or folder of episodes")
@@ -51,14 +52,14 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
     raise ValueError(f"path={path!r}: does not exist")
   if os.path.isdir(path):
     if os.path.exists(os.path.join(path, ".zgroup")):
-      found = pusht_zarr.read(path)
+      arrays = pusht_zarr.read(path)
     else:
-      found = kitchen.read(path)
+      arrays = kitchen.read(path)
   elif path.endswith((".hdf5", ".h5")):
-    found = robomimic.read(path, keys=keys, absolute=absolute)
+    arrays = robomimic.read(path, keys=keys, absolute=absolute)
   else:
-    found = _npz(path)
-  return _checked(path, found)
+    arrays = _npz(path)
+  return _checked(path, arrays)
 
 
 def _npz(path: str) -> dict[str, np.ndarray]:
@@ -74,7 +75,11 @@ def _npz(path: str) -> dict[str, np.ndarray]:
 
 
 def _checked(path: str, found: dict[str, np.ndarray]) -> Episodes:
-  """Returns the arrays as episodes, once they fit."""
+  """Returns the arrays as episodes.
+
+  Raises:
+    UserError: they are missing, or their shapes do not agree.
+  """
   missing = {"observation", "action", "episode_ends"} - found.keys()
   if missing:
     raise UserError(
@@ -86,7 +91,7 @@ def _checked(path: str, found: dict[str, np.ndarray]) -> Episodes:
   rising = ends.ndim == 1 and len(ends) and (np.diff(ends, prepend=0) > 0).all()
   if not rising or ends.dtype.kind not in "iu" or ends[-1] != N:
     raise UserError(
-      f"{path}: episode_ends {ends.dtype} {ends.shape} must be whole numbers that rise "
+      f"{path}: episode_ends {ends.dtype} {ends.shape} must be integers that increase "
       f"from above 0 to the {N} steps of action"
     )
   Da = found["action"].shape[-1] if found["action"].ndim else 0
@@ -110,13 +115,17 @@ def _checked(path: str, found: dict[str, np.ndarray]) -> Episodes:
 def split_mask(count: int, held_out: float, most: int) -> np.ndarray:
   """Returns which of `count` episodes to train on, bool [count].
 
-  A share is held out, and of the rest some are taken, both drawn with SEED as
-  Diffusion Policy draws them.
+  A fraction is held out, and a subset of the others may be used; both are drawn with
+  SEED as in Diffusion Policy.
 
   Args:
-    count: episodes.
-    held_out: fraction of them that is held out, at least one; 0 for none.
-    most: episodes to take of the others; 0 for all.
+    count: number of episodes.
+    held_out: fraction of the episodes that is held out, at least one; 0 for none.
+    most: largest number of episodes to train on; 0 for all.
+
+  Example:
+    >>> split_mask(4, 0.25, 0).sum()
+    np.int64(3)
   """
   mask = np.ones(count, bool)
   if held_out > 0:

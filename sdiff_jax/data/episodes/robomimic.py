@@ -4,7 +4,7 @@ import numpy as np
 
 from sdiff_jax.types import UserError
 
-# Those of Square (tool hang, can and lift as well): 14 + 3 + 4 + 2 numbers.
+# Observations of the tasks Square, ToolHang, Can and Lift: 14 + 3 + 4 + 2 numbers.
 KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
@@ -14,18 +14,18 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> dict[str, np.nd
   Args:
     path: with data/demo_0, data/demo_1, ..., each of obs/KEY [n, ...] and actions
       [n, 7] of one arm, [n, 14] of two.
-    keys: observations, one behind the other.
-    absolute: actions are poses, with a rotation vector, which becomes two rows of its
-      matrix: place 3, rotation 6, gripper 1.
+    keys: names of the observations, which are concatenated in this order.
+    absolute: whether actions are poses; their rotation vectors then become two rows of
+      the rotation matrix: position 3, rotation 6, gripper 1 numbers.
 
   Raises:
-    UserError: data are missing, damaged or of another form, or h5py is not installed.
+    UserError: data are missing, damaged or of another format, or h5py is not installed.
   """
   try:
     import h5py  # needed only here
   except ImportError:
     raise UserError(
-      f"{path} needs the package h5py: pip install 'sdiff_jax[robotics]'"
+      f"{path}: needs the package h5py: pip install 'sdiff_jax[robotics]'"
     ) from None
   observations, actions = [], []
   try:
@@ -44,7 +44,7 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> dict[str, np.nd
     observation = np.concatenate(observations)
   except (OSError, KeyError, ValueError, TypeError) as error:
     raise UserError(
-      f"{path} is damaged, or not robomimic's with obs of {', '.join(keys)} ({error})"
+      f"{path}: is damaged, or not a robomimic file with obs of {', '.join(keys)} ({error})"
     ) from error
   ends = np.cumsum([len(x) for x in actions])
   return {"observation": observation, "action": action, "episode_ends": ends}
@@ -53,14 +53,14 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> dict[str, np.nd
 def with_matrices(action: np.ndarray) -> np.ndarray:
   """Returns [N, 10 k] of poses [N, 7 k]: the first two rows for a rotation vector.
 
-  They are continuous in the rotation (Zhou et al., arXiv:1812.07035).
+  Rows of the matrix are continuous in the rotation (Zhou et al., arXiv:1812.07035).
 
   Raises:
-    ValueError: another number of dimensions.
+    ValueError: the number of dimensions is not a multiple of 7.
   """
   N, D = action.shape
   if D % 7:
-    raise ValueError(f"actions of {D} numbers; absolute ones have 7 an arm")
+    raise ValueError(f"actions of {D} numbers: poses have 7 numbers for each arm")
   arms = action.reshape(N, -1, 7)
   rows = rotation(arms[..., 3:6])[..., :2, :].reshape(*arms.shape[:2], 6)
   return np.concatenate([arms[..., :3], rows, arms[..., 6:]], -1).reshape(N, -1)
@@ -76,7 +76,7 @@ def rotation(vector: np.ndarray) -> np.ndarray:
   o = np.zeros_like(x)
   rows = [np.stack(r, -1) for r in ((o, -z, y), (z, o, -x), (-y, x, o))]
   cross = np.stack(rows, -2)
-  # sin(a) / a and (1 - cos a) / a^2, whole at a = 0.
+  # sin(a) / a and (1 - cos a) / a^2, finite at a = 0.
   first = np.sinc(angle / np.pi)
   second = np.sinc(angle / (2 * np.pi)) ** 2 / 2
   return np.eye(3, dtype=vector.dtype) + first * cross + second * cross @ cross

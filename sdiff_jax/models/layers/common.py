@@ -14,9 +14,9 @@ from sdiff_jax.kernels import _online_softmax
 from sdiff_jax.types import Array
 
 EPS = 1e-6
-FOURIER_SCALE = 16  # EDM's
-# What the backward pass of a block keeps of its forward pass: all, the results of
-# products and convolutions, or its inputs alone.
+FOURIER_SCALE = 16  # standard deviation of the frequencies, as in EDM
+# Policies of rematerialization: what a block stores for its backward pass, by the field
+# `remat`: everything, results of matrix products and convolutions, or its inputs alone.
 KEEPS = {
   "": None,
   "dots": jax.checkpoint_policies.dots_saveable,
@@ -25,26 +25,26 @@ KEEPS = {
 
 
 def to_accumulation_dtype(x: Array) -> Array:
-  """Returns x in the type that sums and statistics of it need."""
+  """Returns x in the dtype in which sums and statistics of it are computed."""
   return x.astype(_online_softmax.accumulation_dtype(x.dtype))
 
 
 def remat(
   block: type[nn.Module], how: str, *, in_loop: bool = False
 ) -> type[nn.Module]:
-  """Returns the block, whose backward pass computes again what it does not keep.
+  """Returns the block with rematerialization in its backward pass.
 
   Args:
     block: a Linen module.
-    how: "", "dots" or "full", see KEEPS; no number depends on it.
-    in_loop: whether it is the body of a scan, which needs no care that XLA does not
-      undo it.
+    how: "", "dots" or "full", see KEEPS; results do not depend on it.
+    in_loop: whether the block is the body of a scan, for which XLA cannot undo
+      rematerialization.
 
   Raises:
-    ValueError: another word.
+    ValueError: an unknown policy.
   """
   if how not in KEEPS:
-    raise ValueError(f"remat={how!r}: take 'dots', 'full' or '' for none")
+    raise ValueError(f"remat={how!r}: use 'dots', 'full' or '' for none")
   if not how:
     return block
   return nn.remat(block, policy=KEEPS[how], prevent_cse=not in_loop)
@@ -57,7 +57,7 @@ def _rowwise(op: Callable[..., Array]) -> Callable[..., Array]:
   return call
 
 
-# Linen's layers, of weights that may be split over devices.
+# Linen's layers, whose weights may be sharded over devices.
 Dense = functools.partial(nn.Dense, dot_general=_rowwise(jax.lax.dot_general))
 DenseGeneral = functools.partial(
   nn.DenseGeneral, dot_general=_rowwise(jax.lax.dot_general)
@@ -77,9 +77,10 @@ def positional(t: Array, width: int) -> Array:
 
 
 def fourier(t: Array, width: int) -> Array:
-  """Returns cos and sin of 2 pi 16 n t, n normal and fixed, [B] -> [B, width].
+  """Returns cos and sin of 2 pi 16 n t for fixed normal n, [B] -> [B, width].
 
-  Score SDE's and EDM's; their derivative is some 100 times that of `positional`.
+  They are the features of Score SDE and EDM; their derivative is about 100 times that of
+  `positional`.
   """
   normal = np.random.default_rng(0).standard_normal(width // 2)
   return _waves(t, 2 * np.pi * FOURIER_SCALE * normal)
@@ -92,9 +93,9 @@ def _waves(t: Array, frequencies: np.ndarray) -> Array:
 
 
 def rms_norm(x: Array) -> Array:
-  """Returns x / sqrt(mean(x^2) + eps) over the last axis (pixel norm, PGGAN).
+  """Returns x / sqrt(mean(x^2) + eps) over the last axis, the pixel norm of PGGAN.
 
-  The square root of a sum that cannot be 0 keeps its tangent finite at x = 0.
+  eps is inside the square root, so that the tangent is finite at x = 0.
   """
   w = to_accumulation_dtype(x)
   scale = jax.lax.rsqrt(jnp.mean(jnp.square(w), -1, keepdims=True) + EPS)
@@ -110,8 +111,8 @@ def layer_norm(x: Array) -> Array:
 class AdaptiveDoubleNorm(nn.Module):
   """y = norm(x) * pnorm(s(emb)) + pnorm(b(emb)) (arXiv:2410.11081, section 4.1).
 
-  norm is without parameters, pnorm the pixel norm, s and b are affine in the
-  embedding. x is [B, ..., C], emb [B, E].
+  norm has no parameters, pnorm is the pixel norm, s and b are affine in the embedding;
+  x is [B, ..., C], emb is [B, E].
   """
 
   dtype: jnp.dtype
@@ -119,7 +120,7 @@ class AdaptiveDoubleNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, emb: Array) -> Array:
-    # s must not start at 0: pnorm's derivative there is 1 / sqrt(eps).
+    # s must not start at 0, where the derivative of pnorm is 1 / sqrt(eps).
     s, b = (rms_norm(a) for a in _scale_and_shift(x, emb, self.dtype))
     return self.norm(x) * _beside(s, x) + _beside(b, x)
 
@@ -162,7 +163,8 @@ class LogVar(nn.Module):
     phases = 2 * np.pi * rng.random(self.features, np.float32)
     frequencies, phases = frequencies.astype(t.dtype), phases.astype(t.dtype)
     x = jnp.cos(t[:, None] * frequencies[None] + phases[None])
-    # Features of unit norm: an optimizer's step then moves w by some 10 rates, not 100.
+    # Features of unit norm: an optimizer step then moves w by about 10 learning rates
+    # instead of 100.
     x *= (2 / self.features) ** 0.5
     w = Dense(1, kernel_init=nn.initializers.zeros)(x)
     return w[:, 0]

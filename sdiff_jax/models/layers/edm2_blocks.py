@@ -1,4 +1,4 @@
-"""Blocks of EDM2's U-Net, and how the embedding modulates them."""
+"""Residual blocks of EDM2's U-Net and their modulation by the embedding."""
 
 import functools
 
@@ -9,28 +9,39 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.types import Array
 
-BALANCE = 0.3  # weight of a residual branch in its sum
+BALANCE = 0.3  # weight t of a residual branch in `magnitude_preserving.add`
 
 
 def halve(x: Array) -> Array:
-  """Returns the means of 2 x 2 pixels, [B, H, W, C] -> [B, H/2, W/2, C]."""
+  """Returns means over 2 x 2 pixels, [B, H, W, C] -> [B, H/2, W/2, C].
+
+  Example:
+    >>> halve(jnp.ones((1, 4, 4, 3))).shape
+    (1, 2, 2, 3)
+  """
   B, H, W, C = x.shape
   return jnp.mean(x.reshape(B, H // 2, 2, W // 2, 2, C), (2, 4))
 
 
 def double(x: Array) -> Array:
-  """Returns each pixel four times, [B, H, W, C] -> [B, 2H, 2W, C]."""
+  """Returns every pixel repeated 2 x 2 times, [B, H, W, C] -> [B, 2H, 2W, C].
+
+  Example:
+    >>> double(jnp.ones((1, 2, 2, 3))).shape
+    (1, 4, 4, 3)
+  """
   B, H, W, C = x.shape
   x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
   return x.reshape(B, 2 * H, 2 * W, C)
 
 
 class Modulation(nn.Module):
-  """EDM2's y (1 + gain s(emb)), or the adaptive double norm; y [B, H, W, C].
+  """norm="single": y (1 + gain s(emb)), as EDM2; "double": the adaptive double norm.
 
-  The adaptive double norm is pnorm(y) pnorm(s(emb)) + pnorm(b(emb)), s and b linear
-  (arXiv:2410.11081, section 4.1). The paper does not say where it lands in EDM2; here
-  it takes the place of EDM2's own modulation.
+  y is [B, H, W, C], emb is [B, E]. The adaptive double norm is
+  pnorm(y) pnorm(s(emb)) + pnorm(b(emb)) with linear s and b (arXiv:2410.11081, section
+  4.1). The paper does not say where it is in EDM2's block; here it replaces EDM2's own
+  modulation.
   """
 
   norm: str
@@ -50,7 +61,7 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-  """Cosine attention: queries, keys and values of unit norm, [B, H, W, C] -> same."""
+  """Cosine attention: queries, keys and values of unit norm, [B, H, W, C] -> [B, H, W, C]."""
 
   heads: int
   dtype: jnp.dtype
@@ -59,7 +70,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     B, H, W, C = x.shape
     y = mp.Linear(3 * C, self.dtype, name="qkv")(x)
-    # Query, key and value are neighbors: the order of published weights.
+    # Query, key and value of a channel are adjacent, the order of published weights.
     y = y.reshape(B, H * W, self.heads, C // self.heads, 3)
     q, k, v = jnp.moveaxis(mp.normalize(y, (-2,)), -1, 0)
     y = attention(q, k, v).reshape(x.shape)
@@ -67,10 +78,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """A residual block: resampling, two convolutions, attention, [B, H, W, C] -> [...].
+  """A residual block: resampling, two convolutions, attention.
 
-  The first half of the network normalizes the main path, the second half concatenates
-  `skip` to it.
+  [B, H, W, C] -> [B, H, W, features]; height and width may be halved or doubled. Blocks of
+  the encoder normalize the main path; blocks of the decoder concatenate `skip` to it.
   """
 
   features: int

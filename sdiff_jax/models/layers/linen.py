@@ -1,4 +1,4 @@
-"""The boundary between Linen modules and the rest: a module becomes a `Network`."""
+"""Conversion of Linen modules to `Network`, and of networks to other processes."""
 
 import functools
 
@@ -20,13 +20,13 @@ def as_network(
   conditions: Conditions,
   head: nn.Module = common.LogVar(),  # noqa: B008
 ) -> Network:
-  """Returns the Network of a module (x, t, cond, deterministic=...) -> F.
+  """Returns the Network of a Linen module (x, t, cond, deterministic=...) -> F.
 
   Args:
     module: Linen module with parameters only.
     shape: shape of one sample.
-    conditions: what the module is conditioned on.
-    head: Linen module t [B] -> w_phi(t) [B].
+    conditions: conditions of the module, in the order in which they are embedded.
+    head: Linen module of the adaptive weight, t [B] -> w_phi(t) [B].
   """
 
   def init(key: PRNGKey) -> Params:
@@ -53,13 +53,13 @@ def as_network(
 
 
 def trigflow_from_ddpm(network: Network, sigma_d: float, abar: np.ndarray) -> Network:
-  """Returns the TrigFlow form of a network of a discrete process, which predicts noise.
+  """Returns the TrigFlow form of a network that predicts the noise of a discrete process.
 
-  Its time is where the process has the angle's ratio of noise to data, ln(sigma /
-  alpha) linear between timesteps. See trigflow.from_vp; the parameters are the same.
+  The timestep is that of equal noise-to-data ratio; ln(sigma / alpha) is interpolated
+  linearly between timesteps. See `trigflow.from_vp`; the parameters are the same.
 
   Args:
-    network: of (x, time, cond).
+    network: network of (x, timestep, cond).
     sigma_d: standard deviation of the data.
     abar: alpha^2 at each timestep, float64 [T].
   """
@@ -82,7 +82,11 @@ def trigflow_from_ddpm(network: Network, sigma_d: float, abar: np.ndarray) -> Ne
 def trigflow_from_edm(network: Network, sigma_d: float) -> Network:
   """Returns the TrigFlow form of EDM's inner network, whose time is ln(sigma) / 4.
 
-  See trigflow.from_edm; the parameters are the same.
+  See `trigflow.from_edm`; the parameters are the same.
+
+  Args:
+    network: network of (x, ln(sigma) / 4, cond).
+    sigma_d: standard deviation of the data.
   """
 
   def apply(

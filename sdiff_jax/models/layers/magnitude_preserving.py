@@ -1,8 +1,9 @@
 """Magnitude-preserving layers: unit variance in, unit variance out (EDM2).
 
 Karras et al., arXiv:2312.02696, appendix B. A weight is stored as it was trained and
-normalized where it is used, so gradients are at right angles to it; `normalize_weights`
-brings the stored ones back to their norm after an update ("forced" normalization).
+normalized where it is used, so that its gradient is orthogonal to it;
+`normalize_weights` restores the norm of stored weights after an update ("forced" weight
+normalization).
 """
 
 import functools
@@ -17,13 +18,18 @@ from sdiff_jax.models.layers import common
 from sdiff_jax.types import Array, Params
 
 EPS = 1e-4
-# Under the root, whose derivative at a vector of zeros is NaN without it; of no effect
-# on vectors that are longer than EPS.
+# Added under the square root, whose derivative at a vector of zeros is NaN without it;
+# without effect on vectors that are longer than EPS.
 TINY = 1e-14
 
 
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
-  """Returns x / (rms(x) + eps) over the axes, statistics in float32 or wider."""
+  """Returns x / (rms(x) + eps) over the axes; statistics are in float32 or wider.
+
+  Args:
+    x: any array.
+    axes: axes that the root mean square is taken over.
+  """
   w = common.to_accumulation_dtype(x)
   rms = jnp.sqrt(jnp.mean(jnp.square(w), axes, keepdims=True) + TINY)
   return (w / (rms + EPS)).astype(x.dtype)
@@ -45,9 +51,10 @@ def add(a: Array, b: Array, t: float) -> Array:
 
 
 def concatenate(a: Array, b: Array, t: float) -> Array:
-  """Returns both side by side on the last axis, b with the share t (eq. 103).
+  """Returns a and b concatenated on the last axis with weights 1 - t and t (eq. 103).
 
-  Each is scaled so that its share in a later sum does not depend on its channels.
+  Each is scaled so that its contribution to a later sum does not depend on its number of
+  channels.
   """
   sizes = a.shape[-1], b.shape[-1]
   scale = math.sqrt(sum(sizes)) / math.hypot(1 - t, t)
@@ -61,16 +68,16 @@ def normalize_weight(w: Array) -> Array:
 
 
 def normalize_weights(params: Params) -> Params:
-  """Returns parameters whose leaves named `weight` are normalized, others as given."""
+  """Returns the parameters with all leaves named `weight` normalized."""
 
-  def of(path: tuple, leaf: Array) -> Array:
+  def normalized(path: tuple, leaf: Array) -> Array:
     return normalize_weight(leaf) if path[-1].key == "weight" else leaf
 
-  return jax.tree.map_with_path(of, params)
+  return jax.tree.map_with_path(normalized, params)
 
 
 def _weight(module: nn.Module, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-  """Returns the module's weight with columns of length 1, to multiply inputs by."""
+  """Returns the weight of a module, with columns of length 1."""
 
   def init(key: Array, shape: tuple[int, ...]) -> Array:
     return normalize_weight(jax.random.normal(key, shape, jnp.float32))
@@ -80,7 +87,7 @@ def _weight(module: nn.Module, shape: tuple[int, ...], dtype: jnp.dtype) -> Arra
 
 
 class Linear(nn.Module):
-  """x W of the last axis, no bias, [..., C] -> [..., features]."""
+  """x W without bias, [..., C] -> [..., features]."""
 
   features: int
   dtype: jnp.dtype | None = None  # None: that of x
@@ -93,7 +100,7 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-  """3 x 3 convolution that keeps the size, no bias, [B, H, W, C] -> [..., features]."""
+  """3 x 3 convolution without bias, [B, H, W, C] -> [B, H, W, features]."""
 
   features: int
   dtype: jnp.dtype
@@ -111,10 +118,10 @@ class Conv(nn.Module):
 
 
 class Fourier(nn.Module):
-  """sqrt(2) cos(t f + p), frequencies f and phases p fixed at random, [B] -> [B, F].
+  """sqrt(2) cos(t f + p) with fixed random f and p, [B] -> [B, features].
 
-  Both are kept with the parameters, since a trained network needs the ones that it was
-  trained with, and get no gradient.
+  Frequencies f and phases p are parameters, since a trained network needs those that it
+  was trained with, but they have no gradient.
   """
 
   features: int
