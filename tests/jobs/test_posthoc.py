@@ -86,5 +86,5 @@ def test_mistakes(run):
 
   refused("config.ema.posthoc_std: '' is not of the form name/number", "")
   refused("must be power/sigma_rel, of a run with power", "half_life/3")
-  refused(r"posthoc='power/0.5': .* must be in \(0, 0.28\)", "power/0.5")
+  refused(r"posthoc_std='power/0.5': .* must be in \(0, 0.28\)", "power/0.5")
   refused("has no checkpoint up to step 3", "power/0.1", checkpoint=3)
