@@ -185,6 +185,12 @@ def test_a_saved_normalizer_is_the_same(npz, tmp_path):
     assert getattr(again, name) == getattr(source, name)
   with pytest.raises(ValueError, match="the episodes are not here"):
     again[np.arange(2)]
+  stored = workdir_lib.stored_normalizer(str(tmp_path))
+  assert normalizer.allclose(stored, source.normalizer)
+  # A work directory of an earlier version.
+  (tmp_path / "normalizer.npz").rename(tmp_path / "normaliser.npz")
+  stored = workdir_lib.stored_normalizer(str(tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, stored, source.normalizer)
   (tmp_path / "normalizer.npz").write_bytes(b"no")
   with pytest.raises(UserError, match="normalizer.npz is no normalizer, or damaged"):
     normalizer.load(path)

@@ -50,8 +50,8 @@ def test_the_numbers_are_those_of_the_images(tmp_path, capsys):
   for channel in range(3):
     mean, std = x0[:, channel].mean(), x0[:, channel].std()
     assert printed[1 + channel] == (
-      f"x0, channel {channel}: mean {mean:.3f}, to be 0; "
-      f"std {std:.3f}, to be sigma_d = 0.5"
+      f"x0, channel {channel}: mean {mean:.3f}, should be 0; "
+      f"std {std:.3f}, should be sigma_d = 0.5"
     )
   assert printed[4] == "config.data:          mean=(0.1, 0.2, 0.3), std=(0.6,)"
   mean, std = (tuple(m.round(3).tolist()) for m in (pixels.mean(0), pixels.std(0)))
@@ -79,7 +79,7 @@ def test_the_measured_values_scale_the_images_as_promised(tmp_path, capsys):
   printed = capsys.readouterr().out.splitlines()
   assert printed[0] == "50 images of 8 x 8 x 1"
   numbers = re.search(
-    "mean (.*), to be 0; std (.*), to be sigma_d", printed[1]
+    "mean (.*), should be 0; std (.*), should be sigma_d", printed[1]
   ).groups()
   assert [float(n) for n in numbers] == pytest.approx([0, 0.5], abs=0.002)
 
