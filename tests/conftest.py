@@ -23,11 +23,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   )
 
 import pathlib
+import sys
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from sdiff_jax import registry
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -38,6 +41,18 @@ hypothesis.settings.load_profile("repeatable")
 def cache() -> str:
   """The folder of compiled programs that all processes share."""
   return os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def outside_pieces():
+  """Forgets the pieces that a file of tests registers from outside the package."""
+  before = {*registry._PIECES}
+  yield
+  for name in {*registry._PIECES} - before:
+    module = registry._PIECES[name].build.__module__
+    if not module.startswith("sdiff_jax."):
+      del registry._PIECES[name]
+      sys.modules.pop(module, None)
 
 
 @pytest.fixture

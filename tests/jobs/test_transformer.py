@@ -1,12 +1,12 @@
 """The transformer's experiments, shrunk by their word, from teacher to student."""
 
-import importlib.util
 import json
 import pathlib
 
 import numpy as np
 import pytest
 
+from sdiff_jax import config as configs
 from sdiff_jax.jobs import train
 from sdiff_jax.types import UserError
 
@@ -14,10 +14,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def load(name: str, word: str):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(word)
+  return configs.load(f"{CONFIGS / name}.py" + (f":{word}" if word else ""))
 
 
 def trained(name: str, folder: pathlib.Path) -> None:

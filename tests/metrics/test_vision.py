@@ -314,13 +314,15 @@ def test_other_files_are_refused(tmp_path, files, peers):
 
 
 def test_other_folders_are_refused(tmp_path, peers):
-  with pytest.raises(UserError, match=r"config.json: No such file"):
+  with pytest.raises(UserError, match=r"config.json does not exist"):
     clip.load(str(tmp_path))
   folder = folder_of(tmp_path, peers, "open_clip")
   config = json.loads((folder / "open_clip_config.json").read_text())
   config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_x"
   (folder / "open_clip_config.json").write_text(json.dumps(config))
-  with pytest.raises(UserError, match="no CLIP .*unknown fields: timm_model_name"):
+  with pytest.raises(
+    UserError, match="no supported CLIP: unknown fields: timm_model_name"
+  ):
     clip.load(str(folder))
   config["model_cfg"] = peers["open_clip_config"]["model_cfg"] | {"embed_dim": 9}
   (folder / "open_clip_config.json").write_text(json.dumps(config))

@@ -44,7 +44,7 @@ def peer(fixture):
     }
     fields = {names[k]: v for k, v in cfg.items() if k != "input_dim"}
     fields["channels"] = tuple(fields["channels"])
-    fields["cond"] = trajectories.observation_cond(fields.pop("observation"))
+    fields["cond"] = trajectories.observation_cond(fields.pop("observation", 0))
     fields["shape"] = arrays["sample"].shape[1:]
     tensors = {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}
     return fields, tensors, arrays
@@ -104,10 +104,11 @@ def test_chain_of_ddpm(peer):
   denoiser = scheduler.denoiser(predict, schedule, table)
   x = jnp.asarray(arrays["sample"])
   for i in range(100):
-    row = {k: float(getattr(table, k)[i]) for k in ("a", "b", "s", "time")}
-    d = denoiser(x, jnp.full(len(x), row["time"]), cond)
+    a, b = float(table.x_coef[i, 0]), float(table.denoised_coef[i, 0])
+    s, time = float(table.noise_coef[i]), float(table.time[i])
+    d = denoiser(x, jnp.full(len(x), time), cond)
     z = arrays["noise"][i] if i < 99 else 0 * arrays["noise"][0]
-    x = row["a"] * x + row["b"] * d + row["s"] * jnp.asarray(z)
+    x = a * x + b * d + s * jnp.asarray(z)
     if (i + 1) % 10 == 0:
       assert error(x, arrays["ddpm100_every10"][(i + 1) // 10]) < 1e-4
   assert error(x, arrays["ddpm100_final"]) < 1e-4

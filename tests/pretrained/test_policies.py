@@ -150,7 +150,7 @@ IMAGES = CONFIG["input_features"] | {"observation.image": {"shape": [3, 96, 96]}
     ({"more": 1, "type": "act"}, "unknown fields: more; values not supported: type="),
     ({"input_features": IMAGES}, "input_features .*observation.image.*: .* no images"),
     ({"output_features": {}}, "output_features: no action"),
-    ({"noise_scheduler_type": "Euler"}, "_class_name='EulerScheduler': take one of"),
+    ({"noise_scheduler_type": "Euler"}, "_class_name='EulerScheduler': must be one of"),
     ({"horizon": 10}, r"4 must divide the steps of \(10, 2\)"),
     ({"down_dims": [16, 32]}, "left over: .*mid_modules|of another shape"),
     (
