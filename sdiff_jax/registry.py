@@ -16,6 +16,7 @@ the fields of the dataclass, so several pieces can share a list of options.
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -105,6 +106,30 @@ def lookup(kind: str, name: str) -> Piece:
   return _PIECES[kind, name]
 
 
+def _modules(package: str) -> dict[str, pathlib.Path]:
+  """Returns the files of a package's public modules, by name; subpackages are none."""
+  folder = importlib.import_module(package).__path__[0]
+  return {
+    module.name: pathlib.Path(folder, f"{module.name}.py")
+    for module in pkgutil.iter_modules([folder])
+    if not module.ispkg and not module.name.startswith("_")
+  }
+
+
+@functools.cache
+def import_modules(package: str) -> None:
+  """Imports the public modules of a package, whose pieces then are registered.
+
+  Args:
+    package: dotted name, such as "sdiff_jax.losses".
+
+  Example:
+    >>> import_modules("sdiff_jax.losses")
+  """
+  for module in _modules(package):
+    importlib.import_module(f"{package}.{module}")
+
+
 def names(kind: str) -> list[str]:
   """Returns the names of all pieces of a kind, sorted; imports all of its modules.
 
@@ -115,10 +140,7 @@ def names(kind: str) -> list[str]:
     >>> {"ddpm", "scm"} <= set(names("losses"))
     True
   """
-  package = importlib.import_module(f"sdiff_jax.{kind}")
-  for module in pkgutil.iter_modules(package.__path__):
-    if not module.ispkg and not module.name.startswith("_"):
-      importlib.import_module(f"{package.__name__}.{module.name}")
+  import_modules(f"sdiff_jax.{kind}")
   return sorted(name for of, name in _PIECES if of == kind)
 
 
@@ -136,11 +158,8 @@ def summaries(kind: str) -> dict[str, str]:
     '1797 handwritten digits of 8 x 8 pixels that ship inside scikit-learn'
   """
   found = {}
-  package = importlib.import_module(f"sdiff_jax.{kind}")
-  for module in pkgutil.iter_modules(package.__path__):
-    if not module.ispkg and not module.name.startswith("_"):
-      path = pathlib.Path(package.__path__[0], f"{module.name}.py")
-      found[module.name] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+  for module, path in _modules(f"sdiff_jax.{kind}").items():
+    found[module] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
   for (of, name), piece in _PIECES.items():
     if of == kind and name not in found:
       found[name] = inspect.getdoc(piece.build) or ""

@@ -102,6 +102,7 @@ def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
   from array_record.python import array_record_module
 
   labels = cond.get("label", np.full(len(moments), -1))
+  # Not file_io.atomic, which would create a folder that is missing.
   temporary = path + ".tmp"
   writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
   try:

@@ -284,15 +284,13 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  for field, value, options in (
-    ("process", process, ("trigflow", "edm")),
-    ("norm", norm, ("double", "single")),
-    ("embedding", embedding, ("positional", "fourier")),
-    ("encoder", encoder, ("standard", "skip", "residual")),
-    ("decoder", decoder, ("standard", "skip")),
-  ):
-    if value not in options:
-      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
+  common.check_choices(
+    process=(process, ("trigflow", "edm")),
+    norm=(norm, ("double", "single")),
+    embedding=(embedding, ("positional", "fourier")),
+    encoder=(encoder, ("standard", "skip", "residual")),
+    decoder=(decoder, ("standard", "skip")),
+  )
   factor = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
     raise ValueError(

@@ -174,14 +174,12 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  for field, value, options in (
-    ("preset", preset, PRESETS),
-    ("process", process, ("trigflow", "edm")),
-    ("embedding", embedding, ("positional", "fourier")),
-    ("norm", norm, ("double", "single")),
-  ):
-    if value not in options:
-      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
+  common.check_choices(
+    preset=(preset, PRESETS),
+    process=(process, ("trigflow", "edm")),
+    embedding=(embedding, ("positional", "fourier")),
+    norm=(norm, ("double", "single")),
+  )
   channels = channels or PRESETS[preset]
   smallest = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % smallest or shape[1] % smallest:

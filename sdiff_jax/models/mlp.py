@@ -122,13 +122,11 @@ def build(
     >>> network.apply(params, jnp.ones((2, *(2,))), jnp.ones(2), None).shape
     (2, 2)
   """
-  for field, value, options in (
-    ("process", process, ("trigflow", "edm")),
-    ("embedding", embedding, ("positional", "fourier")),
-    ("norm", norm, NORMS),
-  ):
-    if value not in options:
-      raise ValueError(f"{field}={value!r}: use one of {', '.join(options)}")
+  common.check_choices(
+    process=(process, ("trigflow", "edm")),
+    embedding=(embedding, ("positional", "fourier")),
+    norm=(norm, NORMS),
+  )
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Mlp(
     width=width,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdiff_jax import losses, registry
+from sdiff_jax.io import file_io
 from sdiff_jax.reports import html
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import Json, UserError
@@ -137,9 +138,7 @@ def write(runs: list[str], path: str) -> str:
     lead=" ".join(dict.fromkeys(filter(None, descriptions))),
     body=_results(loaded) + _samples(loaded) + _rollouts(loaded) + _training(loaded),
   )
-  out = pathlib.Path(path)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(text, "utf-8")
+  file_io.write_text(path, text)
   return str(path)
 
 
@@ -197,10 +196,10 @@ def table(rows: list[dict], columns: tuple[Column, ...] | None = None) -> str:
 def _load(directory: str) -> Run:
   path = pathlib.Path(directory)
 
-  def read(name: str, missing: str) -> str:
-    return (path / name).read_text("utf-8") if (path / name).exists() else missing
+  def read(name: str, missing: Json) -> Json:
+    return file_io.read_json(path / name) if (path / name).exists() else missing
 
-  config = json.loads(read("config.json", "null"))
+  config, command = read("config.json", None), path / "command.txt"
   if config is None:
     raise UserError(
       f"{directory}: no config.json; make a run with --workdir={directory} --job=train"
@@ -210,10 +209,10 @@ def _load(directory: str) -> Run:
     kind=title(config["loss"]),
     config=config,
     metrics=metric_writer.read_metrics(path),
-    training=json.loads(read("training.json", "{}")),
-    rows=json.loads(read("evaluate/results.json", "[]")),
-    rollouts=json.loads(read("rollout/results.json", "[]")),
-    command=read("command.txt", "").strip(),
+    training=read("training.json", {}),
+    rows=read("evaluate/results.json", []),
+    rollouts=read("rollout/results.json", []),
+    command=command.read_text("utf-8").strip() if command.exists() else "",
   )
 
 

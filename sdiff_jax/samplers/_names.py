@@ -14,12 +14,10 @@ whose keyword arguments are its options. Facts of a loop:
 """
 
 import difflib
-import importlib
 import inspect
-import pkgutil
 from typing import NoReturn
 
-from sdiff_jax import contrib, registry
+from sdiff_jax import registry
 from sdiff_jax.samplers import solvers
 from sdiff_jax.types import Json
 
@@ -38,8 +36,7 @@ RUNTIME_ONLY = frozenset(RUNTIME.values())
 
 def loops() -> dict[str, registry.Piece]:
   """Returns all registered loops by name; those of `contrib` are imported as well."""
-  for module in pkgutil.iter_modules(contrib.__path__):
-    importlib.import_module(f"{contrib.__name__}.{module.name}")
+  registry.import_modules("sdiff_jax.contrib")
   return {name: registry.lookup(KIND, name) for name in registry.names(KIND)}
 
 

@@ -1,7 +1,7 @@
 """Layers that the networks share."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +27,23 @@ KEEPS = {
 def to_accumulation_dtype(x: Array) -> Array:
   """Returns x in the dtype in which sums and statistics of it are computed."""
   return x.astype(_online_softmax.accumulation_dtype(x.dtype))
+
+
+def check_choices(**arguments: tuple[str, Iterable[str]]) -> None:
+  """Checks that arguments have one of their possible values.
+
+  Args:
+    **arguments: name of the argument -> its value and the possible ones.
+
+  Raises:
+    ValueError: a value is none of them.
+
+  Example:
+    >>> check_choices(norm=("double", ("double", "single")))
+  """
+  for name, (value, choices) in arguments.items():
+    if value not in choices:
+      raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
 
 
 def remat(
