@@ -12,6 +12,9 @@ import numpy as np
 
 # ln(alpha / sigma) -> (alpha, sigma, time)
 PointFn = Callable[[float], tuple[float, float, float]]
+MIN_LOG_SNR = (
+  -60.0
+)  # of a time that is pure noise, where ln(alpha / sigma) is -infinity
 
 
 class NoiseSchedule(NamedTuple):
@@ -221,19 +224,79 @@ def vp(
   """
   ends = np.append(starts[1:], -1) if ends is None else ends
   next_abar = np.where(ends < 0, final_abar, abar[np.maximum(ends, 0)])
-  log_snrs = np.log(abar / (1 - abar)) / 2
-
-  def point(log_snr: float) -> tuple[float, float, float]:
-    alpha = (1 + np.exp(-2 * log_snr)) ** -0.5
-    t = np.interp(-log_snr, -log_snrs, np.arange(len(abar)))
-    return alpha, (1 - alpha**2) ** 0.5, t
-
   return NoiseSchedule(
     abar[starts] ** 0.5,
     (1 - abar[starts]) ** 0.5,
     starts.astype(np.float64),
     next_abar**0.5,
     (1 - next_abar) ** 0.5,
-    point,
+    _vp_point(abar),
     sigma_d=1.0,
   )
+
+
+def vp_by_sigma(abar: np.ndarray, starts: np.ndarray) -> NoiseSchedule:
+  """Returns the schedule of a discrete variance-preserving process at any times.
+
+  Between two timesteps sigma / alpha is linear in time, as in Euler's method of
+  k-diffusion and diffusers. The last step ends at clean data.
+
+  Args:
+    abar: alpha^2 at each training timestep, all above 0, float64 [T].
+    starts: time at the start of each step, decreasing, in [0, T - 1]; a larger time has
+      the noise level of T - 1. float64 [N].
+
+  Example:
+    >>> abar = alphas_cumprod("cosine", 100)
+    >>> vp_by_sigma(abar, np.linspace(99, 0, 3)).time
+    array([99. , 49.5,  0. ])
+  """
+  ratio = np.interp(starts, np.arange(len(abar)), (1 / abar - 1) ** 0.5)
+  ratio = np.append(ratio, 0.0)
+  alpha = (1 + ratio**2) ** -0.5
+  return from_levels(
+    alpha, ratio * alpha, np.append(starts, 0.0), _vp_point(abar), sigma_d=1.0
+  )
+
+
+def _vp_point(abar: np.ndarray) -> PointFn:
+  """Returns `NoiseSchedule.point` of a discrete variance-preserving process."""
+  log_snrs = log_snr(abar)
+
+  def point(log_snr: float) -> tuple[float, float, float]:
+    alpha = (1 + np.exp(-2 * log_snr)) ** -0.5
+    t = np.interp(-log_snr, -log_snrs, np.arange(len(abar)))
+    return alpha, (1 - alpha**2) ** 0.5, t
+
+  return point
+
+
+def log_snr(abar: np.ndarray) -> np.ndarray:
+  """Returns ln(alpha / sigma), which is finite at the end of a zero terminal SNR.
+
+  Args:
+    abar: alpha^2, in [0, 1), float64 [T]. Where it is 0, the value is `MIN_LOG_SNR`.
+
+  Example:
+    >>> log_snr(np.array([0.5, 0.0]))
+    array([  0., -60.])
+  """
+  with np.errstate(divide="ignore"):
+    return np.maximum(np.log(abar / (1 - abar)) / 2, MIN_LOG_SNR)
+
+
+def rescale_zero_terminal_snr(abar: np.ndarray) -> np.ndarray:
+  """Returns alpha^2 of the process whose last timestep is pure noise, float64 [T].
+
+  alpha is shifted so that it ends at 0, and scaled so that it begins where it did
+  (arXiv:2305.08891, algorithm 1).
+
+  Args:
+    abar: alpha^2 at each training timestep, float64 [T].
+
+  Example:
+    >>> rescale_zero_terminal_snr(np.array([0.81, 0.25, 0.09])).round(4).tolist()
+    [0.81, 0.09, 0.0]
+  """
+  alpha = abar**0.5
+  return ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2

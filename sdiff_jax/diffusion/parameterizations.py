@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.diffusion.trigflow import expand
 from sdiff_jax.types import Array, Cond, Denoiser
 
@@ -39,12 +40,40 @@ def vp(abar: np.ndarray) -> LevelFn:
     >>> alpha.round(3), sigma.round(3)
     (Array([0.707], dtype=float32), Array([0.707], dtype=float32))
   """
-  log_snr = np.log(abar / (1 - abar)) / 2
+  log_snr = noise_schedules.log_snr(abar)
 
   def level(time: Array) -> tuple[Array, Array]:
     steps = jnp.arange(len(abar), dtype=time.dtype)
     at = jnp.interp(time, steps, jnp.asarray(log_snr, time.dtype))
     return (1 + jnp.exp(-2 * at)) ** -0.5, (1 + jnp.exp(2 * at)) ** -0.5
+
+  return level
+
+
+def vp_by_sigma(abar: np.ndarray) -> LevelFn:
+  """Returns the noise levels of a discrete variance-preserving process, as Euler's.
+
+  Between timesteps, sigma / alpha is linear in time (see
+  `noise_schedules.vp_by_sigma`).
+
+  Args:
+    abar: alpha^2 at each training timestep, all above 0, float64 [T].
+
+  Returns:
+    time [N] -> (alpha [N], sigma [N]).
+
+  Example:
+    >>> alpha, sigma = vp_by_sigma(np.array([0.9, 0.5]))(jnp.array([0.5]))
+    >>> (sigma / alpha).round(4)
+    Array([0.6667], dtype=float32)
+  """
+  ratios = (1 / abar - 1) ** 0.5
+
+  def level(time: Array) -> tuple[Array, Array]:
+    steps = jnp.arange(len(abar), dtype=time.dtype)
+    ratio = jnp.interp(time, steps, jnp.asarray(ratios, time.dtype))
+    alpha = (1 + ratio**2) ** -0.5
+    return alpha, ratio * alpha
 
   return level
 

@@ -22,6 +22,7 @@ from sdiff_jax.samplers import Sampler
 from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
 # Fields of config.sampler that only networks trained here have: the noise schedule of a
 # model in the diffusers format determines its timesteps.
 TRIGFLOW_FIELDS = ("timesteps", "eta", "coarse_workdir", "temperature")
@@ -71,6 +72,11 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
   if generate.dtype not in DTYPES:
     raise UserError(
       f"config.generate.dtype={generate.dtype!r}: must be one of {', '.join(DTYPES)}"
+    )
+  if generate.timestep_spacing not in SPACINGS:
+    raise UserError(
+      f"config.generate.timestep_spacing={generate.timestep_spacing!r}: must be one of "
+      f"{', '.join(map(repr, SPACINGS))}"
     )
   for field in TRIGFLOW_FIELDS:
     if config.sampler[field] != defaults[field]:

@@ -108,7 +108,7 @@ def of(name: str, **fields) -> scheduler.Schedule:
     ("DDPMParallel", {}, "ddpm"),
     ("DDPM", {"variance_type": "fixed_large"}, "ddpm_large"),
     ("PNDM", {"skip_prk_steps": True}, "ddim"),
-    ("EulerDiscrete", {}, "ddim"),
+    ("EulerDiscrete", {}, "euler"),
     ("DPMSolverMultistep", {"solver_order": 3}, "dpmpp3m"),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp2m_sde"),
     ("UniPCMultistep", {}, "unipc2"),

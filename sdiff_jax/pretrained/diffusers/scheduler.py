@@ -29,10 +29,8 @@ DEFAULTS = {
   "timestep_spacing": "leading",
   "steps_offset": 0,
 }
-SUPPORTED_VALUES = {
-  "rescale_betas_zero_snr": UNSUPPORTED_FIELDS,
-  "thresholding": UNSUPPORTED_FIELDS,
-}
+SUPPORTED_VALUES = {"thresholding": UNSUPPORTED_FIELDS}
+ZERO_SNR = {"rescale_betas_zero_snr": False}
 CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
 OTHER_GRIDS = {
   f"use_{name}": UNSUPPORTED_FIELDS
@@ -81,12 +79,18 @@ UNIPC_SUPPORTED_VALUES = {
 } | OTHER_GRIDS
 # Class -> the defaults of its own fields, and the values that others of them may have.
 CLASSES: dict[str, tuple[Mapping[str, Json], Mapping[str, tuple]]] = {
-  "DDIM": (CLIP | {"set_alpha_to_one": True}, {}),
-  "DDPM": (CLIP | {"variance_type": "fixed_small"}, {}),
-  "PNDM": ({"set_alpha_to_one": False}, {}),
-  "DPMSolverMultistep": (DPM_DEFAULTS, DPM_SUPPORTED_VALUES),
-  "EulerDiscrete": ({"timestep_spacing": "linspace"}, EULER_SUPPORTED_VALUES),
-  "UniPCMultistep": (UNIPC_DEFAULTS, UNIPC_SUPPORTED_VALUES),
+  "DDIM": (CLIP | ZERO_SNR | {"set_alpha_to_one": True}, {}),
+  "DDPM": (CLIP | ZERO_SNR | {"variance_type": "fixed_small"}, {}),
+  "PNDM": (
+    {"set_alpha_to_one": False},
+    {"rescale_betas_zero_snr": UNSUPPORTED_FIELDS},
+  ),
+  "DPMSolverMultistep": (ZERO_SNR | DPM_DEFAULTS, DPM_SUPPORTED_VALUES),
+  "EulerDiscrete": (
+    ZERO_SNR | {"timestep_spacing": "linspace"},
+    EULER_SUPPORTED_VALUES,
+  ),
+  "UniPCMultistep": (ZERO_SNR | UNIPC_DEFAULTS, UNIPC_SUPPORTED_VALUES),
 }
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
@@ -108,6 +112,10 @@ MULTISTEP = {
 WITH_END_TIMESTEP = frozenset(MULTISTEP.values())
 # Solvers that always end at clean data.
 TO_CLEAN_DATA = frozenset(VARIANCES.values())
+# Solvers whose steps are finite where the process begins at pure noise, alpha = 0.
+FROM_PURE_NOISE = frozenset({"ddim", *VARIANCES.values()})
+# alpha^2 of pure noise for the other solvers, the value of diffusers.
+SMALLEST_ABAR = 2.0**-24
 
 
 class Schedule(NamedTuple):
@@ -135,8 +143,7 @@ class Schedule(NamedTuple):
 def from_config(config: dict[str, Json]) -> Schedule:
   """Returns the schedule of a scheduler_config.json.
 
-  PNDM and Euler are solved by DDIM: PNDM is not implemented, and the step of Euler is
-  that of DDIM.
+  PNDM is solved by DDIM, since it is not implemented.
 
   Args:
     config: the file's content.
@@ -168,6 +175,12 @@ def from_config(config: dict[str, Json]) -> Schedule:
     if c[field] not in values:
       raise ValueError(f"{field}={c[field]!r}: must be one of {', '.join(values)}")
   abar = _abar(c)
+  if abar[-1] == 0 and c["prediction_type"] == "epsilon":
+    raise ValueError(
+      "prediction_type='epsilon': the last timestep of these betas is pure noise (zero "
+      "terminal SNR), of which the noise tells nothing about the data; must be "
+      "'v_prediction' or 'sample'"
+    )
   to_clean = c.get("set_alpha_to_one", c.get("final_sigmas_type", "zero") == "zero")
   return Schedule(
     abar,
@@ -181,18 +194,32 @@ def from_config(config: dict[str, Json]) -> Schedule:
 
 
 def _abar(c: dict[str, Json]) -> np.ndarray:
+  """Returns alpha^2 at each training timestep; the last one may be 0."""
   if c["trained_betas"] is not None:
-    return np.cumprod(1 - np.asarray(c["trained_betas"], np.float64))
-  return noise_schedules.alphas_cumprod(
-    BETA_SCHEDULES[c["beta_schedule"]],
-    c["num_train_timesteps"],
-    start=c["beta_start"],
-    end=c["beta_end"],
-  )
+    abar = np.cumprod(1 - np.asarray(c["trained_betas"], np.float64))
+  else:
+    abar = noise_schedules.alphas_cumprod(
+      BETA_SCHEDULES[c["beta_schedule"]],
+      c["num_train_timesteps"],
+      start=c["beta_start"],
+      end=c["beta_end"],
+    )
+  if c.get("rescale_betas_zero_snr", False):
+    abar = noise_schedules.rescale_zero_terminal_snr(abar)
+  return abar
+
+
+def _abar_for(schedule: Schedule, solver: str) -> np.ndarray:
+  """Returns alpha^2 at each timestep, above 0 for a solver that cannot start at 0."""
+  if solver in FROM_PURE_NOISE:
+    return schedule.abar
+  return np.maximum(schedule.abar, SMALLEST_ABAR * (schedule.abar == 0))
 
 
 def _solver(class_name: str, c: dict[str, Json]) -> str:
   """Returns the name of the solver that a config asks for."""
+  if class_name == "EulerDiscrete":
+    return "euler"
   if class_name == "DDPM":
     if c["variance_type"] not in VARIANCES:
       raise ValueError(
@@ -227,13 +254,26 @@ def tableau(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
     array([750., 500., 250.,   0.])
   """
   solver = solver or schedule.solver
-  abar, spacing, last = schedule.abar, schedule.spacing, schedule.last
+  abar, spacing, last = _abar_for(schedule, solver), schedule.spacing, schedule.last
+  if solver == "euler":
+    return _euler_tableau(schedule, abar, steps)
   num_train, ends = len(abar), None
   if solver in WITH_END_TIMESTEP and spacing != "trailing":
+    if not 1 <= steps < num_train:
+      raise ValueError(
+        f"steps={steps}: must be in 1 to {num_train - 1} for {solver!r} at "
+        f"timestep_spacing={spacing!r}"
+      )
     grid = noise_schedules.timesteps(num_train, steps + 1, spacing, schedule.offset)
     starts = grid[:-1]
   else:
     starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
+  if starts[0] >= num_train:
+    raise ValueError(
+      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
+      f"with steps_offset={schedule.offset}, but the model's last timestep is "
+      f"{num_train - 1}; use fewer steps, or another spacing"
+    )
   if solver == "ddim":
     ends = starts - num_train // steps
   if solver in TO_CLEAN_DATA:
@@ -241,6 +281,29 @@ def tableau(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
   return solvers.from_schedule(
     solver, noise_schedules.vp(abar, starts, ends=ends, final_abar=last)
   )
+
+
+def _euler_tableau(schedule: Schedule, abar: np.ndarray, steps: int) -> SolverTableau:
+  """Returns the tableau of Euler's method in sigma / alpha, as diffusers has it.
+
+  Timesteps of "linspace" are not rounded, the last step ends at clean data, and a
+  timestep beyond the last one has the noise level of the last one. With "leading" spacing
+  the first state has variance 1, otherwise sigma^2.
+  """
+  spacing, num_train = schedule.spacing, len(abar)
+  starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
+  if spacing == "linspace":
+    starts = np.linspace(0, num_train - 1, steps)[::-1]
+  if starts[0] > num_train:
+    raise ValueError(
+      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
+      f"with steps_offset={schedule.offset}, but the model's last timestep is "
+      f"{num_train - 1}; use fewer steps, or another spacing"
+    )
+  tableau = solvers.from_schedule(
+    "euler", noise_schedules.vp_by_sigma(abar, starts.astype(np.float64))
+  )
+  return tableau._replace(init_std=1.0) if spacing == "leading" else tableau
 
 
 def denoiser(
@@ -263,15 +326,17 @@ def denoiser(
     tableau: what `tableau` returned.
     solver: see `tableau`.
   """
-  excess = None
-  if schedule.clip and (solver or schedule.solver) == "ddim":
+  solver, excess = solver or schedule.solver, None
+  if schedule.clip and solver == "ddim":
     weight = tableau.alpha * tableau.x_coef[:, 0] / tableau.denoised_coef[:, 0]
 
     def excess(time: Array) -> Array:
       at, values = (jnp.asarray(v[::-1], time.dtype) for v in (tableau.time, weight))
       return jnp.interp(time, at, values)
 
-  level = parameterizations.vp(schedule.abar)
+  abar = _abar_for(schedule, solver)
+  by_sigma = solver == "euler"
+  level = (parameterizations.vp_by_sigma if by_sigma else parameterizations.vp)(abar)
   return parameterizations.denoiser(
     predict, schedule.kind, level, clip=schedule.clip, excess=excess
   )
