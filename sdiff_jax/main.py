@@ -7,6 +7,10 @@ meaning, are in sdiff_jax/defaults.py, in the job's file, and in the arguments o
 components they name. --config.model.name=dit, as data.name and loss.name, switches to
 another component with its default fields.
 
+A command that a signal stops (Ctrl-C, SIGTERM, SIGHUP) ends with code 75 and is resumed by
+repeating it; 0 means done, 2 a mistake in the command. --peer_timeout=300 is how many
+seconds the processes of one job wait for each other at the start.
+
 DIR is runs/X unless it is given. Without --job the config names the job, which is train
 for most. Without --config, the jobs that use a trained run take the config that DIR was
 trained with.
@@ -17,6 +21,12 @@ Example: a teacher, its distillation, and images from two steps.
   python -m sdiff_jax.main --config=configs/digits_scd.py --job=sample
 """
 
+from sdiff_jax.distributed import signals
+
+if __name__ == "__main__":
+  signals.install()  # before anything else: imports take seconds
+
+import contextlib
 import os
 import re
 import sys
@@ -30,10 +40,13 @@ from ml_collections import config_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax import registry
-from sdiff_jax.distributed import processes
+from sdiff_jax.distributed import handshake, processes
 from sdiff_jax.experiment import variants
-from sdiff_jax.io import file_io
-from sdiff_jax.types import UserError
+from sdiff_jax.io import file_io, lock, resumable
+from sdiff_jax.types import Json, UserError
+
+# How long a command that is refused tries to tell the other processes of its job.
+REFUSE_SECONDS = 30.0
 
 
 class Command(NamedTuple):
@@ -43,11 +56,13 @@ class Command(NamedTuple):
     job: name of the job.
     config: None if no file was named.
     workdir: absolute path of the work directory.
+    peer_timeout: longest time to wait for the other processes of the job, s.
   """
 
   job: str
   config: ml_collections.ConfigDict | None
   workdir: str
+  peer_timeout: float = processes.LIMIT
 
 
 def main(argv: list[str]) -> None:
@@ -57,23 +72,51 @@ def main(argv: list[str]) -> None:
     argv: the command line, the name of the program first.
 
   Raises:
-    SystemExit: with code 2, after one line on stderr, for a mistake of the user. If
-      several processes are running, this process ends at once instead.
+    SystemExit: with code 2, after one line on stderr, for a mistake of the user; with
+      code 75, after one line, for a job that a signal has stopped. If several processes
+      are running, this process ends at once instead.
   """
   try:
     if "--help" in argv:
-      print(usage())
+      _say(usage())
       return
     line = run(parse(argv))
     if jax.process_index() == 0:
-      print(line)
+      _say(line)
   except UserError as error:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    message = " ".join(str(error).split())
+    print("error:", message, file=sys.stderr, flush=True)
+    if not isinstance(error, handshake.Refused):
+      processes.refuse(message, REFUSE_SECONDS)
     processes.exit_now(2)
     raise SystemExit(2) from error
+  except signals.Stopped as error:
+    if jax.process_index() == 0:
+      _say(str(error))
+    processes.leave()
+    raise SystemExit(signals.STOPPED) from error
+  except BrokenPipeError as error:
+    _close_streams()
+    processes.exit_now(signals.STOPPED)
+    raise SystemExit(signals.STOPPED) from error
   except Exception:
     processes.exit_now(1)
     raise
+
+
+def _say(text: str) -> None:
+  """Prints the result of a command, to which nobody may listen any more."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    _close_streams()
+
+
+def _close_streams() -> None:
+  """Sends all further output nowhere, because its reader has ended (as with `| head`)."""
+  with open(os.devnull, "w") as nowhere:
+    for number in (1, 2):
+      os.dup2(nowhere.fileno(), number)
 
 
 def run(command: Command) -> str:
@@ -81,22 +124,37 @@ def run(command: Command) -> str:
 
   Raises:
     UserError: a mistake of the user, in one line.
+    Stopped: a signal stopped the job.
   """
   from sdiff_jax.experiment import workdir as workdir_lib  # slow to import
 
-  name, config, workdir = command
+  name, config, workdir, limit = command
   workdir_lib.check_writable(workdir)
   job = registry.lookup("jobs", name)
-  job.facts.get("start", processes.start)()
   if config is None and job.facts.get("creates_workdir"):
     raise UserError("--config is missing: name a file of configs/")
   if config is None and job.facts.get("needs_config", True):
     config = workdir_lib.read(workdir)
   if config is not None:
     configs.validate(config)
-  _cache_compilations()
-  with workdir_lib.errors(workdir):
-    return job.build(config, workdir)
+  with contextlib.ExitStack() as stack:
+
+    def describe(first: bool) -> dict[str, Json]:
+      about: dict[str, Json] = {"--job": name, "--workdir": workdir}
+      if config is not None:
+        about |= resumable.flatten(config.to_dict(), "config.")
+      if first and not job.facts.get("shares_workdir"):
+        try:
+          stack.enter_context(lock.locked(workdir, name))
+        except UserError as error:
+          about[handshake.PROBLEM] = str(error)
+      return about
+
+    start = job.facts.get("start")
+    start() if start else processes.start(describe, limit)
+    _cache_compilations()
+    with workdir_lib.errors(workdir):
+      return job.build(config, workdir)
 
 
 def usage() -> str:
@@ -130,6 +188,8 @@ def parse(argv: list[str]) -> Command:
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", None, "Directory of the run.", values)
   flags.DEFINE_string("job", None, "What to do.", values)
+  text = "Longest time to wait for the other processes of the job, s."
+  flags.DEFINE_float("peer_timeout", processes.LIMIT, text, 1, 1e6, flag_values=values)
   if file is not None:
     config = _load(file, fields)
     renamed = configs.renamed_fields(fields, config.to_dict())
@@ -156,7 +216,8 @@ def parse(argv: list[str]) -> Command:
   stored = os.path.join(workdir, "config.json")
   if config is None and os.path.exists(stored):
     configs.load_plugins(file_io.read_json(stored).get("plugins", ()))
-  return Command(_job(values.job, config), config, os.path.abspath(workdir))
+  job, workdir = _job(values.job, config), os.path.abspath(workdir)
+  return Command(job, config, workdir, values.peer_timeout)
 
 
 def _fields(arguments: list[str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ facts that a job registers are all optional:
   needs_config     False if the job does without any config.
   configs_of       jobs whose configs this one accepts, by the field config.job;
                    ("train",) by default.
+  shares_workdir   True if the job may run while another one runs in the work directory;
+                   otherwise the second command is refused.
   start            function that is called first; by default
                    `distributed.processes.start`.
 

@@ -15,7 +15,9 @@ NUM_IMAGES = 100  # number of images in inspect.png
 BATCH_SIZE = 256
 
 
-@registry.register("jobs", "inspect", configs_of=("train", "encode"))
+@registry.register(
+  "jobs", "inspect", configs_of=("train", "encode"), shares_workdir=True
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes inspect.png, prints statistics of the data set, and returns the last line.
 

@@ -51,6 +51,7 @@ DEFAULTS = {
   runtime=("rehearse",),
   creates_workdir=True,
   configs_of=("train", "generate"),
+  shares_workdir=True,
   start=chips_lib.start,  # a compiler alone, on whatever machine it runs
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:

@@ -13,7 +13,7 @@ from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.types import UserError
 
 
-@registry.register("jobs", "report", needs_config=False)
+@registry.register("jobs", "report", needs_config=False, shares_workdir=True)
 def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   """Writes report.html, and prints its table.
 

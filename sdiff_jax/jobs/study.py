@@ -5,6 +5,7 @@ config file of an experiment with some fields changed. Runs and results that exi
 reused, so an interrupted study resumes when the command is repeated.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import ml_collections
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import evaluation, probes, studies
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, lock
 from sdiff_jax.reports import html
 from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer
@@ -108,8 +109,6 @@ def _points(
   summary = os.path.join(weights, "training.json")
   if not entry["weights"] and not os.path.exists(summary):
     _run_job("train", config, weights)
-    if not os.path.exists(summary):
-      raise UserError("interrupted; repeat the command to resume")
   if not entry["drawn"]:
     return []
   labels = {"seed": seed, "run": name, "guidance": entry["guidance"]}
@@ -142,7 +141,9 @@ def _points(
 
 
 def _run_job(name: str, config: ml_collections.ConfigDict, workdir: str) -> None:
-  _say(registry.lookup("jobs", name).build(config, workdir))
+  first = jax.process_index() == 0
+  with lock.locked(workdir, name) if first else contextlib.nullcontext():
+    _say(registry.lookup("jobs", name).build(config, workdir))
   jax.clear_caches()
 
 

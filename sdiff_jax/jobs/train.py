@@ -12,7 +12,7 @@ from clu import parameter_overview
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
-from sdiff_jax.distributed import processes, sharding
+from sdiff_jax.distributed import processes, sharding, signals
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -58,6 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   Raises:
     UserError: a field, the teacher or the work directory is not valid, or the loss is
       not finite.
+    Stopped: a signal stopped the run; its state is saved.
   """
   experiment = experiments.build(config)
   mesh, dataset = experiment.mesh, experiment.dataset
@@ -106,8 +107,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         workdir,
         sample,
       )
-      if end < options.steps:
-        return f"stopped at step {end}; repeat the command to resume: {workdir}"
+      if end < options.steps or (signals.received() and jax.process_count() == 1):
+        raise signals.Stopped(
+          f"stopped at step {end}; repeat the command to resume: {workdir}"
+        )
     # A run that was killed after its last step has no summary yet.
     if start < options.steps or not os.path.exists(os.path.join(workdir, SUMMARY)):
       teacher = _teacher_for_flop_count(config, experiment)
@@ -197,7 +200,7 @@ def _run_loop(
     metric_writer.Writer(
       workdir, total=options.steps, start=start, active=active
     ) as writer,
-    processes.sigterm() as stopping,
+    processes.stopping() as stopping,
   ):
     try:
       state = loop.run(

@@ -18,15 +18,15 @@ from sdiff_jax.types import UserError
 CONFIG = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
 
 
-def start(cache, *args: str) -> list[subprocess.Popen]:
-  """Starts a command as two processes."""
+def start(cache, *args: str, more=((), ())) -> list[subprocess.Popen]:
+  """Starts a command as two processes, each with some arguments of its own."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
   return [
     subprocess.Popen(
-      command(*args),
+      command(*args, *more[i]),
       cwd=ROOT,
       env=environment(cache, 4) | names | {"JAX_PROCESS_ID": str(i)},
       stdout=subprocess.PIPE,
@@ -37,10 +37,10 @@ def start(cache, *args: str) -> list[subprocess.Popen]:
   ]
 
 
-def finish(both: list[subprocess.Popen]) -> str:
-  """Waits for two processes that must succeed, and returns what they said."""
+def finish(both: list[subprocess.Popen], code: int = 0) -> str:
+  """Waits for two processes that must end with a code, and returns what they said."""
   said = [process.communicate(timeout=300)[0] for process in both]
-  assert [p.returncode for p in both] == [0, 0], "\n".join(said)[-4000:]
+  assert [p.returncode for p in both] == [code, code], "\n".join(said)[-4000:]
   return "\n".join(said)
 
 
@@ -130,7 +130,7 @@ def test_sigterm_to_one_stops_both_and_one_device_resumes(cache, alone, tmp_path
   both = start(cache, *config)
   until(lambda: list(tmp_path.glob("checkpoints/[0-9]*")), both)
   both[1].send_signal(signal.SIGTERM)
-  assert f"repeat the command to resume: {tmp_path}" in finish(both)
+  assert f"repeat the command to resume: {tmp_path}" in finish(both, 75)
   (step,) = {max(int(f.name) for f in (tmp_path / "checkpoints").iterdir())}
   assert 0 < step < 40
   works(cache, *config)
@@ -165,12 +165,22 @@ def test_half_a_description_of_the_processes_is_refused(monkeypatch, mine):
     processes.start()
 
 
+def test_processes_of_different_configs_refuse_each_other(cache, tmp_path):
+  run = tmp_path / "run"
+  config = (*CONFIG, f"--workdir={run}")
+  fields = ((), ("--config.train.batch_size=32",))
+  both = start(cache, *config, more=fields)
+  line = "error: the processes differ: config.train.batch_size (16 in process 0, 32 in "
+  assert finish(both, 2).count(line) == 2
+  assert not list(tmp_path.iterdir())
+
+
 def test_sigterm_is_heard_while_training_alone():
   """Afterwards it does what it did before: a study can be stopped between its runs."""
   heard = []
   before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
   try:
-    with processes.sigterm() as stopping:
+    with processes.stopping() as stopping:
       assert not stopping(1)
       signal.raise_signal(signal.SIGTERM)
       assert stopping(1)
