@@ -280,6 +280,29 @@ def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
   assert all(json.loads(line)["loss"] is not None for line in lines)
 
 
+# Packages that are slow to import, which a mistake or --help does without.
+SLOW = {"clu", "grain", "matplotlib", "orbax", "scipy", "sklearn", "tensorboardX"}
+SLOW |= {"jax.experimental.pallas", "tensorflow_datasets", "torch", "zarr", "h5py"}
+QUICK = """
+import sys
+from sdiff_jax import main
+main.main(["main", "--help"])
+try:
+  main.main(["main", "--config=configs/digits_diffusion.py", "--config.train.steps=-1"])
+except SystemExit as error:
+  print(error.code, *sys.modules)
+"""
+
+
+def test_help_and_mistakes_import_no_slow_packages():
+  done = subprocess.run(
+    [sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  code, *modules = done.stdout.splitlines()[-1].split()
+  assert code == "2"
+  assert not SLOW & {*modules}
+
+
 @pytest.mark.parametrize(
   ("args", "message"),
   [

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator
 
-import grain.python as grain
 import numpy as np
 
 from sdiff_jax.data._dataset import Dataset
@@ -86,6 +85,8 @@ def batches(
     ValueError: the samples cannot be mirrored.
     UserError: a file cannot be read.
   """
+  import grain.python as grain  # slow to import
+
   mine = np.arange(batch_size) if rows is None else rows
   codec = dataset.codec
 

@@ -1,7 +1,6 @@
 """1797 handwritten digits of 8 x 8 pixels that ship inside scikit-learn."""
 
 import numpy as np
-from sklearn import datasets
 
 from sdiff_jax import registry
 from sdiff_jax.data._codecs import PixelCodec
@@ -18,6 +17,8 @@ def build(
     mean: mean of the pixels in [-1, 1].
     std: standard deviation of the pixels in [-1, 1].
   """
+  from sklearn import datasets  # slow to import
+
   digits = datasets.load_digits()
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int32)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import jax
 import ml_collections
 import numpy as np
-from clu import parameter_overview
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
@@ -252,6 +251,8 @@ def _write_summary(
   """Writes training.json, the cost of the run, and parameters.txt, a list of arrays."""
   if jax.process_index():
     return
+  from clu import parameter_overview  # slow to import
+
   overview = parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from sdiff_jax.kernels import _online_softmax
 from sdiff_jax.types import Array
 
+LANES = 128  # of a register of a TPU; blocks are multiples of it
+
 
 class AttentionSpec(NamedTuple):
   """Static parameters of attention.

@@ -16,10 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sdiff_jax.kernels import _online_softmax
-from sdiff_jax.kernels._chunked import AttentionSpec
+from sdiff_jax.kernels._chunked import LANES, AttentionSpec
 from sdiff_jax.types import Array
-
-LANES = 128
 
 
 def _kernel(

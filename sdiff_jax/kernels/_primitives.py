@@ -42,7 +42,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sdiff_jax.kernels import _chunked, _online_softmax, _pallas_gpu, _pallas_tpu
+from sdiff_jax.kernels import _chunked, _online_softmax
 from sdiff_jax.kernels._chunked import AttentionSpec
 from sdiff_jax.types import Array
 
@@ -75,6 +75,9 @@ def _evaluate(*args: Array, spec: AttentionSpec, impl: str, tangent: bool) -> tu
   chunked = functools.partial(_chunked.one_pass, spec)
   if impl == "chunked":
     return chunked(qkv, mask, dqkv)
+  # Pallas is slow to import.
+  from sdiff_jax.kernels import _pallas_gpu, _pallas_tpu
+
   interpret = impl == "interpret"
   on_tpu = _on_each_device(
     functools.partial(_pallas_tpu.one_pass, spec, interpret=interpret)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.kernels import _online_softmax, _primitives
-from sdiff_jax.kernels._chunked import AttentionSpec
-from sdiff_jax.kernels._pallas_tpu import LANES
+from sdiff_jax.kernels._chunked import LANES, AttentionSpec
 from sdiff_jax.types import Array
 
 IMPLS = ("auto", "plain", "fused", "chunked", "interpret")

@@ -7,9 +7,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, PyTree, UserError
@@ -70,6 +70,7 @@ class Checkpoints:
     """
     self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
     self._pending = None
+    ocp = _orbax()
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
     if keep_every:
@@ -215,8 +216,15 @@ class Checkpoints:
     return None, []
 
 
-def _partial_load() -> ocp.Context:
+def _partial_load() -> contextlib.AbstractContextManager:
   """Returns a context in which trees are read only as far as they are requested."""
-  context = ocp.Context()
+  context = _orbax().Context()
   context.pytree.loading.partial_load = True
   return context
+
+
+def _orbax() -> ModuleType:
+  """Returns Orbax, which is imported late since that is slow."""
+  from orbax.checkpoint import v1
+
+  return v1

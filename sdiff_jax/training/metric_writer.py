@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 
 from sdiff_jax.io import file_io, image_io
@@ -57,6 +56,8 @@ class Writer:
   def __enter__(self) -> "Writer":
     if not self._active:
       return self
+    import tensorboardX  # slow to import
+
     self._workdir.mkdir(parents=True, exist_ok=True)
     first = self._start + 1 if self._start else 0  # first step of this run
     path = self._workdir / METRICS
