@@ -27,6 +27,7 @@ setuptools.setup(
     "jax>=0.10.1,<0.13",
     "matplotlib>=3.9",
     "ml-collections>=1.0",
+    "msgspec>=0.21",
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",

@@ -1,6 +1,7 @@
 """Codecs: maps from the raw samples of a data set to x0, and back."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -279,6 +280,11 @@ def _check_moments(
 ) -> None:
   channels = shape[-1]
   for name, values in (("mean", mean), ("std", std)):
+    if not isinstance(values, tuple | list) or not all(
+      isinstance(value, int | float | np.number) and math.isfinite(value)
+      for value in values
+    ):
+      raise ValueError(f"{name}={values}: must be a tuple of finite numbers")
     if len(values) not in (1, channels):
       raise ValueError(
         f"{name}={values}: the images have {channels} channel(s); give one number for "
@@ -286,6 +292,10 @@ def _check_moments(
       )
   if min(std) <= 0:
     raise ValueError(f"std={std}: must be above 0")
+  if min(std) < 1e-6 or max(std) > 1e6 or max(map(abs, mean)) > 1e6:
+    raise ValueError(
+      f"mean={mean}, std={std}: are beyond the range of pixels or latents"
+    )
 
 
 def _affine(

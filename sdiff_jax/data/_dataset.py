@@ -1,6 +1,7 @@
 """The type of every data set."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from sdiff_jax.data._codecs import ActionCodec, Codec
 from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.types import CondSpec, CondSpecs
 
+HASHED_BATCH = 256  # samples that are read at once for a fingerprint
 # Raw samples [n, ...] and their conditions, each [n, ...].
 Samples = tuple[np.ndarray, dict[str, np.ndarray]]
 
@@ -29,12 +31,15 @@ class Dataset:
     size: number of samples; 0 for a data set that is known by its shapes alone.
     cond: what a sample is conditioned on: name -> shape, dtype and number of classes.
     codec: the map from raw samples to x0.
+    fingerprint: () -> a digest of all that `read` returns, or of the files behind it
+      (names, sizes and times of modification); None to compute it from all samples.
   """
 
   read: Callable[[np.ndarray], Samples]
   size: int
   cond: CondSpecs
   codec: Codec
+  fingerprint: Callable[[], bytes] | None = None
 
   def __getitem__(self, indices: np.ndarray) -> Samples:
     """Returns raw samples [n, ...] and their conditions.
@@ -65,6 +70,41 @@ class Dataset:
   def normalizer(self) -> Normalizer | None:
     """The normalizer of trajectories, None for other data."""
     return self.codec.normalizer if isinstance(self.codec, ActionCodec) else None
+
+  def subset(self, indices: np.ndarray) -> "Dataset":
+    """Returns some samples of the data set as a data set.
+
+    Args:
+      indices: of the samples, int [n].
+
+    Example:
+      >>> from sdiff_jax.data import digits
+      >>> len(digits.build().subset(np.arange(5)))
+      5
+    """
+    whole = self
+
+    def fingerprint() -> bytes:
+      return hashlib.sha256(whole.digest() + indices.tobytes()).digest()
+
+    return dataclasses.replace(
+      self,
+      read=lambda k: whole[indices[k]],
+      size=len(indices),
+      fingerprint=fingerprint,
+    )
+
+  def digest(self) -> bytes:
+    """Returns a digest that changes with the samples or the files that hold them."""
+    if self.fingerprint is not None:
+      return self.fingerprint()
+    digest = hashlib.sha256(repr((self.size, self.shape)).encode())
+    for first in range(0, self.size, HASHED_BATCH):
+      raw, cond = self[np.arange(first, min(first + HASHED_BATCH, self.size))]
+      for name, x in {"": raw, **cond}.items():
+        digest.update(repr((name, x.shape, x.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(x).data)
+    return digest.digest()
 
   def class_of(self, cond: dict[str, np.ndarray], count: int) -> np.ndarray:
     """Returns the class of each sample, int32 [count]; -1 if there are none.

@@ -1,5 +1,6 @@
 """Images in a folder, decoded when they are asked for."""
 
+import hashlib
 import os
 from typing import BinaryIO
 
@@ -7,13 +8,15 @@ import numpy as np
 from PIL import Image
 
 from sdiff_jax import registry
+from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.io import bounded, image_io
 from sdiff_jax.types import UserError
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-# What PIL raises on files that are no images, or damaged ones.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = image_io.UNREADABLE
+MAX_SIDE = 2**13  # pixels
+NUM_CHECKED = 64  # images that are decoded before any work starts
 
 
 @registry.register("data", "folder")
@@ -25,64 +28,83 @@ def build(
   mean: tuple[float, ...] = (0.0,),
   std: tuple[float, ...] = (0.5,),
 ) -> Dataset:
-  """Returns the images below a folder; its sub-folders, sorted, are the classes.
+  """Returns the images below a folder with their classes.
+
+  The classes are those of dataset.json, in the format of EDM, EDM2 and StyleGAN, if the
+  folder has this file; otherwise its sub-folders, sorted. Images are turned as their
+  EXIF orientation says, and transparent ones are composited over white.
 
   Args:
-    dir: folder of folders of PNG, JPEG or WebP files; without sub-folders, the files
-      in it are one class.
+    dir: folder of PNG, JPEG or WebP files: with dataset.json; or with a sub-folder for
+      each class; without sub-folders, the files in it are one class. Hidden files and
+      files with other suffixes are not read, which is reported on stderr.
     image_size: side that images are resized and cropped to, pixels.
-    channels: 3 for RGB, 1 for grey.
-    mean: mean of the pixels in [-1, 1], one for all or one a channel.
-    std: their standard deviation.
+    channels: 3 for RGB, 1 for gray.
+    mean: mean of the pixels in [-1, 1], one for all or one for each channel.
+    std: standard deviation of the pixels in [-1, 1], likewise.
 
   Raises:
-    UserError: the folder is missing or has no images; later, from `take`, a file
-      cannot be read.
+    ValueError: the folder is missing, has no images, or has chunks without dataset.json.
+    UserError: dataset.json or an image is damaged; of many images only some are checked
+      here, and a damaged one is reported when it is read.
   """
-  if image_size <= 0:
-    raise ValueError(f"image_size={image_size}: must be above 0")
+  check_side(image_size)
   if channels not in (1, 3):
     raise ValueError(f"channels={channels}: use 1 or 3")
-  classes, paths = _classes(dir), files(dir)
-  counts = [len(paths) for paths in classes]
-  labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-
   shape = (image_size, image_size, channels)
+  codec = PixelCodec(shape, mean, std)
+  paths, labels, num_classes, unread = _image_files.find(dir)
+  _image_files.report_unread(dir, unread)
 
   def read(indices: np.ndarray) -> Samples:
     images = np.empty((len(indices), *shape), np.uint8)
     for image, k in zip(images, indices, strict=True):
-      try:
-        image[...] = decode(paths[k], image_size, channels)
-      except UNREADABLE as error:
-        message = f"{paths[k]} cannot be read ({error}); replace or remove it"
-        raise UserError(message) from error
+      image[...] = _decode(paths[k], image_size, channels)
     return images, {"label": labels[indices]}
 
-  codec = PixelCodec(shape, mean, std)
-  return Dataset(read, len(paths), class_cond(len(classes)), codec)
+  for k in np.unique(np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)):
+    _decode(paths[k], image_size, channels)
+
+  def fingerprint() -> bytes:
+    digest = hashlib.sha256(repr((shape, num_classes)).encode())
+    digest.update(labels.tobytes())
+    for path in paths:
+      status = os.stat(path)
+      entry = (os.path.relpath(path, dir), status.st_size, status.st_mtime_ns)
+      digest.update(repr(entry).encode("utf-8", "surrogateescape"))
+    return digest.digest()
+
+  return Dataset(read, len(paths), class_cond(num_classes), codec, fingerprint)
+
+
+def check_side(image_size: int, lowest: int = 1) -> None:
+  """Raises a ValueError unless `image_size` is a side that images may be resized to."""
+  whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
+  if not whole or not lowest <= image_size <= MAX_SIDE:
+    raise ValueError(
+      f"image_size={image_size}: must be above 0 and at most {MAX_SIDE}, an integer"
+      if lowest
+      else f"image_size={image_size}: must not be negative, at most {MAX_SIDE} and an "
+      "integer"
+    )
 
 
 def files(dir: str) -> list[str]:
   """Returns the paths of the images below a folder, in the order of `build`.
 
   Raises:
-    UserError: see `build`.
+    ValueError, UserError: see `build`.
   """
-  return [path for paths in _classes(dir) for path in paths]
+  return _image_files.find(dir).paths
 
 
 def side(folder: str) -> int:
   """Returns the smaller side of the first image of a folder, pixels.
 
   Raises:
-    UserError: there is none, or it cannot be read.
+    ValueError, UserError: there is none, or it cannot be read.
   """
-  first = _classes(folder)[0][0]
-  try:
-    return min(decode(first).shape[:2])
-  except UNREADABLE as error:
-    raise UserError(f"{first} cannot be read ({error})") from error
+  return min(_decode(files(folder)[0], 0, 3).shape[:2])
 
 
 def crop(image: Image.Image, side: int) -> Image.Image:
@@ -97,48 +119,18 @@ def crop(image: Image.Image, side: int) -> Image.Image:
     image = image.resize(half, Image.Resampling.BOX)
   scale = side / min(image.size)
   size = (round(image.width * scale), round(image.height * scale))
+  image_io.check_size(*size)  # of an image that is much longer than wide
   image = image.resize(size, Image.Resampling.BICUBIC)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   return image.crop((left, top, left + side, top + side))
 
 
-def _classes(folder: str) -> list[list[str]]:
-  """Returns the paths of the images of every class.
+def decode(
+  file: str | os.PathLike | BinaryIO, side: int = 0, channels: int = 3
+) -> np.ndarray:
+  """Returns an image file as uint8 [H, W, C]: RGB, or gray for one channel.
 
-  Raises:
-    UserError: the folder is missing, or it or a class in it has no images.
-  """
-  if not os.path.isdir(folder):
-    raise ValueError(
-      f"dir={folder!r}: is not a folder; name one with a sub-folder of images for each "
-      "class"
-    )
-  names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-  folders = [os.path.join(folder, name) for name in names] or [folder]
-  classes = [_images(path) for path in folders]
-  for path, files in zip(folders, classes, strict=True):
-    if not files:
-      raise ValueError(
-        f"dir={folder!r}: no images in {path}; put {', '.join(ENDINGS)} files there, or "
-        "remove it"
-      )
-  if names and _images(folder):
-    raise ValueError(
-      f"dir={folder!r}: has images beside its sub-folders; move them into the "
-      "sub-folder of their class"
-    )
-  return classes
-
-
-def _images(folder: str) -> list[str]:
-  names = sorted(n for n in os.listdir(folder) if n.lower().endswith(ENDINGS))
-  return [os.path.join(folder, name) for name in names]
-
-
-def decode(file: str | BinaryIO, side: int = 0, channels: int = 3) -> np.ndarray:
-  """Returns an image file as uint8 [H, W, C]: RGB, or grey for one channel.
-
-  Alpha is dropped, 16 bits a pixel lose the lower 8.
+  See `image_io.to_color` for orientation, transparency and 16 bits in a pixel.
 
   Args:
     file: a path or an open file.
@@ -146,14 +138,24 @@ def decode(file: str | BinaryIO, side: int = 0, channels: int = 3) -> np.ndarray
     channels: C, 1 or 3.
 
   Raises:
-    OSError: the file cannot be read, or another of PIL's errors, see UNREADABLE.
+    OSError: the file cannot be read, or another of Pillow's errors (see UNREADABLE).
   """
-  with Image.open(file) as opened:
-    image = opened
-    if image.mode.startswith("I"):  # convert() would clip at 255 instead
-      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P":  # convert() warns of palettes with alpha
-      image = image.convert("RGBA")
-    image = image.convert("L" if channels == 1 else "RGB")
+  with image_io.open_image(file) as opened:
+    image = image_io.to_color(opened, channels)
     image = crop(image, side) if side else image
     return np.asarray(image).reshape(*image.size[::-1], channels)
+
+
+def _decode(path: str, side: int, channels: int) -> np.ndarray:
+  """Returns an image as `decode` does.
+
+  Raises:
+    UserError: the file cannot be read; the message starts with its path.
+  """
+  try:
+    return decode(path, side, channels)
+  except UNREADABLE as error:
+    reason = bounded.short(error) or type(error).__name__
+    raise UserError(
+      f"{path} cannot be read ({reason}); replace or remove it"
+    ) from error

@@ -1,6 +1,5 @@
 """Images in the files of MNIST: train-images-idx3-ubyte[.gz] and its siblings."""
 
-import gzip
 import math
 import os
 import zlib
@@ -9,8 +8,10 @@ import numpy as np
 from PIL import Image
 
 from sdiff_jax import registry
+from sdiff_jax.data import _image_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.io import bounded
 from sdiff_jax.types import UserError
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -30,7 +31,7 @@ def build(
   """Returns MNIST, Fashion-MNIST or another data set in their format.
 
   Args:
-    dir: folder of the files, packed or not; by default the Fashion-MNIST of Debian.
+    dir: folder of the files, compressed or not; by default the Fashion-MNIST of Debian.
     split: "train" or "test".
     classes: number of labels.
     image_size: side to resize to, averaging areas, pixels; 0 for as it is.
@@ -42,8 +43,7 @@ def build(
   """
   if split not in PREFIX:
     raise ValueError(f"split={split!r}: use 'train' or 'test'")
-  if image_size < 0:
-    raise ValueError(f"image_size={image_size}: must not be negative")
+  folder.check_side(image_size, lowest=0)
   images = _read(dir, f"{PREFIX[split]}-images-idx3-ubyte", 3)[..., None]
   labels = _read(dir, f"{PREFIX[split]}-labels-idx1-ubyte", 1).astype(np.int32)
   if len(images) != len(labels):
@@ -51,18 +51,23 @@ def build(
       f"{dir}: {len(images)} images but {len(labels)} labels of split {split!r}; "
       "take both files from one data set"
     )
+  limit = max(_image_files.MAX_CLASSES, len(labels))
+  if not isinstance(classes, int) or not 1 <= classes <= limit:
+    raise ValueError(f"classes={classes}: must be an integer from 1 to {limit}")
   if labels.max() >= classes:
     raise ValueError(
       f"classes={classes}: {dir} has the label {labels.max()}; "
       f"set it to {labels.max() + 1} or more"
     )
+  height, width = (image_size, image_size) if image_size else images.shape[1:3]
+  codec = PixelCodec((height, width, 1), mean, std)
   if image_size:
+    bounded.check_memory(len(images) * image_size**2, f"image_size={image_size}:")
     images = _resize(images, image_size)
 
   def read(indices: np.ndarray) -> Samples:
     return images[indices], {"label": labels[indices]}
 
-  codec = PixelCodec(images.shape[1:], mean, std)
   return Dataset(read, len(images), class_cond(classes), codec)
 
 
@@ -92,22 +97,25 @@ def _read(folder: str, name: str, axes: int) -> np.ndarray:
 
 
 def _bytes(folder: str, name: str) -> tuple[str, bytes]:
-  """Returns the path of a file, packed or not, and what it holds."""
+  """Returns the path of a file, compressed or not, and its content."""
   path = os.path.join(folder, name)
-  if os.path.exists(path):
-    with open(path, "rb") as file:
-      return path, file.read()
-  path += ".gz"
+  if not os.path.lexists(path):
+    path += ".gz"
   try:
-    with gzip.open(path) as file:
-      return path, file.read()
+    if path.endswith(".gz"):
+      return path, bounded.read_gzip(path)
+    with bounded.open_regular(path) as file:
+      size = bounded.stored_size(file)
+      bounded.check_memory(size)
+      return path, file.read(size)
   except FileNotFoundError:
     raise ValueError(
       f"dir={folder!r}: has no {name}[.gz]; put it there, or install Fashion-MNIST, "
       f"`apt-get install -y dataset-fashion-mnist`, which is in {FOLDER}"
     ) from None
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+  except (EOFError, ValueError, OSError, zlib.error) as error:
+    reason = bounded.short(error)
+    raise UserError(f"{path} is damaged ({reason}); fetch it again") from error
 
 
 def _resize(images: np.ndarray, side: int) -> np.ndarray:

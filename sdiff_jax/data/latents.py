@@ -4,18 +4,24 @@ A folder has latents.json, which says what they are, and files of records, each 
 label of an image, int32, and the means and standard deviations, float16 [H, W, 2C].
 """
 
-import json
+import hashlib
+import math
 import os
 from collections.abc import Callable
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from sdiff_jax import registry
+from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import LatentCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.io import bounded
 from sdiff_jax.types import Json, UserError
 
 ABOUT = "latents.json"
+MAX_ABOUT = 2**24  # bytes
 LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
 # Mean and standard deviation of every channel of latents of ImageNet 512 x 512 by
 # Stable Diffusion's autoencoder (sd-vae-ft-mse), without its factor 0.18215. They
@@ -27,22 +33,39 @@ SCALES = {
   # Pixels in [0, 1], as EDM2 encodes.
   "edm2": ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)),
 }
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+
+
+class _About(msgspec.Struct):
+  """What latents.json must say; it says more, which is not used here."""
+
+  size: Count
+  shape: tuple[Side, Side, Side]
+  scale: str
+  shard_size: Count
+  classes: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
 # Lowest pixel of the images that the encoder was given; the highest is 1.
 VAE_MIN_PIXEL = {"scm": -1.0, "edm2": 0.0}
 
 
 @registry.register("data", "latents")
 def build(*, dir: str = "", scale: str = "scm") -> Dataset:
-  """Returns latents; a batch draws each anew, mean + std eps of its image's posterior.
+  """Returns latents, of which each batch draws new samples of the posteriors.
+
+  A sample is mean + std eps with normal eps, of the posterior of its image.
 
   Args:
     dir: folder that the job `encode` wrote. It is read record by record.
-    scale: what latents are scaled by to standard deviation sigma_d: "scm", for an
-      encoder of pixels in [-1, 1], or "edm2", of pixels in [0, 1].
+    scale: statistics by which latents are scaled to standard deviation sigma_d: "scm",
+      for an encoder of pixels in [-1, 1], or "edm2", of pixels in [0, 1].
 
   Raises:
-    UserError: files are missing, damaged or of another form, or the scale is unknown
-      or not that of the files; later, from `take`, a record cannot be read.
+    ValueError: the scale is unknown or not that of the files, or there are none.
+    UserError: files are missing, damaged or of another format; later, when it is read,
+      a record is damaged, not finite, or has a label beyond the classes.
   """
   check_scale(scale)
   about = _about(dir)
@@ -58,21 +81,54 @@ def build(*, dir: str = "", scale: str = "scm") -> Dataset:
       f"{len(SCALES[scale][0])}"
     )
   records = _records(dir, about)
+  width = LABEL.itemsize + math.prod(shape) * MOMENTS.itemsize
+  classes = about["classes"]
 
   def read(indices: np.ndarray) -> Samples:
     try:
-      rows = np.stack([np.frombuffer(r, np.uint8) for r in records(indices.tolist())])
+      stored = records(indices.tolist())
+      if any(len(record) != width for record in stored):
+        raise ValueError(f"a record has not the {width} bytes of its shape")
+      rows = np.stack([np.frombuffer(record, np.uint8) for record in stored])
       moments = rows[:, LABEL.itemsize :].view(MOMENTS).reshape(len(rows), *shape)
-    except (RuntimeError, ValueError) as error:  # the first is array_record's
-      raise UserError(f"{dir} cannot be read: {error}; encode it again") from error
-    labels = rows[:, : LABEL.itemsize].copy().view(LABEL)[:, 0]
-    cond = {"label": labels.astype(np.int32)} if about["classes"] else {}
+      labels = rows[:, : LABEL.itemsize].copy().view(LABEL)[:, 0]
+      _check_records(indices, moments, labels, classes)
+    # The first is that of array_record.
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+      reason = bounded.short(error)
+      raise UserError(f"{dir} cannot be read: {reason}; encode it again") from error
+    cond = {"label": labels.astype(np.int32)} if classes else {}
     return moments.astype(np.float32), cond
 
-  read(np.array([0, size - 1]))  # files of another form are refused now
+  read(np.array([0, size - 1]))  # files of another format are refused now
   latents = (*shape[:2], shape[2] // 2)
   codec = LatentCodec(latents, *SCALES[scale], VAE_MIN_PIXEL[scale])
-  return Dataset(read, size, class_cond(about["classes"]), codec)
+
+  def fingerprint() -> bytes:
+    files = [os.stat(path) for path in (os.path.join(dir, ABOUT), *paths(dir, about))]
+    sizes = [(status.st_size, status.st_mtime_ns) for status in files]
+    return hashlib.sha256(repr((sizes, scale)).encode()).digest()
+
+  return Dataset(read, size, class_cond(classes), codec, fingerprint)
+
+
+def _check_records(
+  indices: np.ndarray, moments: np.ndarray, labels: np.ndarray, classes: int
+) -> None:
+  """Raises a ValueError for records whose numbers are no latents."""
+  axes = tuple(range(1, moments.ndim))
+  finite = np.isfinite(moments).all(axes)
+  if not finite.all():
+    raise ValueError(f"record {indices[~finite][0]} is not finite")
+  negative = (moments[..., moments.shape[-1] // 2 :] < 0).any(axes)
+  if negative.any():
+    raise ValueError(f"record {indices[negative][0]} has a negative standard deviation")
+  outside = (labels < 0) | (labels >= classes)
+  if classes and outside.any():
+    raise ValueError(
+      f"record {indices[outside][0]} has the label {labels[outside][0]} of {classes} "
+      "classes"
+    )
 
 
 def check_scale(scale: str) -> None:
@@ -118,26 +174,31 @@ def _about(folder: str) -> dict[str, Json]:
   """Returns what latents.json says, checked."""
   path = os.path.join(folder, ABOUT)
   try:
-    with open(path, encoding="utf-8") as file:
-      about = json.load(file)
-    numbers = [about[k] for k in ("size", "shard_size", "classes")] + about["shape"]
-    fits = len(about["shape"]) == 3 and all(isinstance(n, int) for n in numbers)
+    with bounded.open_regular(path) as file:
+      data = file.read(MAX_ABOUT)
+    about = msgspec.json.decode(data, type=_About)
   except OSError:
     raise ValueError(
       f"dir={folder!r}: has no {ABOUT}; name a folder of latents, which --job=encode "
       "makes"
     ) from None
-  except (ValueError, KeyError, TypeError):
-    fits = False
-  if not fits or min(numbers) < 0 or "scale" not in about:
-    raise UserError(f"{path} is damaged; encode the images again")
-  return about
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path} is damaged; encode the images again") from error
+  limit = max(_image_files.MAX_CLASSES, about.size)
+  if about.classes > limit:
+    raise UserError(
+      f"{path}: classes={about.classes}: {about.size} latents have at most {limit}"
+    )
+  return msgspec.structs.asdict(about)
 
 
 def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[bytes]]:
   """Returns (indices) -> records of all files."""
   from array_record.python import array_record_data_source  # slow
 
+  count = -(-about["size"] // about["shard_size"])
+  if count > 10**6:
+    raise UserError(f"{os.path.join(folder, ABOUT)}: claims {count} files of records")
   files = paths(folder, about)
   missing = [path for path in files if not os.path.exists(path)]
   if missing:
@@ -145,10 +206,18 @@ def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[
       f"{missing[0]} is missing, and {len(missing) - 1} more: --job=encode has not "
       "finished; repeat the command to resume it"
     )
+  stored = 0
+  for path in files:
+    with bounded.open_regular(path) as file:
+      stored += bounded.stored_size(file)
   try:
+    needed = about["size"] * math.prod(about["shape"]) * MOMENTS.itemsize
+    if needed > bounded.MIN_EXPANDED + bounded.MAX_EXPANSION * stored:
+      raise ValueError(f"{needed} bytes of latents in {stored} bytes of records")
     source = array_record_data_source.ArrayRecordDataSource(files)
-  except RuntimeError as error:
-    raise UserError(f"{folder} cannot be read: {error}; encode it again") from error
+  except (RuntimeError, ValueError, OSError) as error:
+    reason = bounded.short(error)
+    raise UserError(f"{folder} cannot be read: {reason}; encode it again") from error
   if len(source) != about["size"]:
     raise UserError(f"{folder} has {len(source)} latents, not {about['size']}")
   return source.__getitems__

@@ -1,13 +1,14 @@
 """Images in an .npz file, such as the samples.npz that the job `sample` writes."""
 
-import zipfile
-import zlib
+import os
 
 import numpy as np
 
 from sdiff_jax import registry
+from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.io import array_io
 from sdiff_jax.types import UserError
 
 
@@ -18,13 +19,13 @@ def build(
   mean: tuple[float, ...] = (0.0,),
   std: tuple[float, ...] = (0.5,),
 ) -> Dataset:
-  """Returns the images of a file; their classes are the labels up to the largest.
+  """Returns the images of a file, with classes 0 up to the largest label.
 
   Args:
     path: .npz with images uint8 [N, H, W, C] (arr_0 or images) and, if they have
       classes, integers [N] (arr_1 or labels).
-    mean: mean of the pixels in [-1, 1], one for all or one a channel.
-    std: their standard deviation.
+    mean: mean of the pixels in [-1, 1], one for all or one for each channel.
+    std: standard deviation of the pixels in [-1, 1], likewise.
 
   Raises:
     UserError: the file is missing or damaged, or its arrays are of another form.
@@ -50,10 +51,8 @@ def build(
       f"{path}: labels are {labels.dtype} {labels.shape}; save integers, one for each "
       f"of the {len(images)} images"
     )
-  elif labels.min() < 0:
-    raise UserError(f"{path}: a label is {labels.min()}; number them from 0")
   else:
-    num_classes = int(labels.max()) + 1
+    num_classes = _image_files.check_num_classes(labels, path)
   labels = labels.astype(np.int32)
 
   def read(indices: np.ndarray) -> Samples:
@@ -66,14 +65,8 @@ def build(
 
 def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
   """Returns images and labels of a file, None for what it does not have."""
-  try:
-    loaded = np.load(path)
-    if isinstance(loaded, np.ndarray):
-      raise UserError(f"{path} is one bare array: save it by np.savez(path, images)")
-    with loaded as arrays:
-      images = arrays.get("arr_0", arrays.get("images"))
-      return images, arrays.get("arr_1", arrays.get("labels"))
-  except FileNotFoundError:
-    raise ValueError(f"path={path!r}: does not exist") from None
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(f"{path} is no .npz, or damaged ({error})") from error
+  if not isinstance(path, str) or not os.path.lexists(path):
+    raise ValueError(f"path={path!r}: does not exist")
+  arrays = array_io.read_npz(path, ("arr_0", "images", "arr_1", "labels"))
+  images = arrays.get("arr_0", arrays.get("images"))
+  return images, arrays.get("arr_1", arrays.get("labels"))

@@ -1,17 +1,101 @@
 """Image files: grids of samples, PNG files with a description, animations."""
 
+import contextlib
+import io
 import math
 import os
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import bounded, file_io
 
 GAP = 2  # pixels between the cells of a grid
 GAP_COLOR = 128  # mid-gray: visible on light and on dark pages
 ABOUT = "Description"  # keyword of the PNG standard
 CELL = 32  # pixels; smaller images are enlarged to sides of at least this
+# Formats that are read. Without this list Pillow guesses among some forty formats, of
+# which one starts another program.
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 2**26  # of an image that is read
+MAX_FILE = 2**28  # bytes
+MAX_SCANS = 100  # of a progressive JPEG
+# What Pillow raises on files that are no images, or damaged ones.
+UNREADABLE = (
+  *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, KeyError, IndexError),
+  *(TypeError, AttributeError, OverflowError, MemoryError, ZeroDivisionError),
+  *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+
+@contextlib.contextmanager
+def open_image(
+  file: str | os.PathLike | BinaryIO, formats: Sequence[str] = FORMATS
+) -> Iterator[Image.Image]:
+  """Opens an image of one of the supported formats, whose pixels are not yet decoded.
+
+  Args:
+    file: a path or an open file.
+    formats: Pillow's names of the formats.
+
+  Raises:
+    ValueError: the image, its file or the number of its scans is too large.
+    UserError: the path is no regular file.
+    OSError: the file cannot be read, or is of another format (see UNREADABLE).
+  """
+  if isinstance(file, str | os.PathLike):
+    with bounded.open_regular(file) as opened:
+      data = opened.read(MAX_FILE + 1)
+  else:
+    data = file.read(MAX_FILE + 1)
+  if len(data) > MAX_FILE:
+    raise ValueError(f"the file has more than {MAX_FILE} bytes")
+  try:
+    opened = Image.open(io.BytesIO(data), formats=formats)
+  except Image.UnidentifiedImageError:
+    raise OSError(f"it is no {', '.join(formats)} image") from None
+  with opened as image:
+    check_size(*image.size)
+    # Each scan of a progressive JPEG visits all pixels and may have a few bytes.
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+      raise ValueError(f"the image has more than {MAX_SCANS} scans")
+    yield image
+
+
+def check_size(width: int, height: int) -> None:
+  """Raises a ValueError if an image has more pixels than are read."""
+  if width * height > MAX_PIXELS:
+    raise ValueError(
+      f"an image of {width} x {height} pixels is too large; at most {MAX_PIXELS} pixels "
+      "are read"
+    )
+
+
+def to_color(image: Image.Image, channels: int = 3) -> Image.Image:
+  """Returns an image in RGB or gray, upright and on white.
+
+  The orientation of EXIF is applied. Transparent pixels are composited over white, since
+  the colors below alpha 0 are arbitrary. Of 16 bits in a pixel the lower 8 are dropped.
+
+  Args:
+    image: an image of any mode.
+    channels: 3 for RGB, 1 for gray.
+  """
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith("I"):  # convert() would clip at 255 instead
+    levels, clear = np.asarray(image), image.info.get("transparency")
+    wide = levels.astype(np.int64)
+    levels = (wide >> 8).astype(np.uint8)
+    if isinstance(clear, int):
+      levels = np.where(wide == clear, np.uint8(255), levels)
+    image = Image.fromarray(levels)
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image)
+  return image.convert("L" if channels == 1 else "RGB")
 
 
 def grid(
@@ -68,8 +152,9 @@ def about(path: str | os.PathLike) -> str:
   Raises:
     OSError: the file cannot be read, or is not an image.
   """
-  with Image.open(path) as opened:
-    return opened.info.get(ABOUT, "")
+  with open_image(path, ("PNG",)) as opened:
+    text = opened.info.get(ABOUT, "")
+  return text if isinstance(text, str) else ""
 
 
 def save_gif(

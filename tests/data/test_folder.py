@@ -1,10 +1,16 @@
 """Folders of images: classes, color modes, ADM's crop, files that cannot be read."""
 
+import json
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdiff_jax.data import batches, folder
+from sdiff_jax.io import image_io
 from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
@@ -79,21 +85,69 @@ def test_the_crop_is_central(tmp_path):
   np.testing.assert_array_equal(taken(tmp_path), wide[:, 3:11])
 
 
-def test_grey_alpha_palette_and_16_bits_become_rgb(tmp_path):
+def on_white(image: Image.Image) -> np.ndarray:
+  """Pillow's composite of an image over white."""
+  white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+  composite = Image.alpha_composite(white, image.convert("RGBA"))
+  return np.asarray(composite.convert("RGB"))
+
+
+def test_gray_alpha_palette_and_16_bits_become_rgb(tmp_path):
   grey, rgba = noise(8, 8)[..., 0], noise(8, 8, 4)
   three = np.repeat(grey[..., None], 3, -1)
   save(tmp_path / "grey" / "a.png", grey)
   np.testing.assert_array_equal(taken(tmp_path / "grey"), three)
   save(tmp_path / "rgba" / "a.png", rgba)
-  np.testing.assert_array_equal(taken(tmp_path / "rgba"), rgba[..., :3])
+  np.testing.assert_array_equal(
+    taken(tmp_path / "rgba"), on_white(Image.fromarray(rgba))
+  )
+  # Over white: 255 + (c - 255) a / 255, whatever is hidden below alpha 0.
+  alpha = rgba[..., 3:] / 255
+  exact = 255 + (rgba[..., :3] - 255.0) * alpha
+  assert np.abs(taken(tmp_path / "rgba") - exact).max() <= 1
   save(tmp_path / "wide" / "a.png", grey.astype(np.uint16) * 257)
   np.testing.assert_array_equal(taken(tmp_path / "wide"), three)
   palette = Image.fromarray(grey).convert("P")
   (tmp_path / "palette").mkdir()
   palette.save(tmp_path / "palette" / "a.png", transparency=bytes(range(256)))
-  np.testing.assert_array_equal(
-    taken(tmp_path / "palette"), np.asarray(palette.convert("RGB"))
-  )
+  with Image.open(tmp_path / "palette" / "a.png") as image:
+    np.testing.assert_array_equal(taken(tmp_path / "palette"), on_white(image))
+
+
+def test_colors_below_alpha_zero_are_white(tmp_path):
+  hidden = np.zeros((8, 8, 4), np.uint8)
+  hidden[..., 0] = 200
+  save(tmp_path / "a.png", hidden)
+  assert (taken(tmp_path) == 255).all()
+  hidden[..., 3] = 255
+  save(tmp_path / "a.png", hidden)
+  np.testing.assert_array_equal(taken(tmp_path), hidden[..., :3])
+
+
+def test_one_transparent_value_of_16_bits_is_white(tmp_path):
+  levels = np.arange(64, dtype=np.uint16).reshape(8, 8) << 8
+  Image.fromarray(levels).save(tmp_path / "a.png", transparency=int(levels[3, 4]))
+  read = taken(tmp_path)[..., 0]
+  assert read[3, 4] == 255
+  read = np.delete(read.ravel(), 28)
+  np.testing.assert_array_equal(read, np.delete(np.arange(64), 28))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_exif_orientation_is_applied_as_by_pillow(tmp_path, orientation, ending):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  image = Image.fromarray(noise(8, 12))
+  options = {"lossless": True} if ending == "webp" else {}
+  image.save(tmp_path / f"a.{ending}", exif=exif, **options)
+  with Image.open(tmp_path / f"a.{ending}") as opened:
+    expected = np.asarray(ImageOps.exif_transpose(opened))
+  np.testing.assert_array_equal(folder.decode(tmp_path / f"a.{ending}"), expected)
+  assert expected.shape[:2] == ((8, 12) if orientation < 5 else (12, 8))
+  turned = {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1)}
+  if ending != "jpg" and orientation in turned:
+    np.testing.assert_array_equal(expected, turned[orientation](np.asarray(image)))
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -109,8 +163,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, damage, ending):
   save(path, noise(32, 32))
   data = path.read_bytes()
   path.write_bytes({"cut": data[: len(data) // 2], "text": b"no", "empty": b""}[damage])
+  bad = path.read_bytes()
+  with pytest.raises(UserError, match="cannot be read .*; replace or remove it") as e:
+    folder.build(dir=str(tmp_path), image_size=8)
+  assert str(e.value).startswith(str(path))
+  # A file that is damaged later is found when it is read.
+  path.write_bytes(data)
   save(tmp_path / "class" / "good.png", noise(32, 32))
   source = folder.build(dir=str(tmp_path), image_size=8)
+  path.write_bytes(bad)
   source[np.array([1])]
   with pytest.raises(UserError, match="cannot be read .*; replace or remove it") as e:
     source[np.array([1, 0])]
@@ -137,3 +198,191 @@ def test_folders_and_fields_that_do_not_fit_are_refused(tmp_path):
   save(tmp_path / "b" / "1.png", noise(8, 8))
   save(tmp_path / "2.png", noise(8, 8))
   refuses("has images beside its sub-folders")
+
+
+def edm(folder, labels, chunk: int = 6, index: bool = True) -> list[np.ndarray]:
+  """Writes images as EDM's dataset_tool.py does; labels is a list or None."""
+  arrays = [noise(8, 8) for _ in range(12)]
+  names = [f"{k // chunk:05d}/img{k:08d}.png" for k in range(12)]
+  for name, array in zip(names, arrays, strict=True):
+    save(folder / name, array)
+  pairs = labels and list(zip(names, labels, strict=True))[::-1]
+  if index:
+    (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+  return arrays
+
+
+def test_classes_of_edm_are_those_of_its_index(tmp_path, capsys):
+  labels = [3, 0, 0, 1, 2, 3, 3, 2, 1, 0, 1, 2]
+  arrays = edm(tmp_path, labels)
+  source = folder.build(dir=str(tmp_path), image_size=8)
+  assert (source.size, source.num_classes) == (12, 4)
+  images, cond = source[np.arange(12)]
+  np.testing.assert_array_equal(images, arrays)
+  assert cond["label"].tolist() == labels
+  assert capsys.readouterr().err == ""
+
+
+def test_images_of_edm_without_labels_are_one_class(tmp_path):
+  edm(tmp_path, None)
+  source = folder.build(dir=str(tmp_path), image_size=8)
+  assert (source.size, source.num_classes) == (12, 1)
+
+
+def test_an_index_that_does_not_fit_is_refused(tmp_path):
+  edm(tmp_path, [0] * 12)
+  index = tmp_path / "dataset.json"
+
+  def refuses(content: bytes | str, match: str) -> None:
+    index.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=match) as error:
+      folder.build(dir=str(tmp_path), image_size=8)
+    assert str(error.value).startswith(str(index))
+    assert len(str(error.value)) < 500
+
+  def pairs(label) -> str:
+    names = [f"{k // 6:05d}/img{k:08d}.png" for k in range(12)]
+    return json.dumps({"labels": [[name, label] for name in names]})
+
+  refuses(
+    json.dumps({"labels": [["00000/img00000000.png", 0]]}), "has no label of .* 10"
+  )
+  refuses(pairs(-1), "a label is -1")
+  refuses(pairs(2**40), "a label is 1099511627776; 12 samples may have labels up to")
+  refuses(pairs(10**30), "labels must be integers")
+  refuses(pairs([0.0, 1.0]), "labels must be integers")
+  refuses(pairs(True), "labels must be integers")
+  refuses("x" * 10_000, "is damaged")
+  refuses("[" * 100_000, "is damaged")
+  refuses(b"\xff\xfe", "is damaged")
+  refuses('{"labels": 3}', "is damaged")
+  refuses("[]", "is damaged")
+
+
+def test_chunks_without_their_index_are_refused(tmp_path):
+  edm(tmp_path, None, index=False)
+  with pytest.raises(ValueError, match=r"00000 to 00001 are chunks.*dataset\.json"):
+    folder.build(dir=str(tmp_path), image_size=8)
+  (tmp_path / "00001" / "img00000011.png").unlink()  # the last chunk may be smaller
+  with pytest.raises(ValueError, match="are chunks"):
+    folder.build(dir=str(tmp_path), image_size=8)
+  (tmp_path / "00001").rename(tmp_path / "dog")
+  assert folder.build(dir=str(tmp_path), image_size=8).num_classes == 2
+
+
+def test_numbers_are_names_of_classes_too(tmp_path):
+  for digit in range(3):
+    for k in range(2):
+      save(tmp_path / f"{digit}" / f"{k}.png", noise(8, 8))
+  assert folder.build(dir=str(tmp_path), image_size=8).num_classes == 3
+
+
+def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
+  save(tmp_path / "a" / "1.png", noise(8, 8))
+  save(tmp_path / "a" / ".hidden.png", noise(8, 8))
+  save(tmp_path / "a" / "2.bmp", noise(8, 8))
+  save(tmp_path / ".thumbnails" / "1.png", noise(8, 8))
+  (tmp_path / "notes.txt").write_text("notes")
+  source = folder.build(dir=str(tmp_path), image_size=8)
+  assert (source.size, source.num_classes) == (1, 1)
+  line = capsys.readouterr().err
+  assert f"{tmp_path}: 4 entries are not read: .thumbnails, a/.hidden.png" in line
+  assert "and 1 more" in line
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_no_other_format_is_opened_whatever_its_name(tmp_path, monkeypatch, suffix):
+  """Pillow would start Ghostscript for an EPS file."""
+  trace, program = tmp_path / "trace", tmp_path / "bin" / "gs"
+  program.parent.mkdir()
+  program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+  program.chmod(0o755)
+  monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+  eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+  path = tmp_path / "images" / f"a.{suffix}"
+  path.parent.mkdir()
+  path.write_bytes(eps)
+  for read in (
+    lambda: folder.build(dir=str(path.parent), image_size=8),
+    lambda: folder.side(str(path.parent)),
+    lambda: image_io.about(path),
+  ):
+    with pytest.raises((UserError, OSError), match="it is no PNG"):
+      read()
+  assert not trace.exists()
+
+
+def bomb(width: int, height: int) -> bytes:
+  """Returns a small PNG that claims many pixels."""
+
+  def chunk(name: bytes, data: bytes) -> bytes:
+    checksum = struct.pack(">L", zlib.crc32(name + data))
+    return struct.pack(">L", len(data)) + name + data + checksum
+
+  header = struct.pack(">LLBBBBB", width, height, 8, 2, 0, 0, 0)
+  data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+  return b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(2**16, 2**16), (2**31 - 1, 1), (30_000, 3_000)])
+def test_images_of_too_many_pixels_are_refused(tmp_path, size):
+  (tmp_path / "a.png").write_bytes(bomb(*size))
+  with pytest.raises(UserError, match="a.png cannot be read .*pixels"):
+    folder.build(dir=str(tmp_path), image_size=8)
+
+
+def test_an_image_that_grows_when_it_is_resized_is_refused(tmp_path):
+  save(tmp_path / "a.png", noise(1, 60_000))
+  with pytest.raises(UserError, match="an image of 245760000 x 4096 pixels"):
+    folder.build(dir=str(tmp_path), image_size=4096)
+
+
+def test_a_jpeg_of_many_scans_is_refused(tmp_path):
+  save(tmp_path / "a.jpg", noise(8, 8), progressive=True)
+  data = (tmp_path / "a.jpg").read_bytes()
+  scan = data.index(b"\xff\xda")
+  end = data.index(b"\xff\xda", scan + 2)
+  (tmp_path / "a.jpg").write_bytes(data[:scan] + data[scan:end] * 200 + data[end:])
+  with pytest.raises(UserError, match="more than 100 scans"):
+    folder.build(dir=str(tmp_path), image_size=8)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "a.png")
+  with pytest.raises(UserError, match="a.png is not a regular file"):
+    folder.build(dir=str(tmp_path), image_size=8)
+  (tmp_path / "a.png").unlink()
+  (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+  with pytest.raises(UserError, match="a.png cannot be read .*symbolic links"):
+    folder.build(dir=str(tmp_path), image_size=8)
+
+
+def test_fields_without_sense_are_refused(tmp_path):
+  save(tmp_path / "a.png", noise(8, 8))
+  for fields, match in (
+    ({"image_size": 10**6}, "image_size=1000000: must be above 0 and at most"),
+    ({"image_size": 8.5}, "image_size=8.5: must be above 0 and at most .*integer"),
+    ({"channels": 2}, "channels=2: use 1 or 3"),
+    ({"std": (float("nan"),)}, r"std=\(nan,\): must be a tuple of finite numbers"),
+    ({"std": (float("inf"),)}, r"std=\(inf,\): must be"),
+    ({"std": 0.5}, r"std=0.5: must be a tuple"),
+    ({"std": (0.0,)}, r"std=\(0.0,\): must be above 0"),
+    ({"mean": (float("nan"),)}, r"mean=\(nan,\): must be"),
+    ({"mean": "text"}, r"mean=text: must be"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      folder.build(**{"dir": str(tmp_path), "image_size": 8, **fields})
+
+
+def test_the_digest_changes_with_any_file(tmp_path):
+  edm(tmp_path, [0] * 12)
+
+  def digest() -> bytes:
+    return folder.build(dir=str(tmp_path), image_size=8).digest()
+
+  first = digest()
+  assert digest() == first
+  path = tmp_path / "00001" / "img00000011.png"
+  save(path, noise(8, 8))
+  os.utime(path, ns=(0, 1))
+  assert digest() != first

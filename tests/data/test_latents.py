@@ -1,6 +1,7 @@
 """Latents in files of records, and what is drawn of their posteriors."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -122,6 +123,16 @@ def test_images_without_classes(tmp_path):
     ({"shape": 8}, "latents.json is damaged"),
     ({"size": "7"}, "latents.json is damaged"),
     ({"size": 8}, "has 7 latents, not 8"),
+    ({"size": 2**39}, "claims 137438953472 files of records"),
+    ({"size": 2**60}, "latents.json is damaged"),
+    ({"size": 2**39, "shard_size": 2**39}, "00000-of-00001.array_record is missing"),
+    ({"shard_size": 0}, "latents.json is damaged"),
+    ({"shape": [2**15, 2**15, 8]}, "bytes of latents in"),
+    ({"shape": [4, 6, 0]}, "latents.json is damaged"),
+    ({"classes": 2**39}, "classes=549755813888: 7 latents have at most 32768"),
+    ({"classes": 5}, "record 6 has the label 5 of 5 classes"),
+    ({"classes": -1}, "latents.json is damaged"),
+    ({"classes": True}, "latents.json is damaged"),
     ({"size": 9}, "00002-of-00003.array_record is missing|00000-of-00003.array_record"),
   ],
 )
@@ -148,6 +159,25 @@ def test_missing_and_damaged_files_are_named(folder):
     latents.build(dir=str(folder))
   (folder / "latents.json").write_text("{")
   with pytest.raises(UserError, match="latents.json is damaged; encode the images"):
+    latents.build(dir=str(folder))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_records_that_are_no_posterior_are_refused(tmp_path, value):
+  moments = MOMENTS.copy()
+  moments[3, 0, 0, 7] = value
+  save(tmp_path, moments, LABELS)
+  source = latents.build(dir=str(tmp_path))
+  source[np.array([2, 4])]
+  with pytest.raises(UserError, match="cannot be read: record 3 (is not finite|has a)"):
+    source[np.array([2, 3])]
+
+
+def test_a_pipe_in_place_of_records_is_refused(folder):
+  path = pathlib.Path(latents.paths(str(folder), {"size": 7, "shard_size": 4})[1])
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(UserError, match="is not a regular file"):
     latents.build(dir=str(folder))
 
 
