@@ -61,8 +61,26 @@ class CondSpec(NamedTuple):
 CondSpecs = Mapping[str, CondSpec]  # name of a condition -> what it is
 
 
+MAX_MESSAGE = 480  # characters; with "error: " before it, a line has fewer than 500
+
+
 class UserError(Exception):
-  """A mistake of the user: one line that names the field or file and the remedy."""
+  """A mistake of the user: one line that names the field or file and the remedy.
+
+  A message of more than 480 characters, which repeats what a file or a command holds,
+  is shortened in its middle: its beginning names the field, and its end the remedy.
+  """
+
+  def __init__(self, message: object):
+    """Stores the message as one line of bounded length.
+
+    Args:
+      message: a text, or another error, whose text is the message.
+    """
+    line = " ".join(str(message).splitlines())
+    if len(line) > MAX_MESSAGE:
+      line = f"{line[: MAX_MESSAGE * 2 // 3]} ... {line[5 - MAX_MESSAGE // 3 :]}"
+    super().__init__(line)
 
 
 class NetFn(Protocol):

@@ -13,7 +13,7 @@ import jax
 import jaxlib
 
 from sdiff_jax.capacity import chips
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, records
 from sdiff_jax.training import flops
 from sdiff_jax.types import Json, UserError
 
@@ -45,7 +45,7 @@ def _path(name: str) -> str:
 def load(name: str) -> dict[str, Json] | None:
   """Returns the facts that are stored under a key, or None."""
   try:
-    return file_io.read_json(_path(name))
+    return records.read_json(_path(name))
   except UserError:  # there is no such file, or it is damaged
     return None
 

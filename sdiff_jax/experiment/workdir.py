@@ -18,7 +18,7 @@ from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.build import Experiment
-from sdiff_jax.io import file_io, resumable
+from sdiff_jax.io import file_io, records, resumable
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Json, Network, Params, UserError
@@ -91,7 +91,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise UserError(f"{path} does not exist: train into {workdir} first (--job=train)")
-  stored = configs.with_new_names(_with_tuples(file_io.read_json(path)))
+  stored = configs.with_new_names(_with_tuples(records.read_json(path)))
   config = configs.base(tuple(stored.get("plugins", ())))
   for section in configs.PIECES.keys() & stored.keys():
     name = stored[section].get("name")

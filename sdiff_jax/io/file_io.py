@@ -5,9 +5,11 @@ previous version is still there.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +18,15 @@ import numpy.typing as npt
 from sdiff_jax.types import Json, UserError
 
 Path = str | os.PathLike[str]
+
+MAX_BYTES = 16 << 20
+TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+KINDS = {  # what is not a regular file -> how to recognize it
+  "directory": stat.S_ISDIR,
+  "named pipe": stat.S_ISFIFO,
+  "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+  "socket": stat.S_ISSOCK,
+}
 
 
 @contextlib.contextmanager
@@ -54,24 +65,70 @@ def write_npz(path: Path, **arrays: npt.ArrayLike) -> None:
     np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
 
-def read_json(path: Path, remedy: str = "") -> Json:
-  """Returns the value of a JSON file.
+def regular_size(path: Path, remedy: str = "") -> int:
+  """Returns the size of a regular file in bytes, without opening it.
+
+  Args:
+    path: the file; a symbolic link to a regular file is one.
+    remedy: the end of the message.
+
+  Raises:
+    UserError: there is no such file, or it is a directory, a pipe, a device or a socket;
+      the message starts with the path.
+  """
+  end = f"; {remedy}" if remedy else ""
+  try:
+    status = os.stat(path)
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(f"{path} does not exist{end}") from None
+  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{path}: {reason}{end}") from None
+  for kind, is_kind in KINDS.items():
+    if is_kind(status.st_mode):
+      raise UserError(f"{path} is a {kind}, not a regular file{end}")
+  return status.st_size
+
+
+def read_bytes(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+  """Returns the content of a regular file of bounded size.
 
   Args:
     path: the file.
-    remedy: what to do if it is missing or damaged; the end of the message.
+    remedy: the end of the message.
+    max_bytes: largest size of the file.
 
   Raises:
-    UserError: the file is missing, or is not JSON in UTF-8; the message starts with
-      the path.
+    UserError: there is no such file, it is not a regular file, it cannot be read, or it
+      is larger; the message starts with the path.
   """
-  end = f": {remedy}" if remedy else ""
+  end = f"; {remedy}" if remedy else ""
+  size = regular_size(path, remedy)
   try:
-    return json.loads(pathlib.Path(path).read_bytes())
-  except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f"{path} does not exist{end}") from None
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON ({error}){end}") from error
+    with open(path, "rb") as file:
+      content = file.read(max_bytes + 1) if size <= max_bytes else b""
+  except OSError as error:
+    if error.errno in TOO_MANY_FILES:
+      raise
+    raise UserError(f"{path}: {error.strerror}{end}") from None
+  if max(size, len(content)) > max_bytes:
+    raise UserError(
+      f"{path} has {max(size, len(content)):,} bytes: at most {max_bytes:,} are read{end}"
+    )
+  return content
+
+
+def read_text(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> str:
+  """Returns the content of a regular UTF-8 file of bounded size; see `read_bytes`.
+
+  Raises:
+    UserError: as in `read_bytes`, or the file is not UTF-8.
+  """
+  try:
+    return read_bytes(path, remedy, max_bytes).decode("utf-8")
+  except UnicodeDecodeError as error:
+    end = f"; {remedy}" if remedy else ""
+    raise UserError(f"{path} is not text in UTF-8 (byte {error.start}){end}") from None
 
 
 def as_json(value: Json) -> Json:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, records
 from sdiff_jax.types import Json, UserError
 
 # Exceptions of numpy.load for a file that is truncated or holds other arrays.
@@ -80,7 +80,7 @@ class Output:
     path = os.path.join(self.folder, self.settings_file)
     if not os.path.exists(path):
       return None
-    return file_io.read_json(path, f"remove {self.folder}, or take another directory")
+    return records.read_json(path, f"remove {self.folder}, or take another directory")
 
   def claim(self, settings: Mapping[str, Json], write: bool = True) -> None:
     """Stores the settings, or checks that the existing parts were made with the same.

@@ -21,7 +21,7 @@ from sdiff_jax.data import Dataset, latents
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import file_io, resumable
+from sdiff_jax.io import file_io, records, resumable
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Array, Json, Params, UserError
@@ -107,7 +107,7 @@ def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the file that exists has the same content."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.exists(path):
-    stored = file_io.read_json(path, "choose another --workdir")
+    stored = records.read_json(path, "choose another --workdir")
     if different := resumable.differences(stored, about):
       raise UserError(
         f"{workdir} holds other latents: {', '.join(different)}; choose another "

@@ -16,7 +16,7 @@ from sdiff_jax.data import folder, npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import file_io, image_io, records
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
 from sdiff_jax.samplers import Sampler, SamplingStats
@@ -261,6 +261,6 @@ def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:
   paths = [os.path.join(d, "training.json") for d in (workdir, teacher)]
   if not all(map(os.path.exists, paths)):
     return None
-  student, teacher = map(file_io.read_json, paths)
+  student, teacher = map(records.read_json, paths)
   progress = (config.sample.checkpoint or student["steps"]) / student["steps"]
   return progress * student["flops"] / teacher["flops"]

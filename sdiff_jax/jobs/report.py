@@ -8,7 +8,7 @@ import ml_collections
 from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import file_io
+from sdiff_jax.io import records
 from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.types import UserError
 
@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   if not runs:
     raise UserError(f"{workdir}: has no run; train one with --job=train")
   for directory in runs:  # whose metrics may be registered by modules of their own
-    stored = file_io.read_json(os.path.join(directory, "config.json"))
+    stored = records.read_json(os.path.join(directory, "config.json"))
     configs.load_plugins(stored.get("plugins", ()))
   path = runs_lib.write(runs, os.path.join(workdir, "report.html"))
   print(runs_lib.table(runs_lib.rows(runs)))

@@ -18,7 +18,7 @@ import ml_collections
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import evaluation, probes, studies
-from sdiff_jax.io import file_io, lock
+from sdiff_jax.io import file_io, lock, records
 from sdiff_jax.reports import html
 from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer
@@ -119,7 +119,7 @@ def _points(
     path = os.path.join(weights, f"parallel-{name}.json")
     rows = _cached(path, probes.parallel_sampling, config, weights)
     return [series | row for row in rows]
-  labels["flops"] = file_io.read_json(summary)["flops"]
+  labels["flops"] = records.read_json(summary)["flops"]
   points = []
   baseline = entry["teacher"] or entry["weights"] or name
   for step in _checkpoints(weights) if entry["checkpoints"] else [0]:
@@ -162,7 +162,7 @@ def _cached(
 ) -> Json:
   """Reads a JSON result, or computes `measure(config, workdir)` and stores it."""
   if os.path.exists(path):
-    return file_io.read_json(path, "remove it to measure again")
+    return records.read_json(path, "remove it to measure again")
   result = measure(config, workdir)
   jax.clear_caches()
   if jax.process_index() == 0:
@@ -190,7 +190,7 @@ def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str,
   path = os.path.join(workdir, evaluation.results_folder(config), "results.json")
   if not os.path.exists(path):
     _run_job("evaluate", config, workdir)
-  return [row for row in file_io.read_json(path) if row["evaluations"]]
+  return [row for row in records.read_json(path) if row["evaluations"]]
 
 
 def _write(study: dict[str, Json], workdir: str, rows: list[dict[str, Json]]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdiff_jax import losses, registry
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, records
 from sdiff_jax.reports import html
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import Json, UserError
@@ -197,7 +197,7 @@ def _load(directory: str) -> Run:
   path = pathlib.Path(directory)
 
   def read(name: str, missing: Json) -> Json:
-    return file_io.read_json(path / name) if (path / name).exists() else missing
+    return records.read_json(path / name) if (path / name).exists() else missing
 
   config, command = read("config.json", None), path / "command.txt"
   if config is None:

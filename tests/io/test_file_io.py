@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sdiff_jax.io import file_io, resumable
+from sdiff_jax.io import file_io, records, resumable
 from sdiff_jax.types import UserError
 
 
@@ -27,7 +27,7 @@ def test_text_json_and_arrays_are_read_back(tmp_path):
   file_io.write_bytes(tmp_path / "bytes", b"\0\r\n")
   assert (tmp_path / "bytes").read_bytes() == b"\0\r\n"
   file_io.write_json(tmp_path / "a.json", {"a": (1, "é")})
-  assert file_io.read_json(tmp_path / "a.json") == {"a": [1, "é"]}
+  assert records.read_json(tmp_path / "a.json") == {"a": [1, "é"]}
   file_io.write_npz(tmp_path / "a.npz", x=np.arange(3))
   with np.load(tmp_path / "a.npz") as arrays:
     np.testing.assert_array_equal(arrays["x"], [0, 1, 2])
@@ -39,8 +39,8 @@ def test_a_bad_json_file_is_named_with_the_remedy(tmp_path, content):
   path = tmp_path / "a.json"
   if content is not None:
     path.write_bytes(content)
-  with pytest.raises(UserError, match=r"a\.json .*: train again$") as caught:
-    file_io.read_json(path, "train again")
+  with pytest.raises(UserError, match=r"a\.json .*; train again$") as caught:
+    records.read_json(path, "train again")
   assert str(caught.value).startswith(str(path))
 
 

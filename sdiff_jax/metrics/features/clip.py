@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.io import file_io
+from sdiff_jax.io import records
 from sdiff_jax.metrics.features import _clip_weights as clip_weights
 from sdiff_jax.metrics.features import _resize as resize
 from sdiff_jax.metrics.features._base import FeatureNetwork
@@ -99,7 +99,7 @@ def load(folder: str) -> FeatureNetwork:
   """
   open_clip = os.path.exists(os.path.join(folder, "open_clip_config.json"))
   name = "open_clip_config.json" if open_clip else "config.json"
-  config = file_io.read_json(os.path.join(folder, name))
+  config = records.read_json(os.path.join(folder, name))
   try:
     if open_clip:
       config = clip_weights.config(config["model_cfg"])

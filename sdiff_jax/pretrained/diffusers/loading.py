@@ -7,7 +7,7 @@ its config and weights; a model with one network may have all in one folder.
 import os
 from typing import Any, NamedTuple
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import records
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
   scheduler,
@@ -291,7 +291,7 @@ def _first_weights(files: list[str]) -> list[str]:
 
 def _json(path: str) -> dict[str, Json]:
   """Returns the dict of a JSON file."""
-  config = file_io.read_json(path)
+  config = records.read_json(path)
   if not isinstance(config, dict):
     raise UserError(f"{path} is damaged: not a dict")
   return config

@@ -1,6 +1,6 @@
 """Prompts of generated images: texts, or a file of COCO captions."""
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import records
 from sdiff_jax.types import UserError
 
 
@@ -33,7 +33,7 @@ def read(prompts: str) -> list[str]:
 
 def _captions(path: str) -> list[str]:
   """Returns the captions of a file."""
-  content = file_io.read_json(path)
+  content = records.read_json(path)
   annotations = content.get("annotations") if isinstance(content, dict) else None
   if not isinstance(annotations, list) or not annotations:
     raise UserError(f"{path} has no captions: it must have a list `annotations`")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import records
 from sdiff_jax.types import Json, UserError
 
 Tokenizers = Any  # the package and its objects; it is an optional dependency
@@ -79,7 +79,7 @@ def _json(folder: str, name: str) -> dict[str, Json]:
   path = os.path.join(folder, name)
   if not os.path.exists(path):
     return {}
-  return file_io.read_json(path)
+  return records.read_json(path)
 
 
 def _text(token: Json, default: str) -> str:
