@@ -3,6 +3,7 @@
   python benchmarks/h100.py --stage=train --out=runs/h100 [--data=PATH]
   python benchmarks/h100.py --stage=step --out=runs/h100
   python benchmarks/h100.py --stage=sampler --out=runs/h100
+  python benchmarks/h100.py --stage=calibrate --out=runs/h100
   python benchmarks/h100.py --stage=attention --out=runs/h100
 
 Every stage writes STAGE.json and its pictures into --out. A call stops after --seconds;
@@ -13,6 +14,7 @@ PyTorch and diffusers are timed beside ours where they can be imported.
   train      trains a teacher on Fashion-MNIST, distills it with sCD, and measures both
   step       times training steps of EDM2-S and of DiT-XL/2 against the peak FLOP/s
   sampler    times the U-Net of Stable Diffusion 2 and iterations of ParaDDPM-1000
+  calibrate  measures the constants of the model of time (memory, launches, products)
   attention  checks and times attention with a tangent (see benchmarks/attention.py)
 """
 
@@ -20,17 +22,20 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import gzip
 import importlib
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,12 +47,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import safetensors.numpy
 from matplotlib.figure import Figure
 
 from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips, lowering
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import programs
+from sdiff_jax.experiment import evaluation, programs
+from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.training import flops as flops_lib
@@ -65,9 +73,11 @@ class OutOfTime(Exception):
 class Stage:
   """The measurements of a stage, stored after each one."""
 
-  def __init__(self, name: str, out: pathlib.Path, seconds: float, tiny: bool):
-    self.name, self.out, self.tiny = name, out, tiny
-    self.seconds = seconds
+  def __init__(
+    self, name: str, out: pathlib.Path, seconds: float, tiny: bool, only: str = ""
+  ):
+    self.name, self.out, self.tiny, self.only = name, out, tiny, only
+    self.train_seconds = 0.4 * seconds
     self.deadline = time.monotonic() + seconds
     self.path = out / f"{name}.partial.json"
     self.results: dict[str, Result] = {}
@@ -122,17 +132,43 @@ def cost(seconds: float, flops: float, batch_size: int) -> Result:
 
 
 def random_arrays(shapes: Any) -> Any:
-  """Returns arrays of given shapes: small normal numbers, zeros and keys."""
+  """Returns arrays of given shapes: small positive numbers, zeros and keys.
+
+  A compiled generator would take longer to compile than the program that is timed.
+  """
+  # Not negative, since second moments of an optimizer are among them.
+  values = 0.02 * np.abs(np.random.default_rng(0).standard_normal(1 << 20))
 
   def array(s: Any) -> jax.Array:
     if jnp.issubdtype(s.dtype, jax.dtypes.prng_key):
       return jax.random.key(0)
     if jnp.issubdtype(s.dtype, jnp.floating):
-      # Not negative, since second moments of an optimizer are among them.
-      return 0.02 * jnp.abs(jax.random.normal(jax.random.key(1), s.shape, s.dtype))
-    return jnp.zeros(s.shape, s.dtype)
+      return jax.device_put(np.resize(values.astype(s.dtype), s.shape))
+    return jax.device_put(np.zeros(s.shape, s.dtype))
 
-  return jax.jit(lambda: jax.tree.map(array, shapes))()
+  return jax.tree.map(array, shapes)
+
+
+def kernel_seconds(call: Callable[[], Any]) -> Result:
+  """Returns the number and the total seconds of each kernel of the GPU in a call.
+
+  The names are those of the compiled program's text, which is stored beside them.
+  """
+  kernels: Result = {}
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = options.host_tracer_level = 0  # the GPU alone
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder, profiler_options=options):
+      call()
+    for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+      for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+          for event in line.events if line.name.startswith("Stream") else ():
+            name = str(dict(event.stats).get("hlo_op", event.name))
+            kernel = kernels.setdefault(name, {"number": 0, "seconds": 0.0})
+            kernel["number"] += 1
+            kernel["seconds"] += event.duration_ns / 1e9
+  return kernels
 
 
 class Case(NamedTuple):
@@ -147,6 +183,7 @@ class Case(NamedTuple):
 
 def run_cases(stage: Stage, cases: list[Case]) -> None:
   """Compiles the cases that have no result, side by side, and times one after another."""
+  cases = [case for case in cases if re.search(stage.only, case.name)]
   missing = [case for case in cases if case.name not in stage.results]
   if missing and stage.remaining() < 0:
     raise OutOfTime(missing[0].name)
@@ -164,9 +201,17 @@ def run_cases(stage: Stage, cases: list[Case]) -> None:
     program, shapes, compile_seconds = programs[case.name].result()
     seconds = case.time(program, random_arrays(shapes))
     memory = program.memory_analysis()
+    file = stage.out / "kernels" / case.name.replace("/", "-").replace(" ", "_")
+    file.parent.mkdir(exist_ok=True)
+    with gzip.open(f"{file}.hlo.txt.gz", "wt") as text:
+      text.write(program.as_text())
+    kernels = kernel_seconds(lambda: case.time(program, random_arrays(shapes)))
+    file_io.write_json(f"{file}.json", kernels)
     return cost(seconds, case.flops(), case.batch_size) | {
       "gigabytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
       "compile_seconds": compile_seconds,
+      "kernels": sum(kernel["number"] for kernel in kernels.values()),
+      "kernel_ms": 1e3 * sum(kernel["seconds"] for kernel in kernels.values()),
     }
 
   for case in missing:
@@ -183,25 +228,9 @@ def load(name: str, variant: str = "") -> ml_collections.ConfigDict:
 
 
 def fashion(name: str, data: pathlib.Path, tiny: bool) -> ml_collections.ConfigDict:
-  """Returns configs/fashion_NAME.py with a small EDM2 network in bfloat16."""
-  c = load(f"fashion_{name}")
-  c.model = config_lib.component("models", "edm2", channels=64, channel_mult=(1, 2, 2))
-  c.model.update(attn_resolutions=(7,), dropout=0.1 if name == "diffusion" else 0.0)
-  c.model.dtype = "bfloat16"
-  c.train.update(batch_size=512, log_every=50, sample_every=0)
-  c.checkpoint.update(every=100_000, keep_every=0)
-  # A schedule that does not depend on the number of steps: the measured step and the
-  # training run are one program, compiled once.
-  c.optim.update(learning_rate=5e-3 if name == "diffusion" else 1e-3)
-  c.optim.update(schedule="inverse_sqrt", reference_steps=1000, rampup_images=100_000)
-  c.optim.update(b1=0.9, b2=0.99)
-  if data.suffix == ".npz":
-    c.data = config_lib.component("data", "npz", path=str(data))
-    c.data.update(mean=(-0.428,), std=(0.706,))
-    c.reference = ml_collections.ConfigDict({"name": ""})
-  else:
-    c.data.dir = c.reference.dir = str(data)
-  c.evaluate.update(num=10_000, batch_size=1000, baselines=False)
+  """Returns configs/fashion_unet_NAME.py on the images of a path."""
+  c = load(f"fashion_unet_{name}")
+  c.data.dir = c.reference.dir = str(data)
   c.sample.update(num=64, batch_size=64)
   if tiny:
     c.data = config_lib.component("data", "digits")
@@ -236,47 +265,88 @@ def stop_after(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+def evaluated(
+  stage: Stage, config: ml_collections.ConfigDict, role: str, checkpoint: int = 0
+) -> Result:
+  """Evaluates a checkpoint of a run, 0 for the newest; its pictures go into --out."""
+  config = config.copy_and_resolve_references()
+  config.sample.checkpoint = checkpoint
+  run_job("evaluate", config, stage.out / role)
+  folder = stage.out / role / evaluation.results_folder(config)
+  for picture in folder.glob("*.png"):
+    shutil.copyfile(
+      picture, stage.out / f"train_{role}{checkpoint or ''}_{picture.name}"
+    )
+  return {"rows": json.loads((folder / "results.json").read_text())}
+
+
+def export_weights(stage: Stage, role: str) -> Result:
+  """Writes the averaged weights of a run in half precision, in files below 10 MB."""
+  config = workdir_lib.read(str(stage.out / role))
+  _, params = workdir_lib.trained(config, str(stage.out / role))
+  tensors = {
+    jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x, np.float16)
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+  }
+  names = sorted(tensors)
+  parts = -(-sum(x.nbytes for x in tensors.values()) // 10_000_000)
+  for part in range(parts):
+    chunk = {name: tensors[name] for name in names[part::parts]}
+    safetensors.numpy.save_file(chunk, stage.out / f"{role}{part}.safetensors")
+  return {"files": parts, "parameters": sum(x.size for x in tensors.values())}
+
+
 def train(stage: Stage, data: pathlib.Path) -> None:
-  """Trains the teacher and its distillation, then samples and measures both."""
-  teacher = stage.out / "teacher"
-  for role, name in (("teacher", "diffusion"), ("scd", "scd")):
-    config, workdir = fashion(name, data, stage.tiny), stage.out / role
-    if role == "scd":
-      config.teacher.workdir = str(teacher)
+  """Trains a teacher and distills it, and measures both, the student as it trains.
 
-    def measured_step(config=config, role=role) -> Result:
-      config, workdir = config.copy_and_resolve_references(), stage.out / f"{role}_step"
-      shutil.rmtree(workdir, ignore_errors=True)
-      config.train.update(steps=4 if stage.tiny else 40, log_every=2)
-      run_job("train", config, workdir)
-      lines = (workdir / "metrics.jsonl").read_text().splitlines()
-      rates = [json.loads(line).get("images_per_second") for line in lines]
-      rate = statistics.median([rate for rate in rates if rate][1:])
-      # Half of a call's seconds; the other half is for compilation and measurements.
-      steps = 4 if stage.tiny else int(0.5 * stage.seconds * rate / 512)
-      return {"images_per_second": rate, "steps": max(steps, 4)}
+  The teacher gets 40% of the call's seconds, the student 60% of the teacher's FLOPs.
+  """
+  teacher = fashion("diffusion", data, stage.tiny)
+  size = teacher.train.batch_size
 
-    def trained(config=config, workdir=workdir) -> Result:
-      with stop_after(stage.remaining() - 10):
-        message = run_job("train", config, workdir)
-      if not (workdir / "training.json").exists():
-        raise OutOfTime(message)
-      return json.loads((workdir / "training.json").read_text())
+  def measured_step() -> Result:
+    config, workdir = teacher.copy_and_resolve_references(), stage.out / "step"
+    shutil.rmtree(workdir, ignore_errors=True)
+    config.train.update(steps=4 if stage.tiny else 60, log_every=2)
+    run_job("train", config, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line).get("images_per_second") for line in lines]
+    rate = statistics.median([rate for rate in rates if rate][len(rates) // 2 :])
+    return {"images_per_second": rate, "steps": int(stage.train_seconds * rate / size)}
 
-    def evaluated(config=config, workdir=workdir, role=role) -> Result:
-      run_job("evaluate", config, workdir)
-      rows = json.loads((workdir / "evaluate" / "results.json").read_text())
-      for picture in (workdir / "evaluate").glob("*.png"):
-        shutil.copyfile(picture, stage.out / f"train_{role}_{picture.name}")
-      return {"rows": rows}
+  def trained(config: ml_collections.ConfigDict, role: str) -> Result:
+    with stop_after(stage.remaining() - 10):
+      message = run_job("train", config, stage.out / role)
+    if not (stage.out / role / "training.json").exists():
+      raise OutOfTime(message)
+    return json.loads((stage.out / role / "training.json").read_text())
 
-    step = stage.measure(f"{role} step", measured_step)
-    if "error" in step:
-      return
-    config.train.steps = step["steps"]
-    if "error" in stage.measure(f"{role} training", trained):
-      return
-    stage.measure(f"{role} distances", evaluated)
+  steps = 4 if stage.tiny else stage.measure("teacher step", measured_step)["steps"]
+  teacher.train.steps = steps
+  if "error" in stage.measure("teacher training", lambda: trained(teacher, "teacher")):
+    return
+  student = fashion("scd", data, stage.tiny)
+  student.teacher.workdir = str(stage.out / "teacher")
+  # A step of sCD costs 1.65 steps of the teacher: checkpoints at 10%, ..., 60%.
+  every = max(round(0.1 * steps / 1.65), 1)
+  student.train.steps = 6 * every
+  student.checkpoint.update(every=every, keep_every=every)
+  # The teacher is evaluated while the student trains.
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    rows = None
+    if "teacher distances" not in stage.results:
+      rows = pool.submit(evaluated, stage, teacher, "teacher")
+    result = stage.measure("scd training", lambda: trained(student, "scd"))
+    if rows:
+      stage.measure("teacher distances", rows.result)
+  if "error" in result:
+    return
+  for tenths in (1, 2, 4, 6):
+    measure = functools.partial(evaluated, stage, student, "scd", tenths * every)
+    stage.measure(f"scd distances at {tenths}0%", measure)
+  for role in ("teacher", "scd"):
+    measure = functools.partial(export_weights, stage, role)
+    stage.measure(f"{role} weights", measure)
 
 
 # --- step ----------------------------------------------------------------------------
@@ -285,7 +355,7 @@ def train(stage: Stage, data: pathlib.Path) -> None:
 def step_configs(stage: Stage) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
   """Yields names and configs of the training steps to time."""
   variant = "S,tiny" if stage.tiny else "S"
-  for batch_size in (16,) if stage.tiny else (32, 128):
+  for batch_size in (16,) if stage.tiny else (128, 32):
     for loss in ("diffusion",) if stage.tiny else ("diffusion", "scd"):
       config = load(f"imagenet512_{loss}", variant)
       config.model.dtype = "bfloat16"
@@ -421,6 +491,43 @@ def iteration_seconds(program: jax.stages.Compiled, arrays: Any) -> float:
   return (time.perf_counter() - begin) / iterations
 
 
+# --- calibrate -----------------------------------------------------------------------
+
+
+def calibrate(stage: Stage, data: pathlib.Path) -> None:
+  """Measures the constants of the model of time: memory, launches and products."""
+  del data
+  size = 1_000 if stage.tiny else 1_000_000_000
+
+  def copy() -> Result:
+    x, add = jnp.ones(size, jnp.float32), jax.jit(lambda x: x + 1)
+    seconds = median_seconds(lambda: add(x))
+    return {"gigabytes_per_second": 8 * size / seconds / 1e9}
+
+  def launch() -> Result:
+    def chain(x: jax.Array, number: int) -> jax.Array:
+      for _ in range(number):
+        x = jax.lax.optimization_barrier(x + 1)
+      return x
+
+    x, seconds = jnp.ones(128), {}
+    for number in (10, 510):
+      call = jax.jit(functools.partial(chain, number=number))
+      seconds[number] = median_seconds(lambda call=call: call(x), 50)
+    return {"microseconds": 1e6 * (seconds[510] - seconds[10]) / 500}
+
+  def product(n: int, k: int) -> Result:
+    a = random_arrays(jax.ShapeDtypeStruct((n, k), jnp.bfloat16))
+    gram = jax.jit(lambda a: a @ a.T)
+    seconds = median_seconds(lambda: gram(a), 20)
+    return cost(seconds, 2 * n * n * k, n)
+
+  stage.measure("copy", copy)
+  stage.measure("launch", launch)
+  for n, k in ((64, 64),) if stage.tiny else ((8192, 8192), (4096, 4096), (8192, 512)):
+    stage.measure(f"product {n} x {k}", functools.partial(product, n, k))
+
+
 # --- attention -----------------------------------------------------------------------
 
 
@@ -453,6 +560,9 @@ def attention(stage: Stage, data: pathlib.Path) -> None:
 def compare_with_torch(stage: Stage, script: str, name: str, *arguments: Any) -> None:
   """Runs a script of third_party/ where PyTorch can be imported, in its own process."""
 
+  if not re.search(stage.only, name):
+    return
+
   def run() -> Result:
     needs = ["torch", "diffusers"] if "diffusers" in script else ["torch"]
     for module in needs:
@@ -482,7 +592,10 @@ def bars(stage: Stage, label: str, rows: dict[str, Result], field: str) -> None:
   figure.savefig(stage.out / f"{stage.name}.png", dpi=130)
 
 
-STAGES = {"train": train, "step": step, "sampler": sampler, "attention": attention}
+STAGES = {
+  function.__name__: function
+  for function in (train, step, sampler, calibrate, attention)
+}
 
 
 def data_folder(given: str, tiny: bool) -> pathlib.Path | None:
@@ -505,17 +618,19 @@ def run_stage(name: str, options: argparse.Namespace) -> str:
   out.mkdir(parents=True, exist_ok=True)
   if options.force:
     (out / f"{name}.partial.json").unlink(missing_ok=True)
-    for folder in ("teacher", "scd") if name == "train" else ():
+    for folder in ("teacher", "scd", "step") if name == "train" else ():
       shutil.rmtree(out / folder, ignore_errors=True)
   if not options.tiny:
     jax.config.update("jax_compilation_cache_dir", str(out / "xla"))
-  stage = Stage(name, out, options.seconds, options.tiny)
+  stage = Stage(name, out, options.seconds, options.tiny, options.only)
   machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
   begin = time.monotonic()
   try:
     STAGES[name](stage, data or FASHION)
   except OutOfTime as error:
     return f"{name}: out of time at {error}; the same command resumes"
+  if options.only:
+    return f"{name}: measured what --only names, see {stage.path}"
   file_io.write_text(final, json.dumps(machine | stage.results, indent=2))
   stage.path.unlink(missing_ok=True)
   return f"{name}: finished in {time.monotonic() - begin:.0f} s, see {final}"
@@ -529,6 +644,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--data", default="", help=".npz or IDX folder of Fashion-MNIST")
   parser.add_argument("--seconds", type=float, default=240, help="of this call")
+  parser.add_argument("--only", default="", help="regular expression of names of cases")
   parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
   parser.add_argument("--force", action="store_true", help="measure again")
   options = parser.parse_args(arguments)
