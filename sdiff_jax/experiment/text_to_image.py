@@ -46,6 +46,11 @@ def from_config(
     model = loading.abstract(loading.configs(folder), dtype=dtype)
   else:
     model = loading.load(folder, dtype=dtype)
+  if model.vae is None and model.unet.shape[-1] not in (1, 3):
+    raise UserError(
+      f"config.generate.folder={folder}: its unet makes latents of "
+      f"{model.unet.shape[-1]} channels, and model_index.json names no vae to decode them"
+    )
   section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
   name, steps = section.pop("name"), section.pop("steps")
   with config_errors("config.sampler"):

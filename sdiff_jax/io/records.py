@@ -10,6 +10,7 @@ bounds are `Annotated[int, msgspec.Meta(ge=1)]`. A schema stands beside the func
 writes the file.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -59,6 +60,7 @@ def read(
   *,
   max_bytes: int = MAX_BYTES,
   max_depth: int = MAX_DEPTH,
+  any_number: bool = False,
 ) -> T:
   """Returns the value of a JSON file that has the form of a schema.
 
@@ -70,6 +72,8 @@ def read(
     remedy: what to do if the file is missing or damaged; the end of the message.
     max_bytes: largest size of the file.
     max_depth: largest depth of nested lists and objects.
+    any_number: read NaN, Infinity and integers of up to 128 bits, which other projects
+      write; otherwise they are refused.
 
   Raises:
     UserError: the file is missing, is not a regular file, is too large, is not JSON in
@@ -84,7 +88,8 @@ def read(
     {'steps': 3}
   """
   content = file_io.read_bytes(path, remedy, max_bytes)
-  return decode(content, schema, str(path), remedy, max_depth=max_depth)
+  options = {"max_depth": max_depth, "any_number": any_number}
+  return decode(content, schema, str(path), remedy, **options)
 
 
 def read_json(
@@ -93,9 +98,11 @@ def read_json(
   *,
   max_bytes: int = MAX_BYTES,
   max_depth: int = MAX_DEPTH,
+  any_number: bool = False,
 ) -> Json:
   """Returns the value of a JSON file of any form; otherwise it is the same as `read`."""
-  return read(path, Any, remedy, max_bytes=max_bytes, max_depth=max_depth)
+  bounds = {"max_bytes": max_bytes, "max_depth": max_depth}
+  return read(path, Any, remedy, **bounds, any_number=any_number)
 
 
 def read_lines(
@@ -134,6 +141,7 @@ def decode(
   remedy: str = "",
   *,
   max_depth: int = MAX_DEPTH,
+  any_number: bool = False,
 ) -> T:
   """Returns the value of a JSON text, as `read` does.
 
@@ -143,6 +151,8 @@ def decode(
     source: where the text comes from; the start of the message.
     remedy: the end of the message.
     max_depth: largest depth of nested lists and objects.
+    any_number: read NaN, Infinity and integers of up to 128 bits, which other projects
+      write; otherwise they are refused.
 
   Raises:
     UserError: the text is not JSON, or does not have the form of the schema.
@@ -158,7 +168,7 @@ def decode(
     text = encoded.decode("utf-8")
     if _depth(encoded) > max_depth:
       raise ValueError(f"its nesting is deeper than {max_depth} levels")
-    value = _DECODER.decode(text)
+    value = (_DECODER_OF_ANY_NUMBER if any_number else _DECODER).decode(text)
   except ValueError as error:
     reason = shortened(str(error), 120)
     raise UserError(f"{source} is not valid JSON ({reason}){_end(remedy)}") from None
@@ -244,9 +254,9 @@ def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
   return value
 
 
-def _integer(text: str) -> int:
-  """Returns an integer, which must fit into 64 bits."""
-  if len(text) > INT_BITS or (value := int(text)).bit_length() > INT_BITS:
+def _integer(text: str, bits: int = INT_BITS) -> int:
+  """Returns an integer, which must fit into some bits."""
+  if len(text) > bits or (value := int(text)).bit_length() > bits:
     raise ValueError(f"the integer {shortened(text, 30)} is out of range")
   return value
 
@@ -268,6 +278,10 @@ _DECODER = json.JSONDecoder(
   parse_int=_integer,
   parse_float=_number,
   parse_constant=_constant,
+)
+_DECODER_OF_ANY_NUMBER = json.JSONDecoder(
+  object_pairs_hook=_object,
+  parse_int=functools.partial(_integer, bits=2 * INT_BITS),
 )
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = MAX_QUOTED - 5

@@ -1,9 +1,10 @@
 """Folders of LeRobot's diffusion policies (huggingface/lerobot)."""
 
-import json
 import os
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from sdiff_jax.data import trajectories
 from sdiff_jax.data.episodes.normalizer import Affine, Normalizer
@@ -15,30 +16,39 @@ from sdiff_jax.pretrained.diffusion_policy import (
   unet_tensors,
 )
 from sdiff_jax.pretrained.files import config_fields, state_dict
+from sdiff_jax.pretrained.files.config_fields import (
+  Channels,
+  ChannelsOfLevels,
+  Field,
+)
 from sdiff_jax.types import Json, UserError
 
-DEFAULTS = {  # of LeRobot's DiffusionConfig
-  "n_obs_steps": 2,
-  "horizon": 16,
-  "n_action_steps": 8,
-  "input_features": {},
-  "output_features": {},
-  "normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"},
-  "down_dims": (512, 1024, 2048),
-  "kernel_size": 5,
-  "n_groups": 8,
-  "diffusion_step_embed_dim": 128,
-  "use_film_scale_modulation": True,
-  "noise_scheduler_type": "DDPM",
-  "num_train_timesteps": 100,
-  "beta_schedule": "squaredcos_cap_v2",
-  "beta_start": 0.0001,
-  "beta_end": 0.02,
-  "prediction_type": "epsilon",
-  "clip_sample": True,
-  "clip_sample_range": 1.0,
-  "num_inference_steps": None,
+Steps = Annotated[int, Meta(ge=1, le=10_000)]  # of a chunk of actions
+FIELDS = {  # of LeRobot's DiffusionConfig
+  "n_obs_steps": Field(2, Annotated[int, Meta(ge=1, le=1000)]),
+  "horizon": Field(16, Steps),
+  "n_action_steps": Field(8, Steps),
+  "input_features": Field({}, dict),
+  "output_features": Field({}, dict),
+  "normalization_mapping": Field({"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}, dict),
+  "down_dims": Field((512, 1024, 2048), ChannelsOfLevels),
+  "kernel_size": Field(5, Annotated[int, Meta(ge=1, le=99)]),
+  "n_groups": Field(8, Channels),
+  "diffusion_step_embed_dim": Field(128, Channels),
+  "use_film_scale_modulation": Field(True, bool),
+  "noise_scheduler_type": Field("DDPM", str),
+  "num_inference_steps": Field(None, scheduler_lib.Timesteps | None),
+  **{name: scheduler_lib.FIELDS[name] for name in ("beta_start", "beta_end")},
+  "num_train_timesteps": Field(100, scheduler_lib.Timesteps),
+  "beta_schedule": scheduler_lib.FIELDS["beta_schedule"]._replace(
+    default="squaredcos_cap_v2"
+  ),
+  "prediction_type": scheduler_lib.FIELDS["prediction_type"],
+  **scheduler_lib.CLIP,
 }
+Size = Annotated[int, Meta(ge=1, le=10_000)]  # of an observation or an action
+Shape = Annotated[list[Size], Meta(min_length=1, max_length=1)]
+FEATURE_FIELDS = {"shape": Field(None, Shape), "type": Field("", str)}
 SUPPORTED_VALUES = {"type": ("diffusion",)}
 # Fields of image encoders, of training and of the machine: unused here.
 IGNORED_FIELDS = {
@@ -78,17 +88,14 @@ def load(path: str, *, dtype: str = "float32") -> PretrainedPolicy:
     UserError: a file is missing or damaged, or lists all fields that are not supported.
   """
   file = os.path.join(path, "config.json")
+  config = config_fields.read_config(file)
   try:
-    with open(file, encoding="utf-8") as opened:
-      c = config_fields.validated_config(
-        json.load(opened), DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS
-      )
-    sizes = _observation_sizes(c)
+    c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
+    sizes, Da = _observation_sizes(c), _size(c["output_features"], "action")
     schedule = scheduler_lib.from_config(
       {k: c[k] for k in SCHEDULER_FIELDS}
       | {"_class_name": f"{c['noise_scheduler_type']}Scheduler"}
     )
-    (Da,) = c["output_features"]["action"]["shape"]
     shape, n_obs_steps = (c["horizon"], Da), c["n_obs_steps"]
     fields = {
       "channels": tuple(c["down_dims"]),
@@ -101,9 +108,13 @@ def load(path: str, *, dtype: str = "float32") -> PretrainedPolicy:
     net = predictor(
       shape=shape, cond=trajectories.observation_cond(Do), **fields, dtype=dtype
     )
-  except OSError as error:
-    raise UserError(f"{file}: {error.strerror}") from None
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    largest = c["horizon"] - n_obs_steps + 1
+    if c["n_action_steps"] > largest:
+      raise ValueError(
+        f"n_action_steps={c['n_action_steps']}: must be at most horizon - n_obs_steps + 1 "
+        f"= {largest}"
+      )
+  except ValueError as error:
     raise UserError(f"{file}: {error}") from error
   weights = os.path.join(path, "model.safetensors")
   if not os.path.exists(weights):
@@ -135,14 +146,31 @@ def _observation_sizes(c: dict[str, Json]) -> dict[str, int]:
   """
   unsupported = sorted(c["input_features"].keys() - {*OBSERVATIONS})
   if unsupported or "observation.state" not in c["input_features"]:
+    names = config_fields.quoted(", ".join(sorted(c["input_features"])), str, 150)
     raise ValueError(
-      f"input_features {', '.join(sorted(c['input_features'])) or 'are empty'}: must be "
+      f"input_features {names or 'are empty'}: must be "
       f"observation.state and optionally observation.environment_state, no images"
     )
   if "action" not in c["output_features"]:
     raise ValueError("output_features: no action")
   names = [name for name in OBSERVATIONS if name in c["input_features"]]
-  return {name: int(np.prod(c["input_features"][name]["shape"])) for name in names}
+  return {name: _size(c["input_features"], name) for name in names}
+
+
+def _size(features: dict[str, Json], name: str) -> int:
+  """Returns the size of a feature, whose shape has one number.
+
+  Raises:
+    ValueError: it has another shape, or fields of other types.
+  """
+  feature = features[name]
+  if not isinstance(feature, dict):
+    raise ValueError(f"{name}={config_fields.quoted(feature)}: must be a mapping")
+  try:
+    c = config_fields.validated_config(feature, FEATURE_FIELDS, {}, required=["shape"])
+  except ValueError as error:
+    raise ValueError(f"{name}.{error}") from error
+  return c["shape"][0]
 
 
 def _statistics(path: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -167,17 +195,21 @@ def _affine(
     UserError: its statistics are missing or do not fit, or its mode is unknown.
   """
   mode = modes.get(FEATURE_TYPES[name], "IDENTITY")
+  mode = mode if isinstance(mode, str) else config_fields.quoted(mode)
   if mode == "IDENTITY":
     return Affine(np.zeros(size, np.float32), np.ones(size, np.float32))
   if mode not in STATISTICS:
     raise UserError(
-      f"{path}/config.json: normalization_mapping {FEATURE_TYPES[name]}={mode!r}: must "
+      f"{path}/config.json: normalization_mapping {FEATURE_TYPES[name]}="
+      f"{config_fields.quoted(mode)}: must "
       f"be one of {', '.join(STATISTICS)}, IDENTITY"
     )
   keys = [f"{name}.{kind}" for kind in STATISTICS[mode]]
   if not all(k in stats and stats[k].size == size for k in keys):
     raise UserError(f"{path}: has no statistics {' and '.join(keys)} of size {size}")
   low, high = (np.float32(stats[k]).ravel() for k in keys)
+  if not np.isfinite([low, high]).all():
+    raise UserError(f"{path}: the statistics {' and '.join(keys)} must be finite")
   if mode == "MEAN_STD":
     return Affine(low, high + np.float32(STD_EPSILON))
   # The range [min, max] is mapped to [-1, 1]; a constant is mapped to -1.

@@ -168,10 +168,10 @@ def test_folders_that_do_not_fit(tmp_path, peer, changed, message):
 
 
 def test_missing_files(tmp_path):
-  with pytest.raises(UserError, match="config.json: No such file"):
+  with pytest.raises(UserError, match="config.json does not exist"):
     lerobot.load(str(tmp_path))
   (tmp_path / "config.json").write_text("[1")
-  with pytest.raises(UserError, match=r"config.json: Expecting"):
+  with pytest.raises(UserError, match=r"config.json is not valid JSON \(Expecting"):
     lerobot.load(str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   with pytest.raises(UserError, match="has no model.safetensors"):

@@ -1,19 +1,39 @@
 """Conversion of open_clip's tensors and config fields to those of transformers."""
 
 import re
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import clip_text
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Json
 
+Ratio = Annotated[float, Meta(gt=0, le=64)]
+ImageSide = Annotated[int, Meta(ge=1, le=4096)]  # pixels
 SKIPPED = ("logit_scale", "attn_mask")  # of training; recomputed
-# Fields of open_clip and their defaults, which are those of its code.
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
-TEXT |= {"layers": 12, "mlp_ratio": 4.0}
-VISION = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64}
-VISION |= {"mlp_ratio": 4.0, "patch_size": 16}
+# Fields of open_clip; the defaults are those of its code.
+TOWER = {"layers": Field(12, clip_text.Layers), "mlp_ratio": Field(4.0, Ratio)}
+TEXT = TOWER | {
+  "context_length": Field(77, clip_text.Length),
+  "vocab_size": Field(49408, clip_text.VocabularySize),
+  "width": Field(512, Channels),
+  "heads": Field(8, Channels),
+}
+VISION = TOWER | {
+  "image_size": Field(224, ImageSide),
+  "width": Field(768, Channels),
+  "head_width": Field(64, Channels),
+  "patch_size": Field(16, ImageSide),
+}
+MODEL = {
+  "text_cfg": Field(None, dict),
+  "vision_cfg": Field(None, dict),
+  "embed_dim": Field(None, Channels),
+  "quick_gelu": Field(False, bool | None),
+}
 # Patterns of open_clip's names -> names of transformers; LAYERS are those inside a block.
 LAYERS = (
   (r"ln_1\.", "layer_norm1."),
@@ -46,8 +66,9 @@ def config(model: dict[str, Json]) -> dict[str, Json]:
 
   Raises:
     ValueError: fields of another architecture than CLIP's transformers.
-    KeyError: a part is missing.
   """
+  model = {k: v for k, v in model.items() if k in MODEL}
+  model = config_fields.validated_config(model, MODEL, {}, required=[*MODEL][:3])
   text = config_fields.validated_config(model["text_cfg"], TEXT, {})
   vision = config_fields.validated_config(model["vision_cfg"], VISION, {})
   act = "quick_gelu" if model.get("quick_gelu") else "gelu"

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.io import records
 from sdiff_jax.metrics.features import _clip_weights as clip_weights
 from sdiff_jax.metrics.features import _resize as resize
 from sdiff_jax.metrics.features._base import FeatureNetwork
@@ -18,6 +17,7 @@ from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.diffusers import clip_text, networks
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.files import config_fields, state_dict
+from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
 from sdiff_jax.types import Array, Json, Params, PRNGKey, UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,15 +25,20 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 TEXT_BATCH = 64
 FILES = ("model.safetensors", "pytorch_model.bin")  # of transformers
 OPEN_FILES = tuple(f"open_clip_{name}" for name in FILES)
-VISION = {  # fields of transformers and their defaults, those of ViT-B/32
-  "hidden_size": 768,
-  "intermediate_size": 3072,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-  "image_size": 224,
-  "patch_size": 32,
-  "hidden_act": "quick_gelu",
-  "layer_norm_eps": 1e-5,
+VISION = {  # fields of transformers; the defaults are those of ViT-B/32
+  "hidden_size": Field(768, Channels),
+  "intermediate_size": Field(3072, Channels),
+  "num_hidden_layers": Field(12, clip_text.Layers),
+  "num_attention_heads": Field(12, Channels),
+  "image_size": Field(224, clip_weights.ImageSide),
+  "patch_size": Field(32, clip_weights.ImageSide),
+  "hidden_act": Field("quick_gelu", clip_text.Activation),
+  "layer_norm_eps": Field(1e-5, Fraction),
+}
+PARTS = {
+  "text_config": Field(None, dict),
+  "vision_config": Field(None, dict),
+  "projection_dim": Field(512, Channels),
 }
 
 
@@ -99,12 +104,17 @@ def load(folder: str) -> FeatureNetwork:
   """
   open_clip = os.path.exists(os.path.join(folder, "open_clip_config.json"))
   name = "open_clip_config.json" if open_clip else "config.json"
-  config = records.read_json(os.path.join(folder, name))
+  config = config_fields.read_config(os.path.join(folder, name))
   try:
     if open_clip:
-      config = clip_weights.config(config["model_cfg"])
+      section = config.get("model_cfg")
+      if not isinstance(section, dict):
+        raise ValueError(
+          f"model_cfg={config_fields.quoted(section)}: must be a mapping"
+        )
+      config = clip_weights.config(section)
     towers = from_config(config)
-  except (KeyError, TypeError, ValueError) as error:
+  except ValueError as error:
     raise UserError(f"{folder}: {name} is no supported CLIP: {error}") from error
   params = _params(folder, towers, OPEN_FILES if open_clip else FILES)
   tokenizer = tokenizer_lib.load(folder, towers.length)
@@ -129,17 +139,22 @@ def from_config(config: dict[str, Json]) -> Towers:
   Raises:
     ValueError: sizes that do not fit, or values that are not supported.
   """
-  text_config, vision_config = config["text_config"], config["vision_config"]
-  text_config = {k: v for k, v in text_config.items() if k in clip_text.DEFAULTS}
-  encoder, out = clip_text.from_config(text_config), config.get("projection_dim", 512)
+  config = {k: v for k, v in config.items() if k in PARTS}
+  parts = config_fields.validated_config(config, PARTS, {}, required=[*PARTS][:2])
+  text_config, vision_config, out = parts.values()
+  text_config = {k: v for k, v in text_config.items() if k in clip_text.FIELDS}
+  encoder = clip_text.from_config(text_config)
   vision_config = {k: v for k, v in vision_config.items() if k in VISION}
   c = config_fields.validated_config(vision_config, VISION, {})
   width, side = c["hidden_size"], c["image_size"]
-  if c["hidden_act"] not in clip_text.ACTIVATIONS or width % c["num_attention_heads"]:
+  if width % c["num_attention_heads"]:
     raise ValueError(
-      f"vision_config={vision_config}: hidden_act must be one of "
-      f"{', '.join(clip_text.ACTIVATIONS)}, and num_attention_heads must divide "
-      "hidden_size"
+      f"num_attention_heads={c['num_attention_heads']}: must divide hidden_size={width} "
+      "of vision_config"
+    )
+  if c["patch_size"] > side:
+    raise ValueError(
+      f"patch_size={c['patch_size']}: must be at most image_size={side} of vision_config"
     )
   block = {"heads": c["num_attention_heads"], "hidden": c["intermediate_size"]}
   block |= {"act": c["hidden_act"], "eps": c["layer_norm_eps"], "dtype": jnp.float32}

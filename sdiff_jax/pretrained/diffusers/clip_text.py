@@ -2,27 +2,33 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from msgspec import Meta
 
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import LayerNorm
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
 from sdiff_jax.types import Array, Json, Params, PRNGKey
 
-DEFAULTS = {
-  "vocab_size": 49408,
-  "hidden_size": 512,
-  "intermediate_size": 2048,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 8,
-  "max_position_embeddings": 77,
-  "hidden_act": "quick_gelu",
-  "layer_norm_eps": 1e-5,
-  "eos_token_id": 49407,
+VocabularySize = Annotated[int, Meta(ge=1, le=1_000_000)]
+Layers = Annotated[int, Meta(ge=1, le=256)]
+Length = Annotated[int, Meta(ge=1, le=4096)]  # tokens
+Activation = Literal["gelu", "quick_gelu"]
+FIELDS = {
+  "vocab_size": Field(49408, VocabularySize),
+  "hidden_size": Field(512, Channels),
+  "intermediate_size": Field(2048, Channels),
+  "num_hidden_layers": Field(12, Layers),
+  "num_attention_heads": Field(8, Channels),
+  "max_position_embeddings": Field(77, Length),
+  "hidden_act": Field("quick_gelu", Activation),
+  "layer_norm_eps": Field(1e-5, Fraction),
+  "eos_token_id": Field(49407, Annotated[int, Meta(ge=0, le=1_000_000)]),
 }
 SUPPORTED_VALUES = {"model_type": ("clip_text_model",)}
 IGNORED_FIELDS = (
@@ -131,13 +137,14 @@ def from_config(
   Raises:
     ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
-  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
-  if c["hidden_act"] not in ACTIVATIONS:
-    names = ", ".join(ACTIVATIONS)
-    raise ValueError(f"hidden_act={c['hidden_act']!r}: must be one of {names}")
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   width, heads = c["hidden_size"], c["num_attention_heads"]
   if width % heads:
     raise ValueError(f"num_attention_heads={heads}: must divide hidden_size={width}")
+  if c["eos_token_id"] >= c["vocab_size"]:
+    raise ValueError(
+      f"eos_token_id={c['eos_token_id']}: must be below vocab_size={c['vocab_size']}"
+    )
   block = {"heads": heads, "hidden": c["intermediate_size"], "act": c["hidden_act"]}
   block |= {"eps": c["layer_norm_eps"], "dtype": jnp.dtype(dtype)}
   length, depth = c["max_position_embeddings"], c["num_hidden_layers"]

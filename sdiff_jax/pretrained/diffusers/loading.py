@@ -5,9 +5,11 @@ its config and weights; a model with one network may have all in one folder.
 """
 
 import os
-from typing import Any, NamedTuple
+import sys
+from typing import Annotated, Any, NamedTuple
 
-from sdiff_jax.io import records
+from msgspec import Meta
+
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
   scheduler,
@@ -18,17 +20,31 @@ from sdiff_jax.pretrained.diffusers import (
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
-from sdiff_jax.pretrained.files import state_dict
+from sdiff_jax.pretrained.files import config_fields, state_dict
+from sdiff_jax.pretrained.files.config_fields import Field
 from sdiff_jax.types import Json, Params, UserError
 
 HUB = "hf://"
+MAX_MESSAGE = 470  # characters, of all problems of a folder
+PROBLEM = 100, 190  # least and most characters of one of several problems
+Class = Annotated[list[str | None], Meta(min_length=2, max_length=2)]
+INDEX = {  # model_index.json: part -> [library, class]
+  name: Field(None, Class | None)
+  for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+}
+NAMES = {  # of config.json: what names the class of the network
+  "_class_name": Field(None, str | None),
+  "architectures": Field((), list[str] | None),
+}
 PARTS = ("unet", "vae", "text_encoder")  # with a network
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
   "UNet2DModel": unet2d,
   "AutoencoderKL": vae,
   "CLIPTextModel": clip_text,
 }
+CLASSES = {"tokenizer": TOKENIZERS, "scheduler": tuple(scheduler.CLASS_NAMES)}
 # Files of weights; the first that exists is read.
 FILES = [
   f"{stem}{precision}.{end}"
@@ -75,22 +91,16 @@ def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
       and weights that are missing or left over, of all parts.
   """
   folder = _local(path)
-  index = _json(os.path.join(folder, "model_index.json"))
-  classes = {k: v[1] for k, v in index.items() if isinstance(v, list)}
-  if "unet" not in classes or "scheduler" not in classes:
-    raise UserError(f"{folder}/model_index.json: names no unet, or no scheduler")
-  parts = [name for name in Model._fields if classes.get(name) in NETWORKS]
+  classes = _classes(folder)
+  parts = [name for name in PARTS if name in classes]
   problems, networks, params = [], {}, {}
-  for name in PARTS:
-    if classes.get(name) and name not in parts:
-      problems.append(f"{name}: {classes[name]} is none of {', '.join(NETWORKS)}")
   for name in parts:
     try:
       networks[name] = network(_part(folder, name), dtype=dtype, remat=remat)
     except UserError as error:
       problems.append(str(error))
   try:
-    schedule = _schedule(_part(folder, "scheduler"))
+    process = schedule(_part(folder, "scheduler"), classes["scheduler"])
   except UserError as error:
     problems.append(str(error))
   for name in [] if problems else parts:
@@ -98,14 +108,14 @@ def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
       params[name] = parameters(_part(folder, name), networks[name], dtype=dtype)
     except UserError as error:
       problems.append(str(error))
-  problems += _misfits(folder, networks)
+  problems = _misfits(networks) + problems
   if problems:
-    raise UserError("; ".join(problems))
+    raise UserError(_listed(folder, problems))
   tokenizer = None
   if classes.get("tokenizer"):
     tokenizer = _tokenizer(_part(folder, "tokenizer"), networks.get("text_encoder"))
   networks = {name: networks.get(name) for name in PARTS}
-  return Model(**networks, params=params, tokenizer=tokenizer, schedule=schedule)
+  return Model(**networks, params=params, tokenizer=tokenizer, schedule=process)
 
 
 def configs(path: str) -> dict[str, dict[str, Json]]:
@@ -115,12 +125,12 @@ def configs(path: str) -> dict[str, dict[str, Json]]:
     UserError: a file is missing or damaged.
   """
   folder = _local(path, weights=False)
-  index = _json(os.path.join(folder, "model_index.json"))
+  classes = _classes(folder)
   files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
   return {
-    name: _json(os.path.join(_part(folder, name), file))
+    name: config_fields.read_config(os.path.join(_part(folder, name), file))
     for name, file in files.items()
-    if isinstance(index.get(name), list)
+    if classes.get(name)
   }
 
 
@@ -181,17 +191,27 @@ def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
     UserError: the file is missing or damaged, or does not fit.
   """
   path = os.path.join(folder, "config.json")
-  return _network_from_config(_json(path), path, dtype=dtype, remat=remat)
+  return _network_from_config(
+    config_fields.read_config(path), path, dtype=dtype, remat=remat
+  )
 
 
 def _network_from_config(
   config: dict[str, Json], path: str, *, dtype: str, remat: str
 ) -> Any:
   """Returns the network of a config; messages of errors start with `path`."""
-  names = [config.get("_class_name"), *config.get("architectures", ())]
+  try:
+    names = config_fields.validated_config(
+      {name: config[name] for name in NAMES if name in config}, NAMES, {}
+    )
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  names = [names["_class_name"], *(names["architectures"] or ())]
   modules = [NETWORKS[name] for name in names if name in NETWORKS]
   if not modules:
-    raise UserError(f"{path}: {names} is none of {', '.join(NETWORKS)}")
+    raise UserError(
+      f"{path}: {config_fields.quoted(names)} is none of {', '.join(NETWORKS)}"
+    )
   try:
     return modules[0].from_config(config, dtype=dtype, remat=remat)
   except ValueError as error:
@@ -212,23 +232,90 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
   raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
 
 
-def _misfits(folder: str, networks: dict[str, Json]) -> list[str]:
-  """Returns inconsistencies between the parts."""
-  unet, encoder = networks.get("unet"), networks.get("text_encoder")
-  if unet is None or encoder is None or unet.text in (None, encoder.width):
-    return []
-  return [
-    f"{folder}: the unet takes text embeddings of size {unet.text}, the text_encoder "
-    f"returns {encoder.width}"
-  ]
+def _classes(folder: str) -> dict[str, str]:
+  """Returns the class of each part that model_index.json names.
 
-
-def _schedule(folder: str) -> scheduler.Schedule:
-  path = os.path.join(folder, "scheduler_config.json")
+  Raises:
+    UserError: the file is missing or damaged, or names no network or no scheduler.
+  """
+  path = os.path.join(folder, "model_index.json")
+  index = config_fields.read_config(path)
+  for name in ("unet", "scheduler"):
+    if not isinstance(index.get(name), list):
+      raise UserError(f"{path}: names no unet, or no scheduler")
   try:
-    return scheduler.from_config(_json(path))
+    parts = config_fields.validated_config(
+      {name: index[name] for name in INDEX if name in index}, INDEX, {}
+    )
+    classes = {name: part[1] for name, part in parts.items() if part and part[1]}
+    for name in ("unet", "scheduler"):
+      if name not in classes:
+        raise ValueError(f"{name}={index[name]}: must name a class")
+    for name, class_name in classes.items():
+      known = CLASSES.get(name, NETWORKS)
+      if class_name not in known:
+        raise ValueError(
+          f"{name}: {config_fields.quoted(class_name, str)} is none of {', '.join(known)}"
+        )
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
+  return classes
+
+
+def _listed(folder: str, problems: list[str]) -> str:
+  """Returns all problems of a folder in one line, each cut to its part of it."""
+  problems = [problem.removeprefix(f"{folder}/") for problem in problems]
+  left, parts = MAX_MESSAGE - len(folder), []
+  for problem, rest in zip(problems, reversed(range(len(problems))), strict=True):
+    room = max(min(PROBLEM[1], left - PROBLEM[0] * rest), PROBLEM[0] // 2)
+    parts.append(config_fields.quoted(problem, str, room))
+    left -= len(parts[-1])
+  return f"{folder}: " + "; ".join(parts)
+
+
+def _misfits(networks: dict[str, Any]) -> list[str]:
+  """Returns inconsistencies between the parts."""
+  unet, vae_, encoder = (networks.get(name) for name in PARTS)
+  problems = []
+  if (
+    unet is not None and encoder is not None and unet.text not in (None, encoder.width)
+  ):
+    problems.append(
+      f"the unet takes text embeddings of size {unet.text}, the text_encoder returns "
+      f"{encoder.width}"
+    )
+  if unet is not None and vae_ is not None and unet.shape[-1] != vae_.channels:
+    problems.append(
+      f"the unet has in_channels={unet.shape[-1]}, the vae latent_channels="
+      f"{vae_.channels}"
+    )
+  return problems
+
+
+def schedule(folder: str, class_name: str = "") -> scheduler.Schedule:
+  """Returns the process of the scheduler_config.json of a folder.
+
+  Args:
+    folder: of the part.
+    class_name: that model_index.json names; if the file names another one, that of the
+      file is used and stderr says so.
+
+  Raises:
+    UserError: the file is missing or damaged, or does not fit.
+  """
+  path = os.path.join(folder, "scheduler_config.json")
+  try:
+    config = config_fields.read_config(path)
+    process = scheduler.from_config(config)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
+  if class_name not in ("", config["_class_name"]):
+    print(
+      f"{path}: uses its _class_name={config['_class_name']}; model_index.json names "
+      f"{class_name}",
+      file=sys.stderr,
+    )
+  return process
 
 
 def _tokenizer(
@@ -238,10 +325,10 @@ def _tokenizer(
   if encoder is None:
     return tokenizer_lib.load(folder)
   tokenizer = tokenizer_lib.load(folder, encoder.length)
-  if tokenizer.size > encoder.vocabulary:
+  if tokenizer.size > encoder.vocabulary or tokenizer.last >= encoder.vocabulary:
     raise UserError(
-      f"{folder} has {tokenizer.size} tokens, the text encoder {encoder.vocabulary}: they "
-      "do not belong together"
+      f"{folder} has {max(tokenizer.size, tokenizer.last + 1)} tokens, the text encoder "
+      f"{encoder.vocabulary}: they do not belong together"
     )
   return tokenizer
 
@@ -287,11 +374,3 @@ def _first_weights(files: list[str]) -> list[str]:
     if name in FILES:
       by_folder.setdefault(folder, []).append(name)
   return [os.path.join(k, min(v, key=FILES.index)) for k, v in by_folder.items()]
-
-
-def _json(path: str) -> dict[str, Json]:
-  """Returns the dict of a JSON file."""
-  config = records.read_json(path)
-  if not isinstance(config, dict):
-    raise UserError(f"{path} is damaged: not a dict")
-  return config

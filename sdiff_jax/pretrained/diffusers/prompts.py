@@ -3,6 +3,8 @@
 from sdiff_jax.io import records
 from sdiff_jax.types import UserError
 
+MAX_BYTES = 256 << 20  # COCO's captions of 118,287 images have 92 MB
+
 
 def read(prompts: str) -> list[str]:
   """Returns prompts.
@@ -33,7 +35,7 @@ def read(prompts: str) -> list[str]:
 
 def _captions(path: str) -> list[str]:
   """Returns the captions of a file."""
-  content = records.read_json(path)
+  content = records.read_json(path, max_bytes=MAX_BYTES)
   annotations = content.get("annotations") if isinstance(content, dict) else None
   if not isinstance(annotations, list) or not annotations:
     raise UserError(f"{path} has no captions: it must have a list `annotations`")

@@ -1,13 +1,15 @@
 """Noise schedules and solvers of published models, from their scheduler_config.json."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Field, Fields, Fraction, Positive
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, Json
@@ -19,19 +21,30 @@ BETA_SCHEDULES = {
   "squaredcos_cap_v2": "cosine",
 }
 UNSUPPORTED_FIELDS = (None, False)
-DEFAULTS = {
-  "num_train_timesteps": 1000,
-  "beta_start": 0.0001,
-  "beta_end": 0.02,
-  "beta_schedule": "linear",
-  "trained_betas": None,
-  "prediction_type": "epsilon",
-  "timestep_spacing": "leading",
-  "steps_offset": 0,
+MAX_TIMESTEPS = 100_000
+Timesteps = Annotated[int, Meta(ge=1, le=MAX_TIMESTEPS)]
+Betas = Annotated[
+  list[Annotated[float, Meta(gt=0, le=1)]], Meta(min_length=1, max_length=MAX_TIMESTEPS)
+]
+Spacing = Literal["leading", "linspace", "trailing"]
+FinalSigmas = Literal["zero", "sigma_min"]
+FIELDS = {
+  "num_train_timesteps": Field(1000, Timesteps),
+  "beta_start": Field(0.0001, Fraction),
+  "beta_end": Field(0.02, Fraction),
+  "beta_schedule": Field("linear", Literal[tuple(BETA_SCHEDULES)]),
+  "trained_betas": Field(None, Betas | None),
+  "prediction_type": Field("epsilon", Literal[tuple(PREDICTION_TYPES)]),
+  "timestep_spacing": Field("leading", Spacing),
+  "steps_offset": Field(0, Annotated[int, Meta(ge=0, lt=MAX_TIMESTEPS)]),
 }
 SUPPORTED_VALUES = {"thresholding": UNSUPPORTED_FIELDS}
-ZERO_SNR = {"rescale_betas_zero_snr": False}
-CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+ZERO_SNR = {"rescale_betas_zero_snr": Field(False, bool)}
+LINSPACE = {"timestep_spacing": Field("linspace", Spacing)}
+CLIP = {
+  "clip_sample": Field(True, bool),
+  "clip_sample_range": Field(1.0, Positive),
+}
 OTHER_GRIDS = {
   f"use_{name}": UNSUPPORTED_FIELDS
   for name in (
@@ -39,12 +52,11 @@ OTHER_GRIDS = {
     *("flow_sigmas", "dynamic_shifting"),
   )
 }
-DPM_DEFAULTS = {
-  "timestep_spacing": "linspace",
-  "solver_order": 2,
-  "algorithm_type": "dpmsolver++",
-  "final_sigmas_type": "zero",
+MULTISTEP_FIELDS = LINSPACE | {
+  "solver_order": Field(2, Annotated[int, Meta(ge=1, le=16)]),
+  "final_sigmas_type": Field("zero", FinalSigmas),
 }
+DPM_FIELDS = MULTISTEP_FIELDS | {"algorithm_type": Field("dpmsolver++", str)}
 DPM_SUPPORTED_VALUES = {
   "solver_type": ("midpoint",),
   "lower_order_final": (True,),
@@ -61,11 +73,6 @@ EULER_SUPPORTED_VALUES = {
   "sigma_max": UNSUPPORTED_FIELDS,
   **{f"use_{n}_sigmas": UNSUPPORTED_FIELDS for n in ("karras", "exponential", "beta")},
 }
-UNIPC_DEFAULTS = {
-  "timestep_spacing": "linspace",
-  "solver_order": 2,
-  "final_sigmas_type": "zero",
-}
 UNIPC_SUPPORTED_VALUES = {
   "predict_x0": (True,),
   "solver_type": ("bh2",),
@@ -77,29 +84,27 @@ UNIPC_SUPPORTED_VALUES = {
   "sigma_max": UNSUPPORTED_FIELDS,
   "shift_terminal": UNSUPPORTED_FIELDS,
 } | OTHER_GRIDS
-# Class -> the defaults of its own fields, and the values that others of them may have.
-CLASSES: dict[str, tuple[Mapping[str, Json], Mapping[str, tuple]]] = {
-  "DDIM": (CLIP | ZERO_SNR | {"set_alpha_to_one": True}, {}),
-  "DDPM": (CLIP | ZERO_SNR | {"variance_type": "fixed_small"}, {}),
+VARIANCES = {
+  **{"fixed_small": "ddpm", "fixed_small_log": "ddpm"},
+  **{"fixed_large": "ddpm_large", "fixed_large_log": "ddpm_large"},
+}
+VARIANCE = Field("fixed_small", Literal[tuple(VARIANCES)])
+# Class -> its own fields, and those with only some supported values.
+CLASSES: dict[str, tuple[Fields, Mapping[str, tuple]]] = {
+  "DDIM": (CLIP | ZERO_SNR | {"set_alpha_to_one": Field(True, bool)}, {}),
+  "DDPM": (CLIP | ZERO_SNR | {"variance_type": VARIANCE}, {}),
   "PNDM": (
-    {"set_alpha_to_one": False},
+    {"set_alpha_to_one": Field(False, bool)},
     {"rescale_betas_zero_snr": UNSUPPORTED_FIELDS},
   ),
-  "DPMSolverMultistep": (ZERO_SNR | DPM_DEFAULTS, DPM_SUPPORTED_VALUES),
-  "EulerDiscrete": (
-    ZERO_SNR | {"timestep_spacing": "linspace"},
-    EULER_SUPPORTED_VALUES,
-  ),
-  "UniPCMultistep": (ZERO_SNR | UNIPC_DEFAULTS, UNIPC_SUPPORTED_VALUES),
+  "DPMSolverMultistep": (ZERO_SNR | DPM_FIELDS, DPM_SUPPORTED_VALUES),
+  "EulerDiscrete": (ZERO_SNR | LINSPACE, EULER_SUPPORTED_VALUES),
+  "UniPCMultistep": (ZERO_SNR | MULTISTEP_FIELDS, UNIPC_SUPPORTED_VALUES),
 }
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
 IGNORED_FIELDS = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
 IGNORED_FIELDS |= {"time_shift_type"}
-VARIANCES = {
-  **{"fixed_small": "ddpm", "fixed_small_log": "ddpm"},
-  **{"fixed_large": "ddpm_large", "fixed_large_log": "ddpm_large"},
-}
 # (algorithm, order) -> solver
 MULTISTEP = {
   ("dpmsolver++", 2): "dpmpp2m",
@@ -157,23 +162,19 @@ def from_config(config: dict[str, Json]) -> Schedule:
     'ddim'
   """
   name = config.get("_class_name", "")
-  if name not in CLASS_NAMES:
-    raise ValueError(f"_class_name={name!r}: must be one of {', '.join(CLASS_NAMES)}")
-  defaults, supported = CLASSES[CLASS_NAMES[name]]
+  if not isinstance(name, str) or name not in CLASS_NAMES:
+    raise ValueError(
+      f"_class_name={config_fields.quoted(name)}: must be one of "
+      f"{', '.join(CLASS_NAMES)}"
+    )
+  own, supported = CLASSES[CLASS_NAMES[name]]
   # A file that was written for one class may be used by another; its fields stay there.
   others = {k for pair in CLASSES.values() for part in pair for k in part}
-  unused = (
-    IGNORED_FIELDS | others - defaults.keys() - supported.keys() - DEFAULTS.keys()
-  )
+  unused = IGNORED_FIELDS | others - own.keys() - supported.keys() - FIELDS.keys()
   c = config_fields.validated_config(
-    config, DEFAULTS | defaults, SUPPORTED_VALUES | supported, unused
+    config, FIELDS | own, SUPPORTED_VALUES | supported, unused
   )
-  for field, values in (
-    ("prediction_type", PREDICTION_TYPES),
-    ("beta_schedule", BETA_SCHEDULES),
-  ):
-    if c[field] not in values:
-      raise ValueError(f"{field}={c[field]!r}: must be one of {', '.join(values)}")
+  _check_betas(c, config)
   abar = _abar(c)
   if abar[-1] == 0 and c["prediction_type"] == "epsilon":
     raise ValueError(
@@ -191,6 +192,25 @@ def from_config(config: dict[str, Json]) -> Schedule:
     1.0 if to_clean else float(abar[0]),
     c.get("clip_sample", False) * c.get("clip_sample_range", 1.0),
   )
+
+
+def _check_betas(c: dict[str, Json], config: dict[str, Json]) -> None:
+  """Raises a ValueError if fields of a config contradict each other."""
+  betas, steps = c["trained_betas"], c["num_train_timesteps"]
+  if betas is None and c["beta_start"] > c["beta_end"]:
+    raise ValueError(
+      f"beta_start={c['beta_start']}: must be at most beta_end={c['beta_end']}"
+    )
+  if betas is None and c["steps_offset"] >= steps:
+    raise ValueError(
+      f"steps_offset={c['steps_offset']}: must be below num_train_timesteps={steps}"
+    )
+  if betas is not None and "num_train_timesteps" in config and len(betas) != steps:
+    raise ValueError(
+      f"trained_betas: must be as many as num_train_timesteps={steps}, not {len(betas)}"
+    )
+  if betas is not None and 1 in betas[:-1]:
+    raise ValueError("trained_betas: only the last one may be 1")
 
 
 def _abar(c: dict[str, Json]) -> np.ndarray:
@@ -221,18 +241,14 @@ def _solver(class_name: str, c: dict[str, Json]) -> str:
   if class_name == "EulerDiscrete":
     return "euler"
   if class_name == "DDPM":
-    if c["variance_type"] not in VARIANCES:
-      raise ValueError(
-        f"variance_type={c['variance_type']!r}: must be one of {', '.join(VARIANCES)}"
-      )
     return VARIANCES[c["variance_type"]]
   if "solver_order" not in c:
     return "ddim"
   algorithm, order = c.get("algorithm_type", "unipc"), c["solver_order"]
   if (algorithm, order) not in MULTISTEP:
     raise ValueError(
-      f"algorithm_type={algorithm!r}, solver_order={order}: must be 'dpmsolver++' or "
-      "UniPC with order 2 or 3, or 'sde-dpmsolver++' with order 2"
+      f"algorithm_type={config_fields.quoted(algorithm)}, solver_order={order}: must be "
+      "'dpmsolver++' or UniPC with order 2 or 3, or 'sde-dpmsolver++' with order 2"
     )
   return MULTISTEP[algorithm, order]
 

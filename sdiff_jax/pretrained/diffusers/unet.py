@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers.networks import Predictor
@@ -20,18 +21,29 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Upsample,
 )
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import (
+  Channels,
+  ChannelsOfLevels,
+  Field,
+  Fraction,
+  Layers,
+  LayersOfLevels,
+)
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
-DEFAULTS = {  # of fields that both classes have
-  "sample_size": None,
-  "layers_per_block": 2,
-  "norm_num_groups": 32,
-  "norm_eps": 1e-5,
-  "freq_shift": 0,
-  "flip_sin_to_cos": True,
-  "downsample_padding": 1,
-  "time_embedding_dim": None,
-  "attention_head_dim": 8,
+Side = Annotated[int, Meta(ge=1, le=1024)]  # of the samples
+Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
+MAX_BLOCKS = 1000  # resnets and transformer blocks of all levels
+FIELDS = {  # of fields that both classes have
+  "sample_size": Field(None, Side | Sides | None),
+  "layers_per_block": Field(2, Layers | LayersOfLevels),
+  "norm_num_groups": Field(32, Channels),
+  "norm_eps": Field(1e-5, Fraction),
+  "freq_shift": Field(0, Annotated[float, Meta(ge=0, le=1)]),
+  "flip_sin_to_cos": Field(True, bool),
+  "downsample_padding": Field(1, Literal[0, 1]),
+  "time_embedding_dim": Field(None, Channels | None),
+  "attention_head_dim": Field(8, Channels | ChannelsOfLevels | None),
 }
 UNSUPPORTED_FIELDS = (None, False)
 SUPPORTED_VALUES = {
@@ -168,8 +180,18 @@ def predictor(
   Raises:
     ValueError: sizes that do not fit; the message starts with the field.
   """
+  if c["out_channels"] != c["in_channels"]:
+    raise ValueError(
+      f"out_channels={c['out_channels']}: must be in_channels={c['in_channels']}, since "
+      "the network predicts a value for each of its inputs"
+    )
   channels = tuple(c["block_out_channels"])
   levels, groups = len(channels), c["norm_num_groups"]
+  if channels[0] // 2 <= c["freq_shift"]:
+    raise ValueError(
+      f"block_out_channels={[*channels]}: the first must be above "
+      f"{2 * int(c['freq_shift']) + 1} for freq_shift={c['freq_shift']}"
+    )
   down = _attention(c, "down_block_types", kinds, "DownBlock2D")
   up = _attention(c, "up_block_types", kinds, "UpBlock2D")[::-1]
   attends = zip(channels, heads, down, up, strict=True)
@@ -179,15 +201,31 @@ def predictor(
       f"block_out_channels={[*channels]}: norm_num_groups={groups}, and the heads "
       f"{[*heads]} of attention_head_dim, must divide them"
     )
-  blocks = c.get("transformer_layers_per_block", 1)
+  depth = config_fields.each(c["layers_per_block"], levels, "layers_per_block")
+  blocks = config_fields.each(
+    c.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block"
+  )
+  count = sum((2 * n + 1) * (1 + m) for n, m in zip(depth, blocks, strict=True))
+  if count > MAX_BLOCKS:
+    raise ValueError(
+      f"layers_per_block={[*depth]}: with block_out_channels and "
+      f"transformer_layers_per_block must make at most {MAX_BLOCKS} blocks, not {count}"
+    )
+  factor = 2 ** (levels - 1)
+  size = config_fields.each(c["sample_size"] or factor, 2, "sample_size")
+  if any(side % factor for side in size):
+    raise ValueError(
+      f"sample_size={[*size]}: must be multiples of {factor}, for the {levels} levels of "
+      "block_out_channels"
+    )
   module = Unet(
     channels=channels,
-    depth=config_fields.each(c["layers_per_block"], levels, "layers_per_block"),
+    depth=depth,
     down=down,
     mid=mid,
     up=up,
     heads=heads,
-    blocks=config_fields.each(blocks, levels, "transformer_layers_per_block"),
+    blocks=blocks,
     out=c["out_channels"],
     groups=groups,
     eps=c["norm_eps"],
@@ -201,8 +239,6 @@ def predictor(
     remat=remat,
     dtype=jnp.dtype(dtype),
   )
-  factor = 2 ** (levels - 1)
-  size = config_fields.each(c["sample_size"] or factor, 2, "sample_size")
   return _of_module(module, (*size, c["in_channels"]), text, factor)
 
 
@@ -214,8 +250,8 @@ def _attention(
   names, levels = c[field], len(c["block_out_channels"])
   if len(names) != levels or not {*names} <= by_name.keys():
     raise ValueError(
-      f"{field}={[*names]}: must be {levels} of {', '.join(by_name)}, one for each of "
-      "block_out_channels"
+      f"{field}={config_fields.quoted([*names], limit=150)}: must be {levels} of "
+      f"{', '.join(by_name)}, one for each of block_out_channels"
     )
   return tuple(by_name[name] for name in names)
 

@@ -3,15 +3,22 @@
 from sdiff_jax.pretrained.diffusers import unet
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import (
+  Channels,
+  ChannelsOfLevels,
+  Field,
+  Names,
+)
 from sdiff_jax.types import Json
 
-DEFAULTS = unet.DEFAULTS | {
-  "in_channels": 3,
-  "out_channels": 3,
-  "block_out_channels": (224, 448, 672, 896),
-  "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
-  "up_block_types": ("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
-  "add_attention": True,
+FIELDS = unet.FIELDS | {
+  "in_channels": Field(3, Channels),
+  "out_channels": Field(3, Channels),
+  "block_out_channels": Field((224, 448, 672, 896), ChannelsOfLevels),
+  "down_block_types": Field(("DownBlock2D",) + ("AttnDownBlock2D",) * 3, Names),
+  "up_block_types": Field(("AttnUpBlock2D",) * 3 + ("UpBlock2D",), Names),
+  "attention_head_dim": Field(8, Channels | None),
+  "add_attention": Field(True, bool),
 }
 SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
   "attn_norm_num_groups": unet.UNSUPPORTED_FIELDS,
@@ -36,7 +43,7 @@ def from_config(
   Raises:
     ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
-  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   # The field is the size of a head; None means one head.
   size = c["attention_head_dim"]
   heads = (max(1, width // (size or width)) for width in c["block_out_channels"])

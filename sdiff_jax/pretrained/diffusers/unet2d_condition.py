@@ -3,16 +3,25 @@
 from sdiff_jax.pretrained.diffusers import unet
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import (
+  Channels,
+  ChannelsOfLevels,
+  Field,
+  Layers,
+  LayersOfLevels,
+  Names,
+)
 from sdiff_jax.types import Json
 
-DEFAULTS = unet.DEFAULTS | {
-  "in_channels": 4,
-  "out_channels": 4,
-  "block_out_channels": (320, 640, 1280, 1280),
-  "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-  "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-  "cross_attention_dim": 1280,
-  "transformer_layers_per_block": 1,
+FIELDS = unet.FIELDS | {
+  "in_channels": Field(4, Channels),
+  "out_channels": Field(4, Channels),
+  "block_out_channels": Field((320, 640, 1280, 1280), ChannelsOfLevels),
+  "down_block_types": Field(("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), Names),
+  "up_block_types": Field(("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, Names),
+  "attention_head_dim": Field(8, Channels | ChannelsOfLevels),
+  "cross_attention_dim": Field(1280, Channels | ChannelsOfLevels),
+  "transformer_layers_per_block": Field(1, Layers | LayersOfLevels),
 }
 SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
   "addition_embed_type": unet.UNSUPPORTED_FIELDS,
@@ -57,7 +66,7 @@ def from_config(
   Raises:
     ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
-  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   levels = len(c["block_out_channels"])
   # In spite of its name, the field is the number of heads.
   heads = config_fields.each(c["attention_head_dim"], levels, "attention_head_dim")

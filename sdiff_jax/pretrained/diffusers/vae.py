@@ -18,23 +18,32 @@ from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Upsample,
 )
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import (
+  Channels,
+  ChannelsOfLevels,
+  Field,
+  Layers,
+  Names,
+  Positive,
+)
 from sdiff_jax.types import Array, Json, Params, PRNGKey
 
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior
-DEFAULTS = {
-  "in_channels": 3,
-  "out_channels": 3,
-  "down_block_types": ("DownEncoderBlock2D",),
-  "up_block_types": ("UpDecoderBlock2D",),
-  "block_out_channels": (64,),
-  "layers_per_block": 1,
-  "latent_channels": 4,
-  "norm_num_groups": 32,
-  "scaling_factor": 0.18215,
-  "use_quant_conv": True,
-  "use_post_quant_conv": True,
-  "mid_block_add_attention": True,
+MAX_BLOCKS = 1000
+FIELDS = {
+  "in_channels": Field(3, Channels),
+  "out_channels": Field(3, Channels),
+  "down_block_types": Field(("DownEncoderBlock2D",), Names),
+  "up_block_types": Field(("UpDecoderBlock2D",), Names),
+  "block_out_channels": Field((64,), ChannelsOfLevels),
+  "layers_per_block": Field(1, Layers),
+  "latent_channels": Field(4, Channels),
+  "norm_num_groups": Field(32, Channels),
+  "scaling_factor": Field(0.18215, Positive),
+  "use_quant_conv": Field(True, bool),
+  "use_post_quant_conv": Field(True, bool),
+  "mid_block_add_attention": Field(True, bool),
 }
 SUPPORTED_VALUES = {
   "act_fn": ("silu", "swish"),
@@ -140,18 +149,27 @@ def from_config(
   Raises:
     ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
   """
-  c = config_fields.validated_config(config, DEFAULTS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   channels = tuple(c["block_out_channels"])
   for field, word in (
     ("down_block_types", "DownEncoderBlock2D"),
     ("up_block_types", "UpDecoderBlock2D"),
   ):
     if [*c[field]] != [word] * len(channels):
-      raise ValueError(f"{field}={[*c[field]]}: must be {word} for each of {channels}")
+      names = config_fields.quoted([*c[field]])
+      raise ValueError(f"{field}={names}: must be {word} for each of {channels}")
   if any(width % c["norm_num_groups"] for width in channels):
     raise ValueError(
       f"norm_num_groups={c['norm_num_groups']}: must divide each of {channels}"
     )
+  if (2 * c["layers_per_block"] + 1) * len(channels) > MAX_BLOCKS:
+    raise ValueError(
+      f"layers_per_block={c['layers_per_block']}: with the {len(channels)} levels of "
+      f"block_out_channels must make at most {MAX_BLOCKS} blocks"
+    )
+  for field in ("in_channels", "out_channels"):
+    if c[field] not in (1, 3):
+      raise ValueError(f"{field}={c[field]}: must be 1 or 3, the colors of an image")
   common = {"channels": channels, "depth": c["layers_per_block"], "remat": remat}
   common |= {"groups": c["norm_num_groups"], "attends": c["mid_block_add_attention"]}
   common |= {"dtype": jnp.dtype(dtype)}
