@@ -1,12 +1,15 @@
 """Evaluation of samples: feature networks, their metrics, and the real images."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 from jax.sharding import Mesh
 
 from sdiff_jax import registry
@@ -15,15 +18,44 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import image_io
+from sdiff_jax.io.progress import Progress
+from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, features, frechet
 from sdiff_jax.metrics.features import FeatureNetwork
 from sdiff_jax.metrics.statistics import reference_statistics, streaming
 from sdiff_jax.metrics.statistics.streaming import FeatureRun
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 NUM_PROBES = 64  # images that identify a data set in the cache of references
-# (batches of images, number of images in all of them) -> values of metrics by key.
-MetricFn = Callable[[Iterable[streaming.Images], int], dict[str, float]]
+CHUNK = 8  # batches of features in a batch of images, after which a state is saved
+# Number of images to leave out at the start -> batches of the others.
+Batches = Callable[[int], Iterable[streaming.Images]]
+State = Callable[[], dict[str, np.ndarray]]  # returns the state of a measurement
+Save = Callable[[State], None]  # saves a state if it is time to (see `io.snapshot`)
+
+
+class MetricFn(Protocol):
+  """Computes all metrics of a set of images."""
+
+  def __call__(
+    self,
+    batches: Batches,
+    size: int,
+    stored: Mapping[str, np.ndarray] = ...,
+    save: Save = ...,
+  ) -> dict[str, float]:
+    """Returns values of metrics by their keys.
+
+    Args:
+      batches: of the images.
+      size: number of images.
+      stored: state that an earlier run saved; {} for none.
+      save: called after each batch.
+
+    Raises:
+      UserError: there are too few images.
+    """
+    ...
 
 
 def results_folder(config: ml_collections.ConfigDict) -> str:
@@ -94,14 +126,48 @@ def real(config: ml_collections.ConfigDict) -> Dataset | None:
   return source
 
 
-def dataset_images(source: Dataset) -> streaming.Images:
-  """Returns all images of a data set, which are read when they are needed."""
-  return lambda indices: source[indices][0], source.size
+def dataset_batches(source: Dataset, mesh: Mesh, batch_size: int) -> Batches:
+  """Returns all images of a data set, which are read when they are needed.
+
+  Args:
+    source: the data set.
+    mesh: of the devices.
+    batch_size: as for `features.shard_extractor`.
+  """
+  chunk = CHUNK * features.actual_batch_size(mesh, batch_size)
+
+  def batches(start: int) -> Iterator[streaming.Images]:
+    for first in range(start, source.size, chunk):
+      count = min(chunk, source.size - first)
+      yield lambda indices, first=first: source[first + indices][0], count
+
+  return batches
+
+
+def array_batches(images: np.ndarray) -> Batches:
+  """Returns images uint8 [N, H, W, C] as one batch."""
+  return lambda start: [] if start else [array_images(images)]
 
 
 def array_images(images: np.ndarray) -> streaming.Images:
   """Returns images uint8 [N, H, W, C]."""
   return images.__getitem__, len(images)
+
+
+def snapshot(path: str, settings: Mapping[str, Json], mesh: Mesh) -> Snapshot:
+  """Returns a state on disk that all processes read, and process 0 writes.
+
+  Args:
+    path: of the file.
+    settings: what determines the state.
+    mesh: of the devices.
+  """
+  state = Snapshot(path, settings, write=jax.process_index() == 0)
+  if jax.process_count() > 1:
+    # If one process does not see the file, none uses it.
+    seen = sharding.all_processes(np.array([bool(state.arrays)]), mesh)[0]
+    state.arrays = state.arrays if seen else {}
+  return state
 
 
 def metric_fn(
@@ -131,9 +197,14 @@ def metric_fn(
     _reference(config, mesh, run, real_images, shape, num_kept) for run in runs
   ]
 
-  def measure(batches: Iterable[streaming.Images], size: int) -> dict[str, float]:
+  def measure(
+    batches: Batches,
+    size: int,
+    stored: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+    save: Save = lambda state: None,
+  ) -> dict[str, float]:
     values = {}
-    summaries = streaming.summarize(runs, batches, size, num_kept)
+    summaries = _summarize(runs, batches, size, num_kept, stored, save)
     try:
       for run, samples, reference in zip(runs, summaries, references, strict=True):
         values |= streaming.measure(run, samples, reference)
@@ -142,6 +213,26 @@ def metric_fn(
     return values
 
   return measure
+
+
+def _summarize(
+  runs: list[FeatureRun],
+  batches: Batches,
+  size: int,
+  num_kept: int,
+  stored: Mapping[str, np.ndarray],
+  save: Save,
+) -> list[streaming.StreamingStatistics]:
+  """Returns the statistics of a set of images; resumes from a stored state."""
+  resume = streaming.from_arrays(stored, runs) if "count" in stored else None
+  return streaming.summarize(
+    runs,
+    batches(resume.count if resume else 0),
+    size,
+    num_kept,
+    resume=resume,
+    after_batch=lambda partial: save(lambda: streaming.to_arrays(partial)),
+  )
 
 
 def prompts_of(directory: str) -> list[str]:
@@ -178,7 +269,9 @@ def _reference(
   if real_images is None or (statistics and not num_kept):
     reference = FeatureSet(None, None, np.zeros((0, size), np.float32))
   else:
-    reference = _cached_reference(mesh, run, real_images, num_kept)
+    reference = _cached_reference(
+      mesh, run, real_images, num_kept, config.evaluate.batch_size
+    )
   return reference._replace(**statistics._asdict()) if statistics else reference
 
 
@@ -199,7 +292,7 @@ def _read_statistics(
 
 
 def _cached_reference(
-  mesh: Mesh, run: FeatureRun, real_images: Dataset, num_kept: int
+  mesh: Mesh, run: FeatureRun, real_images: Dataset, num_kept: int, batch_size: int
 ) -> FeatureSet:
   """Returns all real images in the features of a network, computed once for all runs."""
   feature_size(run.network, real_images.shape)
@@ -208,34 +301,60 @@ def _cached_reference(
   probes = real_images[indices][0]
   probe_features = np.concatenate([*run.extract(*array_images(probes))])
   key = [str((real_images.size, real_images.shape, num_kept)).encode()]
+  key += [probes.tobytes(), probe_features.tobytes()]
+  digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+  path = os.path.join(reference_statistics.FOLDER, f"{digest}.partial.npz")
+
+  def compute() -> FeatureSet:
+    state = snapshot(path, {}, mesh)
+    return feature_set_of(run, real_images, num_kept, mesh, batch_size, state)
+
   return reference_statistics.cached(
-    [*key, probes.tobytes(), probe_features.tobytes()],
-    lambda: feature_set_of(run, real_images, num_kept),
+    key,
+    compute,
     # The network runs on all processes, or on none.
     lambda mine: bool(sharding.all_processes(np.array([mine]), mesh)[0]),
   )
 
 
-def feature_set_of(run: FeatureRun, images: Dataset, num_kept: int) -> FeatureSet:
+def feature_set_of(
+  run: FeatureRun,
+  images: Dataset,
+  num_kept: int,
+  mesh: Mesh,
+  batch_size: int,
+  state: Snapshot,
+) -> FeatureSet:
   """Returns all images of a data set in the features of a network; shows progress.
 
   Args:
     run: the network.
     images: the data set.
     num_kept: largest number of images whose features are kept.
+    mesh: of the devices.
+    batch_size: as for `features.shard_extractor`.
+    state: what an earlier, interrupted call has computed; removed at the end.
   """
-
-  def extract(take: Callable, size: int) -> Iterable[np.ndarray]:
-    label = run.network.metric or "features"
-    with tqdm.tqdm(total=size, desc=label, disable=None, leave=False) as bar:
-      for batch in run.extract(take, size):
-        yield batch
-        bar.update(len(batch))
-
   everything = Metric(lambda *_: {}, needs=(MOMENTS, FEATURES))
-  whole = FeatureRun(run.network, extract, (everything,))
-  batches = [dataset_images(images)]
-  (statistics,) = streaming.summarize([whole], batches, images.size, num_kept)
+  with Progress(
+    images.size,
+    label=run.network.metric or "features",
+    unit="image",
+    initial=int(state.arrays.get("count", 0)),
+    active=jax.process_index() == 0,
+  ) as progress:
+
+    def extract(take: Callable, size: int) -> Iterator[np.ndarray]:
+      for batch in run.extract(take, size):
+        progress.add(len(batch))
+        yield batch
+
+    whole = FeatureRun(run.network, extract, (everything,))
+    batches = dataset_batches(images, mesh, batch_size)
+    (statistics,) = _summarize(
+      [whole], batches, images.size, num_kept, state.arrays, state.save
+    )
+  state.remove()
   return streaming.feature_set(statistics)
 
 

@@ -157,6 +157,7 @@ def batches(
   num: int,
   batch_size: int,
   field: str = "sample.batch_size",
+  start: int = 0,
 ) -> Iterator[tuple[np.ndarray, SamplingStats]]:
   """Yields images 0 to num, uint8 [n, H, W, C], and their stats on the host.
 
@@ -167,13 +168,14 @@ def batches(
     num: number of images in all.
     batch_size: images a call; the last batch is filled up, then cut.
     field: config field of the batch size, for the error.
+    start: number of images that are left out at the start, whole batches.
 
   Raises:
     UserError: the batch size does not divide over the mesh.
   """
   with config_errors("config"):
     sharding.check_batch(batch_size, sharding.samples(pipeline.mesh), name=field)
-  for first in range(0, num, batch_size):
+  for first in range(start, num, batch_size):
     indices = np.arange(first, first + batch_size)
     batch = start_batch(pipeline, sampler, params, indices)
     batch = jax.device_put(batch, sharding.replicated(pipeline.mesh))

@@ -10,15 +10,18 @@ import concurrent.futures
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import registry
+from sdiff_jax.distributed import signals
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, lock
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env, expert, observations
 from sdiff_jax.policies.pusht.env import Env
@@ -67,13 +70,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if os.path.exists(path):
     return f"the episodes are there already; remove the file to make others: {path}"
   folder = f"{path}.parts"
-  with workdir_lib.errors(folder):
-    os.makedirs(folder, exist_ok=True)
+  with workdir_lib.errors(folder), lock.locked(folder, "demos"):
     seeds = range(demos.seed, demos.seed + demos.episodes)
     missing = [s for s in seeds if not os.path.exists(_part(folder, s))]
     _make(folder, missing, demos.episodes)
     kept = _join(folder, seeds, path, view)
-  shutil.rmtree(folder)
+    shutil.rmtree(folder)
   return f"kept {kept} of {demos.episodes} episodes, those that succeeded: {path}"
 
 
@@ -87,15 +89,28 @@ def _make(folder: str, seeds: list[int], total: int) -> None:
   spawn = multiprocessing.get_context(
     "spawn"
   )  # JAX has threads, which a fork would copy
+  done = total - len(seeds)
   with (
-    tqdm.tqdm(total=total, initial=total - len(seeds), unit="episode") as bar,
-    concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool,
+    Progress(total, label="demos", unit="episode", initial=done) as progress,
+    concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn, _start) as pool,
   ):
-    for done in concurrent.futures.as_completed(
+    for episode in concurrent.futures.as_completed(
       [pool.submit(_episode, folder, seed) for seed in seeds]
     ):
-      done.result()
-      bar.update()
+      episode.result()
+      progress.add()
+
+
+def _start() -> None:
+  """Makes a worker process end with the job, and not by the signals that the job gets."""
+  for number in signals.SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+
+  def wait() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(signals.STOPPED)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _episode(folder: str, seed: int) -> None:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import registry
@@ -22,6 +21,8 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io, records, resumable
+from sdiff_jax.io.progress import Progress
+from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Array, Json, Params, UserError
@@ -65,12 +66,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   mine = range(jax.process_index(), len(files), jax.process_count())
   missing = [k for k in mine if not os.path.exists(files[k])]
   encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[section.scale], local)
-  start, num_encoded = time.perf_counter(), 0
-  for k in tqdm.tqdm(missing, unit="file", desc="encode", disable=None):
-    first = k * section.shard_size
-    rows = np.arange(first, min(first + section.shard_size, source.size))
-    latents.write(files[k], *_shard(source, encode, rows, section.batch_size))
-    num_encoded += len(rows)
+  rows = {k: _rows(source, k, section.shard_size) for k in mine}
+  num_encoded = sum(len(rows[k]) for k in missing)
+  total, active = sum(map(len, rows.values())), jax.process_index() == 0
+  start = time.perf_counter()
+  with Progress(
+    total, label="encode", unit="image", initial=total - num_encoded, active=active
+  ) as progress:
+    for k in missing:
+      partial = os.path.join(workdir, f"encode-{k}.partial.npz")
+      snapshot = Snapshot(partial, {**about, "file": k})
+      shard = _shard(source, encode, rows[k], section.batch_size, progress, snapshot)
+      latents.write(files[k], *shard)
+      snapshot.remove()
   sharding.all_processes(np.ones(1, bool), mesh)
   rate = num_encoded / (time.perf_counter() - start)
   speed = f" ({rate:.4g} images/s per process)" if num_encoded else ""
@@ -137,18 +145,39 @@ def _encoder(
   return lambda images: np.asarray(encode(params, jax.device_put(images, local)))
 
 
+def _rows(source: Dataset, k: int, shard_size: int) -> range:
+  """Returns the indices of the images of file k."""
+  return range(k * shard_size, min((k + 1) * shard_size, source.size))
+
+
 def _shard(
-  source: Dataset, encode: Encode, rows: np.ndarray, batch_size: int
+  source: Dataset,
+  encode: Encode,
+  rows: range,
+  batch_size: int,
+  progress: Progress,
+  snapshot: Snapshot,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns moments and conditions of images, encoded a full batch at a time."""
-  moments, conds = [], []
-  for first in range(0, len(rows), batch_size):
-    indices = rows[first : first + batch_size]
+  # Those that an earlier run has encoded come first.
+  stored = dict(snapshot.arrays)
+  moments = [stored.pop("moments")] if stored else []
+  conds = [stored] if moments else []
+  progress.add(sum(map(len, moments)))
+
+  def arrays() -> dict[str, np.ndarray]:
+    joined = {name: np.concatenate([c[name] for c in conds]) for name in conds[0]}
+    return {"moments": np.concatenate(moments), **joined}
+
+  for first in range(sum(map(len, moments)), len(rows), batch_size):
+    indices = np.array(rows[first : first + batch_size])
     filled = np.resize(indices, batch_size)
     images, cond = source[filled]
     moments.append(encode(images)[: len(indices)].astype(latents.MOMENTS))
     conds.append({name: x[: len(indices)] for name, x in cond.items()})
-  moments = np.concatenate(moments)
-  if not np.isfinite(moments).all():
-    raise UserError("the autoencoder returned latents that are not finite in float16")
-  return moments, {name: np.concatenate([c[name] for c in conds]) for name in conds[0]}
+    progress.add(len(indices))
+    if not np.isfinite(moments[-1]).all():
+      raise UserError("the autoencoder returned latents that are not finite in float16")
+    snapshot.save(arrays)
+  joined = arrays()
+  return joined.pop("moments"), joined

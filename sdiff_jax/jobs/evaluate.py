@@ -1,29 +1,34 @@
 """Job `evaluate`: computes metrics of the samples of several samplers, or of images."""
 
 import dataclasses
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
-from sdiff_jax.data import folder, npz
+from sdiff_jax.data import folder as folder_lib
+from sdiff_jax.data import npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io, records
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import runs
 from sdiff_jax.samplers import Sampler, SamplingStats
+from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.types import Json, Params, UserError
 
 # Names in results.json of fields of SamplingStats.
 STORED_STATS = {"passes": "num_iterations", "evaluations": "num_evaluations"}
+# State of the measurement that an interrupted job resumes from, in evaluate.folder.
+PARTIAL = "partial.npz"
 LATENCY_IMAGES = 16  # that each device samples one by one for the latency
 
 
@@ -82,17 +87,22 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   folder = os.path.join(workdir, evaluation.results_folder(config))
   os.makedirs(folder, exist_ok=True)
   if images:
-    name, rows = "images.json", [_evaluate_images(config, images)]
+    name, rows = "images.json", [_evaluate_images(config, images, folder)]
   else:
     name, rows = "results.json", _evaluate_samplers(config, workdir, folder)
   path = os.path.join(folder, name)
   if jax.process_index() == 0:
     file_io.write_json(path, rows)
+    partial = os.path.join(folder, PARTIAL)
+    if os.path.exists(partial):
+      os.remove(partial)
     print(runs.table(rows))
   return f"measured {len(rows)} rows: {path}"
 
 
-def _evaluate_images(config: ml_collections.ConfigDict, path: str) -> dict[str, Json]:
+def _evaluate_images(
+  config: ml_collections.ConfigDict, path: str, folder: str
+) -> dict[str, Json]:
   """Returns the row of the images of an .npz file or a folder."""
   mesh, section = experiments.mesh(config), config.evaluate
   if not section.features and not section.clip:
@@ -104,11 +114,14 @@ def _evaluate_images(config: ml_collections.ConfigDict, path: str) -> dict[str, 
   if path.endswith(".npz"):
     dataset = npz.build(path=path)
   else:
-    side, channels = (*real.shape[1:],) if real else (folder.side(path), 3)
-    dataset = folder.build(dir=path, image_size=side, channels=channels)
+    side, channels = (*real.shape[1:],) if real else (folder_lib.side(path), 3)
+    dataset = folder_lib.build(dir=path, image_size=side, channels=channels)
   prompts = evaluation.prompts_of(path) if section.clip else None
   measure = evaluation.metric_fn(config, mesh, real, dataset.shape, prompts)
-  metrics = measure([evaluation.dataset_images(dataset)], dataset.size)
+  batches = evaluation.dataset_batches(dataset, mesh, section.batch_size)
+  settings = {"images": os.path.abspath(path), "evaluate": section.to_dict()}
+  state = evaluation.snapshot(os.path.join(folder, PARTIAL), settings, mesh)
+  metrics = measure(batches, dataset.size, state.arrays, state.save)
   return _row(os.path.basename(path), "given images", metrics, dataset.size)
 
 
@@ -123,27 +136,64 @@ def _evaluate_samplers(
   config.data = stored.data
   real, shape = evaluation.real(config), experiment.dataset.shape
   measure = evaluation.metric_fn(config, experiment.mesh, real, shape)
-  rows = _baselines(config, experiment, measure) if config.evaluate.baselines else []
   facts = losses.facts(stored.loss)
   model, diffusion = facts.title, facts.family == "diffusion"
   compute = _compute(workdir, config)
   scale = config.sample.guidance
   guided = "" if scale == 1 else f", guidance {scale:g}"
-  with tqdm.tqdm(samplers, unit="sampler", desc="evaluate", disable=None) as bar:
-    for i, (name, sampler) in enumerate(bar):
-      metrics, images = _evaluate_sampler(config, experiment, sampler, params, measure)
-      grid = name.replace("/", "-") + ".png"
-      _, columns = sampling.grid_size(experiment)
-      if jax.process_index() == 0:
-        picture = image_io.grid(images, columns)
-        image_io.save_png(os.path.join(folder, grid), picture)
-      row = _row(model, name + guided, metrics, config.evaluate.num)
-      row |= {"compute": compute, "grid": grid}
-      # The other solvers of a diffusion model are baselines of its students.
-      if diffusion and i > 0:
-        row["kind"] = "baseline"
-      rows.append(row)
+  path = os.path.join(folder, PARTIAL)
+  state = evaluation.snapshot(path, _settings(config, workdir), experiment.mesh)
+  rows, begun = _rows(state.arrays)
+  if not rows and config.evaluate.baselines:
+    rows = _baselines(config, experiment, measure)
+    state.save(lambda: {"rows": _as_array(rows)}, now=True)
+  names = [row["sampler"] for row in rows]
+  for i, (name, sampler) in enumerate(samplers):
+    if name + guided in names:
+      continue
+
+    def save(partial: evaluation.State) -> None:
+      state.save(lambda: {"rows": _as_array(rows), **partial()})
+
+    label = f"evaluate {name} ({i + 1} of {len(samplers)})"
+    metrics, images = _evaluate_sampler(
+      config, experiment, sampler, params, measure, label, begun, save
+    )
+    begun = {}
+    grid = name.replace("/", "-") + ".png"
+    _, columns = sampling.grid_size(experiment)
+    if jax.process_index() == 0:
+      picture = image_io.grid(images, columns)
+      image_io.save_png(os.path.join(folder, grid), picture)
+    row = _row(model, name + guided, metrics, config.evaluate.num)
+    row |= {"compute": compute, "grid": grid}
+    # The other solvers of a diffusion model are baselines of its students.
+    if diffusion and i > 0:
+      row["kind"] = "baseline"
+    rows.append(row)
+    state.save(lambda: {"rows": _as_array(rows)}, now=True)
   return rows
+
+
+def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Json]:
+  """Returns what determines the rows of the samplers of a network."""
+  sections = ("data", "evaluate", "reference", "sample", "sampler")
+  settings = {name: config[name].to_dict() for name in sections}
+  return {**settings, "vae": config.vae, "newest": checkpoints_lib.newest(workdir)}
+
+
+def _as_array(rows: list[dict[str, Json]]) -> np.ndarray:
+  """Returns rows of results as an array, for the file of a state."""
+  return np.frombuffer(json.dumps(rows).encode(), np.uint8)
+
+
+def _rows(
+  arrays: Mapping[str, np.ndarray],
+) -> tuple[list[dict[str, Json]], dict[str, np.ndarray]]:
+  """Returns the rows in a stored state, and the state of the sampler after them."""
+  begun = dict(arrays)
+  rows = begun.pop("rows", None)
+  return ([] if rows is None else json.loads(rows.tobytes())), begun
 
 
 def _row(
@@ -182,8 +232,8 @@ def _baselines(
     name = "one half to the other"
   classes = dataset.class_of(cond, dataset.size)
   gaussian_samples = baselines.class_gaussian(images, classes, num)
-  real = measure_real([evaluation.array_images(images[indices])], len(indices))
-  gaussian = measure([evaluation.array_images(gaussian_samples)], num)
+  real = measure_real(evaluation.array_batches(images[indices]), len(indices))
+  gaussian = measure(evaluation.array_batches(gaussian_samples), num)
   rows = [
     _row("real data", name, real, len(indices)),
     _row("Gaussian per class", "full covariance", gaussian, num),
@@ -197,30 +247,58 @@ def _evaluate_sampler(
   sampler: Sampler,
   params: Params,
   measure: evaluation.MetricFn,
+  label: str,
+  begun: Mapping[str, np.ndarray],
+  save: evaluation.Save,
 ) -> tuple[dict[str, float], np.ndarray]:
   """Returns metrics and cost of evaluate.num samples, and the first images of them.
 
   The time is that of the sampler alone, without compilation. Only the features of a
   batch are kept, not its images.
+
+  Args:
+    config: of the run.
+    experiment: of the run.
+    sampler: to evaluate.
+    params: of the network.
+    measure: computes the metrics.
+    label: of the progress.
+    begun: state that an earlier run saved, {} for none.
+    save: saves the state.
   """
   num, batch_size = (config.evaluate[k] for k in ("num", "batch_size"))
-  first_images, stats, seconds = [], [], []
   num_shown, _ = sampling.grid_size(experiment)
+  seconds = [*begun.get("seconds", ())]
+  first_images = [*begun.get("images", ())]
+  stats = {name: [begun[name]] if begun else [] for name in STORED_STATS}
 
-  def batches() -> Iterator[streaming.Images]:
-    for images, batch_stats, batch_seconds in _timed_batches(
-      config, experiment, sampler, params, num, batch_size
-    ):
-      seconds.append(batch_seconds)
-      stats.append(batch_stats)
-      first_images.extend(images[: max(num_shown - len(first_images), 0)])
-      yield evaluation.array_images(images)
+  def batches(start: int) -> Iterator[streaming.Images]:
+    active = jax.process_index() == 0
+    with Progress(
+      num, label=label, unit="image", initial=start, active=active
+    ) as progress:
+      for images, batch_stats, batch_seconds in _timed_batches(
+        config, experiment, sampler, params, num, batch_size, start
+      ):
+        seconds.append(batch_seconds)
+        for name, field in STORED_STATS.items():
+          stats[name].append(getattr(batch_stats, field))
+        first_images.extend(images[: max(num_shown - len(first_images), 0)])
+        yield evaluation.array_images(images)
+        progress.add(len(images))
 
-  metrics = measure(batches(), num)
+  def save_all(state: evaluation.State) -> None:
+    def arrays() -> dict[str, np.ndarray]:
+      own = {name: np.concatenate(values) for name, values in stats.items()}
+      own |= {"seconds": np.array(seconds), "images": np.stack(first_images)}
+      return own | state()
+
+    save(arrays)
+
+  metrics = measure(batches, num, begun, save_all)
   metrics["images_per_second"] = num / sum(seconds)
-  for name, field in STORED_STATS.items():
-    values = np.concatenate([getattr(batch_stats, field) for batch_stats in stats])
-    metrics[name] = float(values.mean())
+  for name, values in stats.items():
+    metrics[name] = float(np.concatenate(values).mean())
   if config.evaluate.latency:
     mesh = experiment.mesh
     num_parallel = mesh.size // mesh.shape["window"]  # devices of different images
@@ -238,8 +316,12 @@ def _timed_batches(
   params: Params,
   num: int,
   batch_size: int,
+  start: int = 0,
 ) -> Iterator[tuple[np.ndarray, SamplingStats, float]]:
-  """Yields images, statistics and seconds of each batch, without compilation."""
+  """Yields images, statistics and seconds of each batch, without compilation.
+
+  The first `start` images, whole batches, are left out.
+  """
   field = "evaluate.batch_size"
   pipeline = sampling.pipeline(config, experiment)
   shape = (batch_size, *pipeline.shape)
@@ -248,7 +330,7 @@ def _timed_batches(
   )
   compiled = pipelines.batch_sampler(pipeline, sampler)
   next(pipelines.batches(pipeline, compiled, params, num, batch_size, field))
-  batches = pipelines.batches(pipeline, compiled, params, num, batch_size, field)
+  batches = pipelines.batches(pipeline, compiled, params, num, batch_size, field, start)
   begin = time.perf_counter()
   for images, stats in batches:
     yield images, stats, time.perf_counter() - begin

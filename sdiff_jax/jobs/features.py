@@ -9,6 +9,7 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics.features import classifier
 from sdiff_jax.types import UserError
 
@@ -33,8 +34,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if jax.process_index():
     return path
   images, labels = _read_all(dataset)
-  weights = classifier.fit(images, labels, dataset.num_classes)
+  settings = {"data": config.data.to_dict(), "size": len(images)}
+  snapshot = Snapshot(os.path.join(workdir, "features.partial.npz"), settings)
+  weights = classifier.fit(images, labels, dataset.num_classes, snapshot=snapshot)
   classifier.save(path, weights)
+  snapshot.remove()
   test = "training"
   if config.reference.name:
     test = "reference"

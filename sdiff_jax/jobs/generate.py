@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
@@ -27,6 +26,7 @@ from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.io import file_io, image_io, resumable
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.samplers import Sampler, SamplingStats
@@ -230,14 +230,11 @@ def _make(
   # All processes look at the existing images before one of them writes.
   sharding.all_processes(np.ones(1, bool), pipeline.mesh)
   quiet, total = jax.process_index() > 0, len(images.settings)
+  done = total - len(missing)
   with (
-    tqdm.tqdm(
-      total=total,
-      initial=total - len(missing),
-      unit="image",
-      desc="generate",
-      disable=quiet or None,
-    ) as bar,
+    Progress(
+      total, label="generate", unit="image", initial=done, active=not quiet
+    ) as progress,
     concurrent.futures.ThreadPoolExecutor(NUM_WRITERS) as pool,
   ):
     for first in range(0, len(missing), size):
@@ -254,7 +251,7 @@ def _make(
       paths = [images.path(indices[row]) for row, _ in rows]
       about = [texts[row] for row, _ in rows]
       list(pool.map(image_io.save_png, paths, [image for _, image in rows], about))
-      bar.update(len(indices))
+      progress.add(len(indices))
   sharding.all_processes(np.ones(1, bool), pipeline.mesh)
 
 

@@ -4,12 +4,12 @@ import os
 
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.io import image_io
+from sdiff_jax.io.progress import Progress
 
 NUM_IMAGES = 100  # number of images in inspect.png
 BATCH_SIZE = 256
@@ -43,13 +43,15 @@ def _walk(source: Dataset) -> tuple[np.ndarray, np.ndarray]:
   """Returns all labels [N] and the histogram of the pixel values, int [256, C]."""
   labels, counts = [], np.zeros((256, source.shape[-1]), np.int64)
   starts = range(0, source.size, BATCH_SIZE)
-  for start in tqdm.tqdm(starts, unit="batch", desc="inspect", disable=None):
-    rows = np.arange(start, min(start + BATCH_SIZE, source.size))
-    images, cond = source[rows]
-    labels.append(source.class_of(cond, len(rows)))
-    for channel in range(source.shape[-1]):
-      levels = images[..., channel].ravel()
-      counts[:, channel] += np.bincount(levels, minlength=256)
+  with Progress(source.size, label="inspect", unit="image") as progress:
+    for start in starts:
+      rows = np.arange(start, min(start + BATCH_SIZE, source.size))
+      images, cond = source[rows]
+      labels.append(source.class_of(cond, len(rows)))
+      for channel in range(source.shape[-1]):
+        levels = images[..., channel].ravel()
+        counts[:, channel] += np.bincount(levels, minlength=256)
+      progress.add(len(rows))
   return np.concatenate(labels), counts
 
 

@@ -6,12 +6,12 @@ import time
 
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import policies
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.policies.pusht import rollout as rollout_lib
@@ -95,14 +95,14 @@ def _episodes(
     if episode < len(frames):
       frames[episode].append(envs[episode].render())
 
-  with tqdm.tqdm(total=env.STEPS, unit="step", desc=name, disable=None) as bar:
+  with Progress(env.STEPS, label=f"rollout {name}", unit="step") as progress:
     episodes = rollout_lib.run(
       act,
       envs,
       starts,
       states=policy.num_states,
       seed=rollout.noise_seed,
-      progress=lambda step: bar.update(step - bar.n),
+      progress=progress.show,
       watch=watch,
     )
   if frames:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
 from sdiff_jax import registry
 from sdiff_jax.distributed import sharding
@@ -23,6 +22,7 @@ from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.io import file_io, image_io, resumable
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.samplers import SamplingStats
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.types import Params, UserError
@@ -142,14 +142,14 @@ def _make_parts(
     )
     for first in missing
   )
-  with tqdm.tqdm(
-    total=num, initial=done, unit="image", desc="sample", disable=quiet or None
-  ) as bar:
+  with Progress(
+    num, label="sample", unit="image", initial=done, active=not quiet
+  ) as progress:
     begin = time.perf_counter()
     # In pairs: the next batch is computed while this one is waited for and written.
     for batch, _ in itertools.pairwise(itertools.chain(started, [None])):
       _write_part(output, *batch)
-      bar.update(min(size, num - batch[0]))
+      progress.add(min(size, num - batch[0]))
   sharding.all_processes(np.ones(1, bool), pipeline.mesh)
   seconds = time.perf_counter() - begin
   return f"{len(missing) * size / seconds:.4g} images/s, " if missing else ""

@@ -26,11 +26,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       "config.evaluate.reference must be empty for --job=statistics, which computes it"
     )
   images = evaluation.real(config)
-  runs = evaluation.feature_runs(config, experiments.mesh(config), images.shape)
+  mesh, size = experiments.mesh(config), config.evaluate.batch_size
+  runs = evaluation.feature_runs(config, mesh, images.shape)
+  section = config.reference if config.reference.name else config.data
+  settings = {"data": section.to_dict(), "evaluate": config.evaluate.to_dict()}
   statistics = {}
   for run in runs:
     if run.network.metric is not None:
-      whole = evaluation.feature_set_of(run, images, num_kept=0)
+      path = os.path.join(workdir, f"{run.network.metric}.partial.npz")
+      state = evaluation.snapshot(path, settings, mesh)
+      whole = evaluation.feature_set_of(run, images, 0, mesh, size, state)
       statistics[run.network.metric] = frechet.Statistics(whole.mean, whole.cov)
   if not statistics:
     raise UserError(

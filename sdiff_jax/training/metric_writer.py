@@ -4,19 +4,16 @@ import json
 import math
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io.progress import Progress
 from sdiff_jax.types import Json
 
 METRICS = "metrics.jsonl"
-PLAIN_SECONDS = 10.0  # between two progress lines without a terminal
 
 Path = str | os.PathLike[str]
 
@@ -69,21 +66,13 @@ class Writer:
       max_queue=0,  # No limit: a full disk ends the thread, and a full queue blocks.
       filename_suffix=f".{self._start}",
     )
-    self._bar = tqdm.tqdm(
-      total=self._total,
-      initial=self._start,
-      disable=not sys.stderr.isatty(),
-      dynamic_ncols=True,
-      bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps"
-      "{postfix}, {remaining} left",
-    )
-    self._began: tuple[int, float] | None = None
-    self._printed = -math.inf
+    self._progress = Progress(self._total, label="step", initial=self._start)
+    self._progress.__enter__()
     return self
 
   def __exit__(self, *exception: object) -> None:
     if self._active:
-      self._bar.close()
+      self._progress.__exit__()
       self._board.close()
       self._lines.close()
 
@@ -105,26 +94,10 @@ class Writer:
     self._board.add_image(name, image, step, dataformats="HWC")
 
   def progress(self, step: int, *, images_per_second: float, loss: float) -> None:
-    """Moves the bar to `step`; without a terminal, prints a line every 10 seconds."""
-    if not self._active:
-      return
-    numbers = f"{images_per_second:,.0f} {self._unit}/s, loss {loss:.4g}"
-    if not self._bar.disable:
-      self._bar.set_postfix_str(numbers, refresh=False)
-      self._bar.update(step - self._bar.n)
-      return
-    now = time.monotonic()
-    self._began = self._began or (step, now)
-    if now - self._printed < PLAIN_SECONDS and step < self._total:
-      return
-    self._printed = now
-    steps, seconds = step - self._began[0], now - self._began[1]
-    left = ""  # unknown at the first call
-    if steps > 0:
-      remaining = seconds / steps * (self._total - step)
-      left = f", {tqdm.tqdm.format_interval(remaining)} left"
-    # This is print and not logging, so that it does not depend on the log level.
-    print(f"step {step}/{self._total}, {numbers}{left}", file=sys.stderr, flush=True)
+    """Shows the step and some numbers (see `io.progress.Progress.show`)."""
+    if self._active:
+      numbers = f"{images_per_second:,.0f} {self._unit}/s, loss {loss:.4g}"
+      self._progress.show(step, numbers)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Json]]:

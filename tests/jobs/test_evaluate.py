@@ -100,7 +100,9 @@ def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
   config.data = configs.component("data", "npz", path=str(tmp_path / "data.npz"))
   fit = classifier.fit
   few = {"steps": 10, "progress": False}
-  monkeypatch.setattr(classifier, "fit", lambda *args: fit(*args, **few))
+  monkeypatch.setattr(
+    classifier, "fit", lambda *args, **more: fit(*args, **few, **more)
+  )
   line = features.run(config, str(tmp_path / "run"))
   assert line.startswith("accuracy on 200 training images 0.")
   config.evaluate.features = line.partition(": ")[2]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from sdiff_jax.io import progress
 from sdiff_jax.training import metric_writer
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -147,16 +148,16 @@ def test_an_inactive_writer_writes_nothing(tmp_path, capsys):
 
 
 def test_plain_progress_prints_now_and_then(tmp_path, capsys, monkeypatch):
-  clock = itertools.count(100, 4)  # seconds: four pass between two calls
+  clock = itertools.count(100, 12)  # seconds: twelve pass between two calls
   monkeypatch.setattr(
-    metric_writer, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
+    progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock))
   )
   with metric_writer.Writer(tmp_path, total=80, start=10, unit="points") as out:
     for step in range(20, 81, 10):
       out.progress(step, images_per_second=1234.4, loss=0.25)
   assert capsys.readouterr().err.splitlines() == [
     "step 20/80, 1,234 points/s, loss 0.25",
-    "step 50/80, 1,234 points/s, loss 0.25, 00:12 left",
+    "step 50/80, 1,234 points/s, loss 0.25, 00:36 left",
     "step 80/80, 1,234 points/s, loss 0.25, 00:00 left",
   ]
 
@@ -176,6 +177,6 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
   with metric_writer.Writer(tmp_path, total=100, start=40) as out:
     out.progress(75, images_per_second=2500.0, loss=0.125)
   last = terminal.getvalue().split("\r")[-1]
-  assert last.startswith(" 75% |")
-  assert "75/100 steps, 2,500 images/s, loss 0.125, " in last
+  assert last.startswith("step  75% |")
+  assert "| 75/100, 2,500 images/s, loss 0.125, " in last
   assert last.rstrip().endswith(" left")

@@ -18,10 +18,17 @@ from sdiff_jax import registry
 from sdiff_jax.metrics.features._base import (
   FeatureExtractor,
   FeatureNetwork,
+  actual_batch_size,
   shard_extractor,
 )
 
-__all__ = ["FeatureExtractor", "FeatureNetwork", "load", "shard_extractor"]
+__all__ = [
+  "FeatureExtractor",
+  "FeatureNetwork",
+  "actual_batch_size",
+  "load",
+  "shard_extractor",
+]
 DEFAULT = "classifier"  # the network of a name without a path
 
 

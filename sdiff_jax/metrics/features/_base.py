@@ -41,6 +41,11 @@ FeatureExtractor = Callable[
 ]
 
 
+def actual_batch_size(mesh: Mesh, batch_size: int) -> int:
+  """Returns the number of images in a batch of `shard_extractor`."""
+  return min(max(batch_size // mesh.size, 1), MAX_BATCH_PER_DEVICE) * mesh.size
+
+
 def shard_extractor(
   network: FeatureNetwork, mesh: Mesh, batch_size: int
 ) -> FeatureExtractor:
@@ -56,8 +61,7 @@ def shard_extractor(
       a multiple of their number, and at most MAX_BATCH_PER_DEVICE for each.
   """
   sharded, replicated = sharding.batch(mesh), sharding.replicated(mesh)
-  per_device = min(max(batch_size // mesh.size, 1), MAX_BATCH_PER_DEVICE)
-  batch = per_device * mesh.size
+  batch = actual_batch_size(mesh, batch_size)
   indices = sharding.rows(sharded, batch)
   params = jax.device_put(network.params, replicated)
   apply = jax.jit(

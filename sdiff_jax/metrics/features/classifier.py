@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from flax import traverse_util
 
 from sdiff_jax import registry
 from sdiff_jax.io import file_io
+from sdiff_jax.io.progress import Progress
+from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics.features._base import FeatureNetwork
-from sdiff_jax.types import Array, Params, PRNGKey, UserError
+from sdiff_jax.types import Array, Params, PRNGKey, PyTree, UserError
 
 Weights = dict[str, np.ndarray]
 FOLDER = pathlib.Path(__file__).parent
 WIDTH = 64
 BATCH = 512
+CHECK_EVERY = 10  # steps after which progress is shown, and a state may be saved
 
 
 class Classifier(nn.Module):
@@ -57,6 +59,7 @@ def fit(
   steps: int = 2000,
   batch_size: int = 128,
   progress: bool = True,
+  snapshot: Snapshot | None = None,
 ) -> Weights:
   """Trains a classifier, and determines the scale of its features.
 
@@ -70,7 +73,8 @@ def fit(
     seed: of initialization, batches and augmentation.
     steps: number of training steps.
     batch_size: images in a batch.
-    progress: whether to show a progress bar.
+    progress: whether to show progress.
+    snapshot: where the state is saved now and then, and resumed from; None for nowhere.
 
   Returns:
     Parameters in float16, keyed "layer/name"; "scale", by which features are multiplied
@@ -108,10 +112,20 @@ def fit(
       updates, moments = optimizer.update(gradient, moments)
     return optax.apply_updates(params, updates), moments
 
-  moments = optimizer.init(params)
+  state = params, optimizer.init(params)
+  first, state = _resume(snapshot, state)
   data = jax.device_put((images, labels))
-  for i in tqdm.trange(steps, desc="classifier", disable=not progress):
-    params, moments = step(params, moments, jax.random.fold_in(key_steps, i), *data)
+  with Progress(
+    steps, label="classifier", unit="step", initial=first, active=progress
+  ) as shown:
+    for i in range(first, steps):
+      state = step(*state, jax.random.fold_in(key_steps, i), *data)
+      if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
+        jax.block_until_ready(state)
+        shown.show(i + 1)
+        if snapshot is not None:
+          snapshot.save(lambda done=i + 1, state=state: _arrays(done, state))
+  params, _ = state
 
   flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
   weights = {name: value.astype(np.float16) for name, value in flat.items()}
@@ -119,6 +133,24 @@ def fit(
   # The scale is that of the parameters in float16, which are returned.
   variance = predict(weights, images)[0].var(axis=0, ddof=1, dtype=np.float64)
   return weights | {"scale": np.float32(np.sqrt(WIDTH / variance.sum()))}
+
+
+def _arrays(done: int, state: PyTree) -> dict[str, np.ndarray]:
+  """Returns the state after some steps as named arrays."""
+  leaves = jax.device_get(jax.tree.leaves(state))
+  return {"done": np.array(done)} | {f"leaf{k}": x for k, x in enumerate(leaves)}
+
+
+def _resume(snapshot: Snapshot | None, state: PyTree) -> tuple[int, PyTree]:
+  """Returns a number of steps and the state after them: stored, or 0 and the first."""
+  if snapshot is None or not snapshot.arrays:
+    return 0, state
+  leaves, treedef = jax.tree.flatten(state)
+  stored = [snapshot.arrays.get(f"leaf{k}") for k in range(len(leaves))]
+  if any(x is None or x.shape != y.shape for x, y in zip(stored, leaves, strict=True)):
+    return 0, state
+  state = jax.device_put(jax.tree.unflatten(treedef, stored))
+  return int(snapshot.arrays["done"]), state
 
 
 def predict(weights: Weights, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """What metrics need of a set of images, collected batch by batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, frechet
@@ -58,8 +59,59 @@ def merge(
   return StreamingStatistics(moments, a.features + b.features, tuple(sums))
 
 
+class Partial(NamedTuple):
+  """Statistics of the first images of a set.
+
+  Attributes:
+    count: number of these images.
+    totals: their statistics in the features of each network.
+  """
+
+  count: int
+  totals: tuple[StreamingStatistics, ...]
+
+
+def to_arrays(partial: Partial) -> dict[str, np.ndarray]:
+  """Returns statistics as named arrays, for a file."""
+  arrays = {"count": np.array(partial.count)}
+  for i, total in enumerate(partial.totals):
+    joined = total._replace(features=(np.concatenate(total.features),))
+    for j, leaf in enumerate(jax.tree.leaves(joined)):
+      arrays[f"network{i}.{j}"] = np.asarray(leaf)
+  return arrays
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], runs: list[FeatureRun]) -> Partial:
+  """Returns the statistics that `to_arrays` turned into arrays.
+
+  Args:
+    arrays: the arrays.
+    runs: the same networks with the same metrics.
+
+  Raises:
+    KeyError: an array is missing.
+  """
+  totals = []
+  for i, run in enumerate(runs):
+    num = sum(name.startswith(f"network{i}.") for name in arrays)
+    leaves = [arrays[f"network{i}.{j}"] for j in range(num)]
+    # What a metric sums of an image tells which leaf is what.
+    width = next(leaf for leaf in leaves if leaf.ndim == 2).shape[-1]
+    example = _part(
+      run, np.ones((1, width), np.float32), np.arange(1), np.ones(1, bool)
+    )
+    totals.append(jax.tree.unflatten(jax.tree.structure(example), leaves))
+  return Partial(int(arrays["count"]), tuple(totals))
+
+
 def summarize(
-  runs: list[FeatureRun], batches: Iterable[Images], size: int, num_kept: int
+  runs: list[FeatureRun],
+  batches: Iterable[Images],
+  size: int,
+  num_kept: int,
+  *,
+  resume: Partial | None = None,
+  after_batch: Callable[[Partial], None] = lambda partial: None,
 ) -> list[StreamingStatistics]:
   """Returns the statistics of a set of images, in the features of each network.
 
@@ -70,6 +122,8 @@ def summarize(
     batches: of the images, each read once for every network.
     size: N, number of images in all the batches.
     num_kept: largest number of images, drawn at random, whose features are kept.
+    resume: statistics of the first images, which `batches` then lacks; None for none.
+    after_batch: called with the statistics so far.
 
   Raises:
     ValueError: the batches hold another number of images.
@@ -78,6 +132,8 @@ def summarize(
   keep[np.random.default_rng(0).permutation(size)[:num_kept]] = True
   totals: list[StreamingStatistics | None] = [None] * len(runs)
   first = 0
+  if resume is not None:
+    first, totals = resume.count, [*resume.totals]
   for take, count in batches:
     if first + count > size:
       raise ValueError(f"size={size}: the batches hold more images")
@@ -89,6 +145,7 @@ def summarize(
         totals[i] = part if totals[i] is None else merge(totals[i], part, run.metrics)
         begin += len(features)
     first += count
+    after_batch(Partial(first, tuple(totals)))
   if first != size or not size:
     raise ValueError(f"size={size}: the batches hold {first} images")
   return totals

@@ -1,0 +1,75 @@
+"""State of a computation on disk, so that an interrupted job resumes from it."""
+
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from sdiff_jax.io import file_io
+from sdiff_jax.types import Json
+
+SECONDS = 20.0  # at least, between two saves
+FRACTION = 0.05  # of the time, at most, is spent on saving
+SETTINGS = "settings"  # name of an array of the file
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
+
+
+class Snapshot:
+  """The newest state of one computation, an .npz file.
+
+  A file that is damaged, or was written with other settings, counts as none: the
+  computation starts again, and replaces it.
+
+  Attributes:
+    arrays: the state that an earlier run saved; {} if there is none.
+  """
+
+  def __init__(self, path: str, settings: Mapping[str, Json], *, write: bool = True):
+    """Reads the file.
+
+    Args:
+      path: of the file.
+      settings: what determines the computation; compared as JSON.
+      write: whether this process writes the file; of several processes one does.
+    """
+    self._path, self._write = path, write
+    self._settings = json.dumps(file_io.as_json(dict(settings)), sort_keys=True)
+    self._due = time.monotonic() + SECONDS
+    self.arrays = self._read()
+
+  def _read(self) -> dict[str, np.ndarray]:
+    if not os.path.isfile(self._path):
+      return {}
+    try:
+      with np.load(self._path, allow_pickle=False) as file:
+        if file[SETTINGS].tobytes().decode() != self._settings:
+          return {}
+        return {name: file[name] for name in file.files if name != SETTINGS}
+    except UNREADABLE:
+      return {}
+
+  def save(
+    self, state: Callable[[], Mapping[str, np.ndarray]], *, now: bool = False
+  ) -> None:
+    """Writes the state if the last save was long enough ago.
+
+    Args:
+      state: returns the state; called only if it is written.
+      now: whether to write it in any case.
+    """
+    if not self._write or (not now and time.monotonic() < self._due):
+      return
+    begin = time.monotonic()
+    settings = np.frombuffer(self._settings.encode(), np.uint8)
+    file_io.write_npz(self._path, **{SETTINGS: settings, **state()})
+    end = time.monotonic()
+    self._due = end + max(SECONDS, (end - begin) / FRACTION)
+
+  def remove(self) -> None:
+    """Removes the file; the computation is complete."""
+    self.arrays = {}
+    if self._write and os.path.exists(self._path):
+      os.remove(self._path)
