@@ -1,19 +1,26 @@
 """Files of weights by PyTorch and EDM, and pickles that mean harm."""
 
 import io
+import json
+import os
 import pathlib
 import pickle
 import struct
+import time
+import tracemalloc
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy as original
 
 from sdiff_jax.pretrained.files import safe_pickle, state_dict
 from sdiff_jax.types import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "weights"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+HEAD = (safe_pickle.MAGIC, 1001, {"little_endian": True})
 STORAGE = b"ctorch.storage\n_load_from_bytes\n"
 
 
@@ -31,8 +38,7 @@ def test_every_form_holds_the_same(name):
 
 def legacy(object_pickle: bytes, numel: int = 4) -> bytes:
   """Returns a file of PyTorch's older form, with one storage "0" of floats."""
-  parts = [safe_pickle.MAGIC, 1001, {"little_endian": True}]
-  data = b"".join(pickle.dumps(part, 2) for part in parts) + object_pickle
+  data = b"".join(pickle.dumps(part, 2) for part in HEAD) + object_pickle
   data += pickle.dumps(["0"], 2) + struct.pack("<q", numel)
   return data + np.arange(numel, dtype=np.float32).tobytes()
 
@@ -153,3 +159,218 @@ def test_an_archive_of_other_bytes(tmp_path):
       new.writestr(name, b"big" if changed else old.read(name))
   with pytest.raises(UserError, match="big-endian bytes"):
     read(buffer.getvalue(), tmp_path)
+
+
+def refuses(
+  data: bytes, tmp_path, match: str, name: str = "file.pkl", trace: bool = True
+) -> str:
+  """Checks that a file is refused in one short line, with little memory and time."""
+  path = tmp_path / name
+  path.write_bytes(data)
+  if trace:  # it makes Python several times slower
+    tracemalloc.start()
+  begin = time.monotonic()
+  try:
+    with pytest.raises(UserError, match=match) as error:
+      state_dict.read(str(path))
+    peak = tracemalloc.get_traced_memory()[1] if trace else 0
+  finally:
+    tracemalloc.stop()
+  assert peak < 2**26 + 8 * len(data)
+  assert time.monotonic() - begin < 10
+  line = str(error.value)
+  assert line.startswith(str(path))
+  assert "\n" not in line
+  assert len(line) < 500
+  return line
+
+
+def text(value: str) -> bytes:
+  return b"X" + struct.pack("<L", len(value)) + value.encode()
+
+
+def doubled(first: bytes, pair: bytes, times: int = 60) -> bytes:
+  """Returns opcodes that nest a value in pairs of itself: 2^times leaves."""
+  return first + b"".join(b"q\x01h\x01" + pair for _ in range(times))
+
+
+MODULE = b"ctorch.nn.modules.container\nSequential\n"
+
+
+def test_a_name_of_two_billion_costs_no_memory(tmp_path):
+  refuses(b"}r\xff\xff\xff\x7f.", tmp_path, "holds no tensors")
+  refuses(b"}p4000000000\n.", tmp_path, "holds no tensors")
+
+
+def test_keys_whose_hash_takes_for_ever_are_refused(tmp_path):
+  nested = doubled(b")", b"\x86")
+  refuses(b"}" + nested + b"Ns.", tmp_path, "a key that is no text")
+  refuses(b"}(" + nested + b"Nu.", tmp_path, "a key that is no text")
+  refuses(b"(" + nested + b"Nd.", tmp_path, "a key that is no text")
+  refuses(b"\x8f(" + nested + b"\x90.", tmp_path, "a key that is no text")
+  refuses(b"(" + nested + b"\x91.", tmp_path, "an instruction")
+  pairs = b"ccollections\nOrderedDict\n(]" + nested + b"N\x86atR."
+  refuses(pairs, tmp_path, "a key that is no text")
+  elements = b"cbuiltins\nset\n(]" + nested + b"atR."
+  refuses(elements, tmp_path, "a key that is no text")
+  size = b"}ctorch\nSize\n(]" + nested + b"atRNs."
+  refuses(size, tmp_path, "a size of something else than integers")
+  pid = b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + nested + b"X\0\0\0\0I4\nNtQ."
+  data = b"".join(pickle.dumps(x, 2) for x in HEAD)
+  refuses(data + pid, tmp_path, "a reference to no storage")
+
+
+def test_a_billion_modules_are_refused(tmp_path):
+  state = b"}" + text("_modules") + b"}" + text("a") + b"h\x01s" + text("b") + b"h\x01s"
+  data = MODULE + b")R" + b"q\x01" + b"0"
+  for _ in range(60):
+    data += MODULE + b")R" + state + b"sb" + b"q\x01" + b"0"
+  refuses(data + b"h\x01.", tmp_path, "more than 16384 modules")
+
+
+def test_a_module_inside_itself_and_a_chain_of_modules(tmp_path):
+  chain = MODULE + b")Rq\x010"
+  for _ in range(5000):
+    inner = b"}" + text("_modules") + b"}" + text("a") + b"h\x01ss"
+    chain += MODULE + b")R" + inner + b"bq\x010"
+  refuses(chain + b"h\x01.", tmp_path, "names of modules|Recursion|damaged")
+  itself = MODULE + b")Rq\x01}" + text("_modules") + b"}" + text("a") + b"h\x01ssb."
+  refuses(itself, tmp_path, "a module inside itself")
+
+
+def test_many_views_of_one_storage_are_refused(tmp_path):
+  numel, views = 2**18, 2000
+  body = b"}" + storage(numel) + b"q\x010"
+  ints = f"I{numel}\n".encode()
+  view = TENSOR + b"(h\x01I0\n(" + ints + b"t(I1\ntI00\nNtR"
+  body += b"".join(text(f"w{k}") + view + b"s" for k in range(views))
+  refuses(legacy(body + b".", numel), tmp_path, "far more content than the file")
+
+
+def test_storages_together_are_no_larger_than_their_file(tmp_path):
+  body = b"}"
+  for k in range(500):
+    one = storage(2**18).replace(b"X\x01\0\0\x000", text(f"{k:05d}"))
+    body += text(f"w{k}") + one + b"s"
+  padding = bytes(2**20)
+  refuses(legacy(body + b".") + padding, tmp_path, "a storage larger than the file")
+
+
+def test_endless_programs_are_refused(tmp_path):
+  refuses(b"N0" * 2**20 + b".", tmp_path, "a pickle of more than", trace=False)
+  copies = b"](" + b"N" * 10**5 + b"eq\x010" + b"ctorch\nSize\n(h\x01tR0" * 10**3
+  refuses(copies + b".", tmp_path, "a size of|far more content")
+  numbers = b"](" + b"K\1" * 10**5 + b"eq\x010" + b"ctorch\nSize\n(h\x01tR0" * 10**3
+  refuses(numbers + b".", tmp_path, "far more content")
+
+
+def test_lengths_beyond_the_end_are_refused(tmp_path):
+  for opcode, kind in ((b"X", "<L"), (b"B", "<L"), (b"\x8b", "<l"), (b"T", "<l")):
+    refuses(opcode + struct.pack(kind, 2**31 - 1) + b".", tmp_path, "damaged")
+  for opcode in (b"\x8d", b"\x8e", b"\x96"):
+    refuses(opcode + struct.pack("<Q", 2**40) + b".", tmp_path, "damaged")
+
+
+def test_nested_pickles_are_bounded(tmp_path):
+  """The same 1 MB, loaded a thousand times, and pickles within pickles."""
+  inner = legacy(storage(2**18) + b".", 2**18)
+  call = STORAGE + b"(h\x01tR"
+  data = b"B" + struct.pack("<L", len(inner)) + inner + b"q\x010]"
+  assert refuses(data + call + b"a.", tmp_path, "holds no tensors")
+  refuses(data + (call + b"a") * 1000 + b".", tmp_path, "far more content")
+  for _ in range(3):
+    inner = b"B" + struct.pack("<L", len(inner)) + inner + b"q\x010" + call + b"."
+    inner = legacy(inner)
+  refuses(inner, tmp_path, "a storage of another form|damaged")
+
+
+def safetensors(header: dict | bytes, data: bytes = b"", length: int = -1) -> bytes:
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  return struct.pack("<Q", len(text) if length < 0 else length) + text + data
+
+
+def entry(begin: int, end: int, shape: tuple = (1,), dtype: str = "F32") -> dict:
+  return {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end]}
+
+
+def test_safetensors_are_those_of_the_original_reader(tmp_path):
+  rng = np.random.default_rng(0)
+  tensors = {
+    "w": rng.standard_normal((3, 4)).astype(np.float32),
+    "half": rng.standard_normal(5).astype(np.float16),
+    "brain": rng.standard_normal(5).astype(ml_dtypes.bfloat16),
+    "small": rng.standard_normal(5).astype(ml_dtypes.float8_e4m3fn),
+    "wide": rng.standard_normal(5).astype(ml_dtypes.float8_e5m2),
+    "double": rng.standard_normal(2),
+    "flags": np.array([True, False]),
+    "ints": np.arange(6, dtype=np.int64).reshape(2, 3),
+    "none": np.zeros((0, 3), np.float32),
+    "scalar": np.array(2, np.float32),
+  }
+  path = tmp_path / "a.safetensors"
+  original.save_file(tensors, path, {"format": "pt"})
+  read = state_dict.read(str(path))
+  assert read.keys() == tensors.keys()
+  for name, x in read.items():
+    assert x.dtype == tensors[name].dtype
+    assert x.shape == tensors[name].shape
+    assert x.tobytes() == tensors[name].tobytes()
+
+
+BAD_SAFETENSORS = {
+  "one place": {f"w{k}": entry(0, 4) for k in range(1000)},
+  "overlap": {"a": entry(0, 4), "b": entry(2, 6)},
+  "hole": {"a": entry(0, 4), "b": entry(8, 12)},
+  "beyond": {"a": entry(0, 4 * 10**12, (10**12,))},
+  "other shape": {"a": entry(0, 4, (2,))},
+  "negative": {"a": entry(0, 4, (-1,))},
+  "backwards": {"a": entry(4, 0, (1,))},
+  "huge axis": {"a": entry(0, 0, (0, 2**50)), "b": entry(0, 4)},
+  "long name": {"w" * 100_000: entry(0, 4)},
+  "no offsets": {"a": {"dtype": "F32", "shape": [1]}},
+  "list": [1, 2],
+  "text": b'{"a": ',
+  "deep": b"[" * 100_000,
+  "no text": b"\xff\xfe\xff",
+  "more data": {"a": entry(0, 2, (1,), "F16")},
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAFETENSORS)
+def test_safetensors_that_lie_are_refused(name, tmp_path):
+  data = safetensors(BAD_SAFETENSORS[name], bytes(4))
+  refuses(data, tmp_path, "is damaged, or no file of weights", "a.safetensors")
+
+
+def test_a_header_longer_than_its_file(tmp_path):
+  data = safetensors({"a": entry(0, 4)}, bytes(4), 2**62)
+  refuses(data, tmp_path, "the header is said to have", "a.safetensors")
+
+
+def test_types_that_are_not_read_are_named(tmp_path):
+  data = safetensors({"a": entry(0, 4, (8,), "F4")}, bytes(4))
+  line = refuses(data, tmp_path, "the tensor a has the type F4", "a.safetensors")
+  assert "damaged" not in line
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "a.safetensors")
+  (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+  for path, match in (
+    (tmp_path / "a.safetensors", "not a regular file"),
+    ("/dev/zero", "not a regular file"),
+    (tmp_path / "loop.pt", "symbolic links"),
+    (tmp_path, "Is a directory"),
+  ):
+    with pytest.raises(UserError, match=match):
+      state_dict.read(str(path))
+
+
+def test_weights_that_are_not_finite_are_named():
+  like = {"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float16)}
+  tensors = {"a": np.array([0, np.nan, 1.0]), "b": np.array([1e6, 0])}
+  with pytest.raises(UserError, match="not finite: a, b"):
+    state_dict.match_params(tensors, like, lambda keys: keys[0])
+  tensors = {"a": np.zeros(3), "b": np.zeros(2, complex)}
+  with pytest.raises(UserError, match="of another type: b complex128"):
+    state_dict.match_params(tensors, like, lambda keys: keys[0])

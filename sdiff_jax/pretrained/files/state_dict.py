@@ -11,12 +11,15 @@ from typing import IO, Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
-from sdiff_jax.pretrained.files import safe_pickle
+from sdiff_jax.io import array_io, bounded
+from sdiff_jax.pretrained.files import safe_pickle, safetensors_file
+from sdiff_jax.pretrained.files.safe_pickle import Budget
 from sdiff_jax.types import Json, Params, UserError
 
 MAX_NAMES = 6  # of each kind in the message of an error
+MAX_MODULES = 2**14  # in a pickled network
+MAX_NAME = 1000  # characters
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -33,14 +36,20 @@ def read(path: str) -> dict[str, np.ndarray]:
     UserError: the file is missing or damaged, or holds something else.
   """
   try:
-    with open(path, "rb") as file:
-      tensors = _state_dict(_read(path, file))
+    with bounded.open_regular(path) as file:
+      budget = Budget(bounded.stored_size(file))
+      tensors = _state_dict(_read(path, file, budget), budget)
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
-    raise UserError(f"{path}: {error}; no code of the file was run") from None
+    reason = bounded.short(error)
+    raise UserError(f"{path}: {reason}; no code of the file was run") from None
+  except safetensors_file.Unsupported as error:
+    raise UserError(f"{path}: {error}") from None
+  except UserError:
+    raise
   except Exception as error:  # whatever a file of another format leads to
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {bounded.short(error)}"
     raise UserError(f"{path}: is damaged, or no file of weights ({reason})") from error
   if not tensors:
     raise UserError(f"{path}: holds no tensors by name; save a state dict")
@@ -66,14 +75,17 @@ def match_params(
     path: of the file, at the start of the message of an error.
 
   Raises:
-    UserError: lists tensors that are missing, left over or of another shape.
+    UserError: lists tensors that are missing, left over, of another shape or type, or
+      not finite.
   """
   names = jax.tree.map_with_path(lambda path, _: name(tuple(k.key for k in path)), like)
   expected = {*jax.tree.leaves(names)}
   transposed = {k: _transpose(v) for k, v in tensors.items()}
   missing = [k for k in expected if k not in transposed]
   left_over = [k for k in transposed if k not in expected]
-  wrong_shape = []
+  wrong_shape: list[str] = []
+  wrong_type: list[str] = []
+  not_finite: list[str] = []
 
   def fit(name: str, leaf: Any) -> np.ndarray | None:
     x = transposed.get(name)
@@ -83,13 +95,22 @@ def match_params(
       x = x[0, 0]
     if x.shape != leaf.shape:
       wrong_shape.append(f"{name} {x.shape} for {leaf.shape}")
-    return x.astype(leaf.dtype)
+    elif x.dtype.kind == "c" or x.dtype.kind in "SU":
+      wrong_type.append(f"{name} {x.dtype}")
+      return None
+    with np.errstate(over="ignore"):  # infinity is reported below
+      x = x.astype(leaf.dtype)
+    if not np.isfinite(x).all():
+      not_finite.append(name)
+    return x
 
   params = jax.tree.map(fit, names, like)
   problems = {
     "missing": missing,
     "left over": left_over,
     "of another shape": wrong_shape,
+    "of another type": wrong_type,
+    "not finite": not_finite,
   }
   if any(problems.values()):
     listed = "; ".join(f"{k}: {_abbreviate(v)}" for k, v in problems.items() if v)
@@ -103,30 +124,31 @@ def _transpose(x: np.ndarray) -> np.ndarray:
 
 
 def _abbreviate(names: list[str]) -> str:
-  names = sorted(names)
+  names = [bounded.short(name, 160) for name in sorted(names)]
   more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
   return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _read(path: str, file: IO[bytes]) -> Json:
+def _read(path: str, file: IO[bytes], budget: Budget) -> Json:
   """Returns the content of a file, according to its format."""
   if zipfile.is_zipfile(file):
-    file.seek(0)
-    with zipfile.ZipFile(file) as archive:
+    with array_io.open_zip(file) as archive:
       for name in archive.namelist():
         if name.endswith("data.pkl"):
-          return _torch_zip(archive, name.removesuffix("data.pkl"))
-    with np.load(path) as arrays:
-      return dict(arrays)
+          return _torch_zip(archive, name.removesuffix("data.pkl"), budget)
+    return array_io.read_npz(path)
+  file.seek(0)
+  if file.read(2) == b"PK":
+    raise zipfile.BadZipFile("the archive ends too early")
   file.seek(0)
   if path.endswith(".safetensors"):
-    return safetensors.numpy.load_file(path)
-  first = safe_pickle.Unpickler(file).load()
-  is_legacy = isinstance(first, int) and first == safe_pickle.MAGIC
-  return safe_pickle.legacy(file) if is_legacy else first
+    return safetensors_file.read(file)
+  first = safe_pickle.Unpickler(file, budget=budget).load()
+  is_legacy = type(first) is int and first == safe_pickle.MAGIC
+  return safe_pickle.legacy(file, budget) if is_legacy else first
 
 
-def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Json:
+def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
   """Returns the object of a .pt file, whose storages are files of a zip archive."""
   if f"{prefix}byteorder" in archive.namelist():
     little = archive.read(f"{prefix}byteorder") == b"little"
@@ -139,33 +161,54 @@ def _torch_zip(archive: zipfile.ZipFile, prefix: str) -> Json:
       storages[key] = np.frombuffer(data, safe_pickle.dtype(kind), numel)
     return storages[key]
 
-  return safe_pickle.Unpickler(
-    io.BytesIO(archive.read(f"{prefix}data.pkl")), load
-  ).load()
+  content = io.BytesIO(archive.read(f"{prefix}data.pkl"))
+  return safe_pickle.Unpickler(content, load, budget).load()
 
 
-def _state_dict(content: Json) -> dict[str, np.ndarray]:
+def _state_dict(content: Json, budget: Budget) -> dict[str, np.ndarray]:
   """Returns the tensors of a module, or of a dict."""
   for entry in ("ema", "state_dict"):
     if isinstance(content, dict) and entry in content:
       content = content[entry]
   if isinstance(content, safe_pickle.Module):
-    return dict(_walk(content, "", set()))
-  content = content if isinstance(content, dict) else {}
-  return {k: v.copy() for k, v in content.items() if isinstance(v, np.ndarray)}
+    tensors = list(_walk(content, "", set(), [0]))
+  else:
+    content = content if isinstance(content, dict) else {}
+    tensors = [(k, x) for k, x in content.items() if isinstance(x, np.ndarray)]
+  copies = {}
+  for name, x in tensors:
+    safe_pickle.check(type(name) is str and len(name) <= MAX_NAME, "a tensor's name")
+    budget.copy(x.nbytes)
+    copies[name] = x.copy()
+  return copies
 
 
 def _walk(
-  module: safe_pickle.Module, prefix: str, ancestors: set[int]
+  module: safe_pickle.Module, prefix: str, ancestors: set[int], count: list[int]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields names and tensors of a module and of its submodules."""
+  """Yields names and tensors of a module and of its submodules.
+
+  Args:
+    module: the module.
+    prefix: of the names.
+    ancestors: identities of the modules that contain this one.
+    count: number of modules so far, which is increased.
+  """
+  count[0] += 1
+  safe_pickle.check(count[0] <= MAX_MODULES, f"more than {MAX_MODULES} modules")
   safe_pickle.check(id(module) not in ancestors, "a module inside itself")
+  safe_pickle.check(len(prefix) <= MAX_NAME, "names of modules that are too long")
   state = module.state
-  not_saved = state.get("_non_persistent_buffers_set", ())
+  safe_pickle.check(isinstance(state, dict), "a module without a state")
+  not_saved = state.get("_non_persistent_buffers_set", set())
+  safe_pickle.check(isinstance(not_saved, set), "a module of another form")
   for kind in ("_parameters", "_buffers"):
     for name, x in state.get(kind, {}).items():
       if isinstance(x, np.ndarray) and name not in not_saved:
-        yield f"{prefix}{name}", x.copy()
+        safe_pickle.check(type(name) is str, "a tensor without a name")
+        yield f"{prefix}{name}", x
   for name, inner in state.get("_modules", {}).items():
     if isinstance(inner, safe_pickle.Module):
-      yield from _walk(inner, f"{prefix}{name}.", ancestors | {id(module)})
+      safe_pickle.check(type(name) is str, "a module without a name")
+      inside = f"{prefix}{name}."
+      yield from _walk(inner, inside, ancestors | {id(module)}, count)

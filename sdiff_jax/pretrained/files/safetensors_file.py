@@ -1,0 +1,113 @@
+"""Reader of .safetensors files, with bounds on what their header claims.
+
+The format: the length of the header in 8 bytes, little-endian; the header, JSON that
+gives type, shape and place of each tensor; the tensors, one after another.
+Source: https://github.com/huggingface/safetensors.
+"""
+
+import math
+from typing import IO, Annotated, Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from sdiff_jax.io import bounded
+
+MAX_HEADER = 100_000_000  # bytes, as in the original implementation
+MAX_TENSORS = 2**17
+METADATA = "__metadata__"
+DTYPES = {
+  "BOOL": np.bool_,
+  "U8": np.uint8,
+  "I8": np.int8,
+  "U16": np.uint16,
+  "I16": np.int16,
+  "U32": np.uint32,
+  "I32": np.int32,
+  "U64": np.uint64,
+  "I64": np.int64,
+  "F16": np.float16,
+  "F32": np.float32,
+  "F64": np.float64,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+  "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+Size = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class Unsupported(ValueError):
+  """A tensor has a type that is not read."""
+
+
+class _Tensor(msgspec.Struct):
+  """What the header says of a tensor."""
+
+  dtype: str
+  shape: Annotated[list[Size], msgspec.Meta(max_length=32)]
+  data_offsets: tuple[Size, Size]
+
+
+def read(file: IO[bytes]) -> dict[str, np.ndarray]:
+  """Returns the tensors of a file by name.
+
+  Args:
+    file: an open .safetensors file, at its start.
+
+  Raises:
+    Unsupported: a tensor has a type that is not read.
+    ValueError: the file is damaged, or its header claims more than it holds.
+    EOFError: the file is truncated.
+  """
+  stored = bounded.stored_size(file)
+  length = int.from_bytes(file.read(8), "little")
+  bounded.check_inside(length, min(stored - 8, MAX_HEADER), "the header")
+  entries = _entries(file.read(length))
+  available = stored - 8 - length
+  tensors, position = {}, 0
+  for name, entry in entries:
+    begin, end = entry.data_offsets
+    dtype, label = np.dtype(DTYPES[entry.dtype]), bounded.short(name, 80)
+    if begin != position:
+      raise ValueError(f"the tensor {label} does not follow the one before it")
+    if end - begin != math.prod(entry.shape) * dtype.itemsize:
+      raise ValueError(f"the tensor {label} has not the bytes of its shape")
+    bounded.check_inside(end, available, f"the tensor {label}")
+    if not math.prod(entry.shape) and max(entry.shape) >= 2**32:
+      raise ValueError(f"the tensor {label} has the shape {entry.shape}")
+    data = np.empty(end - begin, np.uint8)
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+      raise EOFError(f"the tensor {label} ends too early")
+    tensors[name] = data.view(dtype).reshape(entry.shape)
+    position = end
+  if position != available:
+    raise ValueError(f"{available - position} bytes follow the last tensor")
+  return tensors
+
+
+def _entries(header: bytes) -> list[tuple[str, _Tensor]]:
+  """Returns names and descriptions of the tensors, in the order of their places."""
+  content = msgspec.json.decode(header, type=dict[str, Any])
+  content.pop(METADATA, None)
+  if len(content) > MAX_TENSORS:
+    raise ValueError(f"the header has {len(content)} tensors")
+  entries = []
+  for name, value in content.items():
+    label = bounded.short(name, 80)
+    if len(name) > 1000:
+      raise ValueError(f"the name {label} has {len(name)} characters")
+    try:
+      entry = msgspec.convert(value, _Tensor)
+    except msgspec.ValidationError as error:
+      raise ValueError(f"the tensor {label}: {bounded.short(error, 100)}") from error
+    if entry.dtype not in DTYPES:
+      raise Unsupported(
+        f"the tensor {label} has the type {bounded.short(entry.dtype, 40)}, which is not "
+        f"supported; convert it to one of {', '.join(DTYPES)}"
+      )
+    entries.append((name, entry))
+  return sorted(entries, key=lambda pair: pair[1].data_offsets)
