@@ -53,7 +53,7 @@ from matplotlib.figure import Figure
 
 from sdiff_jax import config as config_lib
 from sdiff_jax.capacity import chips, lowering
-from sdiff_jax.distributed import sharding
+from sdiff_jax.distributed import sharding, signals
 from sdiff_jax.experiment import evaluation, programs
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io
@@ -315,10 +315,11 @@ def train(stage: Stage, data: pathlib.Path) -> None:
     return {"images_per_second": rate, "steps": int(stage.train_seconds * rate / size)}
 
   def trained(config: ml_collections.ConfigDict, role: str) -> Result:
-    with stop_after(stage.remaining() - 10):
-      message = run_job("train", config, stage.out / role)
-    if not (stage.out / role / "training.json").exists():
-      raise OutOfTime(message)
+    try:
+      with stop_after(stage.remaining() - 10):
+        run_job("train", config, stage.out / role)
+    except signals.Stopped as error:
+      raise OutOfTime(str(error)) from error
     return json.loads((stage.out / role / "training.json").read_text())
 
   steps = 4 if stage.tiny else stage.measure("teacher step", measured_step)["steps"]

@@ -106,9 +106,13 @@ def stopping() -> Iterator[Callable[[], bool]]:
   """Yields a function that returns whether a signal asks the loop to stop.
 
   The loop then saves and returns. Without `install`, as in a notebook, SIGTERM alone is
-  handled, and the previous handler is restored afterwards.
+  handled, and the previous handler is restored afterwards; Python allows handlers in the
+  main thread only.
   """
   if not _state.installed:
+    if threading.current_thread() is not threading.main_thread():
+      yield lambda: False
+      return
     event = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
     try:
