@@ -575,7 +575,15 @@ def compare_with_torch(stage: Stage, script: str, name: str, *arguments: Any) ->
     command += [str(argument) for argument in arguments]
     command += ["--tiny"] * stage.tiny
     limit = max(stage.remaining() - 60, 30)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    command.append(f"--seconds={limit}")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(stage.out / "inductor")}
+    done = subprocess.run(
+      command,
+      capture_output=True,
+      text=True,
+      timeout=limit + 30,
+      env=os.environ | cache,
+    )
     if done.returncode:
       return {"error": done.stderr.strip()[-400:]}
     return {"rows": json.loads(done.stdout.splitlines()[-1])}
