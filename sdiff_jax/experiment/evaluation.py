@@ -1,11 +1,10 @@
 """Evaluation of samples: feature networks, their metrics, and the real images."""
 
 import hashlib
-import json
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_collections
@@ -17,7 +16,7 @@ from sdiff_jax.data import Dataset, folder, npz
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import image_io
+from sdiff_jax.io import array_io, image_io, records
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, features, frechet
@@ -26,7 +25,7 @@ from sdiff_jax.metrics.statistics import reference_statistics, streaming
 from sdiff_jax.metrics.statistics.streaming import FeatureRun
 from sdiff_jax.types import Json, UserError
 
-NUM_PROBES = 64  # images that identify a data set in the cache of references
+NUM_PROBES = 64  # images whose features identify a network in the cache of references
 CHUNK = 8  # batches of features in a batch of images, after which a state is saved
 # Number of images to leave out at the start -> batches of the others.
 Batches = Callable[[int], Iterable[streaming.Images]]
@@ -244,8 +243,12 @@ def prompts_of(directory: str) -> list[str]:
   prompts = []
   for path in folder.files(directory):
     try:
-      prompts.append(json.loads(image_io.about(path))["prompt"])
-    except (*folder.UNREADABLE, KeyError, TypeError) as error:
+      about = records.decode(image_io.about(path), dict[str, Any], path)
+      prompt = about["prompt"]
+      if not isinstance(prompt, str):
+        raise TypeError("the prompt is no text")
+      prompts.append(prompt)
+    except (*folder.UNREADABLE, UserError) as error:
       raise UserError(
         f"{path} holds no prompt: the CLIP score is of images of the job generate"
       ) from error
@@ -296,18 +299,19 @@ def _cached_reference(
 ) -> FeatureSet:
   """Returns all real images in the features of a network, computed once for all runs."""
   feature_size(run.network, real_images.shape)
-  # A few images and their features identify the data and the network.
+  # The weights and the features of a few images identify the network.
   indices = np.linspace(0, real_images.size - 1, NUM_PROBES).astype(int)
   probes = real_images[indices][0]
   probe_features = np.concatenate([*run.extract(*array_images(probes))])
   key = [str((real_images.size, real_images.shape, num_kept)).encode()]
-  key += [probes.tobytes(), probe_features.tobytes()]
+  key += [real_images.digest(), features.digest(run.network), probe_features.tobytes()]
   digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
   path = os.path.join(reference_statistics.FOLDER, f"{digest}.partial.npz")
 
   def compute() -> FeatureSet:
     state = snapshot(path, {}, mesh)
-    return feature_set_of(run, real_images, num_kept, mesh, batch_size, state)
+    with config_errors("config.evaluate"):
+      return feature_set_of(run, real_images, num_kept, mesh, batch_size, state)
 
   return reference_statistics.cached(
     key,
@@ -374,7 +378,6 @@ def feature_size(network: FeatureNetwork, shape: tuple[int, ...]) -> int:
 def _images(path: str) -> bool:
   """Returns whether an .npz has images besides its statistics."""
   try:
-    with np.load(path) as arrays:
-      return "arr_0" in arrays.files
-  except Exception:  # reported by `reference_statistics.read`
+    return "arr_0" in array_io.npz_headers(path)
+  except UserError:  # reported by `reference_statistics.read`
     return False

@@ -9,16 +9,12 @@ import glob
 import os
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from sdiff_jax.io import file_io, records
+from sdiff_jax.io import array_io, file_io, records
 from sdiff_jax.types import Json, UserError
-
-# Exceptions of numpy.load for a file that is truncated or holds other arrays.
-UNREADABLE = (zipfile.BadZipFile, EOFError, KeyError, ValueError)
 
 
 def flatten(nested: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
@@ -114,10 +110,11 @@ class Output:
     """
     for path in self.parts():
       try:
-        with np.load(path) as part:
-          arrays = {name: part[name] for name in names}
-      except UNREADABLE as error:
-        print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
+        part = array_io.read_npz(path, names)
+        arrays = {name: part[name] for name in names}
+      except (UserError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        print(f"{path} is damaged, making it again: {reason}", file=sys.stderr)
         os.remove(path)
         continue
       yield arrays

@@ -3,18 +3,16 @@
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from sdiff_jax.io import file_io
-from sdiff_jax.types import Json
+from sdiff_jax.io import array_io, file_io
+from sdiff_jax.types import Json, UserError
 
 SECONDS = 20.0  # at least, between two saves
 FRACTION = 0.05  # of the time, at most, is spent on saving
 SETTINGS = "settings"  # name of an array of the file
-UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
 
 
 class Snapshot:
@@ -44,12 +42,11 @@ class Snapshot:
     if not os.path.isfile(self._path):
       return {}
     try:
-      with np.load(self._path, allow_pickle=False) as file:
-        if file[SETTINGS].tobytes().decode() != self._settings:
-          return {}
-        return {name: file[name] for name in file.files if name != SETTINGS}
-    except UNREADABLE:
+      arrays = array_io.read_npz(self._path)
+      settings = arrays.pop(SETTINGS).tobytes().decode()
+    except (UserError, KeyError, ValueError):
       return {}
+    return arrays if settings == self._settings else {}
 
   def save(
     self, state: Callable[[], Mapping[str, np.ndarray]], *, now: bool = False

@@ -20,7 +20,7 @@ from sdiff_jax import registry
 from sdiff_jax.distributed import signals
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import file_io, lock
+from sdiff_jax.io import array_io, file_io, lock
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env, expert, observations
@@ -129,9 +129,9 @@ def _join(folder: str, seeds: range, path: str, view: View) -> int:
   """Writes the episodes that succeeded to one file; returns their number."""
   parts = {}
   for seed in seeds:
-    with np.load(_part(folder, seed)) as part:
-      if part["solved"]:
-        parts[seed] = part["state"], part["action"]
+    part = array_io.read_npz(_part(folder, seed))
+    if part["solved"]:
+      parts[seed] = part["state"], part["action"]
   if not parts:
     raise UserError(f"{folder}: no episode succeeded; increase config.demos.episodes")
   joined = (np.concatenate(a) for a in zip(*parts.values(), strict=True))

@@ -1,6 +1,5 @@
 """Job `evaluate`: computes metrics of the samples of several samplers, or of images."""
 
-import dataclasses
 import json
 import os
 import time
@@ -223,9 +222,7 @@ def _baselines(
     name, indices, measure_real = "training images", order[:num], measure
   else:
     indices, other = np.array_split(order, 2)
-    reference = dataclasses.replace(
-      dataset, read=lambda k: dataset[other[k]], size=len(other)
-    )
+    reference = dataset.subset(other)
     measure_real = evaluation.metric_fn(
       config, experiment.mesh, reference, dataset.shape
     )

@@ -30,6 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   runs = evaluation.feature_runs(config, mesh, images.shape)
   section = config.reference if config.reference.name else config.data
   settings = {"data": section.to_dict(), "evaluate": config.evaluate.to_dict()}
+  settings["digest"] = images.digest().hex()
   statistics = {}
   for run in runs:
     if run.network.metric is not None:

@@ -8,6 +8,8 @@ from sdiff_jax import registry
 from sdiff_jax.metrics._metric import MOMENTS, FeatureSet, Metric
 from sdiff_jax.metrics.features import FeatureNetwork
 
+MAX_RATIO = 1000.0  # of the norms of two sets of features of the same network
+
 
 class Statistics(NamedTuple):
   """Mean and covariance of a set of features.
@@ -123,6 +125,23 @@ def distance(a: Statistics, b: Statistics) -> float:
   return float(gap @ gap + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap)
 
 
+def check_scale(samples: Statistics, real: Statistics) -> None:
+  """Raises a ValueError if features of two sets cannot be of the same network.
+
+  The features of one network have similar sizes for all images, those of noise too.
+
+  Args:
+    samples: statistics of samples.
+    real: statistics of real images.
+  """
+  sizes = [np.sqrt(x.mean @ x.mean + np.trace(x.cov)) for x in (samples, real)]
+  if not all(map(np.isfinite, sizes)) or max(sizes) > MAX_RATIO * min(sizes):
+    raise ValueError(
+      f"reference: its features have the norm {sizes[1]:.3g}, and those of the samples "
+      f"{sizes[0]:.3g}; they are of another network or another scale"
+    )
+
+
 def _root(cov: np.ndarray) -> np.ndarray:
   """Symmetric square root of a covariance, [D, D]."""
   values, vectors = np.linalg.eigh(cov)
@@ -138,6 +157,7 @@ def build(*, network: FeatureNetwork) -> Metric | None:
   def compute(samples: FeatureSet, real: FeatureSet, sums: None) -> dict[str, float]:
     del sums
     a, b = (Statistics(x.mean, x.cov) for x in (samples, real))
+    check_scale(a, b)
     return {network.metric: distance(a, b)}
 
   return Metric(compute, needs=(MOMENTS,))

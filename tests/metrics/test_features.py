@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from sdiff_jax.metrics.features import classifier
+from sdiff_jax.metrics.features import classifier, digest
 from sdiff_jax.types import UserError
 
 
@@ -110,3 +110,54 @@ def test_features_refuse_other_images(digits):
 def test_an_unknown_name_lists_what_ships(name):
   with pytest.raises(UserError, match=rf"features='{name}' .*\(.*digits.*\)"):
     classifier.load(name)
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"scale": np.float32(np.nan)}, "scale is nan, not a number above 0"),
+    ({"scale": np.array("text")}, "scale is text, not a number"),
+    ({"scale": np.ones(2)}, "scale is .*, not a number"),
+    ({"image_shape": np.array(8)}, r"image_shape is int64 \(\), not three integers"),
+    (
+      {"image_shape": np.array([2**40, 1, 1])},
+      "image_shape is .*; sides are 1 to 8192",
+    ),
+    ({"image_shape": np.array([64, 64, 1])}, "is missing"),
+    ({"image_shape": np.array([8, 8, 3])}, r"not floats \(3, 3, 3, 32\)"),
+    ({"logits/bias": np.full(10, np.inf)}, "logits/bias is not finite"),
+    ({"logits/bias": np.zeros(11)}, "logits/kernel is .* not floats"),
+    ({"logits/bias": np.zeros(10, complex)}, "not floats"),
+    ({"other": np.zeros(3)}, "other is no weight"),
+    ({"Conv_0/kernel": None}, "Conv_0/kernel is missing"),
+    ({"logits/bias": None}, "it has no logits/bias"),
+    ({"scale": np.array([None])}, "Object arrays cannot be loaded"),
+  ],
+)
+def test_files_that_hold_no_classifier_are_refused(tmp_path, changed, message):
+  arrays = {k: x for k, x in (shipped() | changed).items() if x is not None}
+  path = tmp_path / "features.npz"
+  np.savez(path, **arrays)
+  with pytest.raises(UserError, match=message) as error:
+    classifier.load(path)
+  assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"PK\5\6" + bytes(18)])
+def test_damaged_files_of_a_classifier_are_refused(tmp_path, data):
+  path = tmp_path / "features.npz"
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="is no .npz|holds no classifier"):
+    classifier.load(path)
+
+
+def test_a_digest_of_a_network_depends_on_every_weight():
+  network = classifier.load("digits")
+  first = digest(network)
+  assert digest(classifier.load("digits")) == first
+  changed = network.params["logits/bias"].copy()
+  changed[3] += 1
+  assert (
+    digest(network._replace(params=network.params | {"logits/bias": changed})) != first
+  )
+  assert digest(network._replace(metric="fid")) != first

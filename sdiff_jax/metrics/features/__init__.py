@@ -19,6 +19,7 @@ from sdiff_jax.metrics.features._base import (
   FeatureExtractor,
   FeatureNetwork,
   actual_batch_size,
+  digest,
   shard_extractor,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
   "FeatureExtractor",
   "FeatureNetwork",
   "actual_batch_size",
+  "digest",
   "load",
   "shard_extractor",
 ]

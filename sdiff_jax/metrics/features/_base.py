@@ -1,5 +1,6 @@
 """What a feature network is, and how it runs on all devices."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,16 @@ class FeatureNetwork(NamedTuple):
   params: Params
   head: np.ndarray | None = None
   text: Callable[[Sequence[str]], np.ndarray] | None = None
+
+
+def digest(network: FeatureNetwork) -> bytes:
+  """Returns a digest of the name and the weights of a network."""
+  content = hashlib.blake2b(repr(network.metric).encode())
+  for path, x in jax.tree.leaves_with_path(network.params):
+    x = np.ascontiguousarray(x)
+    content.update(repr((jax.tree_util.keystr(path), x.shape, str(x.dtype))).encode())
+    content.update(x.view(np.uint8).data if x.ndim else x.tobytes())
+  return content.digest()
 
 
 # (take: indices int [n] -> images uint8 [n, H, W, C], number N of images) -> features of

@@ -3,6 +3,7 @@
 The job `features` trains such classifiers; those of two data sets ship with the package.
 """
 
+import os
 import pathlib
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import optax
 from flax import traverse_util
 
 from sdiff_jax import registry
-from sdiff_jax.io import file_io
+from sdiff_jax.io import array_io, bounded, file_io
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics.features._base import FeatureNetwork
@@ -22,6 +23,7 @@ from sdiff_jax.types import Array, Params, PRNGKey, PyTree, UserError
 Weights = dict[str, np.ndarray]
 FOLDER = pathlib.Path(__file__).parent
 WIDTH = 64
+MAX_SIDE = 2**13  # pixels of images that a classifier is for
 BATCH = 512
 CHECK_EVERY = 10  # steps after which progress is shown, and a state may be saved
 
@@ -205,19 +207,22 @@ def load(path: str | pathlib.Path) -> FeatureNetwork:
       the package, "digits" or "fashion".
 
   Raises:
-    UserError: there is no such file.
+    UserError: there is no such file, it is damaged, or it holds no such weights.
   """
   file = pathlib.Path(path)
   if file.suffix != ".npz":
     file = FOLDER / f"{path}.npz"
-  if not file.exists():
+  if not os.path.lexists(file):
     shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.npz")))
     raise UserError(
-      f"features={str(path)!r} not found: must be a shipped classifier ({shipped}) or an "
+      f"features={bounded.short(path)!r} not found: must be a shipped classifier ({shipped}) or an "
       ".npz file that --job=features wrote"
     )
-  with np.load(file) as arrays:
-    weights = dict(arrays)
+  weights = array_io.read_npz(file)
+  try:
+    _check_weights(weights)
+  except ValueError as error:
+    raise UserError(f"{file} holds no classifier: {error}") from None
 
   def apply(params: Params, images: Array) -> Array:
     _check(weights, images)
@@ -227,6 +232,38 @@ def load(path: str | pathlib.Path) -> FeatureNetwork:
 
   params = {k: v for k, v in weights.items() if k != "image_shape"}
   return FeatureNetwork("frechet", apply, params)
+
+
+def _check_weights(weights: Weights) -> None:
+  """Raises a ValueError unless the arrays are weights of a `Classifier`."""
+  missing = {"image_shape", "scale", "logits/bias"} - weights.keys()
+  if missing:
+    raise ValueError(f"it has no {', '.join(sorted(missing))}")
+  shape, scale = weights["image_shape"], weights["scale"]
+  if shape.shape != (3,) or shape.dtype.kind not in "iu":
+    raise ValueError(f"image_shape is {shape.dtype} {shape.shape}, not three integers")
+  if not (shape.min() > 0 and shape.max() <= MAX_SIDE):
+    raise ValueError(f"image_shape is {shape.tolist()}; sides are 1 to {MAX_SIDE}")
+  if scale.shape != () or scale.dtype.kind != "f" or not 0 < scale < np.inf:
+    raise ValueError(f"scale is {bounded.short(scale, 40)}, not a number above 0")
+  net = Classifier(weights["logits/bias"].size)
+  image = jax.ShapeDtypeStruct((1, *shape.tolist()), jnp.float32)
+  expected = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
+  shapes = {
+    name: leaf.shape
+    for name, leaf in traverse_util.flatten_dict(expected, sep="/").items()
+  }
+  arrays = {k: x for k, x in weights.items() if k not in ("scale", "image_shape")}
+  for name in sorted(shapes.keys() | arrays.keys()):
+    x = arrays.get(name)
+    if x is None or name not in shapes:
+      raise ValueError(
+        f"{bounded.short(name, 60)} is {'missing' if x is None else 'no weight'}"
+      )
+    if x.shape != shapes[name] or x.dtype.kind != "f":
+      raise ValueError(f"{name} is {x.dtype} {x.shape}, not floats {shapes[name]}")
+    if not np.isfinite(x).all():
+      raise ValueError(f"{name} is not finite")
 
 
 def _check(weights: Weights, images: Array) -> None:

@@ -2,16 +2,16 @@
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import array_io, bounded, file_io
 from sdiff_jax.metrics import FeatureSet, frechet
 from sdiff_jax.pretrained.files import safe_pickle
 from sdiff_jax.types import Json, UserError
 
+TOLERANCE = 1e-5  # relative to the largest variance, of a covariance in float32
 FOLDER = os.path.expanduser("~/.cache/sdiff_jax/references")
 
 
@@ -39,10 +39,11 @@ def cached(
 
 def _read_cache(path: str) -> FeatureSet | None:
   try:
-    with np.load(path) as arrays:
-      return FeatureSet(**arrays)
-  except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    arrays = array_io.read_npz(path)
+    value = FeatureSet(**arrays)
+  except (UserError, TypeError):
     return None
+  return value if all(np.isfinite(x).all() for x in value) else None
 
 
 def read(path: str, metric: str) -> frechet.Statistics:
@@ -63,19 +64,52 @@ def read(path: str, metric: str) -> frechet.Statistics:
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
-    raise UserError(f"{path}: {error}; no code of the file was run") from None
+    reason = bounded.short(error)
+    raise UserError(f"{path}: {reason}; no code of the file was run") from None
+  except UserError:
+    raise
   except Exception as error:  # whatever a file of another format leads to
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {bounded.short(error)}"
     raise UserError(f"{path}: is damaged, or has no statistics ({reason})") from error
   if pair is None:
-    names = ", ".join(sorted(map(str, entries)))
+    names = bounded.short(", ".join(sorted(map(str, entries))))
     raise UserError(f"{path}: no mu and sigma of {metric}: it has {names}")
-  mean, cov = pair
-  if mean.ndim != 1 or cov.shape != 2 * mean.shape or mean.dtype.kind != "f":
-    raise UserError(
-      f"{path}: mu {mean.shape} and sigma {cov.shape}: must be [D] and [D, D]"
-    )
-  return frechet.Statistics(mean.astype(np.float64), cov.astype(np.float64))
+  try:
+    return checked(*pair)
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from None
+
+
+def checked(mean: np.ndarray, cov: np.ndarray) -> frechet.Statistics:
+  """Returns statistics in float64, after checking that they are a mean and a covariance.
+
+  Args:
+    mean: float [D].
+    cov: float [D, D].
+
+  Raises:
+    ValueError: the shapes or types are others, values are not finite, or the matrix is no
+      covariance: not symmetric, or with |c_ij| > sqrt(c_ii c_jj).
+  """
+  mean, cov = np.asarray(mean), np.asarray(cov)
+  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not mean.size:
+    raise ValueError(f"mu {mean.shape} and sigma {cov.shape}: must be [D] and [D, D]")
+  for name, x in (("mu", mean), ("sigma", cov)):
+    if x.dtype.kind != "f":
+      raise ValueError(f"{name} is {x.dtype}: must be real floats")
+    if not np.isfinite(x).all():
+      raise ValueError(f"{name} is not finite; compute the statistics again")
+  mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+  variance = np.diagonal(cov)
+  if variance.min() < 0:
+    raise ValueError(f"sigma has the variance {variance.min():g} on its diagonal")
+  largest = max(variance.max(), 1e-300)
+  if np.abs(cov - cov.T).max() > TOLERANCE * largest:
+    raise ValueError("sigma is not symmetric; it is no covariance")
+  deviation = np.sqrt(variance)
+  if (np.abs(cov) - np.outer(deviation, deviation)).max() > TOLERANCE * largest:
+    raise ValueError("sigma has correlations beyond 1; it is no covariance")
+  return frechet.Statistics(mean, cov)
 
 
 def save(path: str, statistics: dict[str, frechet.Statistics]) -> None:
@@ -96,8 +130,10 @@ def save(path: str, statistics: dict[str, frechet.Statistics]) -> None:
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
-  with np.load(path) as arrays:
-    return {k: arrays[k] for k in arrays.files if k.startswith(("mu", "sigma"))}
+  if not os.path.lexists(path):
+    raise FileNotFoundError(path)
+  names = [k for k in array_io.npz_headers(path) if k.startswith(("mu", "sigma"))]
+  return array_io.read_npz(path, names)
 
 
 def _pair(
@@ -109,13 +145,18 @@ def _pair(
   for suffix in (f"_{metric}", ""):
     mean, cov = (entries.get(f"{name}{suffix}") for name in ("mu", "sigma"))
     if mean is not None and cov is not None:
-      pickled = isinstance(mean, safe_pickle.Array)
-      return (mean.read(), cov.read()) if pickled else (mean, cov)
+      return _array(mean), _array(cov)
   return None
 
 
+def _array(value: Json) -> np.ndarray:
+  value = value.read() if isinstance(value, safe_pickle.Array) else value
+  safe_pickle.check(isinstance(value, np.ndarray), "mu or sigma that is no array")
+  return value
+
+
 def _pickled(path: str) -> dict[str, Json]:
-  with open(path, "rb") as file:
+  with bounded.open_regular(path) as file:
     entries = safe_pickle.Unpickler(file).load()
   safe_pickle.check(isinstance(entries, dict), "no dict of metrics")
   return entries

@@ -154,7 +154,17 @@ def summarize(
 def _part(
   run: FeatureRun, features: np.ndarray, indices: np.ndarray, keep: np.ndarray
 ) -> StreamingStatistics:
-  """Returns the statistics of one batch."""
+  """Returns the statistics of one batch.
+
+  Raises:
+    ValueError: a feature is not finite.
+  """
+  finite = np.isfinite(features).all(axis=1)
+  if not finite.all():
+    raise ValueError(
+      f"features: those of image {indices[~finite][0]} are not finite; the network may "
+      "need a wider type, or its weights are damaged"
+    )
   kept = features[keep[indices]] if run.needs(FEATURES) else features[:0]
   return StreamingStatistics(
     frechet.moments(features) if run.needs(MOMENTS) else None,

@@ -167,6 +167,62 @@ def test_statistics_that_are_none(tmp_path):
   refused("no dict of metrics", "x.pkl")
 
 
+COV = np.cov(REAL.T)
+MEAN = REAL.mean(0).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+  ("mean", "cov", "message"),
+  [
+    (MEAN, COV.astype(complex), "sigma is complex128: must be real floats"),
+    (MEAN, np.round(COV).astype(int), "sigma is int64: must be real floats"),
+    (MEAN, np.full((5, 5), "text"), "sigma is <U4: must be real"),
+    (np.zeros(5, int), COV, "mu is int64: must be real floats"),
+    (MEAN, COV + np.triu(np.full((5, 5), 1e-2), 1), "sigma is not symmetric"),
+    (MEAN, COV * np.nan, "sigma is not finite"),
+    (MEAN, np.full((5, 5), np.inf), "sigma is not finite"),
+    (np.full(5, np.inf), COV, "mu is not finite"),
+    (MEAN, -COV, "sigma has the variance -.* on its diagonal"),
+    (MEAN, COV + 10 - 10 * np.eye(5), "correlations beyond 1"),
+    (np.zeros(0), np.zeros((0, 0)), r"must be \[D\] and \[D, D\]"),
+    (MEAN, np.array([None]), "Object arrays cannot be loaded"),
+  ],
+)
+def test_what_is_no_mean_and_covariance_is_refused(tmp_path, mean, cov, message):
+  path = str(tmp_path / "x.npz")
+  np.savez(path, mu=mean, sigma=cov)
+  with pytest.raises(UserError, match=message) as error:
+    reference_statistics.read(path, "fid")
+  assert str(error.value).startswith(path)
+
+
+def test_pickled_lists_are_no_statistics(tmp_path):
+  path = tmp_path / "x.pkl"
+  path.write_bytes(pickle.dumps({"fid": {"mu": [0.0], "sigma": [[1.0]]}}))
+  with pytest.raises(UserError, match="mu or sigma that is no array"):
+    reference_statistics.read(str(path), "fid")
+
+
+def test_covariances_in_float32_are_read(tmp_path):
+  path = str(tmp_path / "x.npz")
+  np.savez(path, mu=MEAN.astype(np.float32), sigma=COV.astype(np.float32))
+  np.testing.assert_allclose(reference_statistics.read(path, "fid").cov, COV, rtol=1e-6)
+
+
+def test_a_reference_of_another_scale_is_refused():
+  real = reference(REAL)
+  wide = real._replace(mean=real.mean * 1e4, cov=real.cov * 1e8)
+  with pytest.raises(ValueError, match="reference: .* of another network or another"):
+    streaming.measure(run(), summary(FAKE), wide)
+
+
+def test_features_that_are_not_finite_are_refused():
+  bad = FAKE.copy()
+  bad[77, 3] = np.nan
+  with pytest.raises(ValueError, match="features: those of image 77 are not finite"):
+    summary(bad)
+
+
 def test_a_kept_reference_is_exact_and_not_computed_again():
   first = reference_statistics.cached([b"a", b"b"], lambda: reference(REAL))
   kept = reference_statistics.cached([b"a", b"b"], never)
