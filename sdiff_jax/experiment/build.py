@@ -26,6 +26,8 @@ class Experiment:
     guidance_input: whether the network takes the scale of classifier-free guidance as
       an input; otherwise guidance costs two evaluations.
     vae: autoencoder of a data set of latents, with its parameters; None without one.
+    num_classes: number of classes that the network is conditioned on; 0 for none.
+    dtype: type of the network's hidden layers, for messages.
   """
 
   dataset: Dataset
@@ -34,6 +36,8 @@ class Experiment:
   sigma_d: float
   guidance_input: bool = False
   vae: tuple[Autoencoder, Params] | None = None
+  num_classes: int = 0
+  dtype: str = "float32"
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
@@ -60,6 +64,8 @@ def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experim
     sigma_d=config.sigma_d,
     guidance_input=bool(config.model.get("guidance", False)),
     vae=_autoencoder(config.vae, dataset),
+    num_classes=dataset.num_classes if config.class_conditional else 0,
+    dtype=config.model.get("dtype", "float32"),
   )
 
 
@@ -93,10 +99,18 @@ def _autoencoder(folder: str, dataset: Dataset) -> tuple[Autoencoder, Params] | 
   """Returns the autoencoder of a data set's latents, with its weights on the host.
 
   Returns:
-    None for a data set of other samples, or without a folder.
+    None without a folder.
+
+  Raises:
+    UserError: the data are no latents, or latents of another autoencoder.
   """
-  if not folder or not isinstance(dataset.codec, LatentCodec):
+  if not folder:
     return None
+  if not isinstance(dataset.codec, LatentCodec):
+    raise UserError(
+      f"config.vae={folder}: only for latents, and config.data has other samples; leave "
+      "config.vae empty"
+    )
   vae, params = loading.autoencoder(folder)
   if vae.channels != dataset.shape[-1]:
     raise UserError(

@@ -7,7 +7,7 @@ function from seeds to images over the devices of a mesh.
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from sdiff_jax import samplers
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.samplers import Sampler, SamplingStats, autotune, comparison
-from sdiff_jax.types import Array, Cond, Denoiser, Params
+from sdiff_jax.types import Array, Cond, Denoiser, Params, UserError
 
 Inputs = dict[str, Array]  # what images are conditioned on, by name
 
@@ -34,25 +34,32 @@ class Pipeline:
     denoiser: (params, inputs with leading [B]) -> denoiser, and its conditions.
     placeholder: params, x [N, *shape] -> d [N, *shape]: a call of the network with
       some conditions, to be timed or counted.
-    decode: (constants, params, x [B, *shape]) -> images uint8 [B, H, W, C].
+    decode_checked: (constants, params, x [B, *shape]) -> images uint8 [B, H, W, C], and whether
+      the decoder's output is finite, bool [B].
     inputs: batch size -> shapes of the inputs.
     input_shardings: of the inputs.
     requests: numbers of images int [B] -> their seeds int32 [B] and inputs.
     constants: parameters beside those of the model, such as an autoencoder's.
     coarse_denoiser: constants -> denoiser of parareal's sequential sweep; None to use
       the same denoiser.
+    dtype: of the hidden layers, for messages.
   """
 
   mesh: Mesh
   shape: tuple[int, ...]
   denoiser: Callable[[Params, Inputs], tuple[Denoiser, Cond]]
   placeholder: Callable[[Params, Array], Array]
-  decode: Callable[[Params, Params, Array], Array]
+  decode_checked: Callable[[Params, Params, Array], tuple[Array, Array]]
   inputs: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
   input_shardings: Mapping[str, NamedSharding]
   requests: Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
   constants: Params = None
   coarse_denoiser: Callable[[Params], Denoiser] | None = None
+  dtype: str = "float32"
+
+  def decode(self, constants: Params, params: Params, x: Array) -> Array:
+    """Returns images uint8 [B, H, W, C] of samples x [B, *shape]."""
+    return self.decode_checked(constants, params, x)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +68,17 @@ class CompiledSampler:
 
   Attributes:
     fn: (constants, params, seeds int32 [B], inputs) -> images uint8 [B, H, W, C] and
-      their SamplingStats, jitted or compiled.
+      their SamplingStats, jitted or compiled. The error of samples that are not finite
+      is NaN.
     constants: its first argument.
     inputs: batch size -> shapes of the inputs.
+    description: of the sampler and of the network's dtype, for messages.
   """
 
   fn: Any
   constants: Params
   inputs: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
+  description: str = ""
 
   def __call__(
     self, params: Params, seeds: Array, inputs: Inputs
@@ -84,6 +94,29 @@ class CompiledSampler:
   def compile(self, params: Params, batch_size: int) -> "CompiledSampler":
     """Returns the sampler compiled for a batch size."""
     return dataclasses.replace(self, fn=self.lower(params, batch_size).compile())
+
+
+def check_finite(
+  sampler: CompiledSampler, error: Array, indices: Sequence[int] | np.ndarray
+) -> None:
+  """Checks that samples are finite, which their pixels do not show.
+
+  Args:
+    sampler: that made them.
+    error: `SamplingStats.error` of the samples, on this process, [B].
+    indices: numbers of the first samples, whose others are padding, int [n].
+
+  Raises:
+    UserError: they are not; the message names the sampler, the dtype and the remedy.
+  """
+  bad = np.isnan(np.asarray(error)[: len(indices)])
+  if bad.any():
+    raise UserError(
+      f"{sampler.description}: {bad.sum()} of {len(indices)} samples are not finite, the "
+      f"first of them number {indices[int(bad.argmax())]}, and none of these is written; "
+      "check the weights, use more steps or less guidance, or a dtype of a wider range "
+      "(float32, or bfloat16 in place of float16)"
+    )
 
 
 def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
@@ -120,8 +153,10 @@ def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
       mesh=mesh if over_window else None,
       coarse_denoiser=coarse,
     )
-    images = pipeline.decode(constants, params, out.x)
-    return images, SamplingStats(*out[1:])
+    images, finite = pipeline.decode_checked(constants, params, out.x)
+    stats = SamplingStats(*out[1:])
+    finite = finite & finite_samples(out.x)
+    return images, stats._replace(error=jnp.where(finite, stats.error, jnp.nan))
 
   over_samples = sharding.samples(mesh)
   jitted = jax.jit(
@@ -129,7 +164,16 @@ def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
     in_shardings=(None, None, over_samples, dict(pipeline.input_shardings)),
     out_shardings=over_samples,
   )
-  return CompiledSampler(jitted, pipeline.constants, pipeline.inputs)
+  description = (
+    f"sampler {sampler.name!r} of {sampler.num_steps} steps, network of dtype "
+  )
+  description += pipeline.dtype
+  return CompiledSampler(jitted, pipeline.constants, pipeline.inputs, description)
+
+
+def finite_samples(x: Array) -> Array:
+  """Returns which samples of x [B, ...] are finite, bool [B]."""
+  return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
 def start_batch(
@@ -171,7 +215,7 @@ def batches(
     start: number of images that are left out at the start, whole batches.
 
   Raises:
-    UserError: the batch size does not divide over the mesh.
+    UserError: the batch size does not divide over the mesh, or samples are not finite.
   """
   with config_errors("config"):
     sharding.check_batch(batch_size, sharding.samples(pipeline.mesh), name=field)
@@ -180,6 +224,7 @@ def batches(
     batch = start_batch(pipeline, sampler, params, indices)
     batch = jax.device_put(batch, sharding.replicated(pipeline.mesh))
     count = min(batch_size, num - first)
+    check_finite(sampler, batch[1].error, indices[:count])
     yield jax.tree.map(lambda x, count=count: np.asarray(x)[:count], batch)
 
 
@@ -262,8 +307,10 @@ def report_comparison(
   sequential = sequential.compile(params, len(indices))
 
   def images(sampler: CompiledSampler) -> np.ndarray:
-    batch, _ = start_batch(pipeline, sampler, params, indices)
-    return np.asarray(jax.device_put(batch, sharding.replicated(pipeline.mesh)))
+    batch = start_batch(pipeline, sampler, params, indices)
+    batch, stats = jax.device_put(batch, sharding.replicated(pipeline.mesh))
+    check_finite(sampler, stats.error, indices)
+    return np.asarray(batch)
 
   timing = comparison.time_with_sequential(
     functools.partial(images, compiled), functools.partial(images, sequential)

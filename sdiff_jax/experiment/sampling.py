@@ -13,6 +13,7 @@ from sdiff_jax import samplers
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import pipelines
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
@@ -20,6 +21,7 @@ from sdiff_jax.experiment.pipelines import Pipeline
 from sdiff_jax.samplers import Sampler
 from sdiff_jax.types import Array, Cond, Denoiser, Network, Params, UserError
 
+MAX_GUIDANCE = 1000.0
 GRID_ROWS = 10  # of a grid of samples; its columns are the classes
 
 
@@ -150,10 +152,12 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
   """Returns the pipeline of a trained network; its parameters are an argument.
 
   Raises:
-    UserError: the data are not images and have no decoder, or sampler.coarse_workdir
-      is not a work directory of the same images.
+    UserError: the data are not images and have no decoder, sampler.coarse_workdir
+      is not a work directory of the same images, or a field of config.sample is out of
+      range.
   """
   check_images(experiment)
+  check_request(config, experiment)
   dataset, scale = experiment.dataset, config.sample.guidance
   coarse, coarse_params, coarse_scale = _coarse(config, experiment)
   constants = {"coarse": coarse_params, "vae": None}
@@ -173,13 +177,68 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
     shape=dataset.shape,
     denoiser=lambda params, inputs: (denoiser(experiment, params, scale), inputs),
     placeholder=placeholder(experiment, scale),
-    decode=lambda constants, _, x: decode(experiment, constants["vae"], x),
+    decode_checked=lambda constants, _, x: decode_checked(
+      experiment, constants["vae"], x
+    ),
     inputs=inputs,
     input_shardings=dict.fromkeys(inputs(1), sharding.samples(experiment.mesh)),
     requests=functools.partial(seeds_and_conditions, config, experiment),
     constants=constants,
     coarse_denoiser=coarse_denoiser if coarse else None,
+    dtype=experiment.dtype,
   )
+
+
+def check_request(
+  config: ml_collections.ConfigDict, experiment: Experiment, num: int = 0
+) -> None:
+  """Checks seeds, class and guidance of config.sample against the network.
+
+  Args:
+    config: the config.
+    experiment: gives the network.
+    num: number of samples; 0 for sample.num.
+
+  Raises:
+    UserError: a class or a scale that the network does not have.
+  """
+  label, scale = config.sample.label, config.sample.guidance
+  classes = experiment.num_classes
+  check_seeds(config.sample.seed, num or config.sample.num)
+  if type(label) is not int or not -1 <= label < max(classes, 0):
+    allowed = (
+      f"or a class, 0 to {classes - 1}" if classes else "the network has no classes"
+    )
+    raise UserError(
+      f"config.sample.label={label}: must be -1 for all classes in turn, {allowed}"
+    )
+  check_guidance(scale)
+  if scale != 1 and not classes and not experiment.guidance_input:
+    raise UserError(
+      f"config.sample.guidance={scale}: must be 1 for a network without classes"
+    )
+
+
+def check_guidance(scale: float) -> None:
+  """Raises a UserError unless a scale of classifier-free guidance is in its range."""
+  if isinstance(scale, bool) or not 0 <= scale <= MAX_GUIDANCE:  # NaN is not
+    raise UserError(
+      f"config.sample.guidance={scale}: must be from 0 to {MAX_GUIDANCE:g}; 1 is none"
+    )
+
+
+def check_seeds(seed: int, num: int) -> None:
+  """Checks that `num` seeds from the first one on are seeds.
+
+  Raises:
+    UserError: they are not integers from 0 to 2^31 - 1.
+  """
+  largest = samplers.MAX_SEED - max(num, 1) + 1
+  if type(seed) is not int or not 0 <= seed <= largest:
+    raise UserError(
+      f"config.sample.seed={seed}: must be an integer from 0 to {largest}; image k is "
+      "made from seed + k"
+    )
 
 
 def check_images(experiment: Experiment) -> None:
@@ -197,12 +256,35 @@ def image_shape(experiment: Experiment) -> tuple[int, int, int]:
 
 def decode(experiment: Experiment, vae_params: Params, x0: Array) -> Array:
   """Returns uint8 images [B, H, W, C] of samples x0, which may be latents."""
+  return decode_checked(experiment, vae_params, x0)[0]
+
+
+def decode_checked(
+  experiment: Experiment, vae_params: Params, x0: Array
+) -> tuple[Array, Array]:
+  """Returns the images of `decode`, and whether the decoder's pixels are finite.
+
+  Args:
+    experiment: gives the data set, and the autoencoder of latents.
+    vae_params: of the autoencoder; None without one.
+    x0: samples, [B, ...].
+
+  Returns:
+    Images uint8 [B, H, W, C], and bool [B].
+  """
   dataset, sigma_d = experiment.dataset, experiment.sigma_d
-  decoder = None
-  if experiment.vae is not None:
-    decode_latents = functools.partial(experiment.vae[0].decode, vae_params)
-    decoder = sharding.map_one_per_device(experiment.mesh, decode_latents)
-  return dataset.codec.to_images(x0, sigma_d, decoder)
+  if experiment.vae is None:
+    return dataset.codec.to_images(x0, sigma_d), jnp.ones(len(x0), bool)
+  decode_latents = functools.partial(experiment.vae[0].decode, vae_params)
+  one_per_device = sharding.map_one_per_device(experiment.mesh, decode_latents)
+  outputs = []
+
+  def decoder(latents: Array) -> Array:
+    outputs.append(one_per_device(latents))
+    return outputs[0]
+
+  images = dataset.codec.to_images(x0, sigma_d, decoder)
+  return images, pipelines.finite_samples(outputs[0])
 
 
 def _coarse(

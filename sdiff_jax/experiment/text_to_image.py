@@ -13,6 +13,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import data, samplers
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
 from sdiff_jax.pretrained.diffusers import loading, scheduler
@@ -89,6 +90,14 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
         f"config.sampler.{field}={config.sampler[field]}: only for networks trained "
         "here, not for models in the diffusers format"
       )
+  sampling.check_guidance(config.sample.guidance)
+  sampling.check_seeds(config.sample.seed, config.sample.num)
+  if config.sample.label != -1 or config.vae:
+    field = "sample.label" if config.sample.label != -1 else "vae"
+    raise UserError(
+      f"config.{field}: only for networks trained here, not for models in the diffusers "
+      "format; leave it out"
+    )
   with config_errors("config.sampler"):
     samplers.options(config.sampler.name)
 
@@ -143,13 +152,19 @@ def denoiser(
   return scheduler.denoiser(net, model.schedule, sampler.tableau)
 
 
-def decode(model: Model, params: dict[str, Params], x: Array, mesh: Mesh) -> Array:
-  """Returns uint8 images of samples, decoded one a device at a time."""
+def decode_checked(
+  model: Model, params: dict[str, Params], x: Array, mesh: Mesh
+) -> tuple[Array, Array]:
+  """Decodes samples, one a device at a time.
+
+  Returns:
+    Images uint8 [B, H, W, C], and whether the decoder's output is finite, bool [B].
+  """
   if model.vae is None:
-    return data.to_uint8(x)
+    return data.to_uint8(x), jnp.ones(len(x), bool)
   decode_latents = functools.partial(model.vae.decode, params["vae"])
   images = sharding.map_one_per_device(mesh, decode_latents)(x / model.vae.scaling)
-  return data.to_uint8(images)
+  return data.to_uint8(images), pipelines.finite_samples(images)
 
 
 def pipeline(
@@ -176,6 +191,7 @@ def pipeline(
     negative_prompt: text that guidance leads away from.
     seed: of the first image.
   """
+  dtype = jax.tree.leaves(model.params["unet"])[0].dtype.name
   over_samples = sharding.samples(mesh)
   shardings = {"tokens": over_samples, "negative_tokens": sharding.replicated(mesh)}
 
@@ -216,10 +232,11 @@ def pipeline(
     shape=model.unet.shape,
     denoiser=guided,
     placeholder=placeholder,
-    decode=lambda _, params, x: decode(model, params, x, mesh),
+    decode_checked=lambda _, params, x: decode_checked(model, params, x, mesh),
     inputs=shapes,
     input_shardings={name: shardings[name] for name in shapes(1)},
     requests=requests,
+    dtype=dtype,
   )
 
 

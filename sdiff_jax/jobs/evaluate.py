@@ -84,7 +84,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if config.job == "generate":
     images = images or os.path.join(workdir, "images")
   folder = os.path.join(workdir, evaluation.results_folder(config))
-  os.makedirs(folder, exist_ok=True)
   if images:
     name, rows = "images.json", [_evaluate_images(config, images, folder)]
   else:
@@ -129,6 +128,7 @@ def _evaluate_samplers(
 ) -> list[dict[str, Json]]:
   """Returns a row for each sampler of a trained network, and writes their grids."""
   experiment, params = workdir_lib.trained(config, workdir)
+  sampling.check_request(config, experiment, config.evaluate.num)
   samplers = [(s, sampling.build_sampler(config, s)) for s in config.evaluate.samplers]
   stored = workdir_lib.read(workdir)
   config = config.copy_and_resolve_references()

@@ -245,6 +245,7 @@ def _make(
       pixels, stats = jax.block_until_ready(batch)
       seconds = time.perf_counter() - begin
       stats = jax.device_put(stats, sharding.replicated(pipeline.mesh))
+      pipelines.check_finite(sampler, stats.error, indices)
       cost = {"sampler.window": window, "seconds": seconds, "batch": len(indices)}
       texts = _texts(images, indices, stats, cost)
       rows = [(row, image) for row, image in _rows(pixels) if row < len(indices)]

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from sdiff_jax import losses, registry
-from sdiff_jax.experiment import policies
+from sdiff_jax.experiment import policies, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.io.progress import Progress
@@ -19,6 +19,7 @@ from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.reports import runs
 from sdiff_jax.types import Json, UserError
 
+MAX_ENV_SEED = 2**32 - 1  # of numpy's RandomState
 DEFAULTS = {
   "rollout": {
     "samplers": ("ddim/15",),  # name/steps
@@ -42,7 +43,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   rollout = config.rollout
   if rollout.episodes < 1 or rollout.num_timed < 1:
     raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
+  _check_seeds(rollout)
   experiment, params = policies.trained(config, workdir)
+  sampling.check_request(config, experiment)
   stored = workdir_lib.read(workdir)
   config = config.copy_and_resolve_references()
   config.data = stored.data  # the frame is that of the data that were trained on
@@ -74,6 +77,25 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
 
 
+def _check_seeds(rollout: ml_collections.ConfigDict) -> None:
+  """Checks the seeds of the episodes and of the policy's noise.
+
+  Raises:
+    UserError: they are not integers in their range.
+  """
+  largest = {
+    "seed": MAX_ENV_SEED - rollout.episodes + 1,
+    "noise_seed": rollout_lib.max_noise_seed(rollout.episodes),
+  }
+  for field, most in largest.items():
+    seed = rollout[field]
+    if type(seed) is not int or not 0 <= seed <= most:
+      raise UserError(
+        f"config.rollout.{field}={seed}: must be an integer from 0 to {most} for "
+        f"{rollout.episodes} episodes"
+      )
+
+
 def _episodes(
   rollout: ml_collections.ConfigDict,
   policy: Policy,
@@ -85,7 +107,10 @@ def _episodes(
   starts = np.array([env.initial(rollout.seed + k) for k in range(rollout.episodes)])
 
   def act(states: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, dict]:
-    actions, stats = policy.many(states, seeds)
+    try:
+      actions, stats = policy.many(states, seeds)
+    except ValueError as error:
+      raise UserError(f"sampler {name}: {error}") from error
     cost = {"passes": stats.num_iterations, "evaluations": stats.num_evaluations}
     return actions, {k: np.asarray(v) for k, v in cost.items()}
 

@@ -148,7 +148,7 @@ def _make_parts(
     begin = time.perf_counter()
     # In pairs: the next batch is computed while this one is waited for and written.
     for batch, _ in itertools.pairwise(itertools.chain(started, [None])):
-      _write_part(output, *batch)
+      _write_part(output, sampler, *batch)
       progress.add(min(size, num - batch[0]))
   sharding.all_processes(np.ones(1, bool), pipeline.mesh)
   seconds = time.perf_counter() - begin
@@ -156,19 +156,30 @@ def _make_parts(
 
 
 def _write_part(
-  output: resumable.Output, first: int, images: jax.Array, stats: SamplingStats
+  output: resumable.Output,
+  sampler: CompiledSampler,
+  first: int,
+  images: jax.Array,
+  stats: SamplingStats,
 ) -> None:
-  """Writes the rows of a batch that this process holds, if it holds any."""
+  """Writes the rows of a batch that this process holds, if it holds any.
+
+  Raises:
+    UserError: samples are not finite.
+  """
   # Where several devices hold the same rows, one of them has replica 0.
   shards = [s for s in images.addressable_shards if s.replica_id == 0]
   if not shards:
     return
   indices, rows = np.arange(first, first + len(images)), [s.index[0] for s in shards]
+  indices = np.concatenate([indices[r] for r in rows])
+  values = {name: _rows(x, rows) for name, x in stats._asdict().items()}
+  pipelines.check_finite(sampler, values["error"], indices)
   output.write_part(
     f"{first:08d}-p{jax.process_index()}.npz",
-    indices=np.concatenate([indices[r] for r in rows]),
+    indices=indices,
     images=np.concatenate([s.data for s in shards]),
-    **{name: _rows(values, rows) for name, values in stats._asdict().items()},
+    **values,
   )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -139,8 +140,11 @@ def _init_from(
 
 def _sample_fn(
   config: ml_collections.ConfigDict, experiment: experiments.Experiment
-) -> Callable[[TrainState], np.ndarray] | None:
-  """Returns state -> a grid of samples by its first average, None if there are none."""
+) -> Callable[[TrainState], np.ndarray | None] | None:
+  """Returns state -> a grid of samples by its first average, None if there are none.
+
+  The grid is None, and stderr says so, if samples are not finite.
+  """
   if not config.train.sample_every:
     return None
   sampling.check_images(experiment)
@@ -149,12 +153,16 @@ def _sample_fn(
   compiled = pipelines.batch_sampler(image_pipeline, sampler)
   profile = config.ema.profiles[0]
 
-  def sample(state: TrainState) -> np.ndarray:
+  def sample(state: TrainState) -> np.ndarray | None:
     num, columns = sampling.grid_size(experiment)
     batch_size = -(-num // experiment.mesh.size) * experiment.mesh.size
     params = state.ema[profile]
     batches = pipelines.batches(image_pipeline, compiled, params, num, batch_size)
-    return image_io.grid(next(batches)[0], columns)
+    try:
+      return image_io.grid(next(batches)[0], columns)
+    except UserError as error:  # training goes on: the average may recover
+      print(f"step {int(state.step)}: {error}", file=sys.stderr)
+      return None
 
   return sample
 
@@ -188,7 +196,7 @@ def _run_loop(
   checkpoints: Checkpoints,
   options: loop.LoopOptions,
   workdir: str,
-  sample: Callable[[TrainState], np.ndarray] | None,
+  sample: Callable[[TrainState], np.ndarray | None] | None,
 ) -> int:
   """Trains from the step of the state on, and returns the number of steps in total."""
   start = int(state.step)

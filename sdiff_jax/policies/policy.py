@@ -135,7 +135,7 @@ class Policy:
     Raises:
       ValueError: states of another shape, or that are not finite.
     """
-    return self.many(np.asarray(states)[None], np.int32([seed]))[0][0]
+    return self.many(np.asarray(states)[None], np.array([seed]))[0][0]
 
   def many(
     self, states: np.ndarray, seeds: np.ndarray
@@ -147,15 +147,23 @@ class Policy:
       seeds: of each robot, int32 [B].
 
     Raises:
-      ValueError: states of another shape, or that are not finite.
+      ValueError: states of another shape, seeds out of range, or states or actions that
+        are not finite.
     """
     shape = self._state_shape()
     if np.shape(states) != shape:
       raise ValueError(f"states: have shape {np.shape(states)}, must be {shape}")
     if not np.isfinite(states).all():
       raise ValueError(f"states: are not finite: {np.asarray(states).tolist()}")
+    samplers.check_seeds(seeds)
     actions, stats = self.compiled(self._params, np.float32(states), np.int32(seeds))
-    return np.asarray(actions), stats
+    actions = np.asarray(actions)
+    if not np.isfinite(actions).all():
+      raise ValueError(
+        "denoiser: the actions are not finite; check the network's weights, use a wider "
+        "dtype, more steps, or less guidance"
+      )
+    return actions, stats
 
   def iteration_seconds(self) -> float:
     """Returns the largest time of an iteration, in seconds, in a few calls."""

@@ -9,9 +9,11 @@ one file that registers itself (kinds "samplers.solvers" and "samplers").
 
 from sdiff_jax.samplers._samples import Samples
 from sdiff_jax.samplers.sampler import (
+  MAX_SEED,
   Sampler,
   SamplingStats,
   build,
+  check_seeds,
   from_tableau,
   names,
   options,
@@ -21,10 +23,12 @@ from sdiff_jax.samplers.sampler import (
 )
 
 __all__ = [
+  "MAX_SEED",
   "Sampler",
   "Samples",
   "SamplingStats",
   "build",
+  "check_seeds",
   "from_tableau",
   "names",
   "options",

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
@@ -18,6 +20,8 @@ from sdiff_jax.samplers import _names, sequential, solvers
 from sdiff_jax.samplers._samples import Callback, Samples
 from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
+
+MAX_SEED = 2**31 - 1
 
 
 class SamplingStats(NamedTuple):
@@ -271,8 +275,9 @@ def sample(
     Samples x [B, *shape], with their cost and accuracy.
 
   Raises:
-    ValueError: an argument that the sampler does not take, or a window that is not
-      chosen or does not divide over the mesh.
+    ValueError: an argument that the sampler does not take, a window that is not chosen
+      or does not divide over the mesh, seeds that are not integers from 0 to 2^31 - 1,
+      or samples that are not finite. Values that are traced are not checked.
 
   Example:
     >>> sampler = build("paraddim", sigma_d=0.5, steps=8, window=4)
@@ -280,8 +285,9 @@ def sample(
     >>> samples.x.shape
     (3, 2, 2)
   """
+  check_seeds(seeds)
   keys = sequential.keys_from_seeds(jnp.asarray(seeds))
-  return run(
+  samples = run(
     sampler,
     denoiser,
     sequential.sample_prior(sampler.tableau, keys, tuple(shape)),
@@ -291,6 +297,52 @@ def sample(
     callback=callback,
     coarse_denoiser=coarse_denoiser,
   )
+  _check_finite(sampler, samples.x)
+  return samples
+
+
+def check_seeds(seeds: Array | Sequence[int]) -> None:
+  """Checks seeds, unless they are traced.
+
+  Args:
+    seeds: [B].
+
+  Raises:
+    ValueError: they are not integers from 0 to 2^31 - 1.
+
+  Example:
+    >>> check_seeds([0, 7])
+  """
+  if not _is_known(seeds):
+    return
+  values = np.asarray(seeds)
+  if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+    raise ValueError(
+      f"seeds: must be a list of integers, not {values.dtype} {list(values.shape)}"
+    )
+  wrong = values[(values < 0) | (values > MAX_SEED)]
+  if wrong.size:
+    raise ValueError(f"seeds={wrong[0]}: must be from 0 to 2^31 - 1 = {MAX_SEED}")
+
+
+def _check_finite(sampler: Sampler, x: Array) -> None:
+  """Raises a ValueError if samples [B, ...] that are known are not finite."""
+  if not _is_known(x):
+    return
+  bad = ~np.isfinite(x).reshape(len(x), -1).all(axis=1)
+  if bad.any():
+    raise ValueError(
+      f"denoiser: {bad.sum()} of {len(x)} samples of the sampler {sampler.name!r} with "
+      f"{sampler.num_steps} steps are not finite in {x.dtype}; check the network's weights, "
+      "use a wider dtype, more steps, or less guidance"
+    )
+
+
+def _is_known(x: Array | Sequence[int]) -> bool:
+  """Returns whether the values are on this process, and not traced by `jax.jit`."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def run(

@@ -48,7 +48,7 @@ def run(
   options: LoopOptions,
   *,
   start: int = 0,
-  sample: Callable[[TrainState], np.ndarray] | None = None,
+  sample: Callable[[TrainState], np.ndarray | None] | None = None,
   stopping: Callable[[int], bool] = lambda steps: False,
   seconds: float = 0.0,
 ) -> TrainState:
@@ -66,7 +66,8 @@ def run(
     checkpoints: writes the states.
     options: length and intervals.
     start: number of steps so far.
-    sample: state -> picture, uint8 [H, W, C]; needed if `sample_every` is not 0.
+    sample: state -> picture, uint8 [H, W, C], or None for none; needed if `sample_every`
+      is not 0.
     stopping: number of steps -> whether to save and return before the end.
     seconds: training time before `start`, s.
 
@@ -119,7 +120,9 @@ def run(
       checkpoints.save(done + 1, state)
     if sample and options.sample_every and (done + 1) % options.sample_every == 0:
       pause = time.perf_counter()
-      writer.image(done + 1, "grid", sample(state))
+      picture = sample(state)
+      if picture is not None:
+        writer.image(done + 1, "grid", picture)
       clock += time.perf_counter() - pause
   if recent:
     log(steps)

@@ -7,8 +7,10 @@ import numpy as np
 
 from sdiff_jax.policies.pusht import env as env_lib
 from sdiff_jax.policies.pusht.env import Env
+from sdiff_jax.samplers import MAX_SEED
 from sdiff_jax.types import UserError
 
+SEED_STRIDE = 1_000_003  # between the seeds of an episode at two steps
 # (states up to now [B, K, 5], seed of each episode's noise int32 [B]) -> actions
 # [B, Ta, 2] and their cost, arrays [B] by name.
 Act = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -60,7 +62,7 @@ def run(
   reward, solved, going = np.zeros(E), np.zeros(E, bool), np.ones(E, bool)
   seeds, step, costs, seen = np.arange(E, dtype=np.int32) + seed * E, 0, [], []
   while going.any():
-    actions, cost = act(history, seeds + np.int32(1_000_003 * step))
+    actions, cost = act(history, seeds + np.int32(SEED_STRIDE * step))
     costs.append({name: values[going] for name, values in cost.items()})
     seen.append(history[going][:1])
     for action in np.moveaxis(np.float64(actions), 1, 0):
@@ -74,6 +76,15 @@ def run(
       progress(step)
   joined = {name: np.concatenate([c[name] for c in costs]) for name in costs[0]}
   return Episodes(reward, solved, joined, np.concatenate(seen))
+
+
+def max_noise_seed(episodes: int) -> int:
+  """Returns the largest seed of the noise of some episodes, whose own seeds are int32.
+
+  Args:
+    episodes: their number.
+  """
+  return (MAX_SEED - SEED_STRIDE * env_lib.STEPS) // episodes - 1
 
 
 def _step(env: Env, action: np.ndarray) -> tuple:
