@@ -42,7 +42,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.distributed import handshake, processes
 from sdiff_jax.experiment import variants
-from sdiff_jax.io import lock, records, resumable
+from sdiff_jax.io import lock, resumable
 from sdiff_jax.types import Json, UserError
 
 # How long a command that is refused tries to tell the other processes of its job.
@@ -213,9 +213,10 @@ def parse(argv: list[str]) -> Command:
   if config is None and values.workdir is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
   workdir = variants.workdir(file) if values.workdir is None else values.workdir
-  stored = os.path.join(workdir, "config.json")
-  if config is None and os.path.exists(stored):
-    configs.load_plugins(records.read_json(stored).get("plugins", ()))
+  if config is None and os.path.exists(workdir):
+    from sdiff_jax.experiment import stored_config  # slow to import
+
+    configs.load_plugins(stored_config.plugins(workdir))
   job, workdir = _job(values.job, config), os.path.abspath(workdir)
   return Command(job, config, workdir, values.peer_timeout)
 

@@ -12,13 +12,14 @@ import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import losses, registry
+from sdiff_jax import losses
 from sdiff_jax.data import Dataset, trajectories
 from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import stored_config
 from sdiff_jax.experiment.build import Experiment
-from sdiff_jax.io import file_io, records, resumable
+from sdiff_jax.io import file_io, resumable
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Json, Network, Params, UserError
@@ -43,8 +44,8 @@ def save_or_check_config(
     UserError: the directory holds another experiment; the message lists the fields
       that differ.
   """
-  path = os.path.join(workdir, "config.json")
-  if os.path.exists(path):
+  path = os.path.join(workdir, stored_config.CONFIG)
+  if os.path.lexists(path):
     stored, current = (_identity(c.to_dict()) for c in (read(workdir), config))
     if different := resumable.differences(stored, current):
       raise UserError(
@@ -82,39 +83,18 @@ def _with_absolute_paths(config: dict[str, Json]) -> dict[str, Json]:
 def read(workdir: str) -> ml_collections.ConfigDict:
   """Returns the config that a work directory was trained with.
 
-  Fields that the stored config lacks get their defaults, and fields that were renamed
-  their present names.
+  Args:
+    workdir: of the run.
 
   Raises:
     UserError: there is no config, or it is damaged.
   """
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
-    raise UserError(f"{path} does not exist: train into {workdir} first (--job=train)")
-  stored = configs.with_new_names(_with_tuples(records.read_json(path)))
-  config = configs.base(tuple(stored.get("plugins", ())))
-  for section in configs.PIECES.keys() & stored.keys():
-    name = stored[section].get("name")
-    fields = registry.fields(configs.PIECES[section], name) if name else {}
-    config[section] = ml_collections.ConfigDict(fields | stored[section])
-  config.update(stored)
-  if "init_from" not in stored:  # the teacher was also what the network started from
-    config.init_from = config.teacher.workdir
-    if not losses.facts(config.loss).needs_teacher:
-      config.teacher.workdir = ""
-  return config
+  return stored_config.read(workdir)
 
 
 def parent(config: ml_collections.ConfigDict) -> str:
   """Returns the work directory that a run was distilled or started from, or ""."""
   return config.teacher.workdir or config.init_from
-
-
-def _with_tuples(value: Json) -> Json:
-  """Returns a value read from JSON with tuples instead of lists."""
-  if isinstance(value, dict):
-    return {k: _with_tuples(v) for k, v in value.items()}
-  return tuple(value) if isinstance(value, list) else value
 
 
 def restore_ema(

@@ -7,10 +7,11 @@ previous version is still there.
 import contextlib
 import errno
 import json
+import math
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +56,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Json, indent: int | None = 2) -> None:
-  """Writes a value as JSON to a file atomically."""
-  write_text(path, json.dumps(value, indent=indent))
+  """Writes a value as JSON to a file atomically; NaN and infinity become null.
+
+  Args:
+    path: the file.
+    value: of dicts, lists, tuples, strings, numbers, booleans and None.
+    indent: spaces of each level; None writes one line.
+  """
+  write_text(path, json.dumps(without_nan(value), indent=indent, allow_nan=False))
+
+
+def without_nan(value: Json) -> Json:
+  """Returns a value of JSON with None instead of numbers that JSON does not have.
+
+  Args:
+    value: of dicts, lists, tuples, strings, numbers, booleans and None.
+
+  Example:
+    >>> without_nan({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+  """
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  if isinstance(value, Mapping):
+    return {key: without_nan(entry) for key, entry in value.items()}
+  return [*map(without_nan, value)] if isinstance(value, list | tuple) else value
 
 
 def write_npz(path: Path, **arrays: npt.ArrayLike) -> None:

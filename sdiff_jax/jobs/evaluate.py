@@ -16,12 +16,13 @@ from sdiff_jax.data import npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import file_io, image_io, records
+from sdiff_jax.io import file_io, image_io
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics.statistics import baselines, streaming
-from sdiff_jax.reports import runs
+from sdiff_jax.reports import results
 from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import summary
 from sdiff_jax.types import Json, Params, UserError
 
 # Names in results.json of fields of SamplingStats.
@@ -68,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
 
   With evaluate.images, or in a work directory of the job `generate`, only these images
   are evaluated, and the file is images.json. The keys of a row are those of
-  reports/runs.py.
+  reports/results.py.
 
   Args:
     config: of the run.
@@ -94,7 +95,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     partial = os.path.join(folder, PARTIAL)
     if os.path.exists(partial):
       os.remove(partial)
-    print(runs.table(rows))
+    print(results.table(rows))
   return f"measured {len(rows)} rows: {path}"
 
 
@@ -337,9 +338,4 @@ def _timed_batches(
 def _compute(workdir: str, config: ml_collections.ConfigDict) -> float | None:
   """Returns the operations of training so far as a fraction of the teacher's."""
   teacher = workdir_lib.parent(workdir_lib.read(workdir)) or workdir
-  paths = [os.path.join(d, "training.json") for d in (workdir, teacher)]
-  if not all(map(os.path.exists, paths)):
-    return None
-  student, teacher = map(records.read_json, paths)
-  progress = (config.sample.checkpoint or student["steps"]) / student["steps"]
-  return progress * student["flops"] / teacher["flops"]
+  return summary.flops_ratio(workdir, teacher, config.sample.checkpoint)

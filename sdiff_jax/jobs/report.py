@@ -1,38 +1,68 @@
 """Job `report`: writes a page on a run and its teacher, or on all runs in a folder."""
 
-import glob
 import os
+import sys
 
 import ml_collections
 
 from sdiff_jax import config as configs
 from sdiff_jax import registry
-from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import records
+from sdiff_jax.reports import loading, results
 from sdiff_jax.reports import runs as runs_lib
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 
 @registry.register("jobs", "report", needs_config=False, shares_workdir=True)
 def run(config: ml_collections.ConfigDict | None, workdir: str) -> str:
   """Writes report.html, and prints its table.
 
+  Runs and files that cannot be read are named on stderr and on the page, and the others
+  are shown.
+
   Raises:
     UserError: there is no run in the directory.
   """
   del config
-  files = glob.glob(os.path.join(workdir, "*", "config.json"))
-  runs = sorted((os.path.dirname(f) for f in files), key=os.path.getctime)
-  if os.path.exists(os.path.join(workdir, "config.json")):
-    runs.insert(0, workdir)
-    teacher = workdir_lib.parent(workdir_lib.read(workdir))
-    if os.path.exists(os.path.join(teacher, "config.json")):
-      runs.insert(0, teacher)
-  if not runs:
+  faults: list[str] = []
+  directories = _directories(workdir)
+  if not directories:
     raise UserError(f"{workdir}: has no run; train one with --job=train")
-  for directory in runs:  # whose metrics may be registered by modules of their own
-    stored = records.read_json(os.path.join(directory, "config.json"))
-    configs.load_plugins(stored.get("plugins", ()))
-  path = runs_lib.write(runs, os.path.join(workdir, "report.html"))
-  print(runs_lib.table(runs_lib.rows(runs)))
-  return f"report: {path}"
+  for (
+    directory
+  ) in directories:  # whose metrics may be registered by modules of their own
+    plugins = _config(directory).get("plugins", ())
+    loading.tolerant(faults, None, configs.load_plugins, plugins)
+  runs = [loading.tolerant(faults, None, loading.load, d) for d in directories]
+  runs = [run for run in runs if run]
+  path = os.path.join(workdir, "report.html")
+  faults = runs_lib.write_page(runs, path, faults)
+  for fault in faults:
+    print(f"not shown: {fault}", file=sys.stderr)
+  print(results.table(results.distinct([row for run in runs for row in run.rows])))
+  hidden = f" ({len(faults)} files cannot be read)" if faults else ""
+  return f"report: {path}{hidden}"
+
+
+def _directories(workdir: str) -> list[str]:
+  """Returns the work directories to report on: teacher, run, runs below, oldest first.
+
+  Args:
+    workdir: a run, a folder of runs, or both.
+  """
+  names = os.listdir(workdir) if os.path.isdir(workdir) else []
+  runs = [os.path.join(workdir, name) for name in names]
+  runs = sorted(filter(_is_run, runs), key=lambda run: os.lstat(run).st_ctime)
+  if not _is_run(workdir):
+    return runs
+  teacher = loading.parent(_config(workdir))
+  return [*filter(_is_run, [teacher]), workdir, *runs]
+
+
+def _config(directory: str) -> loading.Config | dict[str, Json]:
+  """Returns what a report needs of a config, {} if it is damaged (`load` says so)."""
+  path = os.path.join(directory, loading.CONFIG)
+  return loading.tolerant([], {}, loading.read_config, path)
+
+
+def _is_run(directory: str) -> bool:
+  return bool(directory) and os.path.lexists(os.path.join(directory, loading.CONFIG))

@@ -16,7 +16,7 @@ from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.policies.pusht import rollout as rollout_lib
 from sdiff_jax.policies.pusht.env import Env
-from sdiff_jax.reports import runs
+from sdiff_jax.reports import results
 from sdiff_jax.types import Json, UserError
 
 MAX_ENV_SEED = 2**32 - 1  # of numpy's RandomState
@@ -73,7 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   for row in rows:
     row |= seconds[row["sampler"]]
   file_io.write_json(path, rows)
-  print(runs.table(rows, runs.ROLLOUT_COLUMNS))
+  print(results.table(rows, results.ROLLOUT_COLUMNS))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
 
 
@@ -145,7 +145,7 @@ def _difference(rewards: list[float], first: list[float]) -> dict[str, float]:
 
 
 def _row(model: str, sampler: str, episodes: rollout_lib.Episodes) -> dict[str, Json]:
-  """Returns a row of results; see `reports.runs.ROLLOUT_COLUMNS`."""
+  """Returns a row of results; see `reports.results.ROLLOUT_COLUMNS`."""
   count, cost = len(episodes.reward), episodes.cost
   return {
     "model": model,

@@ -19,9 +19,9 @@ from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import evaluation, probes, studies
 from sdiff_jax.io import file_io, lock, records
-from sdiff_jax.reports import html
+from sdiff_jax.reports import html, results
 from sdiff_jax.reports import studies as figures
-from sdiff_jax.training import checkpoints, metric_writer
+from sdiff_jax.training import checkpoints, metric_writer, summary
 from sdiff_jax.types import Json, UserError
 
 DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs/studies
@@ -106,8 +106,7 @@ def _points(
   """
   entry = study["runs"][name]
   weights = _folder(workdir, seed, entry["weights"] or name)
-  summary = os.path.join(weights, "training.json")
-  if not entry["weights"] and not os.path.exists(summary):
+  if not entry["weights"] and not summary.exists(weights):
     _run_job("train", config, weights)
   if not entry["drawn"]:
     return []
@@ -119,7 +118,7 @@ def _points(
     path = os.path.join(weights, f"parallel-{name}.json")
     rows = _cached(path, probes.parallel_sampling, config, weights)
     return [series | row for row in rows]
-  labels["flops"] = records.read_json(summary)["flops"]
+  labels["flops"] = (summary.read(weights) or {}).get("flops")
   points = []
   baseline = entry["teacher"] or entry["weights"] or name
   for step in _checkpoints(weights) if entry["checkpoints"] else [0]:
@@ -190,7 +189,7 @@ def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str,
   path = os.path.join(workdir, evaluation.results_folder(config), "results.json")
   if not os.path.exists(path):
     _run_job("evaluate", config, workdir)
-  return [row for row in records.read_json(path) if row["evaluations"]]
+  return [row for row in results.read(path) if row.get("evaluations")]
 
 
 def _write(study: dict[str, Json], workdir: str, rows: list[dict[str, Json]]) -> None:

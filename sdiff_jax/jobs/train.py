@@ -17,15 +17,13 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import image_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import loop, metric_writer
+from sdiff_jax.training import loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import Array, Batch, Network, Params, UserError
-
-SUMMARY = "training.json"
 
 DEFAULTS = {
   "train": {
@@ -72,6 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   init_from = None
   if checkpoints_lib.newest(workdir) is None:
     init_from = _init_from(config, experiment, trainer, frozen)
+  metric_writer.read_metrics(workdir)  # refuses a damaged file before any is written
   workdir_lib.save_or_check_config(config, workdir, dataset)
   everywhere = sharding.replicated(mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
@@ -112,7 +111,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
           f"stopped at step {end}; repeat the command to resume: {workdir}"
         )
     # A run that was killed after its last step has no summary yet.
-    if start < options.steps or not os.path.exists(os.path.join(workdir, SUMMARY)):
+    if start < options.steps or not summary.exists(workdir):
       teacher = _teacher_for_flop_count(config, experiment)
       flops = training.step_flops(config, dataset, teacher, abstract, key, frozen)
       _write_summary(config, workdir, abstract, flops)
@@ -201,7 +200,7 @@ def _run_loop(
   """Trains from the step of the state on, and returns the number of steps in total."""
   start = int(state.step)
   lines = metric_writer.read_metrics(workdir)
-  seconds = [line["seconds"] for line in lines if line["step"] <= start]
+  seconds = [line.get("seconds") or 0.0 for line in lines if line["step"] <= start]
   active = jax.process_index() == 0
   with (
     metric_writer.Writer(
@@ -264,13 +263,12 @@ def _write_summary(
   overview = parameter_overview.get_parameter_overview(
     state.params, include_stats=False
   )
-  file_io.write_text(os.path.join(workdir, "parameters.txt"), overview + "\n")
-  steps = config.train.steps
-  summary = {
+  steps, lines = config.train.steps, metric_writer.read_metrics(workdir)
+  cost: summary.Summary = {
     "steps": steps,
     "images": steps * config.train.batch_size,
-    "seconds": metric_writer.read_metrics(workdir)[-1]["seconds"],
+    "seconds": lines[-1].get("seconds") if lines else None,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params["net"])),
     "flops": flops * steps,
   }
-  file_io.write_json(os.path.join(workdir, SUMMARY), summary)
+  summary.write(workdir, cost, overview)

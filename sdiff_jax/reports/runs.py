@@ -3,25 +3,18 @@
 import datetime
 import io
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
-from typing import NamedTuple
 
 import numpy as np
 
-from sdiff_jax import losses, registry
-from sdiff_jax.io import file_io, records
-from sdiff_jax.reports import html
-from sdiff_jax.training import metric_writer
-from sdiff_jax.types import Json, UserError
-
-
-def _seconds(value: float) -> str:
-  """Returns a time with a prefix of its unit, such as "12.00 ms"."""
-  from matplotlib.ticker import EngFormatter  # slow to import
-
-  return EngFormatter("s", 2)(value)
+from sdiff_jax.io import file_io
+from sdiff_jax.reports import html, loading, results
+from sdiff_jax.reports.loading import Run
+from sdiff_jax.reports.results import Column
+from sdiff_jax.types import Json
 
 
 def _short(value: float) -> str:
@@ -31,35 +24,8 @@ def _short(value: float) -> str:
   return EngFormatter(places=1, sep="\u202f")(value)
 
 
-# Header, key in the results, format, description.
-Column = tuple[str, str, Callable[[Json], str], str]
-MODEL_COLUMNS: tuple[Column, ...] = (
-  ("Model", "model", str, "run that generated the images"),
-  ("Sampler", "sampler", str, "sampler and number of solver steps"),
-  ("NFE", "evaluations", "{:.4g}".format, "network evaluations for one image"),
-)
-COST_COLUMNS: tuple[Column, ...] = (
-  ("Images/s", "images_per_second", "{:,.1f}".format, "on the evaluating machine"),
-  ("Latency", "latency", _seconds, "time of a batch of one image"),
-  ("Compute", "compute", "{:.1%}".format, "training FLOPs; the teacher's are 100%"),
-)
-ROLLOUT_COLUMNS: tuple[Column, ...] = (
-  ("Model", "model", str, "run that the policy comes from"),
-  ("Sampler", "sampler", str, "sampler of the actions and number of solver steps"),
-  ("Reward", "reward", "{:.3f}".format, "mean over episodes of the largest reward"),
-  ("+-", "error", "{:.3f}".format, "standard error of the reward"),
-  ("Gain", "difference", "{:+.3f}".format, "paired difference to the first sampler"),
-  ("+-", "difference_error", "{:.3f}".format, "standard error of the difference"),
-  ("Solved", "solved", "{:.0%}".format, "fraction of episodes that reached the goal"),
-  ("Calls", "passes", "{:.1f}".format, "sequential network calls for a chunk"),
-  ("NFE", "evaluations", "{:.1f}".format, "network evaluations for a chunk"),
-  ("Median", "median", _seconds, "median time of a chunk for one robot"),
-  ("p95", "p95", _seconds, "95th percentile of that time"),
-)
-TEXT_COLUMNS = 2  # the first columns hold text, which is aligned to the left
-BASELINES = '<tr><th colspan="{}">Baselines</th></tr>\n'
-KINDS = {"model": "", "baseline": BASELINES}  # kind of a result -> HTML above its group
-
+# Kind of a result -> HTML above its group.
+GROUPS = {"model": "", "baseline": '<tr><th colspan="{}">Baselines</th></tr>\n'}
 FACTS = (  # label, key in training.json, format
   ("steps", "steps", "{:,}".format),
   ("images", "images", _short),
@@ -67,52 +33,12 @@ FACTS = (  # label, key in training.json, format
   ("parameters", "parameters", _short),
   ("FLOPs", "flops", _short),
 )
+MAX_DRAWN = 1e30  # larger values are left out of charts
 NUM_GRIDS = 6  # grids of samples during training that are shown of each run
 
 # Colors of a chart: text, grid lines, curves.
 LIGHT = ("#5c6370", "#e3e1dc", ("#2f6f9f", "#b4622d"))
 DARK = ("#9aa1ad", "#2c3038", ("#74b3e0", "#e29a63"))
-
-
-class Run(NamedTuple):
-  """Contents of a work directory; parts that are missing are empty.
-
-  Attributes:
-    path: of the directory.
-    kind: of the model, see `title`.
-    config: as in config.json.
-    metrics: of training, by step.
-    training: summary of training, as in training.json.
-    rows: results of the job `evaluate`, one for each sampler.
-    rollouts: results of the job `rollout`, one for each sampler.
-    command: of training.
-  """
-
-  path: pathlib.Path
-  kind: str
-  config: dict
-  metrics: list[dict]
-  training: dict
-  rows: list[dict]
-  rollouts: list[dict]
-  command: str
-
-
-def default_columns() -> tuple[Column, ...]:
-  """Returns the columns of a table of results.
-
-  Those of metrics are the facts `columns` that feature networks and metrics register.
-  """
-  metrics = [
-    (header, key, form.format, description)
-    for kind in ("metrics.features", "metrics")
-    for name in registry.names(kind)
-    for key, (header, form, description) in registry.lookup(kind, name)
-    .facts["columns"]
-    .items()
-  ]
-  unique = {column[1]: column for column in metrics}
-  return (*MODEL_COLUMNS, *unique.values(), *COST_COLUMNS)
 
 
 def write(runs: list[str], path: str) -> str:
@@ -128,113 +54,55 @@ def write(runs: list[str], path: str) -> str:
   Raises:
     UserError: a directory has no config.json, so nothing was trained there.
   """
-  loaded = [_load(run) for run in runs]
-  kinds = [run.kind for run in loaded]
-  descriptions = [_description(run.config["loss"]) for run in loaded]
-  data = [run.config["data"]["name"] for run in loaded]
-  title = f"Trained on {_list(data)}: {_list(kinds)}"
-  text = html.TEMPLATE.substitute(
-    title=escape(title),
-    lead=" ".join(dict.fromkeys(filter(None, descriptions))),
-    body=_results(loaded) + _samples(loaded) + _rollouts(loaded) + _training(loaded),
-  )
-  file_io.write_text(path, text)
+  loaded = [loading.load(run) for run in runs]
+  write_page(loaded, path)
   return str(path)
 
 
-def title(loss: dict) -> str:
-  """Returns the kind of a model by its section `loss`: teacher, sCD, sCT, ..."""
-  if loss["name"] not in registry.names("losses"):  # of a plugin that is not installed
-    return loss["name"]
-  return losses.facts(loss).title
+def write_page(runs: list[Run], path: str, faults: Iterable[str] = ()) -> list[str]:
+  """Writes one page about several runs.
 
-
-def _description(loss: dict[str, Json]) -> str:
-  """Returns a sentence about the models of a loss, "" if the loss is not known here."""
-  try:
-    return losses.facts(loss).description
-  except UserError:
-    return ""
-
-
-def rows(runs: list[str]) -> list[dict]:
-  """Returns the distinct results of the job `evaluate` in several work directories."""
-  return _rows([_load(run) for run in runs])
-
-
-def _rows(runs: list[Run]) -> list[dict]:
-  results = [row for run in runs for row in run.rows]
-  # Baselines do not depend on the model, so runs on the same data repeat them.
-  return [row for k, row in enumerate(results) if row not in results[:k]]
-
-
-def table(rows: list[dict], columns: tuple[Column, ...] | None = None) -> str:
-  """Returns results as a text table for a terminal: models, a rule, baselines.
-
-  Written by hand because `tabulate` has no rule between groups of rows.
+  Files that cannot be read are named at the end of the page.
 
   Args:
-    rows: the results, one for each sampler.
-    columns: default to those of the job `evaluate`; columns without a value are left
-      out.
+    runs: contents of the work directories.
+    path: of the HTML file.
+    faults: one line for each run that cannot be read.
+
+  Returns:
+    One line for each run and file that cannot be read.
   """
-  shown = _used(rows, default_columns() if columns is None else columns)
-  lines: list = [[header for header, *_ in shown]]
-  for kind in KINDS:
-    group = [_cells(row, "-", shown) for row in rows if row["kind"] == kind]
-    lines += [None, *group] if group else []
-  widths = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if k < TEXT_COLUMNS else cell.rjust(width)
-      for k, (cell, width) in enumerate(zip(line, widths, strict=True))
-    )
-    for line in (line or ["-" * width for width in widths] for line in lines)
+  configs = [run.config for run in runs if run.config]
+  lead = [loading.description(config["loss"]) for config in configs]
+  data = [config["data"]["name"] for config in configs]
+  title = f"Trained on {_list(data)}: " if data else ""
+  title += _list(run.kind for run in runs)
+  body = _results(runs) + _samples(runs) + _rollouts(runs) + _training(runs)
+  lines = [*faults, *(fault for run in runs for fault in run.faults)]
+  text = html.TEMPLATE.substitute(
+    title=escape(title),
+    lead=" ".join(dict.fromkeys(filter(None, lead))),
+    body=body + _faults(lines),
   )
+  # Names of files need not be UTF-8.
+  file_io.write_bytes(path, text.encode("utf-8", "backslashreplace"))
+  return lines
 
 
-def _load(directory: str) -> Run:
-  path = pathlib.Path(directory)
-
-  def read(name: str, missing: Json) -> Json:
-    return records.read_json(path / name) if (path / name).exists() else missing
-
-  config, command = read("config.json", None), path / "command.txt"
-  if config is None:
-    raise UserError(
-      f"{directory}: no config.json; make a run with --workdir={directory} --job=train"
-    )
-  return Run(
-    path=path,
-    kind=title(config["loss"]),
-    config=config,
-    metrics=metric_writer.read_metrics(path),
-    training=read("training.json", {}),
-    rows=read("evaluate/results.json", []),
-    rollouts=read("rollout/results.json", []),
-    command=command.read_text("utf-8").strip() if command.exists() else "",
-  )
-
-
-def _used(rows: list[dict], columns: tuple[Column, ...]) -> tuple[Column, ...]:
-  """Returns the columns that some result has."""
-  return tuple(c for c in columns if any(c[1] in row for row in rows))
-
-
-def _cells(row: dict, missing: str, columns: tuple[Column, ...]) -> list[str]:
-  """Returns the cells of a result as text, `missing` for None and NaN."""
-  values = [(row.get(key), form) for _, key, form, _ in columns]
-  return [missing if v is None or v != v else form(v) for v, form in values]
+def _faults(lines: list[str]) -> str:
+  """Returns the list of the files that cannot be read."""
+  items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
+  return items and f"<h2>Not shown</h2>\n<ul>\n{items}</ul>\n"
 
 
 def _results(runs: list[Run]) -> str:
   """Returns the table of the results of all runs, and what its columns mean."""
-  rows = _rows(runs)
+  rows = results.distinct([row for run in runs for row in run.rows])
   if not rows:
     return ""
-  counts = _list(f"{row['images']:,}" for row in rows)
+  counts = _list(f"{row['images']:,}" for row in rows if "images" in row)
   samples = f"<dt>Samples</dt><dd>{counts} images for each result</dd>\n"
-  return f"<h2>Results</h2>\n{_table(rows, default_columns(), samples)}"
+  return f"<h2>Results</h2>\n{_table(rows, results.default_columns(), samples)}"
 
 
 def _table(rows: list[dict], columns: tuple[Column, ...], more: str) -> str:
@@ -245,9 +113,9 @@ def _table(rows: list[dict], columns: tuple[Column, ...], more: str) -> str:
     columns: those without a value are left out.
     more: further items of the list, HTML.
   """
-  bodies, columns = "", _used(rows, columns)
-  for kind, above in KINDS.items():
-    cells = [_cells(row, "–", columns) for row in rows if row["kind"] == kind]
+  bodies, columns = "", results.used(rows, columns)
+  for kind, above in GROUPS.items():
+    cells = [results.cells(row, "–", columns) for row in rows if row["kind"] == kind]
     lines, above = "".join(html.row("td", c) for c in cells), above.format(len(columns))
     bodies += f'<tbody class="{kind}">\n{above}{lines}</tbody>\n' if lines else ""
   head = html.row("th", [header for header, *_ in columns])
@@ -260,28 +128,29 @@ def _table(rows: list[dict], columns: tuple[Column, ...], more: str) -> str:
 
 def _rollouts(runs: list[Run]) -> str:
   """Returns the results of policies: a table, and videos side by side."""
-  results = [(run.path / "rollout", row) for run in runs for row in run.rollouts]
-  if not results:
+  pairs = [(run, row) for run in runs for row in run.rollouts]
+  if not pairs:
     return ""
-  rows, figures = [row for _, row in results], ""
-  for folder, row in results:
-    model, sampler = map(escape, _cells(row, "–", ROLLOUT_COLUMNS)[:TEXT_COLUMNS])
-    video = folder / f"{row['sampler'].replace('/', '_')}.gif"
-    figures += _figure(video, f"<b>{model}</b> {sampler}")
-  counts = _list(f"{row['episodes']:,}" for row in rows)
+  rows, figures = [row for _, row in pairs], ""
+  for run, row in pairs:
+    video = run.path / "rollout" / f"{row['sampler'].replace('/', '_')}.gif"
+    caption = f"<b>{escape(row['model'])}</b> {escape(row['sampler'])}"
+    figures += _figure(run, video, caption)
+  counts = _list(f"{row['episodes']:,}" for row in rows if "episodes" in row)
   episodes = f"<dt>Episodes</dt><dd>{counts}, the same for each result</dd>\n"
-  table = _table(rows, ROLLOUT_COLUMNS, episodes)
+  table = _table(rows, results.ROLLOUT_COLUMNS, episodes)
   return f"<h2>Episodes of Push-T</h2>\n{table}{_tiles('18rem', figures)}"
 
 
 def _samples(runs: list[Run]) -> str:
   """Returns the grids of samples of the evaluation side by side."""
   figures = ""
-  results = [(run.path / "evaluate", row) for run in runs for row in run.rows]
-  for folder, row in sorted(results, key=lambda pair: [*KINDS].index(pair[1]["kind"])):
-    model, sampler, evaluations = map(escape, _cells(row, "–", MODEL_COLUMNS))
+  pairs = [(run, row) for run in runs for row in run.rows if row.get("grid")]
+  for run, row in sorted(pairs, key=lambda pair: [*GROUPS].index(pair[1]["kind"])):
+    texts = results.cells(row, "–", results.MODEL_COLUMNS)
+    model, sampler, evaluations = map(escape, texts)
     caption = f"<b>{model}</b> {sampler}, NFE {evaluations}"
-    figures += _figure(folder / row["grid"], caption) if row.get("grid") else ""
+    figures += _figure(run, run.path / "evaluate" / row["grid"], caption)
   note = "<p>All grids use the same seeds: image k starts from the same noise.</p>"
   return figures and f"<h2>Samples</h2>\n{note}\n{_tiles('18rem', figures)}"
 
@@ -290,18 +159,28 @@ def _training(runs: list[Run]) -> str:
   """Returns facts, curves, samples, command and config of each run."""
   articles = "".join(
     f"<article>\n<h3>{escape(run.kind)} <span>{escape(str(run.path))}</span></h3>\n"
-    f'<dl class="facts">\n{_facts(run)}</dl>\n{_charts(run.metrics)}{_training_grids(run.path)}'
+    f'<dl class="facts">\n{_facts(run)}</dl>\n{_charts(run.metrics)}{_training_grids(run)}'
     f"{run.command and f'<pre>{escape(run.command)}</pre>'}\n"
-    "<details><summary>Configuration</summary>"
-    f"<pre>{escape(json.dumps(run.config, indent=2))}</pre></details>\n</article>\n"
+    f"{_config(run.config)}</article>\n"
     for run in runs
   )
   return f"<h2>Training</h2>\n{articles}"
 
 
+def _config(config: dict[str, Json]) -> str:
+  if not config:
+    return ""
+  text = escape(json.dumps(config, indent=2))
+  return f"<details><summary>Configuration</summary><pre>{text}</pre></details>\n"
+
+
 def _facts(run: Run) -> str:
-  facts = {"network": run.config["model"]["name"], "data": run.config["data"]["name"]}
-  facts["batch"] = str(run.config["train"]["batch_size"])
+  facts = {}
+  if run.config:
+    facts["network"] = run.config["model"]["name"]
+    facts["data"] = run.config["data"]["name"]
+  if "batch_size" in run.config.get("train", {}):
+    facts["batch"] = str(run.config["train"]["batch_size"])
   values = {key: value for key, value in run.training.items() if value is not None}
   facts |= {label: form(values[key]) for label, key, form in FACTS if key in values}
   pairs = ((label, escape(value)) for label, value in facts.items())
@@ -314,7 +193,7 @@ def _charts(metrics: list[dict]) -> str:
   for names in (("loss",), ("gradient_norm", "tangent_norm")):
     curves = {}
     for name in names:
-      points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+      points = [(m["step"], m[name]) for m in metrics if _is_drawn(m.get(name))]
       curves |= {name.replace("_", " "): np.array(points).T} if points else {}
     if curves:
       light, dark = (
@@ -325,6 +204,11 @@ def _charts(metrics: list[dict]) -> str:
         f'<img src="{light}" alt="{_list(curves)} by step"></picture>\n'
       )
   return _tiles("26rem", pictures)
+
+
+def _is_drawn(value: float | None) -> bool:
+  """Returns whether a metric is finite and below what Matplotlib can draw."""
+  return value is not None and abs(value) < MAX_DRAWN
 
 
 def _chart(curves: dict[str, np.ndarray], colors: tuple) -> bytes:
@@ -354,15 +238,15 @@ def _chart(curves: dict[str, np.ndarray], colors: tuple) -> bytes:
   return buffer.getvalue()
 
 
-def _training_grids(run: pathlib.Path) -> str:
+def _training_grids(run: Run) -> str:
   """Returns a few grids of samples during training, from the first to the last."""
-  paths = sorted((run / "samples").glob("*_*.png"))
+  paths = sorted((run.path / "samples").glob("*_*.png"))
   count = min(len(paths), NUM_GRIDS)
   indices = np.linspace(0, len(paths) - 1, count).round().astype(int)
   figures = ""
   for path in (paths[k] for k in indices):
     name, _, step = path.stem.rpartition("_")
-    figures += _figure(path, escape(f"{name}, step {step.lstrip('0') or '0'}"))
+    figures += _figure(run, path, escape(f"{name}, step {step.lstrip('0') or '0'}"))
   return _tiles("8rem", figures)
 
 
@@ -370,16 +254,22 @@ def _tiles(width: str, content: str) -> str:
   return content and f'<div class="tiles" style="--tile: {width}">\n{content}</div>\n'
 
 
-def _figure(path: pathlib.Path, caption: str) -> str:
-  """Returns an image with a caption, which is HTML; nothing if the file is missing."""
-  if not path.exists():
+def _figure(run: Run, path: pathlib.Path, caption: str) -> str:
+  """Returns an image with a caption, which is HTML; nothing if the file is missing.
+
+  The error of a file that cannot be read is added to those of the run.
+  """
+  if not os.path.lexists(path):
     return ""
-  uri = html.uri(path.read_bytes(), path.suffix[1:])
+  content = loading.tolerant(run.faults, b"", file_io.read_bytes, path)
+  if not content:
+    return ""
+  uri = html.uri(content, path.suffix[1:])
   image = f'<img src="{uri}" alt="{escape(path.stem)}">'
   return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
 
 def _list(words: Iterable[str]) -> str:
   """Returns the distinct words as a list in a sentence: a, b and c."""
-  *others, last = dict.fromkeys(words)
+  *others, last = dict.fromkeys(words) or [""]
   return f"{', '.join(others)} and {last}" if others else last

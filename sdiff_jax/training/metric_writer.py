@@ -5,12 +5,13 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import file_io, image_io, records
 from sdiff_jax.io.progress import Progress
+from sdiff_jax.io.records import Count, Seconds
 from sdiff_jax.types import Json
 
 METRICS = "metrics.jsonl"
@@ -100,24 +101,41 @@ class Writer:
       self._progress.show(step, numbers)
 
 
+class Line(TypedDict):
+  """A line of metrics.jsonl; its other entries are metrics, numbers or null.
+
+  Attributes:
+    step: number of completed steps.
+    seconds: duration of training up to this step.
+  """
+
+  step: Count
+  seconds: NotRequired[Seconds | None]
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Json]]:
   """Returns the lines of a run's metrics.jsonl, [] if it has none.
 
+  An incomplete last line, which a run that was killed may leave, is left out.
+
   Args:
     workdir: of the run.
+
+  Raises:
+    UserError: the file is damaged elsewhere; the message names the line.
 
   Example:
     >>> read_metrics("nothing/here")
     []
   """
   path = pathlib.Path(workdir) / METRICS
-  rows: list[dict[str, Json]] = []
-  for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue  # a killed run may leave an incomplete line
-  return rows
+  if not os.path.lexists(path):
+    return []
+  remedy = "remove the line, or the file"
+  lines = records.read_lines(path, dict[str, float | None], remedy)
+  for number, line in enumerate(lines, 1):
+    records.check(line, Line, f"{path}: line {number}", remedy)
+  return lines
 
 
 def _finite(value: Any) -> float | None:

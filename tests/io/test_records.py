@@ -112,6 +112,15 @@ def test_a_text_that_is_not_json_is_refused(tmp_path, content, reason):
   assert len(message) < 500
 
 
+def test_what_python_writes_for_nan_is_null_if_that_is_asked_for(tmp_path):
+  path, value = tmp_path / "a.json", {"a": [1.0, float("nan"), (float("-inf"),)]}
+  path.write_text(json.dumps(value))
+  read = records.read_json(path, any_number=True)
+  assert file_io.without_nan(read) == {"a": [1.0, None, [None]]}
+  file_io.write_json(path, value)
+  assert records.read_json(path) == {"a": [1.0, None, [None]]}
+
+
 def test_brackets_inside_of_texts_are_not_nesting():
   value = {"a": "[" * 500 + '"\\', "b": ["\\", "{" * 500]}
   assert records.decode(json.dumps(value), Any, "a") == value

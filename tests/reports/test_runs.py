@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax.io import image_io
+from sdiff_jax.reports import results
 from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.training import metric_writer
 from sdiff_jax.types import UserError
@@ -135,7 +136,7 @@ def test_title_names_what_was_trained_on_what(full):
 def test_table_holds_models_then_baselines_once(full):
   header, *rows = Page(full).rows
   other = ("FID", "FD-DINOv2", "IS", "CLIP", "Latency")
-  shown = [c[0] for c in runs_lib.default_columns() if c[0] not in other]
+  shown = [c[0] for c in results.default_columns() if c[0] not in other]
   assert header == shown
   assert rows == [
     ["teacher", "heun/16", "31", "1.23", "92.2%", "50.0%", "4,712.2", "100.0%"],
@@ -147,7 +148,7 @@ def test_table_holds_models_then_baselines_once(full):
 
 def test_every_column_is_explained(full):
   page = Page(full)
-  columns = runs_lib.default_columns()
+  columns = results.default_columns()
   shown = [c for c in columns if c[1] in TEACHER]
   assert len(shown) == len(columns) - 5
   assert all(meaning in page.text for *_, meaning in shown)
@@ -245,11 +246,11 @@ def test_a_directory_without_a_run_is_the_users_error(tmp_path):
 
 
 def test_text_table_is_aligned():
-  assert runs_lib.table([BASELINE, TEACHER, STUDENT]) == TABLE
+  assert results.table([BASELINE, TEACHER, STUDENT]) == TABLE
 
 
 def test_text_table_of_models_alone_has_one_rule():
-  assert runs_lib.table([TEACHER]).count("\n-") == 1
+  assert results.table([TEACHER]).count("\n-") == 1
 
 
 def test_episodes_of_a_policy_have_a_table_and_films(tmp_path):

@@ -1,0 +1,101 @@
+"""The cost of a finished run, training.json: what is written and read."""
+
+import os
+from typing import Annotated, TypedDict
+
+import msgspec
+
+from sdiff_jax.io import file_io, records
+from sdiff_jax.io.records import Count, Seconds
+
+SUMMARY = "training.json"  # in a work directory
+
+Flops = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Steps(TypedDict):
+  steps: Count
+
+
+class Summary(_Steps, total=False):
+  """Content of training.json; runs of earlier versions may lack all but the steps.
+
+  Attributes:
+    steps: number of training steps.
+    images: number of images of these steps.
+    seconds: duration of training.
+    parameters: number of parameters of the network.
+    flops: floating-point operations of training.
+  """
+
+  images: Count
+  seconds: Seconds | None
+  parameters: Count | None
+  flops: Flops | None
+
+
+def exists(workdir: str) -> bool:
+  """Returns whether a work directory has a training.json.
+
+  Args:
+    workdir: of the run.
+
+  Example:
+    >>> exists("nothing/here")
+    False
+  """
+  return os.path.lexists(os.path.join(workdir, SUMMARY))
+
+
+def write(workdir: str, summary: Summary, parameters: str) -> None:
+  """Writes training.json, and parameters.txt before it.
+
+  Args:
+    workdir: of the run.
+    summary: cost of the run.
+    parameters: list of the arrays of the network, a text.
+  """
+  file_io.write_text(os.path.join(workdir, "parameters.txt"), parameters + "\n")
+  file_io.write_json(os.path.join(workdir, SUMMARY), summary)
+
+
+def read(workdir: str | os.PathLike[str]) -> Summary | None:
+  """Returns the cost of a run, None if it has not finished.
+
+  Args:
+    workdir: of the run.
+
+  Raises:
+    UserError: the file is damaged.
+
+  Example:
+    >>> read("nothing/here") is None
+    True
+  """
+  path = os.path.join(workdir, SUMMARY)
+  if not os.path.lexists(path):
+    return None
+  remedy = "remove it, and the job train writes it again"
+  return records.read(path, Summary, remedy)
+
+
+def flops_ratio(workdir: str, reference: str, step: int = 0) -> float | None:
+  """Returns the operations of training up to a step, as a fraction of another run's.
+
+  Args:
+    workdir: of the run.
+    reference: work directory of the other run, of which all steps count.
+    step: of the run; 0 for all of its steps.
+
+  Returns:
+    The fraction; None if the operations of one of the runs are not known.
+
+  Raises:
+    UserError: a training.json is damaged.
+  """
+  costs = read(workdir), read(reference)
+  flops = [cost.get("flops") for cost in costs if cost and cost["steps"]]
+  if len(flops) < len(costs) or not all(flops):
+    return None
+  steps = costs[0]["steps"]
+  return (step or steps) / steps * flops[0] / flops[1]
