@@ -46,7 +46,9 @@ def refusal(folder, content):
   return message.removeprefix(f"{path}").rpartition("; restore")[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem
+)
 def test_every_config_is_read_as_it_was_written(path, tmp_path):
   written = config.load(str(path))
   config.complete(written)
