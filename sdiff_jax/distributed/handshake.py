@@ -22,6 +22,8 @@ GREETING_SECONDS = 20.0
 MAX_LINE = 2**22  # bytes
 MAX_SHOWN = 3  # differences in a message
 REPORT_SECONDS = 30.0  # between two lines that say for whom process 0 waits
+LINGER_SECONDS = 20.0  # in which process 0 tells a mistake to those that come late
+COUNT = "JAX_NUM_PROCESSES"
 PROBLEM = "problem"  # key of a mistake that a process has found in its own command
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 
@@ -59,7 +61,7 @@ class Place(NamedTuple):
     return host, int(port)
 
 
-def meet(place: Place, about: Mapping[str, Json], limit: float) -> None:
+def meet(place: Place, about: Mapping[str, Json], limit: float) -> list[socket.socket]:
   """Waits for all processes, and checks that they are about to do the same.
 
   Args:
@@ -68,19 +70,32 @@ def meet(place: Place, about: Mapping[str, Json], limit: float) -> None:
       of them stop, or "".
     limit: longest time to wait for the other processes, s.
 
+  Returns:
+    Connections: of process 0 to all others, of another process to process 0.
+
   Raises:
     Refused: the processes differ, one of them has found a mistake or does not come
       within the limit, or the address is not valid or not free.
   """
   host, port = place.endpoint()
-  about = {**about, "host": socket.gethostname(), "pid": os.getpid()}
+  about = {
+    **about,
+    COUNT: place.count,
+    "host": socket.gethostname(),
+    "pid": os.getpid(),
+  }
   mine = json.loads(json.dumps(about))  # with lists for tuples, as the others see it
-  if place.index == 0:
-    problem = _host(port, place, mine, limit)
-  else:
-    problem = _join(host, port, place, mine, limit)
-  if problem:
-    raise Refused(problem)
+  with contextlib.ExitStack() as stack:
+    if place.index == 0:
+      connections, problem = _host(port, place, mine, limit)
+    else:
+      connections, problem = _join(host, port, place, mine, limit)
+    for connection in connections:
+      stack.enter_context(connection)
+    if problem:
+      raise Refused(problem)
+    stack.pop_all()  # the connections stay open
+    return connections
 
 
 def verdict(descriptions: Mapping[int, Mapping[str, Json]], count: int) -> str:
@@ -101,7 +116,7 @@ def verdict(descriptions: Mapping[int, Mapping[str, Json]], count: int) -> str:
   first, skipped = descriptions[0], {PROBLEM, "host", "pid"}
   parts = []
   for index, about in sorted(descriptions.items()):
-    for name in sorted((first.keys() | about.keys()) - skipped):
+    for name in sorted((first.keys() | about.keys()) - skipped, key=_order):
       if first.get(name) != about.get(name):
         mine, other = (repr(x.get(name))[:60] for x in (first, about))
         parts.append(f"{name} ({mine} in process 0, {other} in process {index})")
@@ -114,56 +129,90 @@ def verdict(descriptions: Mapping[int, Mapping[str, Json]], count: int) -> str:
   )
 
 
-def _host(port: int, place: Place, about: dict[str, Json], limit: float) -> str:
-  """Waits for the other processes as process 0; returns the verdict."""
-  descriptions, connections = {0: about}, []
-  problem, arrived = "", 1
+def _order(name: str) -> tuple[bool, str]:
+  """Returns the key that sorts names: those of the config come last."""
+  return name.startswith("config."), name
+
+
+class _Arrivals:
+  """The processes that have come to process 0.
+
+  Attributes:
+    place: of process 0.
+    descriptions: number of a process -> its description.
+    connections: to these processes.
+    expected: number of connections after which all have come.
+    problem: why they cannot run together, "" if no reason is known yet.
+  """
+
+  def __init__(self, place: Place, about: Mapping[str, Json]):
+    self.place, self.descriptions = place, {0: about}
+    self.connections: list[socket.socket] = []
+    self.expected, self.problem = place.count - 1, ""
+
+  def add(self, connection: socket.socket) -> None:
+    """Greets what has connected, and keeps the connection if it is a process."""
+    index, about = _greet(connection)
+    if about is None:
+      connection.close()  # not a process of this package
+      return
+    self.connections.append(connection)
+    count, first = self.place.count, self.descriptions[0]
+    if about.get(COUNT) != count:
+      self.expected = max(self.expected, int(about.get(COUNT) or 0) - 1)
+      self.problem = self.problem or verdict({0: first, index: about}, count)
+    elif not 0 < index < count or index in self.descriptions:
+      duplicate = _duplicate(index, count, self.descriptions, about)
+      self.problem = self.problem or duplicate
+    self.descriptions.setdefault(index, about)
+
+  def missing(self) -> str:
+    """Returns in words which processes are missing."""
+    indices = sorted({*range(self.place.count)} - self.descriptions.keys())
+    return f"{_names(indices)} of {self.place.count}"
+
+
+def _host(
+  port: int, place: Place, about: Mapping[str, Json], limit: float
+) -> tuple[list[socket.socket], str]:
+  """Waits for the other processes as process 0; returns connections and verdict."""
+  arrivals = _Arrivals(place, about)
   start = shown = time.monotonic()
   try:
     server = _listen(port)
   except OSError as error:
-    return (
-      f"{ADDRESS}={place.address}: port {port} cannot be used ({os.strerror(error.errno or 0)}); is "
-      "another job or another process 0 running? Choose a free port"
+    reason = os.strerror(error.errno or 0)
+    problem = (
+      f"{ADDRESS}={place.address}: port {port} cannot be used ({reason}); is another job "
+      "or another process 0 running? Choose a free port"
     )
-  with contextlib.ExitStack() as stack:
-    with server:
-      while arrived < place.count:
-        now = time.monotonic()
-        missing = sorted({*range(place.count)} - descriptions.keys())
-        if now - start > limit:
-          problem = problem or (
-            f"{_names(missing)} of {place.count} did not come to {place.address} within "
-            f"{limit:.0f} s; see --peer_timeout"
-          )
-          break
-        if now - shown > REPORT_SECONDS:
-          shown = now
-          print(
-            f"waiting at {place.address} for {_names(missing)} of {place.count}, up to "
-            f"{start + limit - now:.0f} s more",
-            file=sys.stderr,
-            flush=True,
-          )
-        server.settimeout(max(0.05, min(1.0, start + limit - now)))
-        try:
-          connection, _ = server.accept()
-        except TimeoutError:
-          continue
-        index, other = _greet(connection)
-        if other is None:
-          connection.close()  # not a process of this package
-          continue
-        stack.enter_context(connection)
-        connections.append(connection)
-        arrived += 1
-        if not 0 < index < place.count or index in descriptions:
-          problem = problem or _duplicate(index, place.count, descriptions, other)
-        descriptions.setdefault(index, other)
-    problem = problem or verdict(descriptions, place.count)
-    for connection in connections:
-      _send(connection, {"verdict": problem})
-  return problem
+    return [], problem
+  with server:
+    while len(arrivals.connections) < arrivals.expected:
+      now = time.monotonic()
+      if now - start > limit:
+        arrivals.problem = arrivals.problem or (
+          f"{arrivals.missing()} did not come to {place.address} within {limit:.0f} s; "
+          "see --peer_timeout"
+        )
+        break
+      if now - shown > REPORT_SECONDS:
+        shown = now
+        line = f"waiting at {place.address} for {arrivals.missing()}"
+        left = f"up to {start + limit - now:.0f} s more"
+        print(f"{line}, {left}", file=sys.stderr, flush=True)
+      server.settimeout(max(0.05, min(1.0, start + limit - now)))
+      try:
+        connection, _ = server.accept()
+      except TimeoutError:
+        continue
+      arrivals.add(connection)
+      if arrivals.problem:  # not all of them will come
+        limit = min(limit, time.monotonic() - start + LINGER_SECONDS)
+  problem = arrivals.problem or verdict(arrivals.descriptions, place.count)
+  for connection in arrivals.connections:
+    _send(connection, {"verdict": problem})
+  return arrivals.connections, problem
 
 
 def _listen(port: int) -> socket.socket:
@@ -202,30 +251,33 @@ def _duplicate(
 
 
 def _join(
-  host: str, port: int, place: Place, about: dict[str, Json], limit: float
-) -> str:
-  """Sends the description to process 0; returns the verdict."""
+  host: str, port: int, place: Place, about: Mapping[str, Json], limit: float
+) -> tuple[list[socket.socket], str]:
+  """Sends the description to process 0; returns the connection and the verdict."""
   deadline = time.monotonic() + limit
   connection = _connect(host, port, place, deadline, limit)
-  with connection:
-    connection.settimeout(GREETING_SECONDS)
-    try:
-      greeting = connection.recv(len(GREETING), socket.MSG_WAITALL)
-    except OSError:
-      greeting = b""
-    if greeting != GREETING:
-      return (
-        f"{ADDRESS}={place.address}: what listens there is no process that waits for "
-        "others; the job may be running already with all its processes, or another "
-        "program uses the port"
-      )
-    _send(connection, {"index": place.index, "about": about})
-    # Process 0 may have begun to wait later than this process.
-    connection.settimeout(limit + REPORT_SECONDS)
-    try:
-      return str(_receive(connection)["verdict"])
-    except (OSError, ValueError, KeyError, TypeError):
-      return f"process 0 at {place.address} ended before all {place.count} processes had come"
+  connection.settimeout(GREETING_SECONDS)
+  try:
+    greeting = connection.recv(len(GREETING), socket.MSG_WAITALL)
+  except OSError:
+    greeting = b""
+  if greeting != GREETING:
+    problem = (
+      f"{ADDRESS}={place.address}: what listens there is no process that waits for "
+      "others; the job may be running already with all its processes, or another "
+      "program uses the port"
+    )
+    return [connection], problem
+  _send(connection, {"index": place.index, "about": about})
+  # Process 0 may have begun to wait later than this process.
+  connection.settimeout(limit + REPORT_SECONDS)
+  try:
+    return [connection], str(_receive(connection)["verdict"])
+  except (OSError, ValueError, KeyError, TypeError):
+    problem = (
+      f"process 0 at {place.address} ended before all {place.count} processes had come"
+    )
+    return [connection], problem
 
 
 def _connect(

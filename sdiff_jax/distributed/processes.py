@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sdiff_jax.distributed import handshake, signals
+from sdiff_jax.distributed import handshake, peers, signals
 from sdiff_jax.types import Json, UserError
 
 HEARTBEAT = 30  # seconds without a heartbeat until a process counts as dead
@@ -64,7 +64,7 @@ def start(describe: Describe = lambda first: {}, limit: float = LIMIT) -> None:
     own = place()
     if own is not None and own.count > 1:
       about = {"code version": code_version(), **describe(own.index == 0)}
-      handshake.meet(own, about, limit)
+      peers.watch(handshake.meet(own, about, limit))
     _initialize(own, limit)
     signals.install_after_jax()
   if own is not None and own.count > 1:

@@ -39,6 +39,7 @@ class _State:
     num_loops: number of loops that poll at present.
     jax_handler: JAX's own handler of SIGTERM, which the other processes hear of.
     timer: ends the process when its time is over.
+    before_end: called with the name of the signal before the process ends at once.
   """
 
   def __init__(self) -> None:
@@ -48,6 +49,7 @@ class _State:
     self.num_loops = 0
     self.jax_handler: Callable[[int], None] | None = None
     self.timer: threading.Timer | None = None
+    self.before_end: Callable[[str], None] = lambda name: None
 
 
 _state = _State()
@@ -96,6 +98,11 @@ def install_after_jax() -> None:
     _state.jax_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
 
 
+def before_end(call: Callable[[str], None]) -> None:
+  """Sets what is called, with the name of the signal, before the process ends at once."""
+  _state.before_end = call
+
+
 def received() -> bool:
   """Returns whether a signal has been received."""
   return bool(_state.received)
@@ -142,6 +149,7 @@ def end(name: str) -> None:
   Args:
     name: of the signal.
   """
+  _state.before_end(name)
   line = f"{name}: stopped; repeat the command to resume\n"
   start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # below a bar
   with contextlib.suppress(OSError):  # stderr may be closed

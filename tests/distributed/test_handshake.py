@@ -15,16 +15,18 @@ def free_port() -> int:
     return server.getsockname()[1]
 
 
-def meet(*abouts, count=0, limit=20.0, indices=None, port=0, delay=0.0):
+def meet(*abouts, count=0, limit=20.0, indices=None, port=0, delay=0.0, counts=()):
   """Returns what each process is told, "" where it may go on, and the seconds of all."""
   address = f"127.0.0.1:{port or free_port()}"
   indices = indices or range(len(abouts))
 
   def one(index, about):
     time.sleep(delay * index)
-    place = handshake.Place(address, count or len(abouts), index)
+    own = counts[index] if counts else count or len(abouts)
+    place = handshake.Place(address, own, index)
     try:
-      handshake.meet(place, about, limit)
+      for connection in handshake.meet(place, about, limit):
+        connection.close()
     except UserError as error:
       return str(error)
     return ""
@@ -76,6 +78,18 @@ def test_a_number_that_two_processes_have():
   told, seconds = meet(SAME, SAME, SAME, indices=[0, 1, 1])
   assert told[0].startswith("JAX_PROCESS_ID=1: two processes have it, pid ")
   assert told == [told[0]] * 3
+  assert seconds < 5
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (2, 3), (2, 3, 3)])
+def test_another_number_of_processes(counts, monkeypatch):
+  monkeypatch.setattr(handshake, "LINGER_SECONDS", 1.0)
+  told, seconds = meet(*[SAME] * len(counts), counts=counts, delay=0.1)
+  line = (
+    f"the processes differ: JAX_NUM_PROCESSES ({counts[0]} in process 0, {counts[1]} "
+  )
+  assert told[0].startswith(line)
+  assert told == [told[0]] * len(counts)
   assert seconds < 5
 
 
