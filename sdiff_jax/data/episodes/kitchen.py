@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from sdiff_jax.io import array_io, bounded
 from sdiff_jax.types import UserError
 
 FILES = ("observations_seq.npy", "actions_seq.npy", "existence_mask.npy")
@@ -31,6 +32,8 @@ def read(path: str) -> dict[str, np.ndarray]:
     raise UserError(
       f"{path}: has no .zgroup, no {FILES[0]} and no */*.mjl; name a folder of episodes"
     )
+  if not pairs:
+    raise UserError(f"{path}: {FILES[2]} has no step")
   observations, actions = zip(*pairs, strict=True)
   return {
     "observation": np.concatenate(observations),
@@ -41,8 +44,10 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 def _sequences(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
   try:
-    observation, action, mask = (np.load(os.path.join(path, f)) for f in FILES)
-  except (OSError, ValueError, EOFError) as error:
+    observation, action, mask = (
+      array_io.read_npy(os.path.join(path, name)) for name in FILES
+    )
+  except UserError as error:
     raise UserError(f"{path}: a file is missing or damaged ({error})") from error
   valid = observation.ndim == action.ndim == 3 and mask.ndim == 2 and mask.size
   if not valid or not observation.shape[:2] == action.shape[:2] == mask.shape:
@@ -51,7 +56,12 @@ def _sequences(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
       for name, x in zip(FILES, (observation, action, mask), strict=True)
     )
     raise UserError(f"{path}: {shapes}; save [E, T, 60], [E, T, 9] and [E, T]")
-  lengths = mask.sum(axis=1).astype(int)
+  if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+    raise UserError(f"{path}: {FILES[2]} is {mask.dtype}; its values must be 0 or 1")
+  mask = mask.astype(bool)
+  if (mask[:, 1:] & ~mask[:, :-1]).any():
+    raise UserError(f"{path}: {FILES[2]} has steps behind the end of an episode")
+  lengths = mask.sum(axis=1)
   return [
     (observation[i, :n], action[i, :n]) for i, n in enumerate(lengths.tolist()) if n
   ]
@@ -63,13 +73,21 @@ def _log(path: str) -> tuple[np.ndarray, np.ndarray]:
   The file holds seven int32 (positions, velocities, controls, mocap bodies, sensors, user data, length
   of the name), the name, then records of float32: the time, and all of these.
   """
-  with open(path, "rb") as file:
-    data = file.read()
+  with bounded.open_regular(path) as file:
+    size = bounded.stored_size(file)
+    bounded.check_memory(size, path)
+    data = file.read(size)
   sizes = np.frombuffer(data[:28].ljust(28, b"\0"), "<i4").astype(int)
   nq, nv, nu, mocap, sensors, user, name = sizes.tolist()
   body = data[28 + max(name, 0) :]
   record = 1 + nq + nv + nu + 7 * mocap + sensors + user
-  if sizes.min() < 0 or nq < ROBOT + OBJECTS or not body or len(body) % (4 * record):
+  if (
+    sizes.min() < 0
+    or nq < ROBOT + OBJECTS
+    or not nu
+    or not body
+    or len(body) % (4 * record)
+  ):
     raise UserError(
       f"{path}: is damaged, or not a log of Franka Kitchen; download it again"
     )

@@ -1,13 +1,14 @@
 """Normalizers: affine maps of observations and actions to a common range."""
 
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
+from sdiff_jax.io import array_io, bounded, file_io
 from sdiff_jax.types import Array, UserError
 
 KINDS = ("range", "percentile", "position", "max_abs", "none")
+MAX_SIZE = 2**20  # of the axes of observations and actions
 PERCENTILES = (0.3, 99.7)
 
 
@@ -102,8 +103,7 @@ def save(path: str, normalizer: Normalizer) -> None:
   for name in ("observation", "action"):
     centre, scale = flat.pop(name)
     flat |= {f"{name}.centre": centre, f"{name}.scale": scale}
-  with open(path, "wb") as file:
-    np.savez(file, **flat)
+  file_io.write_npz(path, **flat)
 
 
 def load(path: str) -> Normalizer:
@@ -113,12 +113,46 @@ def load(path: str) -> Normalizer:
     UserError: the file is damaged or of another format.
   """
   try:
-    with np.load(path) as arrays:
-      maps = [
-        Affine(arrays[f"{name}.centre"], arrays[f"{name}.scale"])
-        for name in ("observation", "action")
-      ]
-      H, Da = arrays["shape"].tolist()
-      return Normalizer(*maps, int(arrays["steps"]), (H, Da), float(arrays["std"]))
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f"{path} is no normalizer, or damaged ({error})") from error
+    arrays = array_io.read_npz(path)
+    maps = [
+      Affine(arrays[f"{name}.centre"], arrays[f"{name}.scale"])
+      for name in ("observation", "action")
+    ]
+    H, Da = arrays["shape"].tolist()
+    normalizer = Normalizer(*maps, int(arrays["steps"]), (H, Da), float(arrays["std"]))
+    check(normalizer)
+  except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
+    reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    raise UserError(
+      f"{path} is no normalizer, or damaged ({bounded.short(reason)})"
+    ) from error
+  return normalizer
+
+
+def check(normalizer: Normalizer) -> None:
+  """Checks shapes, types and values of a normalizer.
+
+  Raises:
+    ValueError: the message starts with the name of the field.
+  """
+  steps, shape = normalizer.steps, normalizer.shape
+  sizes = (steps, *shape)
+  if not all(isinstance(n, int) and 1 <= n <= MAX_SIZE for n in sizes):
+    raise ValueError(f"steps={steps}, shape={shape}: must be 1 to {MAX_SIZE}")
+  if not 0 < normalizer.std < np.inf:
+    raise ValueError(f"std={normalizer.std}: must be above 0 and finite")
+  action, observation = normalizer.action.centre, normalizer.observation.centre
+  if action.shape not in ((shape[1],), shape) or observation.ndim != 1:
+    raise ValueError(
+      f"shape={shape}: maps of actions {action.shape} and of observations "
+      f"{observation.shape} do not fit"
+    )
+  for name in ("observation", "action"):
+    affine = getattr(normalizer, name)
+    if affine.centre.shape != affine.scale.shape:
+      raise ValueError(f"{name}: centre and scale differ in shape")
+    for x in affine:
+      if x.dtype.kind != "f" or not np.isfinite(x).all():
+        raise ValueError(f"{name}: is {x.dtype} and must be finite floats")
+    if (affine.scale <= 0).any():
+      raise ValueError(f"{name}: a scale is not above 0")

@@ -1,8 +1,25 @@
 """Episodes of PushT as Diffusion Policy stores them: a folder in zarr's format 2."""
 
+import os
+
 import numpy as np
 
+from sdiff_jax.data.episodes import zarr_array
+from sdiff_jax.io import bounded
 from sdiff_jax.types import UserError
+
+GROUP, GROUP_3 = ".zgroup", "zarr.json"  # files of a folder in format 2 and in format 3
+NAMES = {
+  "data/keypoint": "keypoint",
+  "data/state": "observation",
+  "data/action": "action",
+  "meta/episode_ends": "episode_ends",
+}
+
+
+def is_group(path: str) -> bool:
+  """Returns whether a folder is one of zarr."""
+  return any(os.path.lexists(os.path.join(path, name)) for name in (GROUP, GROUP_3))
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -16,21 +33,28 @@ def read(path: str) -> dict[str, np.ndarray]:
       meta/episode_ends [E]; without keypoints the state is the observation.
 
   Raises:
-    UserError: arrays are missing or damaged, or zarr is not installed.
+    UserError: arrays are missing, damaged or of another format.
   """
-  try:
-    import zarr  # slow to import, and needed only here
-  except ImportError:
-    raise UserError(
-      f"{path}: needs the package zarr: pip install 'sdiff_jax[robotics]'"
-    ) from None
-  try:
-    group = zarr.open_group(path, mode="r")
-    names = {"data/keypoint": "keypoint", "data/state": "observation"}
-    names |= {"data/action": "action", "meta/episode_ends": "episode_ends"}
-    arrays = {new: np.asarray(group[k][:]) for k, new in names.items() if k in group}
-  except Exception as error:  # a damaged chunk raises errors of its compressor
-    raise UserError(f"{path}: cannot be read ({error}); download it again") from error
+  if not os.path.lexists(os.path.join(path, GROUP)):
+    raise UserError(f"{path}: is of zarr's format 3; save it in format 2")
+  arrays = {}
+  for name, new in NAMES.items():
+    folder = os.path.join(path, name)
+    if not zarr_array.exists(folder):
+      continue
+    try:
+      arrays[new] = zarr_array.read(folder)
+    except UserError:
+      raise
+    except ImportError:
+      raise UserError(
+        f"{path}: needs the package numcodecs: pip install 'sdiff_jax[robotics]'"
+      ) from None
+    except Exception as error:  # a damaged chunk raises errors of its compressor
+      reason = bounded.short(error)
+      raise UserError(
+        f"{folder}: cannot be read ({reason}); download it again"
+      ) from error
   keypoint = arrays.pop("keypoint", None)
   if keypoint is not None and "observation" in arrays:
     state = arrays["observation"]

@@ -5,14 +5,15 @@ past the last step of each episode, and `observation` [N, Do] or, instead of it,
 """
 
 import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
 from sdiff_jax.data.episodes import kitchen, pusht_zarr, robomimic
+from sdiff_jax.io import array_io
 from sdiff_jax.types import UserError
 
+MAX_VALUE = 1e15  # of observations and actions; squares of larger ones overflow
 SEED = 42  # seed of Diffusion Policy's choice of episodes
 
 
@@ -48,10 +49,10 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
   """
   if not path:
     raise ValueError("path='': name a file or folder of episodes")
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     raise ValueError(f"path={path!r}: does not exist")
   if os.path.isdir(path):
-    if os.path.exists(os.path.join(path, ".zgroup")):
+    if pusht_zarr.is_group(path):
       arrays = pusht_zarr.read(path)
     else:
       arrays = kitchen.read(path)
@@ -63,51 +64,61 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
 
 
 def _npz(path: str) -> dict[str, np.ndarray]:
-  try:
-    with np.load(path) as arrays:
-      wanted = ("observation", "state", "action", "episode_ends", "frame")
-      found = {k: arrays[k] for k in wanted if k in arrays}
-  except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-    raise UserError(f"{path} is no .npz, or damaged ({error})") from error
-  if "state" in found:
-    found.setdefault("observation", found.pop("state"))
-  return found
+  names = ("observation", "state", "action", "episode_ends", "frame")
+  arrays = array_io.read_npz(path, names)
+  if "state" in arrays:
+    arrays.setdefault("observation", arrays.pop("state"))
+  return arrays
 
 
-def _checked(path: str, found: dict[str, np.ndarray]) -> Episodes:
+def _checked(path: str, members: dict[str, np.ndarray]) -> Episodes:
   """Returns the arrays as episodes.
 
   Raises:
     UserError: they are missing, or their shapes do not agree.
   """
-  missing = {"observation", "action", "episode_ends"} - found.keys()
+  missing = {"observation", "action", "episode_ends"} - members.keys()
   if missing:
     raise UserError(
       f"{path} has no {' and no '.join(sorted(missing))}: save action [N, Da], "
       "observation (or state) [N, Do] and episode_ends [E]"
     )
-  ends = found["episode_ends"]
-  N = len(found["action"])
-  rising = ends.ndim == 1 and len(ends) and (np.diff(ends, prepend=0) > 0).all()
-  if not rising or ends.dtype.kind not in "iu" or ends[-1] != N:
+  ends, action = members["episode_ends"], members["action"]
+  N = len(action) if action.ndim else 0
+  if ends.dtype.kind == "u" and ends.size and ends.max() < 2**63:
+    ends = ends.astype(np.int64)  # differences of unsigned integers wrap around
+  rising = (
+    ends.ndim == 1
+    and ends.dtype.kind in "if"
+    and len(ends)
+    and (np.diff(ends, prepend=0) > 0).all()
+  )
+  if not rising or ends.dtype.kind != "i" or ends[-1] != N:
     raise UserError(
       f"{path}: episode_ends {ends.dtype} {ends.shape} must be integers that increase "
       f"from above 0 to the {N} steps of action"
     )
-  Da = found["action"].shape[-1] if found["action"].ndim else 0
+  Da = action.shape[-1] if action.ndim else 0
   shapes = {"observation": (N, None), "action": (N, Da), "frame": (N, Da, Da + 1)}
   arrays = {}
   for name, shape in shapes.items():
-    if name not in found:
+    if name not in members:
       continue
-    x = found[name]
+    x = members[name]
     fits = len(x.shape) == len(shape) and x.dtype.kind == "f" and x.size
     if not fits or any(n not in (m, None) for m, n in zip(x.shape, shape, strict=True)):
-      wanted = ", ".join("D" if n is None else str(n) for n in shape)
-      raise UserError(f"{path}: {name} is {x.dtype} {x.shape}; save floats [{wanted}]")
+      expected = ", ".join("D" if n is None else str(n) for n in shape)
+      raise UserError(
+        f"{path}: {name} is {x.dtype} {x.shape}; save floats [{expected}]"
+      )
     if not np.isfinite(x).all():
       row = int(np.argwhere(~np.isfinite(x))[0, 0])
       raise UserError(f"{path}: {name} is not finite at step {row}; remove its episode")
+    if np.abs(x).max() > MAX_VALUE:
+      row = int(np.argwhere(np.abs(x) > MAX_VALUE)[0, 0])
+      raise UserError(
+        f"{path}: {name} has values above {MAX_VALUE:g} at step {row}; remove its episode"
+      )
     arrays[name] = x.astype(np.float32)
   return Episodes(ends=ends.astype(np.int64), **arrays)
 

@@ -1,8 +1,14 @@
 """Episodes of robomimic, of low-dimensional observations, in its .hdf5 files."""
 
+import math
+from typing import Any
+
 import numpy as np
 
+from sdiff_jax.io import bounded
 from sdiff_jax.types import UserError
+
+FILTERS = {1, 2, 3, 32000}  # gzip, shuffle, checksum, lzf: those that h5py brings along
 
 # Observations of the tasks Square, ToolHang, Can and Lift: 14 + 3 + 4 + 2 numbers.
 KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
@@ -29,12 +35,16 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> dict[str, np.nd
     ) from None
   observations, actions = [], []
   try:
-    with h5py.File(path) as file:
-      for k in range(len(file["data"])):
-        demo = file[f"data/demo_{k}"]
-        parts = [np.asarray(demo["obs"][key], np.float32) for key in keys]
+    with bounded.open_regular(path) as raw:
+      budget = _Budget(bounded.stored_size(raw))
+    with h5py.File(path, "r") as file:
+      data = _member(file, "data", h5py.Group)
+      for k in range(len(data)):
+        demo = _member(data, f"demo_{k}", h5py.Group)
+        obs = _member(demo, "obs", h5py.Group)
+        parts = [_array(obs, key, budget) for key in keys]
         observations.append(np.concatenate(parts, axis=-1))
-        actions.append(np.asarray(demo["actions"], np.float32))
+        actions.append(_array(demo, "actions", budget))
         if len(observations[-1]) != len(actions[-1]):
           lengths = f"{len(parts[0])} observations, {len(actions[-1])} actions"
           raise ValueError(f"demo_{k}: {lengths}")
@@ -42,12 +52,67 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> dict[str, np.nd
     if absolute:
       action = with_matrices(action)
     observation = np.concatenate(observations)
-  except (OSError, KeyError, ValueError, TypeError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # damaged files raise many errors of HDF5
+    reason, names = bounded.short(error), bounded.short(", ".join(keys), 80)
     raise UserError(
-      f"{path}: is damaged, or not a robomimic file with obs of {', '.join(keys)} ({error})"
+      f"{path}: is damaged, or not a robomimic file with obs of {names} ({reason})"
     ) from error
   ends = np.cumsum([len(x) for x in actions])
   return {"observation": observation, "action": action, "episode_ends": ends}
+
+
+class _Budget:
+  """Number of bytes that the arrays of a file may still have."""
+
+  def __init__(self, stored: int):
+    self._stored, self._total = stored, 0
+
+  def add(self, size: int) -> None:
+    """Counts `size` bytes."""
+    self._total += size
+    bounded.check_expansion(self._total, self._stored, "the arrays")
+
+
+def _member(group: Any, name: str, kind: type) -> Any:
+  """Returns a group or an array inside a group of the same file.
+
+  Raises:
+    KeyError: there is none.
+    ValueError: it is a link, which may lead to another file, or of another kind.
+  """
+  import h5py
+
+  link = group.get(name, getlink=True)
+  if link is None:
+    raise KeyError(f"no {group.name}/{name}")
+  if not isinstance(link, h5py.HardLink):
+    raise ValueError(f"{group.name}/{name} is a link")
+  member = group[name]
+  if not isinstance(member, kind):
+    raise ValueError(f"{group.name}/{name} is no {kind.__name__.lower()}")
+  return member
+
+
+def _array(group: Any, name: str, budget: _Budget) -> np.ndarray:
+  """Returns an array of a group as float32, after checking its size."""
+  import h5py
+
+  stored = _member(group, name, h5py.Dataset)
+  label = f"{group.name}/{name}"
+  if stored.is_virtual or stored.external is not None:
+    raise ValueError(f"{label} is in another file")
+  if stored.dtype.kind not in "fiu" or stored.dtype.itemsize > 8 or not stored.shape:
+    raise ValueError(f"{label} is {stored.dtype} {stored.shape}; save floats [n, D]")
+  settings = stored.id.get_create_plist()
+  filters = {settings.get_filter(i)[0] for i in range(settings.get_nfilters())}
+  if not filters <= FILTERS:
+    raise ValueError(f"{label} has the filters {sorted(filters)}, not gzip or lzf")
+  budget.add(math.prod(stored.shape) * max(stored.dtype.itemsize, 4))
+  budget.add(math.prod(stored.chunks or ()) * stored.dtype.itemsize)
+  with np.errstate(over="ignore"):  # infinity is refused by the reader
+    return np.asarray(stored[()], np.float32)
 
 
 def with_matrices(action: np.ndarray) -> np.ndarray:
