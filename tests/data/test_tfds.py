@@ -1,6 +1,8 @@
 """TensorFlow Datasets without TensorFlow: prepared here in ArrayRecord, then read."""
 
 import io
+import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from sdiff_jax.data import batches, tfds
+from sdiff_jax.data import _tfds_files, batches, tfds
 from sdiff_jax.types import UserError
 
 RNG = np.random.default_rng(0)
@@ -177,7 +179,129 @@ def test_fields_that_do_not_fit_are_refused(prepared, tmp_path):
   refuses(r"std=\(0.0,\): must be above 0", std=(0.0,))
   empty = {"train": [np.zeros((8, 8, 3), np.uint8)]}
   prepare(tmp_path, empty, {"id": np.int64})
-  refuses("has no grey or RGB feature `image`, only id", dir=tmp_path)
+  refuses("has no gray or RGB feature `image`, only id", dir=tmp_path)
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+  """A copy of the data set, whose files may be changed."""
+  shutil.copytree(pathlib.Path(prepared, "tiny"), tmp_path / "tiny")
+  return tmp_path / "tiny" / "1.0.0"
+
+
+def refuses(copied, match: str) -> str:
+  with pytest.raises(UserError, match=match) as error:
+    tfds.build(tfds_name="tiny", dir=str(copied.parents[1]))
+  line = str(error.value)
+  assert line.startswith(str(copied))
+  assert "\n" not in line
+  assert len(line) < 500
+  return line
+
+
+def edited(path: pathlib.Path, change) -> None:
+  value = json.loads(path.read_text())
+  change(value)
+  path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_no_module_is_imported_that_a_file_names(copied, tmp_path, monkeypatch, key):
+  (tmp_path / "harmful_module.py").write_text("open('was_run', 'w').close()")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  for name in ("harmful_module.Image", "this.Image", "x" * 10_000 + ".Image"):
+
+    def change(value, name=name):
+      image = value["featuresDict"]["features"]["image"]
+      image.pop("pythonClassName", None)
+      image[key] = name
+      image["content"] = {}
+
+    edited(copied / "features.json", change)
+    refuses(copied, "features.json: the feature type .* is not read")
+  assert not (tmp_path / "was_run").exists()
+  assert "harmful_module" not in sys.modules
+
+
+def test_types_of_features_are_those_of_the_package():
+  registered = tensorflow_datasets.features.FeatureConnector._registered_features
+  assert {*registered} >= _tfds_files.TYPES
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize(
+  "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 10**5, b'{"a": 1}', b"{}"]
+)
+def test_damaged_descriptions_are_refused(copied, name, content):
+  (copied / name).write_bytes(content)
+  refuses(copied, name if b"}" not in content else "tiny")
+
+
+def test_descriptions_that_lie_are_refused(copied):
+  path = copied / "features.json"
+  good = path.read_text()
+
+  def features(value):
+    return value["featuresDict"]["features"]
+
+  def classes(value):
+    features(value)["label"]["classLabel"]["numClasses"] = str(2**40)
+
+  edited(path, classes)
+  refuses(copied, "the feature label has 1099511627776 classes")
+  path.write_text(good)
+
+  def dimensions(value):
+    features(value)["image"]["image"]["shape"]["dimensions"] = ["9", "8", "3"]
+
+  edited(path, dimensions)
+  refuses(copied, r"an image is \(8, 8, 3\) and not \(9, 8, 3\)")
+  path.write_text(good)
+  path = copied / "dataset_info.json"
+  good = path.read_text()
+  for lengths in (["9" * 30], [-1], ["x"], [str(10**11)]):
+    edited(path, lambda value, n=lengths: value["splits"][0].update(shardLengths=n))
+    refuses(copied, "shardLengths|cannot be read")
+    path.write_text(good)
+  template = "../../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+  edited(path, lambda value: value["splits"][0].update(filepathTemplate=template))
+  refuses(copied, "leads out of the folder")
+  path.write_text(good)
+  edited(path, lambda value: value.update(unknown=3))
+  refuses(copied, "cannot be read")
+
+
+def test_a_pipe_beside_the_files_is_refused(copied):
+  os.mkfifo(copied / "label.labels.txt")
+  refuses(copied, "is not a regular file")
+
+
+def test_labels_beyond_the_classes_are_refused(copied):
+  def classes(value):
+    value["featuresDict"]["features"]["label"]["classLabel"]["numClasses"] = "1"
+
+  edited(copied / "features.json", classes)
+  with pytest.raises(UserError, match="a label is beyond the 1 classes"):
+    tfds.build(tfds_name="tiny", dir=str(copied.parents[1]))[np.arange(12)]
+
+
+def test_names_of_data_sets(prepared):
+  with pytest.raises(ValueError, match="must be NAME"):
+    tfds.build(tfds_name="../tiny", dir=prepared)
+  with pytest.raises(ValueError, match="must be NAME"):
+    tfds.build(tfds_name="x" * 10_000 + " ", dir=prepared)
+
+
+def test_the_digest_changes_with_the_files(copied):
+  def digest() -> bytes:
+    return tfds.build(tfds_name="tiny", dir=str(copied.parents[1])).digest()
+
+  first = digest()
+  assert digest() == first
+  (file,) = copied.glob("tiny-train*")
+  os.utime(file, ns=(0, 1))
+  assert digest() != first
 
 
 def test_tensorflow_is_never_imported(prepared):
