@@ -7,6 +7,7 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.data import trajectories
+from sdiff_jax.data.episodes import normalizer as normalizer_lib
 from sdiff_jax.data.episodes.normalizer import Affine, Normalizer
 from sdiff_jax.pretrained.diffusers import networks
 from sdiff_jax.pretrained.diffusers import scheduler as scheduler_lib
@@ -126,12 +127,17 @@ def load(path: str, *, dtype: str = "float32") -> PretrainedPolicy:
     for name, size in (sizes | {"action": Da}).items()
   )
   observation = Affine(*map(np.concatenate, zip(*observations, strict=True)))
+  normalizer = Normalizer(observation, action, n_obs_steps, shape, std=1.0)
+  try:
+    normalizer_lib.check(normalizer)
+  except ValueError as error:
+    raise UserError(f"{path}: the statistics do not fit: {error}") from error
   unet = unet_tensors(tensors)
   return PretrainedPolicy(
     fields=fields,
     network=net,
     params=networks.load_state_dict(unet, net.init, dtype=dtype, path=weights),
-    normalizer=Normalizer(observation, action, n_obs_steps, shape, std=1.0),
+    normalizer=normalizer,
     schedule=schedule,
     num_steps=c["num_inference_steps"] or c["num_train_timesteps"],
     n_action_steps=c["n_action_steps"],
@@ -210,6 +216,10 @@ def _affine(
   low, high = (np.float32(stats[k]).ravel() for k in keys)
   if not np.isfinite([low, high]).all():
     raise UserError(f"{path}: the statistics {' and '.join(keys)} must be finite")
+  wrong = (high < 0) if mode == "MEAN_STD" else (high < low)
+  if wrong.any():
+    words = "is negative" if mode == "MEAN_STD" else f"is below {keys[0]}"
+    raise UserError(f"{path}: the statistic {keys[1]} {words}")
   if mode == "MEAN_STD":
     return Affine(low, high + np.float32(STD_EPSILON))
   # The range [min, max] is mapped to [-1, 1]; a constant is mapped to -1.

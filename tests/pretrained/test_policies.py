@@ -66,15 +66,18 @@ def peer(fixture):
   return {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}, arrays
 
 
-def write_lerobot(folder, tensors: dict, config: dict, *, buffers: bool) -> None:
+def write_lerobot(
+  folder, tensors: dict, config: dict, *, buffers: bool, stats: dict | None = None
+) -> None:
   """Writes a folder, its statistics as buffers or in a file of their own."""
   named = {}
+  changed = {k: np.full_like(STATS[k], value) for k, value in (stats or {}).items()}
   for name, x in tensors.items():
     name = name.replace("blocks.0.block", "conv1.block")
     name = name.replace("blocks.1.block", "conv2.block").replace(".2.conv.", ".2.")
     named[f"diffusion.unet.{name}"] = x
   if buffers:
-    for name, x in STATS.items():
+    for name, x in (STATS | changed).items():
       feature, _, kind = name.rpartition(".")
       module = "unnormalize_outputs" if feature == "action" else "normalize_inputs"
       named[f"{module}.buffer_{feature.replace('.', '_')}.{kind}"] = x
@@ -176,3 +179,27 @@ def test_missing_files(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   with pytest.raises(UserError, match="has no model.safetensors"):
     lerobot.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("observation.environment_state.std", -1.0, "std is negative"),
+    ("observation.environment_state.std", np.nan, "must be finite"),
+    ("observation.environment_state.mean", np.inf, "must be finite"),
+    ("observation.state.max", -5.0, "max is below observation.state.min"),
+  ],
+)
+def test_statistics_without_sense_are_refused(tmp_path, peer, name, value, message):
+  write_lerobot(tmp_path, peer[0], CONFIG, buffers=True, stats={name: value})
+  with pytest.raises(UserError, match=message):
+    lerobot.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [2**40, 2**31, 0, -1, 1.5, "2", None, 10**30])
+def test_sizes_without_sense_are_refused(tmp_path, peer, size):
+  feature = {"action": {"type": "ACTION", "shape": [size]}}
+  write_lerobot(tmp_path, peer[0], CONFIG | {"output_features": feature}, buffers=True)
+  with pytest.raises(UserError, match="config.json") as error:
+    lerobot.load(str(tmp_path))
+  assert len(str(error.value)) < 500
