@@ -1,31 +1,26 @@
 """Configs: assembled from defaults, read from files, and validated.
 
-The fields of a component (data set, network, loss) are the arguments of its function.
-The fields of a job are the `defaults` that it registers. All others are in
-sdiff_jax/defaults.py.
+The fields of a component (data set, network, loss) are the arguments of its function, and
+those of `sampler` also the options of solvers and sampling loops. The fields of a job are
+the dataclasses that it registers as `sections`. All others are in sdiff_jax/defaults.py.
+Each field declares what it may hold (see sdiff_jax/fields.py).
 """
 
-import copy
 import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import ml_collections
 
-from sdiff_jax import registry
-from sdiff_jax.defaults import (
-  DEFAULTS,
-  RENAMED,
-  RUNTIME,
-  Ranged,
-  Renamed,
-  not_negative,
-  positive,
-)
+from sdiff_jax import fields, registry
+from sdiff_jax.defaults import PIECES, RUNTIME, SECTIONS
+from sdiff_jax.fields import Field
 from sdiff_jax.io import resumable
+from sdiff_jax.renamed import RENAMED, renamed_fields
 from sdiff_jax.types import Json, UserError
 
 __all__ = [
@@ -34,14 +29,15 @@ __all__ = [
   "inherit",
   "load",
   "load_plugins",
-  "not_negative",
-  "positive",
   "switch",
   "validate",
 ]
 
-# Section of a component -> kind of the component.
-PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
+MAX_MESSAGE = 300  # characters of an error of a config file
+# What is put before the names of fields in messages.
+LABEL = "config"
+# Kinds of pieces whose options are fields of `sampler`, besides those of defaults.py.
+SAMPLERS = ("samplers", "samplers.solvers")
 
 
 def component(kind: str, name: str, **changed: Json) -> ml_collections.ConfigDict:
@@ -60,7 +56,7 @@ def component(kind: str, name: str, **changed: Json) -> ml_collections.ConfigDic
     1.0
   """
   section = {"name": name} | registry.fields(kind, name)
-  registry.check(kind, {"name": name, **changed}, kind)
+  registry.check_names(kind, {"name": name, **changed}, kind)
   return ml_collections.ConfigDict(section | changed)
 
 
@@ -122,21 +118,44 @@ def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
     'mlp'
   """
   load_plugins(plugins)
-  config = ml_collections.ConfigDict(_plain(_defaults()))
+  values = {
+    section: {name: field.default for name, field in members.items()}
+    for section, members in declarations().items()
+  }
+  config = ml_collections.ConfigDict(values.pop("") | values)
   config.plugins = plugins
+  config.reference = ml_collections.ConfigDict({"name": ""})
   config.data = component("data", "digits")
   config.model = component("models", "mlp")
   config.loss = component("losses", "diffusion")
   return config
 
 
-def _defaults() -> dict[str, Json]:
-  """Returns the defaults of all fields outside of components, with their ranges."""
-  defaults = copy.deepcopy(DEFAULTS)
+def declarations() -> dict[str, dict[str, Field]]:
+  """Returns section -> name -> field of all sections but those of components.
+
+  The section of fields outside of sections is "".
+
+  Example:
+    >>> declarations()["train"]["batch_size"].describe()
+    'an integer of at least 1'
+  """
+  out: dict[str, dict[str, Field]] = {}
+  for section, declared in _section_types():
+    out[section] = out.get(section, {}) | fields.arguments(declared)
+  registry.import_modules("sdiff_jax.contrib")
+  for kind in SAMPLERS:
+    for name in registry.names(kind):
+      options = registry.declarations(kind, name)
+      out["sampler"] |= {k: v for k, v in options.items() if k not in out["sampler"]}
+  return out
+
+
+def _section_types() -> Iterator[tuple[str, type]]:
+  """Yields all sections and the dataclasses that declare their fields."""
+  yield from SECTIONS.items()
   for _, job in _jobs():
-    for section, fields in job.facts.get("defaults", {}).items():
-      defaults[section] = defaults.get(section, {}) | fields
-  return defaults
+    yield from job.facts.get("sections", {}).items()
 
 
 def _jobs() -> Iterator[tuple[str, registry.Piece]]:
@@ -144,23 +163,33 @@ def _jobs() -> Iterator[tuple[str, registry.Piece]]:
     yield name, registry.lookup("jobs", name)
 
 
-def _plain(value: Json) -> Json:
-  """Returns defaults without their ranges."""
-  if isinstance(value, Mapping):
-    return {k: _plain(v) for k, v in value.items()}
-  return value.default if isinstance(value, Ranged) else value
-
-
 def complete(config: ml_collections.ConfigDict) -> None:
-  """Imports the plugins of a config, and adds the sections of jobs that it lacks.
+  """Imports the plugins of a config, and adds the sections of their jobs.
 
   Raises:
     UserError: a plugin cannot be imported.
   """
-  load_plugins(config.plugins)
-  missing = {k: v for k, v in _plain(_defaults()).items() if k not in config}
-  with config.unlocked():
-    config.update(missing)
+  before = declarations()
+  load_plugins(_plugins(config.to_dict()))
+  for section, members in declarations().items():
+    added = members.keys() - before.get(section, {}) - {*config.get(section, {})}
+    if added:
+      with config.unlocked():
+        config.update({section: {name: members[name].default for name in added}})
+
+
+def _plugins(values: Mapping[str, Json]) -> tuple[str, ...]:
+  """Returns the plugins of a config.
+
+  Raises:
+    UserError: they are no names of modules.
+  """
+  plugins = values.get("plugins", ())
+  with registry.argument_errors(LABEL):
+    fields.check(
+      "plugins", plugins, fields.arguments(SECTIONS[""])["plugins"].annotation
+    )
+  return tuple(plugins)
 
 
 def runtime_fields() -> set[str]:
@@ -192,10 +221,22 @@ def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
   path, _, variant = file.partition(":")
   if not os.path.exists(path):
     raise UserError(missing or f"--config={path}: no such file")
+  if not os.path.isfile(path) or not path.endswith(".py"):
+    raise UserError(f"--config={path}: must be a Python file (.py)")
   try:
     return inherit(path, variant)
+  except UserError:
+    raise
   except ValueError as error:
-    raise UserError(f"{file}: {error}") from error
+    raise UserError(f"{file}: {_line(error)}") from error
+  except Exception as error:  # of code that the user wrote
+    raise UserError(f"{file}: {type(error).__name__}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+  """Returns the message of an error on one line of bounded length."""
+  text = " ".join(str(error).split())
+  return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 
 def inherit(
@@ -220,11 +261,17 @@ def inherit(
   spec = importlib.util.spec_from_file_location("loaded_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  if not variant:
-    return module.get_config()
-  if not inspect.signature(module.get_config).parameters:
+  if not callable(getattr(module, "get_config", None)):
+    raise ValueError("the file must define get_config(), which returns a config")
+  if variant and not inspect.signature(module.get_config).parameters:
     raise ValueError("the file has no variants")
-  return module.get_config(variant)
+  config = module.get_config(variant) if variant else module.get_config()
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      "get_config() must return the config that config.base() returns, with changes, "
+      f"not {type(config).__name__}"
+    )
+  return config
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -239,89 +286,62 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Example:
     >>> validate(base())
   """
-  load_plugins(config.plugins)
-  values = resumable.flatten(config.to_dict())
-  for name, message in renamed_fields(values, config.to_dict()).items():
-    raise UserError(f"config.{name}: {message.format('config.')}")
+  check(config.to_dict())
+
+
+def check(values: Mapping[str, Json]) -> None:
+  """Checks all fields of a config, of which none may be missing.
+
+  Args:
+    values: nested, as in config.json, with tuples.
+
+  Raises:
+    UserError: see `validate`.
+  """
+  load_plugins(_plugins(values))
+  _check_sections(values)
+  renamed = renamed_fields(resumable.flatten(values), values)
+  for name, message in renamed.items():
+    raise UserError(f"{LABEL}.{name}: {message.format(f'{LABEL}.')}")
+  declared = declarations()
   for section, kind in PIECES.items():
-    if config[section].name or section != "reference":
-      registry.check(kind, config[section].to_dict(), f"config.{section}")
-  defaults = resumable.flatten(_defaults())
-  for name in sorted(values.keys() - defaults.keys()):
-    if name.partition(".")[0] not in {*PIECES, "plugins", "study"}:
-      near = difflib.get_close_matches(name, defaults, 1)
-      hint = f"; did you mean config.{near[0]}?" if near else ""
-      raise UserError(f"config.{name}: there is no such field{hint}")
-  for name, default in defaults.items():
-    if isinstance(default, Ranged) and name in values:
-      default.check(name, values[name])
-  if not config.ema.profiles:
-    raise UserError("config.ema.profiles=(): name one profile, such as 'power/0.05'")
+    if values[section].get("name") or section != "reference":
+      registry.check(kind, values[section], f"{LABEL}.{section}")
+  for section, members in declared.items():
+    label = f"{LABEL}.{section}" if section else LABEL
+    inside = values[section] if section else values
+    missing = members.keys() - inside.keys()
+    if missing:
+      raise UserError(f"{label}.{min(missing)}: is missing; start from config.base()")
+    with registry.argument_errors(label):
+      fields.check_all(inside, members)
+  for section, declaration in _section_types():  # relations
+    own = fields.arguments(declaration)
+    inside = values[section] if section else values
+    with registry.argument_errors(f"{LABEL}.{section}" if section else LABEL):
+      declaration(**{k: inside[k] for k in own})
 
 
-def renamed_fields(
-  values: Mapping[str, Json], components: Mapping[str, Json]
-) -> dict[str, str]:
-  """Returns a message for each field of which the name or the value is an old one.
+def _check_sections(values: Mapping[str, Json]) -> None:
+  """Checks that a config has the sections that it must have, and no other fields.
 
-  Args:
-    values: value of each field, by "section.field".
-    components: sections of the config, of which the components' names are read.
-
-  Returns:
-    name of the field -> message, in which "{}" stands before the new name.
-
-  Example:
-    >>> renamed_fields({"optim.final": 0.1}, base().to_dict())
-    {'optim.final': 'is now {}optim.end_lr_fraction'}
+  Raises:
+    UserError: it has not.
   """
-  messages = {}
-  for old in sorted(values.keys() & RENAMED.keys()):
-    new = RENAMED[old]
-    if new.name != old:
-      if old.partition(".")[0] in PIECES and not _concerns(new, components):
-        continue  # a field of another component, which has a right to the name
-      messages[old] = f"is now {{}}{new.name}"
-    elif _concerns(new, components) and _new_value(new, values[old]) != values[old]:
-      value = _new_value(new, values[old])
-      messages[old] = f"the value {values[old]!r} is now {value!r}"
-  return messages
-
-
-def _concerns(renamed: Renamed, components: Mapping[str, Json]) -> bool:
-  """Returns whether the component that had the field is the one of the config."""
-  section = renamed.name.partition(".")[0]
-  name = components.get(section, {}).get("name")
-  return renamed.component in ("", name)
-
-
-def _new_value(renamed: Renamed, value: Json) -> Json:
-  return renamed.values.get(value, value) if isinstance(value, str) else value
-
-
-def with_new_names(stored: dict[str, Json]) -> dict[str, Json]:
-  """Returns a stored config with the present names and values of its fields.
-
-  They are those of `RENAMED`. A field that belongs to a component now, and that the
-  component of the config never had, is removed.
-
-  Args:
-    stored: config of a work directory, as nested dicts.
-  """
-  stored = copy.deepcopy(stored)
-  for old, new in RENAMED.items():
-    section, _, field = old.rpartition(".")
-    new_section, _, new_field = new.name.rpartition(".")
-    values = stored.get(section, {}) if section else stored
-    if field not in values:
+  declared = declarations()
+  known = [f"{s}.{k}" if s else k for s, m in declared.items() for k in m]
+  for section in (*PIECES, *filter(None, declared)):
+    if not isinstance(values.get(section), Mapping):
+      raise UserError(
+        f"{LABEL}.{section}={fields.quote(values.get(section))}: must be a section of "
+        "fields; start from config.base()"
+      )
+  for name in sorted(resumable.flatten(values).keys() - known):
+    if name.partition(".")[0] in PIECES or name in RENAMED:
       continue
-    if _concerns(new, stored):
-      value = _new_value(new, values.pop(field))
-      target = stored.setdefault(new_section, {}) if new_section else stored
-      target[new_field] = value
-    elif section != new_section:
-      del values[field]
-  return stored
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {LABEL}.{near[0]}?" if near else ""
+    raise UserError(f"{LABEL}.{name[:80]}: there is no such field{hint}")
 
 
 def name_and_number(text: str, field: str) -> tuple[str, float]:
@@ -336,7 +356,11 @@ def name_and_number(text: str, field: str) -> tuple[str, float]:
   """
   name, _, number = text.partition("/")
   try:
-    return name, float(number)
+    value = float(number)
   except ValueError:
-    message = f"config.{field}: {text!r} is not of the form name/number"
-    raise UserError(message) from None
+    value = math.nan
+  if not math.isfinite(value):
+    raise UserError(
+      f"config.{field}: {fields.quote(text)} is not of the form name/number"
+    )
+  return name, value

@@ -2,10 +2,10 @@
 
 {jobs}
 
-Any field of the config can be set: --config.train.steps=500. The fields, with their
-meaning, are in sdiff_jax/defaults.py, in the job's file, and in the arguments of the
-components they name. --config.model.name=dit, as data.name and loss.name, switches to
-another component with its default fields.
+Any field of the config can be set: --config.train.steps=500. --help=train.steps prints
+what a field is and what it may be, --help=train all fields of a section. A component has
+its own fields: --config.model.name=dit, as data.name and loss.name, switches to another
+one with its default fields, and --help=model.dit prints them.
 
 A command that a signal stops (Ctrl-C, SIGTERM, SIGHUP) ends with code 75 and is resumed by
 repeating it; 0 means done, 2 a mistake in the command. --peer_timeout=300 is how many
@@ -39,14 +39,19 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
-from sdiff_jax import registry
+from sdiff_jax import registry, renamed
 from sdiff_jax.distributed import handshake, processes
-from sdiff_jax.experiment import variants
+from sdiff_jax.experiment import explanations, variants
 from sdiff_jax.io import lock, resumable
 from sdiff_jax.types import Json, UserError
 
 # How long a command that is refused tries to tell the other processes of its job.
 REFUSE_SECONDS = 30.0
+
+
+MAX_MESSAGE = 480  # characters
+# Of absl and ml_collections, for flags that are no fields or have values of other types.
+PARSE_ERRORS = (flags.Error, TypeError, ValueError, IndexError, SyntaxError)
 
 
 class Command(NamedTuple):
@@ -77,14 +82,15 @@ def main(argv: list[str]) -> None:
       are running, this process ends at once instead.
   """
   try:
-    if "--help" in argv:
-      _say(usage())
+    wanted = [a for a in argv if re.fullmatch(r"--?help(=.*)?", a)]
+    if wanted:
+      _say(usage(wanted[0].partition("=")[2]))
       return
     line = run(parse(argv))
     if jax.process_index() == 0:
       _say(line)
   except UserError as error:
-    message = " ".join(str(error).split())
+    message = _one_line(str(error))
     print("error:", message, file=sys.stderr, flush=True)
     if not isinstance(error, handshake.Refused):
       processes.refuse(message, REFUSE_SECONDS)
@@ -102,6 +108,13 @@ def main(argv: list[str]) -> None:
   except Exception:
     processes.exit_now(1)
     raise
+
+
+def _one_line(text: str) -> str:
+  """Returns a message on one line of bounded length, without its middle if necessary."""
+  line = " ".join(text.split())
+  half = MAX_MESSAGE // 2
+  return line if len(line) <= MAX_MESSAGE else f"{line[:half]} ... {line[-half:]}"
 
 
 def _say(text: str) -> None:
@@ -157,8 +170,17 @@ def run(command: Command) -> str:
       return job.build(config, workdir)
 
 
-def usage() -> str:
-  """Returns the text of --help, with all jobs."""
+def usage(field: str = "") -> str:
+  """Returns the text of --help, with all jobs.
+
+  Args:
+    field: --help=FIELD prints that field or section instead, as `explanations.explain`.
+
+  Raises:
+    UserError: there is no such field.
+  """
+  if field:
+    return explanations.explain(field.removeprefix("config."))
   lines = ["Jobs (--job=NAME), each on the work directory DIR:"]
   for name, summary in registry.summaries("jobs").items():
     indent = {"initial_indent": f"  {name:<11}", "subsequent_indent": " " * 13}
@@ -192,8 +214,7 @@ def parse(argv: list[str]) -> Command:
   flags.DEFINE_float("peer_timeout", processes.LIMIT, text, 1, 1e6, flag_values=values)
   if file is not None:
     config = _load(file, fields)
-    renamed = configs.renamed_fields(fields, config.to_dict())
-    for name, message in renamed.items():
+    for name, message in renamed.renamed_fields(fields, config.to_dict()).items():
       raise UserError(f"--config.{name}: {message.format('--config.')}")
     options = {"flag_values": values, "sys_argv": [program, *rest]}
     try:
@@ -201,11 +222,11 @@ def parse(argv: list[str]) -> Command:
     except (AttributeError, KeyError) as error:  # a field that the config lacks
       name = re.sub(r"\\n|\\?'", " ", str(error.args[0]))  # it is quoted twice
       raise UserError(f"--config has no such field: {name}") from error
-    except (flags.Error, TypeError) as error:
+    except PARSE_ERRORS as error:
       raise UserError(f"{error}; see --help") from error
   try:
     _, *unknown = values([program, *rest])
-  except flags.Error as error:
+  except PARSE_ERRORS as error:
     raise UserError(f"{error}; see --help") from error
   if unknown:
     raise UserError(f"unknown argument {unknown[0]!r}; flags start with --")
@@ -273,7 +294,7 @@ def _cache_compilations() -> None:
 
 def _absl_flags(argv: list[str]) -> list[str]:
   """Parses the flags of absl, and returns the other arguments."""
-  if "--help" in argv:
+  if any(re.fullmatch(r"--?help(=.*)?", a) for a in argv):
     flags.FLAGS(argv[:1])
     return argv
   return flags.FLAGS(argv, known_only=True)

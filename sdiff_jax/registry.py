@@ -14,6 +14,7 @@ the fields of the dataclass, so several pieces can share a list of options.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -23,9 +24,11 @@ import inspect
 import pathlib
 import pkgutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from sdiff_jax import fields as fields_lib
+from sdiff_jax.fields import Field
 from sdiff_jax.types import Json, UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,6 +52,9 @@ _PIECES: dict[tuple[str, str], Piece] = {}
 def register(kind: str, name: str, **facts: Any) -> Callable[[Function], Function]:
   """Returns a decorator that makes a function known as piece `name` of a kind.
 
+  The function then checks its arguments at every call: their annotations declare what
+  they may be (see `sdiff_jax.fields`).
+
   Args:
     kind: package below `sdiff_jax` of such pieces: "losses", "models", "data", ...
     name: how configs and command lines call it.
@@ -71,8 +77,9 @@ def register(kind: str, name: str, **facts: Any) -> Callable[[Function], Functio
         f"{kind}: {name!r} is registered twice, by {'.'.join(_source(known.build))} and "
         f"by {'.'.join(_source(function))}; rename one of them"
       )
-    _PIECES[kind, name] = Piece(function, facts)
-    return function
+    build = fields_lib.checked(function)
+    _PIECES[kind, name] = Piece(build, facts)
+    return build
 
   return decorate
 
@@ -190,12 +197,30 @@ def fields(kind: str, name: str) -> dict[str, Json]:
     >>> fields("losses", "diffusion")["p_mean"]
     -1.2
   """
-  out: dict[str, Json] = {}
-  for p in inspect.signature(lookup(kind, name).build).parameters.values():
-    if dataclasses.is_dataclass(p.default):
-      out |= {f.name: getattr(p.default, f.name) for f in dataclasses.fields(p.default)}
-    elif p.default not in (p.empty, None):
-      out[p.name] = p.default
+  return {k: field.default for k, field in declarations(kind, name).items()}
+
+
+def declarations(kind: str, name: str) -> dict[str, Field]:
+  """Returns the config fields of a piece: what they may hold, and what they are.
+
+  Args:
+    kind: see `register`.
+    name: of the piece.
+
+  Raises:
+    UserError: there is no such piece.
+
+  Example:
+    >>> declarations("losses", "diffusion")["p_std"].describe()
+    'a number above 0'
+  """
+  out: dict[str, Field] = {}
+  for argument, field in fields_lib.arguments(lookup(kind, name).build).items():
+    if dataclasses.is_dataclass(field.default):
+      for own, inner in fields_lib.arguments(type(field.default)).items():
+        out[own] = inner._replace(default=getattr(field.default, own))
+    elif field.default not in (inspect.Parameter.empty, None):
+      out[argument] = field
   return out
 
 
@@ -217,8 +242,10 @@ def required(kind: str, name: str) -> list[str]:
   return [p.name for p in parameters if p.default in (p.empty, None)]
 
 
-def check(kind: str, section: dict[str, Json], label: str) -> None:
+def check(kind: str, section: Mapping[str, Json], label: str) -> None:
   """Checks that a section {"name": ..., field: value} fits the piece that it names.
+
+  Relations between fields are left to `build`.
 
   Args:
     kind: see `register`.
@@ -226,16 +253,41 @@ def check(kind: str, section: dict[str, Json], label: str) -> None:
     label: name of the section for the message, such as "config.loss".
 
   Raises:
-    UserError: a field that the piece does not have; the message has the nearest one.
+    UserError: there is no such piece, the piece does not have a field (the message has
+      the nearest one), or a value is not what the field may hold.
 
   Example:
     >>> check("losses", {"name": "diffusion", "p_mean": 0.0}, "config.loss")
   """
-  known = fields(kind, section["name"])
+  check_names(kind, section, label)
+  with argument_errors(label):
+    fields_lib.check_all(section, declarations(kind, section["name"]))
+
+
+def check_names(kind: str, section: Mapping[str, Json], label: str) -> None:
+  """Checks that a section names a piece, and fields that the piece has.
+
+  Args:
+    kind: see `register`.
+    section: the name of a piece, and values of its fields.
+    label: name of the section for the message.
+
+  Raises:
+    UserError: there is no such piece, or it has no such field.
+
+  Example:
+    >>> check_names("losses", {"name": "diffusion", "p_mean": 0.0}, "config.loss")
+  """
+  name = section.get("name")
+  if not isinstance(name, str) or not name:
+    raise UserError(
+      f"{label}.name={fields_lib.quote(name)}: must be one of {', '.join(names(kind))}"
+    )
+  known = fields(kind, name)
   for field in sorted(section.keys() - {"name"} - known.keys()):
     near = difflib.get_close_matches(field, known, 1) or sorted(known)
     raise UserError(
-      f"{label}.{field}: {kind}/{section['name']} has no such field; did you mean "
+      f"{label}.{field}: {kind}/{name} has no such field; did you mean "
       f"{', '.join(near)}? (another piece has other fields)"
     )
 
@@ -261,13 +313,36 @@ def build(kind: str, section: dict[str, Json], label: str = "", **given: Json) -
   accepted = inspect.signature(function).parameters
   given = {k: v for k, v in given.items() if k in accepted}
   options = {k: v for k, v in section.items() if k != "name"}
-  try:
+  check(kind, section, label)
+  with argument_errors(label):
     for p in accepted.values():
       if dataclasses.is_dataclass(p.default) and not isinstance(p.default, type):
         own = {f.name for f in dataclasses.fields(p.default)} & options.keys()
         changed = {k: options.pop(k) for k in own}
         options[p.name] = dataclasses.replace(p.default, **changed)
     return function(**given, **options)
+
+
+@contextlib.contextmanager
+def argument_errors(label: str) -> Iterator[None]:
+  """Turns a ValueError about an argument into a UserError about a field.
+
+  Args:
+    label: what the arguments are fields of, such as "config.sampler"; "" for nothing.
+
+  Raises:
+    UserError: "config.sampler.steps=0: must be at least 1" for the ValueError
+      "steps=0: must be at least 1".
+
+  Example:
+    >>> with argument_errors("config.sampler"):
+    ...   raise ValueError("steps=0: must be at least 1")
+    Traceback (most recent call last):
+    ...
+    sdiff_jax.types.UserError: config.sampler.steps=0: must be at least 1
+  """
+  try:
+    yield
   except ValueError as error:
     raise UserError(f"{label}.{error}" if label else str(error)) from error
 

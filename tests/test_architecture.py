@@ -11,7 +11,7 @@ from sdiff_jax import registry
 
 ROOT = pathlib.Path(sdiff_jax.__file__).parent
 LAYERS = (
-  {"types", "registry", "io", "defaults"},
+  {"types", "fields", "registry", "io", "defaults", "renamed"},
   {"config", "diffusion", "distributed"},
   {"losses", "kernels", "samplers", "contrib"},
   {"models", "data"},

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdiff_jax import config, main, registry
+from sdiff_jax import config, main, registry, renamed
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build, sampling, training, workdir
 from sdiff_jax.io import resumable
@@ -128,10 +128,14 @@ def test_unknown_field_names_the_nearest():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("train.batch_size", 0, "config.train.batch_size=0: must be above 0"),
-    ("train.steps", -1, "config.train.steps=-1: must not be negative"),
-    ("checkpoint.keep_every", -2, "config.checkpoint.keep_every=-2: must not be neg"),
-    ("sigma_d", float("nan"), "config.sigma_d=nan: must be above 0"),
+    ("train.batch_size", 0, "config.train.batch_size=0: must be at least 1"),
+    ("train.steps", -1, "config.train.steps=-1: must be at least 0"),
+    (
+      "checkpoint.keep_every",
+      -2,
+      "config.checkpoint.keep_every=-2: must be at least 0",
+    ),
+    ("sigma_d", float("nan"), "config.sigma_d=nan: must be from 1e-06 to 1000000"),
     ("ema.profiles", (), "config.ema.profiles"),
     ("model.name", "dit", "config.model.embed: models/dit has no such field"),
   ],
@@ -191,8 +195,8 @@ def test_another_component_may_have_a_field_of_an_old_name():
   """Such as a network of another project with a field `mults`."""
   own = {"name": "mlp", "mults": (1,), "norm": "scale"}
   fields = {"model.mults": (1,), "model.norm": "scale"}
-  assert not config.renamed_fields(fields, {"model": own})
-  assert config.with_new_names({"model": own}) == {"model": own}
+  assert not renamed.renamed_fields(fields, {"model": own})
+  assert renamed.with_new_names({"model": own}) == {"model": own}
 
 
 def test_old_names_on_the_command_line():
@@ -271,7 +275,7 @@ def test_every_new_name_is_a_field():
     for name in registry.names(kind)
     for field in registry.fields(kind, name)
   }
-  for old, new in config.RENAMED.items():
+  for old, new in renamed.RENAMED.items():
     assert new.name in known | pieces, new
     assert old not in known | pieces or (old == new.name and new.values), old
 

@@ -306,7 +306,7 @@ def test_help_and_mistakes_import_no_slow_packages():
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (("--config.train.batch_size=0",), "config.train.batch_size=0: must be above 0"),
+    (("--config.train.batch_size=0",), "config.train.batch_size=0: must be at least 1"),
     (("--config.optim.name=sgd",), "config.optim.name='sgd': must be one of adam"),
     (("--config.mesh.fsdp=3",), "config.mesh.data="),
     (
@@ -386,12 +386,15 @@ def test_jobs_on_an_empty_directory_say_what_to_do_first(refused, tmp_path, job)
 
 # A job in a module outside of the package, and a run of it.
 PLUGIN = """
+import dataclasses
 import os
-from sdiff_jax import config, registry
+from sdiff_jax import fields, registry
 
-@registry.register(
-  "jobs", "count", defaults={"count": {"to": config.positive(3)}}, runtime=("count",)
-)
+@dataclasses.dataclass
+class Count:
+  to: fields.Count = 3
+
+@registry.register("jobs", "count", sections={"count": Count}, runtime=("count",))
 def run(config, workdir):
   \"\"\"Counts. Nothing else.\"\"\"
   os.makedirs(workdir, exist_ok=True)
@@ -418,7 +421,8 @@ def test_a_job_from_outside_is_one_file(cache, teacher, tmp_path):
   done = run("--config.count.to=2", "--config.model.width=24")
   assert done.stdout == "24: [0, 1]\n", done.stderr
   assert (
-    run("--config.count.to=0").stderr == "error: config.count.to=0: must be above 0\n"
+    run("--config.count.to=0").stderr
+    == "error: config.count.to=0: must be at least 1\n"
   )
 
 

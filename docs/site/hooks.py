@@ -25,9 +25,11 @@ PACKAGES = (
   "contrib",
   "io",
   "types",
+  "fields",
   "registry",
   "config",
   "defaults",
+  "renamed",
 )
 
 

@@ -12,6 +12,7 @@ consistency model.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Index, Range
 from sdiff_jax.samplers import sequential
 from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._ring_buffer import RingBuffer, map_slots, wide
@@ -27,20 +29,17 @@ from sdiff_jax.samplers.tableau import TOLERANCE_UNIT, SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 
 
-def check(tableau: SolverTableau, tolerance: float) -> None:
-  """Checks that a solver has no noise, and a tolerance.
+def check(tableau: SolverTableau) -> None:
+  """Checks that a solver has no noise.
 
   Args:
     tableau: the solver.
-    tolerance: see `run`.
 
   Raises:
-    ValueError: a solver with noise, or a negative or infinite tolerance.
+    ValueError: a solver with noise.
   """
   if tableau.uses_noise or tableau.uses_noise_before:
     raise ValueError("name: parareal needs a solver without noise, such as ddim")
-  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
-    raise ValueError(f"tolerance={tolerance}: must be 0 or more, and finite")
 
 
 def boundaries(num_steps: int, num_blocks: int) -> np.ndarray:
@@ -160,7 +159,7 @@ def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str,
   Raises:
     ValueError: a solver with noise or history, or an option that does not fit.
   """
-  check(tableau, options["tolerance"])
+  check(tableau)
   if tableau.memory > 1 and options.get("coarse_tableau") is None:
     raise ValueError(
       "name: parareal needs a solver without history, such as ddim, or a coarse_tableau"
@@ -180,8 +179,8 @@ def run(
   keys: PRNGKey,
   cond: Cond,
   *,
-  window: int = 0,
-  tolerance: float | Array = 0.1,
+  window: Index = 0,
+  tolerance: Annotated[float | Array, Range(0)] = 0.1,
   coarse_tableau: SolverTableau | None = None,
   coarse_denoiser: Denoiser | None = None,
   sharding: NamedSharding | None = None,
@@ -221,13 +220,13 @@ def run(
     (2, 2, 2)
   """
   del keys
-  check(tableau, tolerance)
+  check(tableau)
   starts = boundaries(tableau.evaluations, window)
   check_blocks(tableau, starts)
   if coarse_tableau is None:
     coarse_tableau = coarse_solver(tableau, starts)
   coarse_starts = boundaries(coarse_tableau.evaluations, window)
-  check(coarse_tableau, tolerance)
+  check(coarse_tableau)
   check_blocks(coarse_tableau, coarse_starts)
   if not np.allclose(coarse_tableau.time[coarse_starts], tableau.time[starts]):
     raise ValueError(

@@ -5,12 +5,11 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.fields import Means, Scales
 
 
 @registry.register("data", "digits")
-def build(
-  *, mean: tuple[float, ...] = (-0.39,), std: tuple[float, ...] = (0.75,)
-) -> Dataset:
+def build(*, mean: Means = (-0.39,), std: Scales = (0.75,)) -> Dataset:
   """Returns the digits.
 
   Args:

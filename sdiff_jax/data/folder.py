@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -11,6 +11,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.fields import Means, Range, Scales
 from sdiff_jax.io import bounded, image_io
 from sdiff_jax.types import UserError
 
@@ -23,10 +24,10 @@ NUM_CHECKED = 64  # images that are decoded before any work starts
 def build(
   *,
   dir: str = "",
-  image_size: int = 64,
-  channels: int = 3,
-  mean: tuple[float, ...] = (0.0,),
-  std: tuple[float, ...] = (0.5,),
+  image_size: Annotated[int, Range(1, MAX_SIDE)] = 64,
+  channels: Literal[1, 3] = 3,
+  mean: Means = (0.0,),
+  std: Scales = (0.5,),
 ) -> Dataset:
   """Returns the images below a folder with their classes.
 
@@ -48,9 +49,6 @@ def build(
     UserError: dataset.json or an image is damaged; of many images only some are checked
       here, and a damaged one is reported when it is read.
   """
-  check_side(image_size)
-  if channels not in (1, 3):
-    raise ValueError(f"channels={channels}: use 1 or 3")
   shape = (image_size, image_size, channels)
   codec = PixelCodec(shape, mean, std)
   paths, labels, num_classes, unread = _image_files.find(dir)
@@ -75,18 +73,6 @@ def build(
     return digest.digest()
 
   return Dataset(read, len(paths), class_cond(num_classes), codec, fingerprint)
-
-
-def check_side(image_size: int, lowest: int = 1) -> None:
-  """Raises a ValueError unless `image_size` is a side that images may be resized to."""
-  whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
-  if not whole or not lowest <= image_size <= MAX_SIDE:
-    raise ValueError(
-      f"image_size={image_size}: must be above 0 and at most {MAX_SIDE}, an integer"
-      if lowest
-      else f"image_size={image_size}: must not be negative, at most {MAX_SIDE} and an "
-      "integer"
-    )
 
 
 def files(dir: str) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import os
 import zlib
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.fields import Count, Means, Range, Scales
 from sdiff_jax.io import bounded
 from sdiff_jax.types import UserError
 
@@ -22,11 +24,11 @@ PREFIX = {"train": "train", "test": "t10k"}
 def build(
   *,
   dir: str = FOLDER,
-  split: str = "train",
-  classes: int = 10,
-  image_size: int = 0,
-  mean: tuple[float, ...] = (-0.428,),
-  std: tuple[float, ...] = (0.706,),
+  split: Literal["train", "test"] = "train",
+  classes: Count = 10,
+  image_size: Annotated[int, Range(0, folder.MAX_SIDE)] = 0,
+  mean: Means = (-0.428,),
+  std: Scales = (0.706,),
 ) -> Dataset:
   """Returns MNIST, Fashion-MNIST or another data set in their format.
 
@@ -41,9 +43,6 @@ def build(
   Raises:
     UserError: a file is missing, cut short or of another format.
   """
-  if split not in PREFIX:
-    raise ValueError(f"split={split!r}: use 'train' or 'test'")
-  folder.check_side(image_size, lowest=0)
   images = _read(dir, f"{PREFIX[split]}-images-idx3-ubyte", 3)[..., None]
   labels = _read(dir, f"{PREFIX[split]}-labels-idx1-ubyte", 1).astype(np.int32)
   if len(images) != len(labels):
@@ -52,8 +51,8 @@ def build(
       "take both files from one data set"
     )
   limit = max(_image_files.MAX_CLASSES, len(labels))
-  if not isinstance(classes, int) or not 1 <= classes <= limit:
-    raise ValueError(f"classes={classes}: must be an integer from 1 to {limit}")
+  if classes > limit:
+    raise ValueError(f"classes={classes}: must be from 1 to {limit}")
   if labels.max() >= classes:
     raise ValueError(
       f"classes={classes}: {dir} has the label {labels.max()}; "

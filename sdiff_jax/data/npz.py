@@ -8,6 +8,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.fields import Means, Scales
 from sdiff_jax.io import array_io
 from sdiff_jax.types import UserError
 
@@ -16,8 +17,8 @@ from sdiff_jax.types import UserError
 def build(
   *,
   path: str = "",
-  mean: tuple[float, ...] = (0.0,),
-  std: tuple[float, ...] = (0.5,),
+  mean: Means = (0.0,),
+  std: Scales = (0.5,),
 ) -> Dataset:
   """Returns the images of a file, with classes 0 up to the largest label.
 

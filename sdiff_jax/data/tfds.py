@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from types import ModuleType
+from typing import Annotated
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, _tfds_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
+from sdiff_jax.fields import Means, Range, Scales
 from sdiff_jax.io import bounded
 from sdiff_jax.types import UserError
 
@@ -23,9 +25,9 @@ def build(
   tfds_name: str = "cifar10",
   dir: str = "",
   split: str = "train",
-  image_size: int = 0,
-  mean: tuple[float, ...] = (-0.017, -0.036, -0.107),
-  std: tuple[float, ...] = (0.494, 0.487, 0.523),
+  image_size: Annotated[int, Range(0, folder.MAX_SIDE)] = 0,
+  mean: Means = (-0.017, -0.036, -0.107),
+  std: Scales = (0.494, 0.487, 0.523),
 ) -> Dataset:
   """Returns a data set with features `image` and, if it has classes, `label`.
 
@@ -44,7 +46,6 @@ def build(
     UserError: its files are damaged, or its features are of types that are not read;
       later, when it is read, an example is damaged.
   """
-  folder.check_side(image_size, lowest=0)
   directory = _directory(tfds_name, dir)
   _tfds_files.check(directory)
   import tensorflow_datasets as tfds  # slow, and needed only here

@@ -1,5 +1,7 @@
 """Chunks of actions and the observations before them, of recorded episodes."""
 
+from typing import Annotated, Literal
+
 import numpy as np
 
 from sdiff_jax import registry
@@ -10,6 +12,7 @@ from sdiff_jax.data.episodes import reader as recorded
 from sdiff_jax.data.episodes import robomimic
 from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.data.episodes.reader import Episodes
+from sdiff_jax.fields import Choices, Count, Index, Length, NotNegative, Range, Rate
 from sdiff_jax.io import bounded
 from sdiff_jax.types import Array, CondSpec
 
@@ -18,18 +21,18 @@ from sdiff_jax.types import Array, CondSpec
 def build(
   *,
   path: str = "",
-  horizon: int = 16,
-  n_obs_steps: int = 2,
-  n_action_steps: int = 8,
-  episodes: int = 0,
-  held_out: float = 0.0,
-  observation_range: str = "range",
-  action_range: str = "range",
-  min_range: float = 1e-4,
-  std: float = 0.0,
-  keys: tuple[str, ...] = robomimic.KEYS,
+  horizon: Annotated[int, Range(1, 100_000)] = 16,
+  n_obs_steps: Count = 2,
+  n_action_steps: Count = 8,
+  episodes: Index = 0,
+  held_out: Rate = 0.0,
+  observation_range: Annotated[str, Choices(maps.KINDS)] = "range",
+  action_range: Annotated[str, Choices(maps.KINDS)] = "range",
+  min_range: NotNegative = 1e-4,
+  std: NotNegative = 0.0,
+  keys: Annotated[tuple[str, ...], Length(1)] = robomimic.KEYS,
   absolute: bool = False,
-  frame: str = "block",
+  frame: Literal["block", "keypoints"] = "block",
 ) -> Dataset:
   """Returns windows of episodes: x0 are actions, the condition is what was observed.
 
@@ -61,28 +64,11 @@ def build(
     UserError: the episodes cannot be read or do not fit, or none is long enough.
   """
   del frame  # the episodes hold what they were written with
-  if not (1 <= n_obs_steps <= horizon and 1 <= n_action_steps <= horizon):
+  if max(n_obs_steps, n_action_steps) > horizon:
     raise ValueError(
       f"horizon={horizon}: must hold n_obs_steps={n_obs_steps} and "
-      f"n_action_steps={n_action_steps}, both above 0"
+      f"n_action_steps={n_action_steps}"
     )
-  for name, number in (("episodes", episodes), ("horizon", horizon)):
-    if not isinstance(number, int) or number < 0:
-      raise ValueError(f"{name}={number}: must be an integer, not negative")
-  if not 0 <= held_out < 1:
-    raise ValueError(f"held_out={held_out}: must be at least 0 and below 1")
-  if not 0 <= min_range < np.inf:
-    raise ValueError(f"min_range={min_range}: must be finite and not negative")
-  if not 0 <= std < np.inf:
-    raise ValueError(f"std={std}: must be above 0 and finite, or 0 to measure it")
-  for name, kind in (
-    ("observation_range", observation_range),
-    ("action_range", action_range),
-  ):
-    if kind not in maps.KINDS:
-      raise ValueError(f"{name}={kind!r}: use one of {', '.join(maps.KINDS)}")
-  if not keys or not all(isinstance(key, str) for key in keys):
-    raise ValueError(f"keys={keys}: must be names of observations")
   found = recorded.read(path, keys=tuple(keys), absolute=absolute)
   _check_windows(path, found, horizon, n_obs_steps - 1, n_action_steps - 1)
   mask = recorded.split_mask(len(found.ends), held_out, episodes)

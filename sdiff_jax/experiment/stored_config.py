@@ -12,7 +12,7 @@ from typing import NotRequired, Required, TypedDict
 import ml_collections
 
 from sdiff_jax import config as configs
-from sdiff_jax import losses, registry
+from sdiff_jax import losses, registry, renamed
 from sdiff_jax.io import records
 from sdiff_jax.types import Json, UserError
 
@@ -54,7 +54,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
     config = configs.base(tuple(stored.get("plugins", ())))
     sections = {k: dict for k, v in config.items() if _is_section(v)}
     records.check(stored, TypedDict("Sections", sections, total=False), path, REMEDY)
-    stored = configs.with_new_names(stored)
+    stored = renamed.with_new_names(stored)
     for section, kind in configs.PIECES.items():
       if name := stored.get(section, {}).get("name"):
         records.check(stored[section], _Piece, f"{path}: {section}", REMEDY)

@@ -1,11 +1,16 @@
 """The config of a study: runs of several experiments, and the figure they end in."""
 
 import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import ml_collections
 
 from sdiff_jax import config as configs
+from sdiff_jax import fields
 from sdiff_jax.experiment import variants
+from sdiff_jax.fields import Length, Range
 from sdiff_jax.reports import studies
 from sdiff_jax.types import Json, UserError
 
@@ -46,6 +51,80 @@ def parse_variant(variant: str) -> tuple[str, tuple[str, ...]]:
   """
   (word,) = variants.parse(variant, SETTINGS)
   return SETTINGS[word]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One run of a study; see `run`.
+
+  Attributes:
+    name: of the run.
+    config: config of the experiment, "configs/X.py" or "configs/X.py:variant".
+    set: changes of fields, each "section.field=value".
+    teacher: name of the run that this one distills.
+    weights: name of the run whose network is measured; "" trains one.
+    series: name of its points; "" for the names of the run and the sampler.
+    guidance: scale of guidance of its points, if that is an axis.
+    checkpoints: whether all stored checkpoints are measured, instead of the last.
+    drawn: whether its points are drawn.
+  """
+
+  name: str
+  config: str
+  set: tuple[str, ...] = ()
+  teacher: str = ""
+  weights: str = ""
+  series: str = ""
+  guidance: Annotated[float | None, Range(0, 1000)] = None
+  checkpoints: bool = False
+  drawn: bool = True
+
+  def __post_init__(self) -> None:
+    fields.check_instance(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """The runs of a study and its figure, which the files of configs/studies set.
+
+  Attributes:
+    name: of its files.
+    runs: the runs, each with the fields of `Run`; a teacher comes before its students.
+    title: of the page.
+    lead: the question of the study.
+    x: key of a point for the horizontal axis.
+    panels: keys of a point for the vertical axis of each panel; (x, y) for a panel with
+      another horizontal axis.
+    log: the logarithmic axes.
+    source: where the points come from, see `build`.
+    seeds: every run is repeated with each of them.
+    set: fields that differ in all runs, see `Run`.
+  """
+
+  name: str = ""
+  runs: tuple[Json, ...] = ()
+  title: str = ""
+  lead: str = ""
+  x: str = ""
+  panels: tuple[Json, ...] = ()
+  log: Literal["", "x", "y", "xy"] = ""
+  source: Literal["evaluate", "tangent", "parallel", "log"] = "evaluate"
+  seeds: Annotated[tuple[int, ...], Range(0), Length(1)] = (0, 1, 2)
+  set: tuple[str, ...] = ()
+
+  def __post_init__(self) -> None:
+    known = fields.arguments(Run)
+    for k, entry in enumerate(self.runs):
+      if (
+        not isinstance(entry, Mapping) or entry.keys() - known or "config" not in entry
+      ):
+        raise ValueError(
+          f"runs[{k}]={fields.quote(entry)}: must have {', '.join(known)}"
+        )
+      try:
+        Run(**entry)
+      except ValueError as error:
+        raise ValueError(f"runs[{k}].{error}") from error
 
 
 def run(
@@ -115,19 +194,17 @@ def build(
   """
   c = configs.base()
   c.job = "study"
-  c.study = ml_collections.ConfigDict(
-    {
-      "name": name,
-      "runs": tuple({"name": k} | v for k, v in runs.items()),
-      "title": title,
-      "lead": lead,
-      "x": x,
-      "panels": panels,
-      "log": log,
-      "source": source,
-      "seeds": seeds,
-      "set": changes,
-    }
+  c.study.update(
+    name=name,
+    runs=tuple({"name": k} | v for k, v in runs.items()),
+    title=title,
+    lead=lead,
+    x=x,
+    panels=panels,
+    log=log,
+    source=source,
+    seeds=seeds,
+    set=changes,
   )
   return c
 

@@ -75,15 +75,6 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
       "config.generate.folder is empty: name a folder of the diffusers format, or "
       "hf://organisation/name"
     )
-  if generate.dtype not in DTYPES:
-    raise UserError(
-      f"config.generate.dtype={generate.dtype!r}: must be one of {', '.join(DTYPES)}"
-    )
-  if generate.timestep_spacing not in SPACINGS:
-    raise UserError(
-      f"config.generate.timestep_spacing={generate.timestep_spacing!r}: must be one of "
-      f"{', '.join(map(repr, SPACINGS))}"
-    )
   for field in TRIGFLOW_FIELDS:
     if config.sampler[field] != defaults[field]:
       raise UserError(

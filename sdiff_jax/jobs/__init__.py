@@ -1,13 +1,13 @@
 """Jobs of the command line: one module each, which registers one function.
 
-    @registry.register("jobs", "sample", defaults=..., runtime=..., ...)
+    @registry.register("jobs", "sample", sections=..., runtime=..., ...)
     def run(config, workdir) -> str: ...
 
 `run` does the work on a work directory and returns the line that is printed last. The
 facts that a job registers are all optional:
 
-  defaults         section -> field -> default of the config; a range is declared by
-                   `config.positive(default)` or `config.not_negative(default)`.
+  sections         section of the config -> dataclass of its fields, whose annotations
+                   declare what they may hold (see `sdiff_jax.fields`).
   runtime          sections and fields, such as "evaluate" or "train.log_every", that may
                    differ between two runs in one work directory.
   creates_workdir  True if the job needs --config; otherwise the config in the work

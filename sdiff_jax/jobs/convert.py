@@ -1,5 +1,6 @@
 """Job `convert`: imports pretrained weights into a work directory."""
 
+import dataclasses
 import os
 
 import jax
@@ -16,17 +17,25 @@ from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Params, UserError
 
-DEFAULTS = {
-  "convert": {
-    # Weights: .pt, .safetensors, .npz, or a .pkl of EDM or EDM2. The images of EDM are
-    # data with mean 0 and std 0.5.
-    "file": "",
-  }
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+  """Pretrained weights.
+
+  Attributes:
+    file: weights: .pt, .safetensors, .npz, or a .pkl of EDM or EDM2. The images of EDM
+      are data with mean 0 and std 0.5.
+  """
+
+  file: str = ""
 
 
 @registry.register(
-  "jobs", "convert", defaults=DEFAULTS, runtime=("convert",), creates_workdir=True
+  "jobs",
+  "convert",
+  sections={"convert": Convert},
+  runtime=("convert",),
+  creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes config.json and a checkpoint of step 0; its EMA weights are the weights.

@@ -7,11 +7,13 @@ resumes where it was stopped.
 """
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+from typing import Annotated
 
 import ml_collections
 import numpy as np
@@ -20,6 +22,7 @@ from sdiff_jax import registry
 from sdiff_jax.distributed import signals
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.fields import Range, Seed
 from sdiff_jax.io import array_io, file_io, lock
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies.policy import View
@@ -31,15 +34,20 @@ NEAR = 3  # one episode in so many starts near the goal
 _envs: list[Env] = []  # of a worker process
 
 
-DEFAULTS = {
-  "demos": {
-    "episodes": 600,  # number of episodes; those that succeed are kept and mirrored
-    "seed": 0,  # episode k depends on seed + k alone
-  }
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demos:
+  """Episodes of a scripted expert.
+
+  Attributes:
+    episodes: number of episodes; those that succeed are kept and mirrored.
+    seed: episode k depends on seed + k alone.
+  """
+
+  episodes: Annotated[int, Range(1, 1_000_000)] = 600
+  seed: Seed = 0
 
 
-@registry.register("jobs", "demos", defaults=DEFAULTS, runtime=("demos",))
+@registry.register("jobs", "demos", sections={"demos": Demos}, runtime=("demos",))
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes the episodes that succeeded to config.data.path.
 

@@ -1,5 +1,6 @@
 """Job `ema`: computes a post-hoc EMA of another width from the stored averages."""
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -18,16 +19,22 @@ from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema
 from sdiff_jax.types import Array, Params, UserError
 
-DEFAULTS = {
-  "ema": {
-    # Width of the new average, "power/sigma_rel", from power profiles of the
-    # checkpoints that checkpoint.keep_every kept; two profiles suffice.
-    "posthoc_std": "",
-  }
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Posthoc:
+  """A post-hoc average.
+
+  Attributes:
+    posthoc_std: width of the new average, "power/sigma_rel", from power profiles of the
+      checkpoints that checkpoint.keep_every kept; two profiles suffice.
+  """
+
+  posthoc_std: str = ""
 
 
-@registry.register("jobs", "ema", defaults=DEFAULTS, runtime=("ema.posthoc_std",))
+@registry.register(
+  "jobs", "ema", sections={"ema": Posthoc}, runtime=("ema.posthoc_std",)
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes WORKDIR/posthoc/WIDTH, a work directory with the average of that width.
 

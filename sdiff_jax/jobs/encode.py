@@ -4,22 +4,24 @@ Each process writes its own files with its own devices. Files are written atomic
 finished ones are not written again, so that the job resumes where it was stopped.
 """
 
+import dataclasses
 import functools
 import os
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset, latents
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.fields import Count, Range
 from sdiff_jax.io import file_io, records, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
@@ -31,17 +33,28 @@ from sdiff_jax.types import Array, Json, Params, UserError
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
-DEFAULTS = {
-  "encode": {
-    "scale": "scm",  # pixels in [-1, 1]; or edm2, in [0, 1] (see data/latents.py)
-    "batch_size": config_lib.positive(16),  # images, over the devices of a process
-    "shard_size": config_lib.positive(4096),  # number of images in a file
-  }
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+  """How images become latents.
+
+  Attributes:
+    scale: "scm" for pixels in [-1, 1], "edm2" for pixels in [0, 1] (see
+      data/latents.py).
+    batch_size: images of a batch, over the devices of a process.
+    shard_size: number of images in a file.
+  """
+
+  scale: latents.Scale = "scm"
+  batch_size: Count = 16
+  shard_size: Annotated[int, Range(1, 10_000_000)] = 4096
 
 
 @registry.register(
-  "jobs", "encode", defaults=DEFAULTS, runtime=("encode",), creates_workdir=True
+  "jobs",
+  "encode",
+  sections={"encode": Encoding},
+  runtime=("encode",),
+  creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes latents.json and files of records, which the data set `latents` reads.
@@ -50,8 +63,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field is invalid, or the directory holds other latents.
   """
   section = config.encode
-  with config_errors("config.encode"):
-    latents.check_scale(section.scale)
   source = registry.build("data", config.data.to_dict(), "config.data")
   experiments.check_images(source)
   if not config.vae:

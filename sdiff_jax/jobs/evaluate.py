@@ -1,21 +1,23 @@
 """Job `evaluate`: computes metrics of the samples of several samplers, or of images."""
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.data import folder as folder_lib
 from sdiff_jax.data import npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.fields import Count, Index, Length
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics.statistics import baselines, streaming
@@ -32,35 +34,46 @@ PARTIAL = "partial.npz"
 LATENCY_IMAGES = 16  # that each device samples one by one for the latency
 
 
-DEFAULTS = {
-  "evaluate": {
-    "samplers": ("heun/16",),  # name/steps
-    "folder": "evaluate",  # in the work directory, for the results
-    "num": config_lib.positive(5000),  # samples of each sampler
-    "batch_size": config_lib.positive(512),  # over all devices
-    "images": "",  # an .npz or a folder of images to evaluate instead of samples
-    # The classifier of a data set (digits, fashion, or a path to an .npz), or pretrained
-    # networks: inception:PATH for FID (pytorch-fid:PATH resizes as that package does),
-    # dinov2:PATH for FD-DINOv2; several separated by commas.
-    "features": "digits",
-    # Folder of a CLIP model: adds the CLIP score of images of the job `generate`.
-    "clip": "",
-    # Statistics to compare with instead of images: .npz of ADM, EDM or the job
-    # `statistics`, .pkl of EDM2.
-    "reference": "",
-    # Images whose features are kept for precision and recall; 0: neither is computed.
-    "pr_num_images": config_lib.not_negative(10_000),
-    "latency": False,  # also time the sampling of one image
-    # Also evaluate real images and samples of a Gaussian fitted to each class.
-    "baselines": False,
-  }
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+  """What is evaluated, and against which images.
+
+  Attributes:
+    samplers: samplers and their numbers of steps, name/steps.
+    folder: folder of the results, in the work directory.
+    num: samples of each sampler.
+    batch_size: samples of a batch, over all devices.
+    images: an .npz or a folder of images to evaluate instead of samples.
+    features: the classifier of a data set (digits, fashion, or a path to an .npz), or
+      pretrained networks: inception:PATH for FID (pytorch-fid:PATH resizes as that
+      package does), dinov2:PATH for FD-DINOv2; several separated by commas.
+    clip: folder of a CLIP model: adds the CLIP score of images of the job `generate`.
+    reference: statistics to compare with instead of images: .npz of ADM, EDM or the job
+      `statistics`, .pkl of EDM2.
+    pr_num_images: images whose features are kept for precision and recall; 0 computes
+      neither.
+    latency: whether the sampling of one image is timed as well.
+    baselines: whether real images and samples of a Gaussian fitted to each class are
+      evaluated as well.
+  """
+
+  samplers: Annotated[tuple[str, ...], Length(0, 1000)] = ("heun/16",)
+  folder: str = "evaluate"
+  num: Count = 5000
+  batch_size: Count = 512
+  images: str = ""
+  features: str = "digits"
+  clip: str = ""
+  reference: str = ""
+  pr_num_images: Index = 10_000
+  latency: bool = False
+  baselines: bool = False
 
 
 @registry.register(
   "jobs",
   "evaluate",
-  defaults=DEFAULTS,
+  sections={"evaluate": Evaluate},
   runtime=("evaluate",),
   configs_of=("train", "generate"),
 )

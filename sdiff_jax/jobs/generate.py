@@ -5,26 +5,27 @@ images themselves tell which ones are missing, and which were made with other se
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sdiff_jax import config as configs
-from sdiff_jax import registry
+from sdiff_jax import registry, renamed
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
+from sdiff_jax.fields import Choices
 from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
@@ -78,21 +79,32 @@ class Images(NamedTuple):
     return descriptions
 
 
-DEFAULTS = {
-  "generate": {
-    "folder": "",  # model in the diffusers format: a folder, or hf://organization/name
-    # Texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k modulo
-    # their number.
-    "prompts": "",
-    "negative_prompt": "",  # text that guidance leads away from
-    "timestep_spacing": "",  # trailing, leading, linspace; "" for the model's own
-    "dtype": "float32",  # of weights and hidden layers: float32, bfloat16, float16
-  }
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+  """A pretrained model in the diffusers format, and its prompts.
+
+  Attributes:
+    folder: the model: a folder, or hf://organization/name.
+    prompts: texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k
+      modulo their number.
+    negative_prompt: text that guidance leads away from.
+    timestep_spacing: of the timesteps; "" for the model's own.
+    dtype: of weights and hidden layers.
+  """
+
+  folder: str = ""
+  prompts: str = ""
+  negative_prompt: str = ""
+  timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
+  dtype: Annotated[str, Choices(text_to_image.DTYPES)] = "float32"
 
 
 @registry.register(
-  "jobs", "generate", defaults=DEFAULTS, runtime=("generate",), creates_workdir=True
+  "jobs",
+  "generate",
+  sections={"generate": Generate},
+  runtime=("generate",),
+  creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes images/00000.png, ..., images.json and images.png; only missing ones.
@@ -209,7 +221,7 @@ def _description(path: str) -> Description:
     return None
   try:
     stored = json.loads(image_io.about(path))
-    names = {old: new.name for old, new in configs.RENAMED.items()} | RENAMED
+    names = {old: new.name for old, new in renamed.RENAMED.items()} | RENAMED
     stored = {names.get(name, name): value for name, value in stored.items()}
     return stored if "sampler.window" in stored else None
   except (*folder.UNREADABLE, AttributeError, TypeError) as error:

@@ -5,10 +5,12 @@ needed: arrays are abstract, and no data are read. Facts of compiled programs ar
 in ~/.cache/sdiff_jax/rehearsals.
 """
 
+import dataclasses
 import math
 import os
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import ml_collections
@@ -20,8 +22,9 @@ from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import programs
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.fields import Choices, Length, Range
 from sdiff_jax.io import file_io
-from sdiff_jax.types import Json, UserError
+from sdiff_jax.types import Json
 
 # Full optimization needs many times longer; memory, collectives and operations are the
 # same.
@@ -30,24 +33,31 @@ MAX_FSDP = 64  # devices that the state is sharded over: most arrays divide by i
 GRAD_ACCUM_STEPS = (2, 4, 8, 16, 32)  # that are tried
 
 
-DEFAULTS = {
-  "rehearse": {
-    # Devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several, separated by
-    # commas, are compared in one table.
-    "topology": "",
-    "program": "train",  # a training step, or "sample": a batch or its inner iteration
-    "fit": True,  # try what saves memory if the step does not fit
-    # Of the data, if they are not available: (H, W, C) and the number of classes.
-    "shape": (),
-    "classes": 0,
-  }
-}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rehearse:
+  """The devices and the program that are planned for.
+
+  Attributes:
+    topology: devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
+      separated by commas, are compared in one table.
+    program: "train" is a training step, "sample" a batch of samples or its inner
+      iteration.
+    fit: whether changes that save memory are tried if the step does not fit.
+    shape: (H, W, C) of the data, if they are not available.
+    classes: number of classes of the data, if they are not available.
+  """
+
+  topology: str = ""
+  program: Annotated[str, Choices(programs.KINDS)] = "train"
+  fit: bool = True
+  shape: Annotated[tuple[int, ...], Range(1, 65_536), Length(0, 3)] = ()
+  classes: Annotated[int, Range(0, 1_000_000)] = 0
 
 
 @registry.register(
   "jobs",
   "rehearse",
-  defaults=DEFAULTS,
+  sections={"rehearse": Rehearse},
   runtime=("rehearse",),
   creates_workdir=True,
   configs_of=("train", "generate"),
@@ -61,11 +71,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: an unknown pod, a compiler that is not installed, or a batch that does not
       divide over the devices.
   """
-  if config.rehearse.program not in programs.KINDS:
-    raise UserError(
-      f"config.rehearse.program={config.rehearse.program!r}: must be "
-      f"{' or '.join(programs.KINDS)}"
-    )
   with config_errors("config.rehearse"):
     pods = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
   if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in pods):

@@ -1,8 +1,10 @@
 """Job `rollout`: runs a policy in Push-T with several samplers, in equal episodes."""
 
+import dataclasses
 import functools
 import os
 import time
+from typing import Annotated
 
 import ml_collections
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import policies, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.fields import Count, Index, Length, Range, Seed
 from sdiff_jax.io import file_io, image_io
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies import Policy
@@ -20,20 +23,34 @@ from sdiff_jax.reports import results
 from sdiff_jax.types import Json, UserError
 
 MAX_ENV_SEED = 2**32 - 1  # of numpy's RandomState
-DEFAULTS = {
-  "rollout": {
-    "samplers": ("ddim/15",),  # name/steps
-    "episodes": 100,
-    "seed": 100_000,  # episode k starts as Diffusion Policy's test seed + k
-    "noise_seed": 0,  # seed of the policy's noise
-    "n_action_steps": 8,  # executed before the policy observes again
-    "num_timed": 200,  # chunks of actions that are timed
-    "num_videos": 4,  # episodes shown in rollout/SAMPLER.gif
-  }
-}
 
 
-@registry.register("jobs", "rollout", defaults=DEFAULTS, runtime=("rollout",))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+  """Episodes of a policy.
+
+  Attributes:
+    samplers: samplers and their numbers of steps, name/steps.
+    episodes: number of episodes of each sampler.
+    seed: episode k starts as Diffusion Policy's test seed + k.
+    noise_seed: seed of the policy's noise.
+    n_action_steps: actions that are executed before the policy observes again.
+    num_timed: chunks of actions that are timed.
+    num_videos: episodes shown in rollout/SAMPLER.gif.
+  """
+
+  samplers: Annotated[tuple[str, ...], Length(1, 1000)] = ("ddim/15",)
+  episodes: Annotated[int, Range(1, 100_000)] = 100
+  seed: Annotated[int, Range(0, MAX_ENV_SEED)] = 100_000
+  noise_seed: Seed = 0
+  n_action_steps: Count = 8
+  num_timed: Annotated[int, Range(1, 100_000)] = 200
+  num_videos: Index = 4
+
+
+@registry.register(
+  "jobs", "rollout", sections={"rollout": Rollout}, runtime=("rollout",)
+)
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes rollout/results.json, and a film of some episodes of each sampler.
 
@@ -41,8 +58,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     UserError: a field does not fit, or an environment or a policy fails.
   """
   rollout = config.rollout
-  if rollout.episodes < 1 or rollout.num_timed < 1:
-    raise UserError("config.rollout.episodes and rollout.num_timed: must be above 0")
   _check_seeds(rollout)
   experiment, params = policies.trained(config, workdir)
   sampling.check_request(config, experiment)

@@ -24,11 +24,13 @@ from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer, summary
 from sdiff_jax.types import Json, UserError
 
-DEFAULTS = {"study": {"name": "", "runs": ()}}  # filled by the files of configs/studies
-
 
 @registry.register(
-  "jobs", "study", defaults=DEFAULTS, runtime=("study",), creates_workdir=True
+  "jobs",
+  "study",
+  sections={"study": studies.Study},
+  runtime=("study",),
+  creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """Writes NAME.html, NAME.png, NAME.svg and NAME.json; runs are stored in seedK/RUN.

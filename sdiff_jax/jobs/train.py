@@ -1,5 +1,6 @@
 """Job `train`: trains a network from a config, or resumes an interrupted run."""
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -9,7 +10,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax import config as config_lib
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
 from sdiff_jax.distributed import processes, sharding, signals
@@ -17,6 +17,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.fields import Count, Index, Positive
 from sdiff_jax.io import image_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import loop, metric_writer, summary
@@ -25,28 +26,39 @@ from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import Array, Batch, Network, Params, UserError
 
-DEFAULTS = {
-  "train": {
-    "steps": config_lib.not_negative(1000),
-    "batch_size": config_lib.positive(128),  # over all devices
-    # Parts of a batch that go through the network one after another; more parts need
-    # less memory.
-    "grad_accum_steps": config_lib.positive(1),
-    # Factor of the loss, by which the gradients are divided again: the mean over a
-    # batch and all pixels is too small for float16.
-    "loss_scale": config_lib.positive(1.0),
-    "flip": False,  # mirror images horizontally with probability 1/2
-    "log_every": config_lib.positive(50),  # steps
-    "sample_every": config_lib.not_negative(0),  # steps between sample grids; 0: none
-    "skip_nonfinite": False,  # skip steps with a NaN or an infinity, instead of stopping
-  }
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+  """How long a network is trained, and on which batches.
+
+  Attributes:
+    steps: number of training steps.
+    batch_size: samples of a batch, over all devices.
+    grad_accum_steps: parts of a batch that the network processes sequentially; more
+      parts need less memory.
+    loss_scale: factor of the loss, by which the gradients are divided again: the mean
+      over a batch and all pixels is too small for float16.
+    flip: whether images are mirrored horizontally with probability 1/2.
+    log_every: steps between lines of the log.
+    sample_every: steps between grids of samples; 0 for none.
+    skip_nonfinite: whether steps with a NaN or an infinity are skipped; otherwise they
+      stop the run.
+  """
+
+  steps: Index = 1000
+  batch_size: Count = 128
+  grad_accum_steps: Count = 1
+  loss_scale: Positive = 1.0
+  flip: bool = False
+  log_every: Count = 50
+  sample_every: Index = 0
+  skip_nonfinite: bool = False
 
 
 @registry.register(
   "jobs",
   "train",
-  defaults=DEFAULTS,
+  sections={"train": Train},
   runtime=("train.log_every", "train.sample_every", "train.skip_nonfinite"),
   creates_workdir=True,
 )

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from sdiff_jax import fields
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
-from sdiff_jax.losses import _weighting
-from sdiff_jax.losses._velocity import VelocityFn
+from sdiff_jax.fields import Index, LogMean, NotNegative, Positive
+from sdiff_jax.losses import _velocity, _weighting
+from sdiff_jax.losses._velocity import GuidanceRange, VelocityFn
 from sdiff_jax.types import (
   Array,
   Batch,
@@ -75,27 +77,24 @@ class ConsistencyOptions:
     guidance: (low, high) scales of classifier-free guidance to distill, () for none.
 
   Raises:
-    ValueError: the normalizer is unknown.
+    ValueError: an option is not what it may be.
 
   Example:
     >>> ConsistencyOptions(p_mean=-0.8, p_std=1.6).tangent_normalizer
     'rms'
   """
 
-  p_mean: float = -1.0
-  p_std: float = 1.4
-  tangent_normalizer: str = "rms"
-  c: float = 0.1
-  warmup_steps: int = 10_000
+  p_mean: LogMean = -1.0
+  p_std: Positive = 1.4
+  tangent_normalizer: Literal["rms", "l2", "clip", "none"] = "rms"
+  c: NotNegative = 0.1
+  warmup_steps: Index = 10_000
   adaptive_weight: bool = True
-  guidance: tuple[float, ...] = ()
+  guidance: GuidanceRange = ()
 
   def __post_init__(self) -> None:
-    if self.tangent_normalizer not in TANGENT_NORMALIZERS:
-      raise ValueError(
-        f"tangent_normalizer={self.tangent_normalizer!r}: must be one of "
-        f"{[*TANGENT_NORMALIZERS]}"
-      )
+    fields.check_instance(self)
+    _velocity.check_guidance(self.guidance)
     object.__setattr__(self, "guidance", tuple(self.guidance))
 
 

@@ -1,14 +1,30 @@
 """The velocity dx_t/dt along which a consistency model is trained."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Annotated, Literal, Protocol
 
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import trigflow
+from sdiff_jax.fields import Length, Range
 from sdiff_jax.types import Array, Cond, Params
 
 # (parameters, x_t / sigma_d, t, cond) -> F: the `apply` of a teacher network.
 TeacherFn = Callable[[Params, Array, Array, Cond], Array]
+Velocity = Literal["teacher", "data"]
+# (low, high) scales of classifier-free guidance, or ().
+GuidanceRange = Annotated[tuple[float, ...], Range(0, 1000), Length(0, 2)]
+
+
+def check_guidance(guidance: tuple[float, ...]) -> None:
+  """Checks a range of guidance scales.
+
+  Raises:
+    ValueError: it is neither empty nor two scales in ascending order.
+  """
+  if guidance and (len(guidance) != 2 or guidance[0] > guidance[1]):
+    raise ValueError(
+      f"guidance={tuple(guidance)}: must be () or (low, high), in ascending order"
+    )
 
 
 class VelocityFn(Protocol):
@@ -61,7 +77,7 @@ def ode_field(teacher: TeacherFn, *, sigma_d: float) -> VelocityFn:
 
 
 def build(
-  velocity: str,
+  velocity: Velocity,
   teacher: TeacherFn | None,
   *,
   sigma_d: float,
@@ -77,15 +93,12 @@ def build(
     guidance: range of guidance scales that the loss distills, () for none.
 
   Raises:
-    ValueError: the name is unknown, there is no teacher to distill, or guidance is
-      requested without one.
+    ValueError: there is no teacher to distill, or guidance is requested without one.
   """
   if velocity == "data":
     if guidance:
       raise ValueError(f"guidance={guidance}: only velocity='teacher' can distill it")
     return velocity_target
-  if velocity != "teacher":
-    raise ValueError(f"velocity={velocity!r}: must be 'teacher' or 'data'")
   if teacher is None:
     raise ValueError("velocity='teacher': needs a teacher network")
   return ode_field(teacher, sigma_d=sigma_d)

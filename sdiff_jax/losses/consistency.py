@@ -7,6 +7,7 @@ arXiv:2310.14189 (iCT): no average in the target, a pseudo-Huber metric, weights
 
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from sdiff_jax import registry
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.fields import Count, LogMean, NotNegative, Positive, Range
 from sdiff_jax.losses import _velocity
-from sdiff_jax.losses._velocity import TeacherFn
+from sdiff_jax.losses._velocity import GuidanceRange, TeacherFn, Velocity
 from sdiff_jax.types import (
   Array,
   Batch,
@@ -109,15 +111,15 @@ def adjacent_times(
 def build(
   *,
   network: Network,
-  sigma_d: float,
+  sigma_d: Positive,
   teacher: TeacherFn | None = None,
-  velocity: str = "data",
-  levels: tuple[int, int] = (10, 1280),
-  double_every: int = 50_000,
-  p_mean: float = -1.1,
-  p_std: float = 2.0,
-  c: float = 0.00054,
-  guidance: tuple[float, ...] = (),
+  velocity: Velocity = "data",
+  levels: Annotated[tuple[int, int], Range(1, 1_000_000)] = (10, 1280),
+  double_every: Count = 50_000,
+  p_mean: LogMean = -1.1,
+  p_std: Positive = 2.0,
+  c: NotNegative = 0.00054,
+  guidance: GuidanceRange = (),
 ) -> LossFn:
   """Returns E[(sqrt(|f(x, sigma) - f^-(y, sigma')|^2 + C^2) - C) / (sigma - sigma')].
 
@@ -159,12 +161,9 @@ def build(
     ((), ['levels', 'mse'])
   """
   first, last = levels
-  if not 1 <= first <= last:
-    raise ValueError(
-      f"levels={tuple(levels)}: must be two numbers of at least 1 that do not decrease"
-    )
-  if double_every < 1:
-    raise ValueError(f"double_every={double_every}: must be at least 1")
+  if first > last:
+    raise ValueError(f"levels={tuple(levels)}: must not decrease")
+  _velocity.check_guidance(guidance)
   guidance = tuple(guidance)
   velocity_of = _velocity.build(velocity, teacher, sigma_d=sigma_d, guidance=guidance)
 

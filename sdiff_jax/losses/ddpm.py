@@ -1,10 +1,13 @@
 """The DDPM loss: the error of the noise at discrete timesteps (arXiv:2006.11239)."""
 
+from typing import Annotated, Literal
+
 import jax
 import jax.numpy as jnp
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules, trigflow
+from sdiff_jax.fields import Fraction, Positive, Range
 from sdiff_jax.losses import _matching
 from sdiff_jax.types import Array, LossFn, Network, PRNGKey
 
@@ -13,10 +16,10 @@ from sdiff_jax.types import Array, LossFn, Network, PRNGKey
 def build(
   *,
   network: Network,
-  sigma_d: float,
-  schedule: str = "cosine",
-  timesteps: int = 100,
-  label_dropout: float = 0.0,
+  sigma_d: Positive,
+  schedule: Literal["cosine", "linear", "scaled_linear"] = "cosine",
+  timesteps: Annotated[int, Range(2, 100_000)] = 100,
+  label_dropout: Fraction = 0.0,
 ) -> LossFn:
   """Returns E |eps - eps_hat|^2 / D over uniform timesteps n = 0, ..., T - 1 (eq. 14).
 

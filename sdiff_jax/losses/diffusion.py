@@ -4,6 +4,7 @@ import functools
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids
+from sdiff_jax.fields import Fraction, LogMean, Positive
 from sdiff_jax.losses import _matching
 from sdiff_jax.types import LossFn, Network
 
@@ -18,10 +19,10 @@ from sdiff_jax.types import LossFn, Network
 def build(
   *,
   network: Network,
-  sigma_d: float,
-  p_mean: float = -1.2,
-  p_std: float = 1.2,
-  label_dropout: float = 0.1,
+  sigma_d: Positive,
+  p_mean: LogMean = -1.2,
+  p_std: Positive = 1.2,
+  label_dropout: Fraction = 0.1,
   adaptive_weight: bool = True,
 ) -> LossFn:
   """Returns E[e^w |F(x_t / sigma_d, t) - v_t / sigma_d|^2 / D - w], w = w_phi(t).

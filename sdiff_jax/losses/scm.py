@@ -4,6 +4,8 @@ The two differ only in the velocity: that of the data (consistency training) or 
 a teacher (consistency distillation).
 """
 
+from typing import Annotated
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.fields import Positive, Range
 from sdiff_jax.losses import _tangent, _velocity
 from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions, Times
-from sdiff_jax.losses._velocity import TeacherFn
+from sdiff_jax.losses._velocity import TeacherFn, Velocity
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
 
@@ -130,10 +133,12 @@ def tangent_terms(
 def build(
   *,
   network: Network,
-  sigma_d: float,
+  sigma_d: Positive,
   teacher: TeacherFn | None = None,
-  velocity: str = "teacher",
-  segment_boundaries: tuple[float, ...] = (),
+  velocity: Velocity = "teacher",
+  segment_boundaries: Annotated[
+    tuple[float, ...], Range(above=0, below=np.pi / 2)
+  ] = (),
   options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns E[e^w |F - F^- - g|^2 / D - w] with the normalized tangent g (eq. 8).
@@ -168,10 +173,6 @@ def build(
     >>> sorted(metrics)
     ['mse', 'tangent_norm']
   """
-  if any(not 0 < end < np.pi / 2 for end in segment_boundaries):
-    raise ValueError(
-      f"segment_boundaries={tuple(segment_boundaries)}: must be times in (0, pi/2)"
-    )
   ends = np.asarray([0.0, *sorted(segment_boundaries)], np.float32)
 
   def time_sampler(key: PRNGKey, batch: int) -> Times:

@@ -5,6 +5,8 @@ grid of N noise levels. The finite difference converges to the tangent as N grow
 adjacent levels are equal in float32.
 """
 
+from typing import Annotated
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,10 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.fields import Positive, Range
 from sdiff_jax.losses import _tangent, _velocity
 from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions, Times
-from sdiff_jax.losses._velocity import TeacherFn
+from sdiff_jax.losses._velocity import TeacherFn, Velocity
 from sdiff_jax.types import Array, Cond, LossFn, NetFn, Network, PRNGKey
 
 
@@ -80,10 +83,10 @@ def tangent(
 def build(
   *,
   network: Network,
-  sigma_d: float,
+  sigma_d: Positive,
   teacher: TeacherFn | None = None,
-  n: int = 1024,
-  velocity: str = "teacher",
+  n: Annotated[int, Range(2, 1_000_000)] = 1024,
+  velocity: Velocity = "teacher",
   options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns the loss of `scm` with the finite difference of this file as its tangent.
@@ -116,8 +119,6 @@ def build(
     >>> value.shape, sorted(metrics)
     ((), ['mse', 'tangent_norm'])
   """
-  if n < 2:
-    raise ValueError(f"n={n}: a grid has at least 2 levels")
   grid = np.asarray(
     np.append(0.0, time_grids.karras_timesteps(n, sigma_d)[-2::-1]), np.float32
   )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sdiff_jax import registry
 from sdiff_jax.diffusion import guidance as cfg
 from sdiff_jax.diffusion import time_grids, trigflow
+from sdiff_jax.fields import LogMean, Positive
 from sdiff_jax.losses import _velocity, _weighting, scm
 from sdiff_jax.losses._tangent import DEFAULT_OPTIONS, ConsistencyOptions
 from sdiff_jax.losses._velocity import TeacherFn
@@ -43,13 +44,13 @@ def init_extra_params(params: Params) -> Params:
 def build(
   *,
   network: Network,
-  sigma_d: float,
+  sigma_d: Positive,
   teacher: TeacherFn,
   consistency: bool = True,
-  vsd_p_mean: float = 0.4,
-  vsd_p_std: float = 2.0,
-  fake_p_mean: float = -0.8,
-  fake_p_std: float = 1.6,
+  vsd_p_mean: LogMean = 0.4,
+  vsd_p_std: Positive = 2.0,
+  fake_p_mean: LogMean = -0.8,
+  fake_p_std: Positive = 1.6,
   options: ConsistencyOptions = DEFAULT_OPTIONS,
 ) -> LossFn:
   """Returns L_sCD + L_VSD + L_fake; each has gradients of its own network alone.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
+from sdiff_jax.fields import DType, Length, Positive, Range, Rate, Size
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 HALF = 0.5**0.5  # factor that keeps the variance of a sum of two terms
+
+Multiplier = Annotated[int, Range(1, 64)]
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
@@ -222,24 +226,27 @@ def build(
   *,
   shape: tuple[int, ...],
   cond: CondSpecs,
-  sigma_d: float,
-  process: str = "trigflow",
-  norm: str = "double",
-  embedding: str = "positional",
-  encoder: str = "standard",
-  decoder: str = "standard",
-  resample_filter: tuple[float, ...] = (1, 1),
-  channels: int = 128,
-  channel_mult: tuple[int, ...] = (2, 2, 2),
-  emb_mult: int = 4,
-  noise_mult: int = 1,
-  blocks: int = 4,
-  attn_resolutions: tuple[int, ...] = (16,),
-  augment: int = 0,
-  dropout: float = 0.0,
+  sigma_d: Positive,
+  process: common.Process = "trigflow",
+  norm: common.Norm = "double",
+  embedding: common.TimeEmbedding = "positional",
+  encoder: Literal["standard", "skip", "residual"] = "standard",
+  decoder: Literal["standard", "skip"] = "standard",
+  resample_filter: Annotated[tuple[float, ...], Range(-1e6, 1e6), Length(2, 64)] = (
+    1,
+    1,
+  ),
+  channels: Size = 128,
+  channel_mult: common.Multipliers = (2, 2, 2),
+  emb_mult: Multiplier = 4,
+  noise_mult: Multiplier = 1,
+  blocks: Annotated[int, Range(0, 1000)] = 4,
+  attn_resolutions: common.Heights = (16,),
+  augment: Annotated[int, Range(0, 65_536)] = 0,
+  dropout: Rate = 0.0,
   guidance: bool = False,
-  remat: str = "",
-  dtype: str = "float32",
+  remat: common.Remat = "",
+  dtype: DType = "float32",
 ) -> Network:
   """Returns the U-Net as a Network; the defaults are DDPM++ for CIFAR-10.
 
@@ -284,13 +291,6 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  common.check_choices(
-    process=(process, ("trigflow", "edm")),
-    norm=(norm, ("double", "single")),
-    embedding=(embedding, ("positional", "fourier")),
-    encoder=(encoder, ("standard", "skip", "residual")),
-    decoder=(decoder, ("standard", "skip")),
-  )
   factor = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % factor or shape[1] % factor:
     raise ValueError(
@@ -301,8 +301,10 @@ def build(
       f"channels={channels}: must be a multiple of 4, and of 32 where a "
       "resolution has more than 64 channels"
     )
-  if len(resample_filter) % 2:
-    raise ValueError(f"resample_filter={resample_filter}: must have an even length")
+  if len(resample_filter) % 2 or not sum(resample_filter):
+    raise ValueError(
+      f"resample_filter={resample_filter}: must have an even length and a sum other than 0"
+    )
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Unet(
     channels=channels,

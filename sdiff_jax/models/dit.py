@@ -1,10 +1,13 @@
 """Diffusion transformer with adaptive double normalization."""
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Choices, Depth, DType, Rate, Size
 from sdiff_jax.kernels.attention import IMPLS, attention
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers.conditioning import Conditions
@@ -146,16 +149,16 @@ def build(
   *,
   shape: tuple[int, ...],
   cond: CondSpecs,
-  patch: int = 2,
-  width: int = 384,
-  depth: int = 12,
-  heads: int = 6,
-  dropout: float = 0.0,
+  patch: Size = 2,
+  width: Size = 384,
+  depth: Depth = 12,
+  heads: Size = 6,
+  dropout: Rate = 0.0,
   guidance: bool = False,
-  remat: str = "",
-  unroll: int = 1,
-  dtype: str = "float32",
-  attention: str = "auto",
+  remat: common.Remat = "",
+  unroll: Depth = 1,
+  dtype: DType = "float32",
+  attention: Annotated[str, Choices(IMPLS)] = "auto",
 ) -> Network:
   """Returns the transformer as a Network (arXiv:2212.09748 with adaptive double norm).
 
@@ -190,8 +193,6 @@ def build(
     raise ValueError(f"patch={patch}: must divide height and width of {shape}")
   if width % heads or width % 4:
     raise ValueError(f"width={width}: must be a multiple of 4 and of heads={heads}")
-  if attention not in IMPLS:
-    raise ValueError(f"attention={attention!r}: use one of {', '.join(IMPLS)}")
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Dit(
     patch,

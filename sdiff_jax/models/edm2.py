@@ -1,9 +1,12 @@
 """EDM2's magnitude-preserving U-Net (arXiv:2312.02696, config G) for TrigFlow."""
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Choices, DType, Index, Positive, Range, Rate, Size
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers.conditioning import Conditions
@@ -118,22 +121,22 @@ def build(
   *,
   shape: tuple[int, ...],
   cond: CondSpecs,
-  sigma_d: float,
-  preset: str = "S",
-  channels: int = 0,
-  channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-  blocks: int = 3,
-  attn_resolutions: tuple[int, ...] = (16, 8),
-  head_channels: int = 64,
-  process: str = "trigflow",
-  embedding: str = "positional",
-  norm: str = "double",
-  dropout: float = 0.0,
-  dropout_resolution: int = 16,
-  clip: float = 256.0,
+  sigma_d: Positive,
+  preset: Annotated[str, Choices(PRESETS)] = "S",
+  channels: Annotated[int, Range(0, 65_536)] = 0,
+  channel_mult: common.Multipliers = (1, 2, 3, 4),
+  blocks: Annotated[int, Range(0, 1000)] = 3,
+  attn_resolutions: common.Heights = (16, 8),
+  head_channels: Size = 64,
+  process: common.Process = "trigflow",
+  embedding: common.TimeEmbedding = "positional",
+  norm: common.Norm = "double",
+  dropout: Rate = 0.0,
+  dropout_resolution: Index = 16,
+  clip: Positive = 256.0,
   guidance: bool = False,
-  remat: str = "",
-  dtype: str = "float32",
+  remat: common.Remat = "",
+  dtype: DType = "float32",
 ) -> Network:
   """Returns the U-Net as a Network: by default as sCM trains it (arXiv:2410.11081).
 
@@ -174,12 +177,6 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  common.check_choices(
-    preset=(preset, PRESETS),
-    process=(process, ("trigflow", "edm")),
-    embedding=(embedding, ("positional", "fourier")),
-    norm=(norm, ("double", "single")),
-  )
   channels = channels or PRESETS[preset]
   smallest = 2 ** (len(channel_mult) - 1)
   if len(shape) != 3 or shape[0] % smallest or shape[1] % smallest:

@@ -1,9 +1,12 @@
 """A residual MLP for small data, by default with the stabilized layers of sCM."""
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Depth, DType, Positive, Range, Rate, Size
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
@@ -82,17 +85,17 @@ def build(
   *,
   shape: tuple[int, ...],
   cond: CondSpecs,
-  sigma_d: float | None = None,
-  width: int = 256,
-  depth: int = 4,
-  embed: int = 64,
-  process: str = "trigflow",
-  embedding: str = "positional",
-  norm: str = "double",
-  dropout: float = 0.0,
+  sigma_d: Positive | None = None,
+  width: Size = 256,
+  depth: Depth = 4,
+  embed: Annotated[int, Range(2, 65_536)] = 64,
+  process: common.Process = "trigflow",
+  embedding: common.TimeEmbedding = "positional",
+  norm: common.Norm = "double",
+  dropout: Rate = 0.0,
   guidance: bool = False,
-  unroll: int = 4,
-  dtype: str = "float32",
+  unroll: Depth = 4,
+  dtype: DType = "float32",
 ) -> Network:
   """Returns the MLP as a Network.
 
@@ -122,11 +125,6 @@ def build(
     >>> network.apply(params, jnp.ones((2, *(2,))), jnp.ones(2), None).shape
     (2, 2)
   """
-  common.check_choices(
-    process=(process, ("trigflow", "edm")),
-    embedding=(embedding, ("positional", "fourier")),
-    norm=(norm, NORMS),
-  )
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Mlp(
     width=width,

@@ -4,6 +4,7 @@ The names of the parameters are those of its files.
 """
 
 import functools
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import noise_schedules
+from sdiff_jax.fields import DType, Length, Positive, Range, Size
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.models.layers.normalization import GroupNorm
@@ -148,15 +150,19 @@ def _double(features: int, dtype: jnp.dtype, **options: object) -> nn.ConvTransp
 def build(
   *,
   shape: tuple[int, ...],
-  sigma_d: float,
+  sigma_d: Positive,
   cond: CondSpecs,
-  channels: tuple[int, ...] = (256, 512, 1024),
-  embed: int = 256,
-  kernel: int = 5,
-  groups: int = 8,
+  channels: Annotated[tuple[int, ...], Range(1, 65_536), Length(1, 8)] = (
+    256,
+    512,
+    1024,
+  ),
+  embed: Annotated[int, Range(4, 65_536)] = 256,
+  kernel: Annotated[int, Range(1, 1001)] = 5,
+  groups: Size = 8,
   scale: bool = True,
-  process: str = "trigflow",
-  dtype: str = "float32",
+  process: Literal["trigflow", "ddpm"] = "trigflow",
+  dtype: DType = "float32",
 ) -> Network:
   """Returns the U-Net as a Network.
 
@@ -184,8 +190,6 @@ def build(
     >>> sorted(params)
     ['logvar', 'net']
   """
-  if process not in ("trigflow", "ddpm"):
-    raise ValueError(f"process={process!r}: use 'trigflow' or 'ddpm'")
   net = linen.as_network(
     module(shape, cond, channels, embed, kernel, groups, scale, dtype),
     shape=shape,

@@ -6,12 +6,14 @@ has changed by no more than the tolerance. With tolerance 0 the result is that o
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Choices, Index, Range
 from sdiff_jax.samplers import _sliding_window
 from sdiff_jax.samplers._ring_buffer import RingBuffer
 from sdiff_jax.samplers._samples import Callback, Samples
@@ -26,27 +28,6 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json, PRNGKey
 ULPS = 4  # changes of so many units in the last place count as none
 
 
-def check(tolerance: float | Array, update_rule: str) -> None:
-  """Checks a tolerance and an update rule.
-
-  Args:
-    tolerance: see `run`.
-    update_rule: see `run`.
-
-  Raises:
-    ValueError: a negative or infinite tolerance, or an unknown rule.
-
-  Example:
-    >>> check(0.1, "secant")
-  """
-  if isinstance(tolerance, float | int) and not 0 <= tolerance < float("inf"):
-    raise ValueError(f"tolerance={tolerance}: must be 0 or more, and finite")
-  if update_rule not in UPDATE_RULES:
-    raise ValueError(
-      f"update_rule={update_rule!r}: must be one of {', '.join(UPDATE_RULES)}"
-    )
-
-
 def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str, Json]:
   """Returns the options of `run` if they fit a solver; a window of 0 is unset.
 
@@ -59,7 +40,6 @@ def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str,
   """
   if options["window"]:
     _sliding_window.check_window(tableau, options["window"])
-  check(options["tolerance"], options["update_rule"])
   return options
 
 
@@ -73,10 +53,10 @@ def run(
   keys: PRNGKey,
   cond: Cond,
   *,
-  window: int = 0,
-  tolerance: float | Array = 0.1,
-  update_rule: str = "secant",
-  max_iterations: int = 0,
+  window: Index = 0,
+  tolerance: Annotated[float | Array, Range(0)] = 0.1,
+  update_rule: Annotated[str, Choices(lambda: UPDATE_RULES)] = "secant",
+  max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
 ) -> Samples:
@@ -113,7 +93,6 @@ def run(
     >>> bool((run(denoise, tableau, x, keys, None, window=8).num_iterations < 8).all())
     True
   """
-  check(tolerance, update_rule)
   ring, published = RingBuffer(window, sharding), update_rule == "published"
   unit = jnp.asarray(_unit(tableau, published), x.dtype)
   noise_std = jnp.asarray(np.append(tableau.scale, 0.0), x.dtype)

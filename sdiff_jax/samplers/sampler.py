@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sdiff_jax import fields
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.distributed import sharding as sharding_lib
 from sdiff_jax.samplers import _names, sequential, solvers
@@ -239,6 +240,7 @@ def from_tableau(name: str, tableau: SolverTableau, **options: Json) -> Sampler:
   for option, value in options.items():
     if option not in parameters.keys() - _names.RUNTIME_ONLY:
       _names.refuse(name, option, value)
+  fields.check_all(options, fields.arguments(piece.build))
   defaults = {k: v for k, v in parameters.items() if k not in _names.RUNTIME_ONLY}
   complete = defaults | options
   if "check" in piece.facts:

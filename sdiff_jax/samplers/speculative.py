@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from sdiff_jax import registry
+from sdiff_jax.fields import Index
 from sdiff_jax.samplers import _sliding_window
 from sdiff_jax.samplers._ring_buffer import RingBuffer, wide
 from sdiff_jax.samplers._samples import Callback, Samples
@@ -70,8 +71,8 @@ def run(
   keys: PRNGKey,
   cond: Cond,
   *,
-  window: int = 0,
-  max_iterations: int = 0,
+  window: Index = 0,
+  max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
 ) -> Samples:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdiff_jax import samplers
 from sdiff_jax.contrib import parareal
 from sdiff_jax.samplers import _gaussian_mixture, sequential, solvers
 
@@ -98,9 +99,9 @@ def test_a_better_coarse_solver_needs_fewer_sweeps():
 def test_refusals():
   table = solvers.build(sigma_d=0.5, name="ddpm", steps=9)
   with pytest.raises(ValueError, match="^name: parareal needs a solver without noise"):
-    parareal.check(table, 0.1)
+    parareal.check(table)
   with pytest.raises(ValueError, match="^tolerance=nan"):
-    parareal.check(solvers.build(sigma_d=0.5, name="ddim", steps=9), float("nan"))
+    samplers.build("srdsddim", sigma_d=0.5, steps=9, tolerance=float("nan"))
   with pytest.raises(ValueError, match="^window=8: 10 solver steps .* use 3"):
     parareal.boundaries(10, 8)
   other = coarser("ddim", 6, steps=33)

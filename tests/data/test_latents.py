@@ -148,7 +148,7 @@ def test_missing_and_damaged_files_are_named(folder):
   for empty in ("", str(folder / "none")):
     with pytest.raises(ValueError, match=f"dir='{empty}': has no latents.json; name a"):
       latents.build(dir=empty)
-  with pytest.raises(ValueError, match="scale='sd': use one of scm, edm2"):
+  with pytest.raises(ValueError, match="scale='sd': must be one of scm, edm2"):
     latents.build(dir=str(folder), scale="sd")
   path = pathlib.Path(latents.paths(str(folder), {"size": 7, "shard_size": 4})[1])
   path.write_bytes(path.read_bytes()[:-300])

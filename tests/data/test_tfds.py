@@ -175,8 +175,8 @@ def test_fields_that_do_not_fit_are_refused(prepared, tmp_path):
 
   refuses("split='valid': use one of .*train", split="valid")
   refuses(r"split='train\[:0\]': use one of", split="train[:0]")
-  refuses("image_size=-8: must not be negative", image_size=-8)
-  refuses(r"std=\(0.0,\): must be above 0", std=(0.0,))
+  refuses("image_size=-8: must be from 0 to 8192", image_size=-8)
+  refuses(r"std=\(0.0,\): must be .*above 0", std=(0.0,))
   empty = {"train": [np.zeros((8, 8, 3), np.uint8)]}
   prepare(tmp_path, empty, {"id": np.int64})
   refuses("has no gray or RGB feature `image`, only id", dir=tmp_path)

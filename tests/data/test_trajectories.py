@@ -401,8 +401,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
   [
     ({"horizon": 80}, "horizon=80: no episode .* the longest has 35"),
     ({"horizon": 1}, "horizon=1: must hold n_obs_steps=2"),
-    ({"std": -1.0}, "std=-1.0: must be above 0"),
-    ({"action_range": "best"}, "action_range='best': use one of range, percentile"),
+    ({"std": -1.0}, "std=-1.0: must be at least 0"),
+    ({"action_range": "best"}, "action_range='best': must be one of range, percentile"),
   ],
 )
 def test_fields_that_do_not_fit_are_refused(npz, fields, message):

@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import re
 
-from sdiff_jax import defaults
+from sdiff_jax import renamed
 
 TEXT = (pathlib.Path(__file__).parents[2] / "CHANGELOG.md").read_text("utf-8")
 
@@ -18,7 +18,7 @@ def table(title: str) -> list[tuple[str, str]]:
 
 def test_every_renamed_field_is_listed():
   fields = {old: new.split("`")[1] for old, new in table("Config fields")}
-  assert fields == {old: field.name for old, field in defaults.RENAMED.items()}
+  assert fields == {old: field.name for old, field in renamed.RENAMED.items()}
 
 
 def test_the_new_modules_exist():

@@ -100,7 +100,11 @@ def test_work_directories_of_earlier_versions_read_well(teacher, tmp_path):
       {"init_from": "nowhere"},
       "config.init_from=nowhere: no run",
     ),
-    ({"velocity": "both"}, {}, r"config\.loss\.velocity='both': must be 'teacher'"),
+    (
+      {"velocity": "both"},
+      {},
+      r"config\.loss\.velocity='both': must be one of teacher, data",
+    ),
     (
       {"velocity": "data"},
       {"optim.name": "sgd"},

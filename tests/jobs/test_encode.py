@@ -110,13 +110,19 @@ def test_grey_images(tmp_path):
     ({"vae": ""}, "config.vae is empty: name the folder of an autoencoder"),
     ({"vae": "/none"}, "/none: no such folder"),
     ({"vae": str(SD2 / "unet")}, "unet: holds no AutoencoderKL"),
-    ({"encode__scale": "sd"}, "config.encode.scale='sd': use one of scm, edm2"),
+    ({"encode__scale": "sd"}, "config.encode.scale='sd': must be one of scm, edm2"),
     ({"encode__batch_size": 9}, "config.encode.batch_size=9: does not divide over 8"),
   ],
 )
 def test_mistakes(tmp_path, fields, message):
+  c = settings(tmp_path, **fields)
+
+  def command() -> None:
+    configs.validate(c)
+    encode.run(c, str(tmp_path / "run"))
+
   with pytest.raises(UserError, match=message):
-    encode.run(settings(tmp_path, **fields), str(tmp_path / "run"))
+    command()
   assert not (tmp_path / "run").exists()
 
 

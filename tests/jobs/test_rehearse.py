@@ -15,7 +15,6 @@ import pytest
 from conftest import FIXTURES
 
 from sdiff_jax import config as config_lib
-from sdiff_jax import config as configs
 from sdiff_jax.capacity import cache, chips, lowering, report
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
@@ -51,10 +50,10 @@ def config_of_file(name):
 
 def config_of(teacher):
   """An sCD of one layer, whose data and teacher's run are not there."""
-  config = configs.base()
+  config = config_lib.base()
   config.model.update(width=16, depth=1)
-  config.data = configs.component("data", "latents", dir="nowhere")
-  config.loss = configs.component("losses", "scm", velocity="teacher")
+  config.data = config_lib.component("data", "latents", dir="nowhere")
+  config.loss = config_lib.component("losses", "scm", velocity="teacher")
   config.teacher.update(config=teacher, workdir="nowhere")
   config.rehearse.update(shape=(8, 8, 1), classes=10)
   config.rehearse.topology = "v5e:2x4"
@@ -300,7 +299,7 @@ def test_config_files_of_published_models(name, millions):
       "v5e",
       "config.rehearse.topology='v5e': must be one such as v5e:1x1",
     ),
-    ("rehearse.program", "train it", "'train it': must be train or sample"),
+    ("rehearse.program", "train it", "'train it': must be one of train, sample"),
     ("train.batch_size", 12, "does not divide over 8 devices"),
     ("mesh.fsdp", 3, "the product must be 8, the number of devices"),
     ("teacher.config", "nofile.py:S", "no such file, and no run there"),
@@ -309,8 +308,13 @@ def test_config_files_of_published_models(name, millions):
 def test_refusals(field, value, words, tmp_path, teacher):
   config = config_of(teacher)
   config.update_from_flattened_dict({field: value})
-  with pytest.raises(UserError, match=re.escape(words)):
+
+  def command() -> None:
+    config_lib.validate(config)
     rehearse.run(config, str(tmp_path))
+
+  with pytest.raises(UserError, match=re.escape(words)):
+    command()
 
 
 @pytest.mark.skipif(

@@ -174,7 +174,7 @@ def test_the_grid_doubles_up_to_its_last():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"levels": (20, 10)}, r"^levels=\(20, 10\): must be two"),
+    ({"levels": (20, 10)}, r"^levels=\(20, 10\): must not decrease"),
     ({"double_every": 0}, r"^double_every=0: must be at least 1"),
     ({"velocity": "both"}, r"^velocity='both': must be"),
   ],

@@ -90,5 +90,5 @@ def test_levels_are_drawn_with_the_mass_of_their_cells(monkeypatch):
 
 
 def test_a_grid_of_one_level_is_refused():
-  with pytest.raises(ValueError, match=r"^n=1: a grid has at least 2"):
+  with pytest.raises(ValueError, match=r"^n=1: must be from 2 to 1000000"):
     scm_discrete.build(network=None, teacher=None, sigma_d=0.5, n=1)

@@ -108,6 +108,6 @@ def test_each_angle_gets_the_lower_end_of_its_segment(monkeypatch):
 
 def test_an_end_outside_is_refused():
   with pytest.raises(
-    ValueError, match=r"^segment_boundaries=\(1\.6,\): must be times in"
+    ValueError, match=r"^segment_boundaries=\(1\.6,\): must be a tuple of numbers, each"
   ):
     scm.build(network=None, teacher=None, sigma_d=0.5, segment_boundaries=(1.6,))

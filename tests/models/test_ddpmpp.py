@@ -267,8 +267,8 @@ def test_what_does_not_fit_is_listed(fixture):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"process": "vp"}, r"process='vp': use one of trigflow, edm"),
-    ({"norm": "scale"}, r"norm='scale': use one of double"),
+    ({"process": "vp"}, r"process='vp': must be one of trigflow, edm"),
+    ({"norm": "scale"}, r"norm='scale': must be one of double"),
     ({"encoder": "none"}, r"encoder='none'"),
     ({"channels": 6}, r"channels=6: must be a multiple of 4"),
     ({"channels": 48}, r"channels=48: must be a multiple of 4, and of 32"),

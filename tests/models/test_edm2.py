@@ -275,13 +275,13 @@ def test_published_sizes(preset, published, counted, double):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"preset": "XXS"}, r"preset='XXS': use one of XS, S, M, L, XL, XXL"),
-    ({"process": "vp"}, r"process='vp': use one of trigflow, edm"),
+    ({"preset": "XXS"}, r"preset='XXS': must be one of XS, S, M, L, XL, XXL"),
+    ({"process": "vp"}, r"process='vp': must be one of trigflow, edm"),
     (
       {"embedding": "rope"},
-      r"embedding='rope': use one of positional, fourier",
+      r"embedding='rope': must be one of positional, fourier",
     ),
-    ({"norm": "layer"}, r"norm='layer': use one of double, single"),
+    ({"norm": "layer"}, r"norm='layer': must be one of double, single"),
     ({"shape": (8, 9, 1)}, r"channel_mult=\(1, 2\): 2 must divide .* of \(8, 9, 1\)"),
     ({"shape": (8, 8)}, r"channel_mult=\(1, 2\): 2 must divide"),
     ({"channels": 25}, r"channels=25: 25 must be even"),

@@ -388,7 +388,7 @@ def test_positions_differ():
     ({"shape": (4, 4)}, r"patch=2: must divide height and width"),
     ({"width": 18, "heads": 3}, r"width=18: must be a multiple of 4"),
     ({"width": 16, "heads": 3}, r"width=16: .* heads=3"),
-    ({"attention": "flash"}, r"attention='flash': use one of auto, plain"),
+    ({"attention": "flash"}, r"attention='flash': must be one of auto, plain"),
   ],
 )
 def test_sizes_that_do_not_divide(options, message):
@@ -510,9 +510,9 @@ def test_the_mlp_of_edms_time():
 @pytest.mark.parametrize(
   ("options", "known"),
   [
-    ({"process": "vp"}, "process='vp': use one of trigflow, edm"),
-    ({"embedding": "rope"}, "embedding='rope': use one of positional, fourier"),
-    ({"norm": "scale"}, "norm='scale': use one of double, single"),
+    ({"process": "vp"}, "process='vp': must be one of trigflow, edm"),
+    ({"embedding": "rope"}, "embedding='rope': must be one of positional, fourier"),
+    ({"norm": "scale"}, "norm='scale': must be one of double, single"),
   ],
 )
 def test_unknown_names_of_the_mlp(options, known):
@@ -537,5 +537,5 @@ def test_wide_keeps_what_is_wide():
   "name", [name for name in CASES if "remat" in registry.fields("models", name)]
 )
 def test_an_unknown_way_to_recompute_is_refused_at_once(name):
-  with pytest.raises(ValueError, match="remat='half': use 'dots', 'full' or ''"):
+  with pytest.raises(ValueError, match="remat='half': must be one of '', dots, full"):
     build(name, remat="half")

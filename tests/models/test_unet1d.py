@@ -217,7 +217,7 @@ def test_files_that_do_not_fit(peer):
     ({"channels": (16, 20)}, "groups=8: must divide channels=.16, 20"),
     ({"channels": (12, 24), "groups": 4}, "and 8 must divide the first of them"),
     ({"kernel": 4}, "kernel=4, embed=256: must be odd and even"),
-    ({"process": "vp"}, "process='vp': use 'trigflow' or 'ddpm'"),
+    ({"process": "vp"}, "process='vp': must be one of trigflow, ddpm"),
   ],
 )
 def test_sizes_that_do_not_fit(fields, message):

@@ -264,8 +264,8 @@ def test_counts_are_possible(window, tolerance, rule, name):
   [
     ({"window": 0}, "^window=0: must be in 1 to 5"),
     ({"window": 6}, "^window=6: must be in 1 to 5"),
-    ({"tolerance": -1.0}, r"^tolerance=-1\.0: must be 0 or more"),
-    ({"tolerance": float("nan")}, "^tolerance=nan: must be 0 or more"),
+    ({"tolerance": -1.0}, r"^tolerance=-1\.0: must be at least 0"),
+    ({"tolerance": float("nan")}, "^tolerance=nan: must be at least 0"),
     (
       {"update_rule": "newton"},
       "^update_rule='newton': must be one of published, picard",

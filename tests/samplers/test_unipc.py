@@ -54,7 +54,7 @@ def test_the_peer(name):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("variant", unipc.VARIANTS)
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize(("order", "observed"), [(1, 2), (2, 3), (3, 3)])
 def test_order_of_convergence(kind, variant, order, observed):
   """The corrector raises the order by one; the first steps bound it by 3."""
@@ -79,5 +79,5 @@ def test_it_agrees_with_ddim_where_d_is_constant(kind):
 
 
 def test_mistakes_are_refused():
-  with pytest.raises(ValueError, match="^order=4: must be 1, 2 or 3"):
+  with pytest.raises(ValueError, match="^order=4: must be from 1 to 3"):
     unipc.unipc(SCHEDULES["edm"](4), 4)

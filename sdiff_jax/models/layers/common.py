@@ -1,8 +1,8 @@
 """Layers that the networks share."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.distributed import sharding
+from sdiff_jax.fields import Length, Range
 from sdiff_jax.kernels import _online_softmax
 from sdiff_jax.types import Array
 
@@ -24,44 +25,32 @@ KEEPS = {
 }
 
 
+# Fields that networks share.
+Remat = Literal["", "dots", "full"]
+Process = Literal["trigflow", "edm"]
+TimeEmbedding = Literal["positional", "fourier"]
+Norm = Literal["double", "single"]
+Multipliers = Annotated[tuple[int, ...], Range(1, 64), Length(1, 8)]
+Heights = Annotated[tuple[int, ...], Range(1), Length(0, 16)]
+
+
 def to_accumulation_dtype(x: Array) -> Array:
   """Returns x in the dtype in which sums and statistics of it are computed."""
   return x.astype(_online_softmax.accumulation_dtype(x.dtype))
 
 
-def check_choices(**arguments: tuple[str, Iterable[str]]) -> None:
-  """Checks that arguments have one of their possible values.
-
-  Args:
-    **arguments: name of the argument -> its value and the possible ones.
-
-  Raises:
-    ValueError: a value is none of them.
-
-  Example:
-    >>> check_choices(norm=("double", ("double", "single")))
-  """
-  for name, (value, choices) in arguments.items():
-    if value not in choices:
-      raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
-
-
 def remat(
-  block: type[nn.Module], how: str, *, in_loop: bool = False
+  block: type[nn.Module], how: Remat, *, in_loop: bool = False
 ) -> type[nn.Module]:
   """Returns the block with rematerialization in its backward pass.
 
   Args:
     block: a Linen module.
-    how: "", "dots" or "full", see KEEPS; results do not depend on it.
+    how: key of KEEPS; results do not depend on it.
     in_loop: whether the block is the body of a scan, for which XLA cannot undo
       rematerialization.
 
-  Raises:
-    ValueError: an unknown policy.
   """
-  if how not in KEEPS:
-    raise ValueError(f"remat={how!r}: use 'dots', 'full' or '' for none")
   if not how:
     return block
   return nn.remat(block, policy=KEEPS[how], prevent_cse=not in_loop)

@@ -9,15 +9,19 @@ kind "samplers.solvers", with its default timesteps:
 Its further arguments, all with defaults, are its options.
 """
 
-from sdiff_jax import registry
+from typing import Annotated
+
+from sdiff_jax import fields, registry
 from sdiff_jax.diffusion import noise_schedules, time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.fields import NotNegative, Positive, Range, Timesteps
 from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Json
 
 __all__ = ["build", "from_schedule", "names", "options"]
 
 KIND = "samplers.solvers"
+Steps = Annotated[int, Range(1, 100_000)]
 
 
 def names() -> list[str]:
@@ -81,13 +85,14 @@ def from_schedule(name: str, schedule: NoiseSchedule, **given: Json) -> SolverTa
   return piece.build(schedule, **given)
 
 
+@fields.checked
 def build(
   *,
-  sigma_d: float,
+  sigma_d: Positive,
   name: str,
-  steps: int,
-  timesteps: tuple[float, ...] = (),
-  temperature: float = 1.0,
+  steps: Steps,
+  timesteps: Timesteps = (),
+  temperature: NotNegative = 1.0,
   **given: Json,
 ) -> SolverTableau:
   """Returns the tableau of a solver on the TrigFlow process.
@@ -111,11 +116,7 @@ def build(
     >>> tableau.evaluations
     7
   """
-  if not 0 <= temperature < float("inf"):
-    raise ValueError(f"temperature={temperature}: must be 0 or more, and finite")
   grid = _lookup(name).facts["timesteps"]
-  if steps < 1:
-    raise ValueError(f"steps={steps}: must be at least 1")
   t = time_grids.from_list(timesteps) if timesteps else grid(steps, sigma_d)
   schedule = noise_schedules.trigflow(t, sigma_d)
   return from_schedule(name, schedule, **given).scaled(temperature)

@@ -5,12 +5,13 @@ import numpy as np
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.fields import Fraction
 from sdiff_jax.samplers import tableau
 from sdiff_jax.samplers.tableau import SolverStep, SolverTableau
 
 
 @registry.register("samplers.solvers", "ddim", timesteps=time_grids.uniform_timesteps)
-def ddim(schedule: NoiseSchedule, eta: float = 0.0) -> SolverTableau:
+def ddim(schedule: NoiseSchedule, eta: Fraction = 0.0) -> SolverTableau:
   """x' = alpha' d + (sigma'^2 - s^2)^(1/2) (x - alpha d) / sigma + s z.
 
   s^2 = eta^2 sigma'^2 (1 - (alpha sigma' / (alpha' sigma))^2) (arXiv:2010.02502, eq.
@@ -29,8 +30,6 @@ def ddim(schedule: NoiseSchedule, eta: float = 0.0) -> SolverTableau:
     >>> ddim(noise_schedules.edm(np.array([2.0, 1.0, 0.0]))).denoised_coef[:, 0]
     array([0.5, 1. ])
   """
-  if not 0 <= eta <= 1:
-    raise ValueError(f"eta={eta}: must be in [0, 1]")
   s = eta * tableau.posterior_std(schedule)
   a = (schedule.sigma_next**2 - s**2) ** 0.5 / schedule.sigma
   b = schedule.alpha_next - schedule.alpha * a

@@ -1,10 +1,13 @@
 """EDM's stochastic sampler: Heun's method with churn."""
 
+from typing import Annotated
+
 import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.fields import NotNegative, Range
 from sdiff_jax.samplers.solvers import heun
 from sdiff_jax.samplers.tableau import SolverTableau
 
@@ -14,10 +17,10 @@ from sdiff_jax.samplers.tableau import SolverTableau
 )
 def edm_stochastic(
   schedule: NoiseSchedule,
-  s_churn: float = 40.0,
-  s_tmin: float = 0.05,
-  s_tmax: float = 50.0,
-  s_noise: float = 1.003,
+  s_churn: NotNegative = 40.0,
+  s_tmin: NotNegative = 0.05,
+  s_tmax: Annotated[float, Range(0, finite=False)] = 50.0,
+  s_noise: NotNegative = 1.003,
 ) -> SolverTableau:
   """Stochastic sampling of EDM (arXiv:2206.00364, algorithm 2).
 
@@ -33,7 +36,7 @@ def edm_stochastic(
     s_noise: factor of the standard deviation of the added noise.
 
   Raises:
-    ValueError: a negative argument, or a noise level that starts too high.
+    ValueError: a noise level that starts too high.
 
   Example:
     >>> from sdiff_jax.diffusion import noise_schedules
@@ -41,14 +44,6 @@ def edm_stochastic(
     >>> edm_stochastic(schedule, s_churn=0.5, s_noise=1.0).noise_before
     array([1.5 , 0.  , 0.75])
   """
-  for name, value in (
-    ("s_churn", s_churn),
-    ("s_tmin", s_tmin),
-    ("s_tmax", s_tmax),
-    ("s_noise", s_noise),
-  ):
-    if not value >= 0:
-      raise ValueError(f"{name}={value}: must be 0 or more")
   noise = schedule.sigma / schedule.alpha
   inside = (s_tmin <= noise) & (noise <= s_tmax)
   gamma = min(s_churn / len(noise), 2**0.5 - 1)

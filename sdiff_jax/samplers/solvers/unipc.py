@@ -13,19 +13,22 @@ The second line expresses the corrected state by the predicted one, so the recur
 the predicted states needs one state and order + 1 denoised values.
 """
 
+from typing import Annotated, Literal
+
 import numpy as np
 
-from sdiff_jax import registry
+from sdiff_jax import fields, registry
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.fields import Range
 from sdiff_jax.samplers import tableau
 from sdiff_jax.samplers.tableau import SolverStep, SolverTableau
 
-VARIANTS = ("bh1", "bh2")
+Variant = Literal["bh1", "bh2"]
 
 
 @registry.register("samplers.solvers", "unipc2", timesteps=time_grids.karras_timesteps)
-def unipc2(schedule: NoiseSchedule, variant: str = "bh2") -> SolverTableau:
+def unipc2(schedule: NoiseSchedule, variant: Variant = "bh2") -> SolverTableau:
   """UniPC of order 2 (see `unipc`).
 
   Args:
@@ -36,7 +39,7 @@ def unipc2(schedule: NoiseSchedule, variant: str = "bh2") -> SolverTableau:
 
 
 @registry.register("samplers.solvers", "unipc3", timesteps=time_grids.karras_timesteps)
-def unipc3(schedule: NoiseSchedule, variant: str = "bh2") -> SolverTableau:
+def unipc3(schedule: NoiseSchedule, variant: Variant = "bh2") -> SolverTableau:
   """UniPC of order 3 (see `unipc`).
 
   Args:
@@ -46,11 +49,12 @@ def unipc3(schedule: NoiseSchedule, variant: str = "bh2") -> SolverTableau:
   return unipc(schedule, 3, variant=variant)
 
 
+@fields.checked
 def unipc(
   schedule: NoiseSchedule,
-  order: int = 2,
+  order: Annotated[int, Range(1, 3)] = 2,
   *,
-  variant: str = "bh2",
+  variant: Variant = "bh2",
   lower_order_final: bool = True,
 ) -> SolverTableau:
   """UniPC in x0, as diffusers' UniPCMultistepScheduler runs it.
@@ -74,10 +78,6 @@ def unipc(
     >>> unipc(schedule, order=3).denoised_coef.shape
     (8, 4)
   """
-  if order not in (1, 2, 3):
-    raise ValueError(f"order={order}: must be 1, 2 or 3")
-  if variant not in VARIANTS:
-    raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
   with np.errstate(divide="ignore"):
     log_snr = np.log(schedule.alpha) - np.log(schedule.sigma)
     log_snr_end = np.log(schedule.alpha_next[-1]) - np.log(schedule.sigma_next[-1])
