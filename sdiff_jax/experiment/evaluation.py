@@ -119,8 +119,8 @@ def real(config: ml_collections.ConfigDict) -> Dataset | None:
   path = config.evaluate.reference
   if path:
     return npz.build(path=path) if path.endswith(".npz") and _images(path) else None
-  section = config.reference if config.reference.name else config.data
-  source = registry.build("data", section.to_dict())
+  name = "reference" if config.reference.name else "data"
+  source = registry.build("data", config[name].to_dict(), f"config.{name}")
   experiments.check_images(source)
   return source
 

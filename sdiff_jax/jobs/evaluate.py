@@ -123,15 +123,18 @@ def _evaluate_images(
       "clip=DIR"
     )
   real = evaluation.real(config) if section.features else None
-  if path.endswith(".npz"):
-    dataset = npz.build(path=path)
-  else:
-    side, channels = (*real.shape[1:],) if real else (folder_lib.side(path), 3)
-    dataset = folder_lib.build(dir=path, image_size=side, channels=channels)
-  prompts = evaluation.prompts_of(path) if section.clip else None
+  try:
+    if path.endswith(".npz"):
+      dataset = npz.build(path=path)
+    else:
+      side, channels = (*real.shape[1:],) if real else (folder_lib.side(path), 3)
+      dataset = folder_lib.build(dir=path, image_size=side, channels=channels)
+    prompts = evaluation.prompts_of(path) if section.clip else None
+  except ValueError as error:
+    raise UserError(f"config.evaluate.images={path}: {error}") from error
   measure = evaluation.metric_fn(config, mesh, real, dataset.shape, prompts)
   batches = evaluation.dataset_batches(dataset, mesh, section.batch_size)
-  settings = {"images": os.path.abspath(path), "evaluate": section.to_dict()}
+  settings = {"images": dataset.digest().hex(), "evaluate": section.to_dict()}
   state = evaluation.snapshot(os.path.join(folder, PARTIAL), settings, mesh)
   metrics = measure(batches, dataset.size, state.arrays, state.save)
   return _row(os.path.basename(path), "given images", metrics, dataset.size)

@@ -49,6 +49,8 @@ def load(names: str) -> list[FeatureNetwork]:
     name, separator, path = word.partition(":")
     if not separator and name not in registry.names("metrics.features"):
       name, path = DEFAULT, word
+    if separator and not path:
+      raise ValueError(f"features={names!r}: name a file after {name}:")
     networks.append(registry.lookup("metrics.features", name).build(path))
   metrics = [network.metric for network in networks if network.metric]
   if len({*metrics}) < len(metrics):

@@ -72,7 +72,7 @@ def read(path: str, metric: str) -> frechet.Statistics:
     reason = f"{type(error).__name__}: {bounded.short(error)}"
     raise UserError(f"{path}: is damaged, or has no statistics ({reason})") from error
   if pair is None:
-    names = bounded.short(", ".join(sorted(map(str, entries))))
+    names = bounded.short(", ".join(sorted(map(str, entries)))) or "nothing"
     raise UserError(f"{path}: no mu and sigma of {metric}: it has {names}")
   try:
     return checked(*pair)
@@ -95,8 +95,8 @@ def checked(mean: np.ndarray, cov: np.ndarray) -> frechet.Statistics:
   if mean.ndim != 1 or cov.shape != 2 * mean.shape or not mean.size:
     raise ValueError(f"mu {mean.shape} and sigma {cov.shape}: must be [D] and [D, D]")
   for name, x in (("mu", mean), ("sigma", cov)):
-    if x.dtype.kind != "f":
-      raise ValueError(f"{name} is {x.dtype}: must be real floats")
+    if x.dtype.kind != "f" or x.dtype.itemsize < 4:
+      raise ValueError(f"{name} is {x.dtype}: must be real floats of 32 or 64 bits")
     if not np.isfinite(x).all():
       raise ValueError(f"{name} is not finite; compute the statistics again")
   mean, cov = mean.astype(np.float64), cov.astype(np.float64)

@@ -177,6 +177,7 @@ MEAN = REAL.mean(0).astype(np.float64)
     (MEAN, COV.astype(complex), "sigma is complex128: must be real floats"),
     (MEAN, np.round(COV).astype(int), "sigma is int64: must be real floats"),
     (MEAN, np.full((5, 5), "text"), "sigma is <U4: must be real"),
+    (MEAN, COV.astype(np.float16), "sigma is float16: must be real floats of 32"),
     (np.zeros(5, int), COV, "mu is int64: must be real floats"),
     (MEAN, COV + np.triu(np.full((5, 5), 1e-2), 1), "sigma is not symmetric"),
     (MEAN, COV * np.nan, "sigma is not finite"),
