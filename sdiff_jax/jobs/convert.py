@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 
 import jax
 import ml_collections
@@ -15,7 +16,7 @@ from sdiff_jax.experiment import training
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,20 +54,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if config.data.name == "trajectories":
     config, experiment, params = _policy(config)
   else:
-    experiment = experiments.build(config)
-    like = jax.eval_shape(experiment.network.init, jax.random.key(0))
-    params = _params(config, like)
+    config, experiment, params = _network(config)
   training.save_initial(config, experiment, workdir, params)
   count = sum(x.size for x in jax.tree.leaves(params["net"]))
   return f"converted {count} parameters of {config.convert.file}: {workdir}"
 
 
-def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
-  """Returns the parameters that the file holds for the network of a config.
+def _network(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, experiments.Experiment, Params]:
+  """Returns config, experiment and parameters of a pretrained network.
 
-  Args:
-    config: of the run.
-    like: abstract parameters of its network.
+  Fields of the network that only the file tells are those of the file; those that it does
+  not tell are the config's, and are printed.
 
   Raises:
     UserError: no reader is registered for the network, or the file does not fit it.
@@ -78,15 +78,59 @@ def _params(config: ml_collections.ConfigDict, like: Params) -> Params:
       f"config.model.name={section['name']!r}: pretrained weights can be read for "
       f"{', '.join(readers)}"
     )
-  tensors = state_dict.read(file)
+  tensors, settings = state_dict.read_with_settings(file)
+  state_dict.check_finite(tensors, file)
+  config = _with_settings(config, settings)
+  section = config.model.to_dict()
+  experiment = experiments.build(config)
+  like = jax.eval_shape(experiment.network.init, jax.random.key(0))
   fields = registry.fields("pretrained", section["name"])
   section = {k: v for k, v in section.items() if k == "name" or k in fields}
   try:
-    return registry.build(
+    params = registry.build(
       "pretrained", section, label="config.model", tensors=tensors, like=like
     )
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
+  return config, experiment, params
+
+
+def _with_settings(
+  config: ml_collections.ConfigDict, settings: dict[str, Json]
+) -> ml_collections.ConfigDict:
+  """Returns the config with the settings that a file tells of its network.
+
+  Args:
+    config: of the run.
+    settings: numbers by their names in the file, such as "unet.label_balance".
+
+  Raises:
+    UserError: the config sets a field to another value than the file's.
+  """
+  config = config.copy_and_resolve_references()
+  name, file = config.model.name, config.convert.file
+  defaults, assumed = registry.fields("models", name), []
+  if (sigma_data := settings.get("sigma_data", config.sigma_d)) != config.sigma_d:
+    raise UserError(
+      f"config.sigma_d={config.sigma_d}: must be sigma_data={sigma_data} of {file}"
+    )
+  for field, find in registry.lookup("pretrained", name).facts["untold"].items():
+    told = find(settings)
+    if told is None:
+      assumed.append(f"{field}={config.model[field]}")
+    elif config.model[field] in (told, defaults[field]):
+      config.model[field] = told
+    else:
+      raise UserError(
+        f"config.model.{field}={config.model[field]}: must be {told}, which {file} tells"
+      )
+  if assumed and jax.process_index() == 0:
+    print(
+      f"{file}: assumed {', '.join(assumed)}, which the file does not tell; set "
+      "config.model to change them",
+      file=sys.stderr,
+    )
+  return config
 
 
 def _policy(
@@ -104,7 +148,10 @@ def _policy(
     policy = lerobot.load(path)
   else:
     policy = diffusion_policy.load(
-      path, horizon=config.data.horizon, n_action_steps=config.data.n_action_steps
+      path,
+      horizon=config.data.horizon,
+      n_action_steps=config.data.n_action_steps,
+      groups=config.model.get("groups", unet1d.GROUPS),
     )
   abar = unet1d.noise()
   if policy.schedule.kind != "eps" or not np.array_equal(policy.schedule.abar, abar):

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.fields import DType, Length, Positive, Range, Rate, Size
+from sdiff_jax.fields import DType, Positive, Range, Rate, Size
 from sdiff_jax.kernels.attention import attention
-from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.models.layers import common, conditioning, linen, resampling
+from sdiff_jax.models.layers.resampling import resample
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 HALF = 0.5**0.5  # factor that keeps the variance of a sum of two terms
@@ -23,41 +23,6 @@ xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros
 Dense = functools.partial(common.Dense, kernel_init=xavier)
 Conv = functools.partial(common.Conv, kernel_size=(3, 3), kernel_init=xavier)
-
-
-def resample(
-  x: Array, taps: tuple[float, ...], *, up: bool = False, pad: int | None = None
-) -> Array:
-  """Returns x with every channel filtered and its height and width doubled or halved.
-
-  Args:
-    x: images, [B, H, W, C].
-    taps: coefficients of the filter along one axis, an even number of them; they are
-      normalized to a sum of 1.
-    up: whether to double height and width instead of halving them.
-    pad: zeros around an image that is halved; None for as many as halve it exactly.
-
-  Returns:
-    [B, 2H, 2W, C] or [B, H/2, W/2, C].
-
-  Example:
-    >>> resample(jnp.ones((1, 4, 4, 3)), (1, 1)).shape
-    (1, 2, 2, 3)
-  """
-  width, channels = len(taps), x.shape[-1]
-  row = np.asarray(taps, np.float64) / np.sum(taps)
-  kernel = np.outer(row, row) * (4 if up else 1)
-  kernel = jnp.asarray(kernel, x.dtype)[:, :, None, None].repeat(channels, -1)
-  around = width // 2 if up else (width - 1) // 2 if pad is None else pad
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    window_strides=(1, 1) if up else (2, 2),
-    padding=[(around, around)] * 2,
-    lhs_dilation=(2, 2) if up else None,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=channels,
-  )
 
 
 def group_norm(x: Array) -> Array:
@@ -232,10 +197,7 @@ def build(
   embedding: common.TimeEmbedding = "positional",
   encoder: Literal["standard", "skip", "residual"] = "standard",
   decoder: Literal["standard", "skip"] = "standard",
-  resample_filter: Annotated[tuple[float, ...], Range(-1e6, 1e6), Length(2, 64)] = (
-    1,
-    1,
-  ),
+  resample_filter: resampling.Taps = (1, 1),
   channels: Size = 128,
   channel_mult: common.Multipliers = (2, 2, 2),
   emb_mult: Multiplier = 4,
@@ -301,10 +263,7 @@ def build(
       f"channels={channels}: must be a multiple of 4, and of 32 where a "
       "resolution has more than 64 channels"
     )
-  if len(resample_filter) % 2 or not sum(resample_filter):
-    raise ValueError(
-      f"resample_filter={resample_filter}: must have an even length and a sum other than 0"
-    )
+  resampling.check_filter(resample_filter)
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Unet(
     channels=channels,

@@ -6,8 +6,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sdiff_jax import registry
-from sdiff_jax.fields import Choices, DType, Index, Positive, Range, Rate, Size
-from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.fields import (
+  Choices,
+  DType,
+  Fraction,
+  Index,
+  NotNegative,
+  Positive,
+  Range,
+  Rate,
+  Size,
+)
+from sdiff_jax.models.layers import common, conditioning, linen, resampling
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.models.layers.edm2_blocks import Block
@@ -31,6 +41,13 @@ class UNet(nn.Module):
   dropout: float
   dropout_resolution: int
   clip: float
+  noise_features: int
+  emb_width: int
+  label_balance: float
+  concat_balance: float
+  res_balance: float
+  attn_balance: float
+  taps: tuple[float, ...]
   block: type[nn.Module]
   dtype: jnp.dtype
 
@@ -39,7 +56,12 @@ class UNet(nn.Module):
     sizes = [self.channels * m for m in self.channel_mult]
     height, out_channels = x.shape[1], x.shape[-1]
     embedding = conditioning.EDM2Embedding(
-      sizes[0], max(sizes), self.embedding, self.conditions, name="embedding"
+      self.noise_features,
+      self.emb_width,
+      self.embedding,
+      self.conditions,
+      self.label_balance,
+      name="embedding",
     )
     emb = embedding(t, cond)
 
@@ -57,6 +79,10 @@ class UNet(nn.Module):
         dropout=self.dropout if resolution <= self.dropout_resolution else 0.0,
         deterministic=deterministic,
         clip=self.clip,
+        res_balance=self.res_balance,
+        attn_balance=self.attn_balance,
+        concat_balance=self.concat_balance,
+        taps=self.taps,
         dtype=self.dtype,
         name=f"{part}_{level}_{name}",
       )
@@ -133,7 +159,15 @@ def build(
   norm: common.Norm = "double",
   dropout: Rate = 0.0,
   dropout_resolution: Index = 16,
-  clip: Positive = 256.0,
+  clip: NotNegative = 256.0,
+  noise_mult: Annotated[int, Range(0, 64)] = 0,
+  emb_mult: Annotated[int, Range(0, 64)] = 0,
+  label_balance: Fraction = 0.5,
+  concat_balance: Fraction = 0.5,
+  res_balance: Fraction = 0.3,
+  attn_balance: Fraction = 0.3,
+  resample_filter: resampling.Taps = (1, 1),
+  logvar_channels: Size = 128,
   guidance: bool = False,
   remat: common.Remat = "",
   dtype: DType = "float32",
@@ -160,7 +194,16 @@ def build(
     norm: "double" (adaptive double norm) or "single" (EDM2's own modulation).
     dropout: dropout rate inside the blocks.
     dropout_resolution: largest height (pixels) with dropout.
-    clip: bound on the magnitude of the output of a block.
+    clip: bound on the magnitude of the output of a block; 0 for none.
+    noise_mult: number of features of the time as a multiple of channels; 0 for that of
+      the highest resolution.
+    emb_mult: width of the embedding as a multiple of channels; 0 for the widest level.
+    label_balance: weight of the class beside the time, in [0, 1].
+    concat_balance: weight of a skip connection beside the main path, in [0, 1].
+    res_balance: weight of a residual branch beside the main path, in [0, 1].
+    attn_balance: weight of attention beside the main path, in [0, 1].
+    resample_filter: coefficients of the filter for resampling, along one axis.
+    logvar_channels: number of features of EDM2's log variance, for process="edm".
     guidance: whether the scale of classifier-free guidance is an input.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
@@ -189,27 +232,34 @@ def build(
         f"channels={channels}: {width} must be even and divide into heads of "
         f"about head_channels={head_channels}"
       )
+  balances = {"label_balance": label_balance, "concat_balance": concat_balance}
+  balances |= {"res_balance": res_balance, "attn_balance": attn_balance}
+  resampling.check_filter(resample_filter)
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = UNet(
-    channels,
-    tuple(channel_mult),
-    blocks,
-    tuple(attn_resolutions),
-    head_channels,
-    embedding,
-    conditions,
-    norm,
-    dropout,
-    dropout_resolution,
-    clip,
-    common.remat(Block, remat),
-    jnp.dtype(dtype),
+    channels=channels,
+    channel_mult=tuple(channel_mult),
+    blocks=blocks,
+    attn_resolutions=tuple(attn_resolutions),
+    head_channels=head_channels,
+    embedding=embedding,
+    conditions=conditions,
+    norm=norm,
+    dropout=dropout,
+    dropout_resolution=dropout_resolution,
+    clip=clip,
+    noise_features=channels * (noise_mult or channel_mult[0]),
+    emb_width=channels * (emb_mult or max(channel_mult)),
+    taps=tuple(resample_filter),
+    block=common.remat(Block, remat),
+    dtype=jnp.dtype(dtype),
+    **balances,
   )
   edm = process == "edm"
   net = linen.as_network(
     module,
     shape=shape,
     conditions=conditions,
-    head=LogVar() if edm else common.LogVar(),
+    head=LogVar(logvar_channels) if edm else common.LogVar(),
   )._replace(normalize=mp.normalize_weights)
   return linen.trigflow_from_edm(net, sigma_d) if edm else net

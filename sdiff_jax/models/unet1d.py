@@ -224,7 +224,7 @@ def module(
       f"channels={tuple(channels)}: {factor} must divide the steps of {shape}; "
       "samples must be chunks of actions (H, Da)"
     )
-  if any(c % groups for c in channels) or channels[0] % GROUPS:
+  if groups < 1 or any(c % groups for c in channels) or channels[0] % GROUPS:
     raise ValueError(
       f"groups={groups}: must divide channels={tuple(channels)}, and "
       f"{GROUPS} must divide the first of them"

@@ -1,5 +1,7 @@
 """Diffusion Policy's U-Net and policies (real-stanford/diffusion_policy)."""
 
+import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -54,7 +56,7 @@ class PretrainedPolicy(NamedTuple):
   n_action_steps: int
 
 
-@registry.register("pretrained", "unet1d")
+@registry.register("pretrained", "unet1d", untold={"groups": lambda settings: None})
 def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """Converts the state dict of a `ConditionalUnet1D` to parameters of `models.unet1d`.
 
@@ -72,7 +74,7 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """
   logvar = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
   net = state_dict.match_params(
-    unet_tensors(tensors), like["net"], networks.to_state_dict
+    unet_tensors(tensors), like["net"], networks.to_state_dict, finite=False
   )
   return {"net": net, "logvar": logvar}
 
@@ -145,21 +147,35 @@ def predictor(
 
 
 def load(
-  path: str, *, horizon: int = 16, n_action_steps: int = 8, dtype: str = "float32"
+  path: str,
+  *,
+  horizon: int = 16,
+  n_action_steps: int = 8,
+  groups: int = 8,
+  scheduler: Mapping[str, Json] | None = None,
+  dtype: str = "float32",
 ) -> PretrainedPolicy:
   """Reads a policy of low-dimensional observations.
 
+  The file does not tell horizon, n_action_steps, groups and scheduler; what they are
+  assumed to be is printed on stderr.
+
   Args:
     path: of a .safetensors, .npz or .pt file with the tensors `model.*` and
-      `normalizer.params_dict.*`, or `ema_model.*`, which are preferred. All sizes but
-      the two below follow from the shapes of the tensors.
+      `normalizer.params_dict.*`, or `ema_model.*`, which are preferred. All other sizes
+      follow from the shapes of the tensors.
     horizon: H, steps of a chunk of actions.
     n_action_steps: Ta, actions of a chunk that are executed.
+    groups: of the norms, `n_groups` of its constructor.
+    scheduler: fields of the noise scheduler, in place of those in `SCHEDULER`.
     dtype: of the hidden layers and of the weights.
 
   Raises:
     UserError: the file is missing or damaged, or does not hold such a policy.
+    ValueError: a field of the scheduler does not fit; the message starts with the field.
   """
+  fields_of_scheduler = SCHEDULER | dict(scheduler or {})
+  schedule = scheduler_lib.from_config(fields_of_scheduler)
   tensors = state_dict.read(path)
   affines = [_affine(path, tensors, name) for name in ("obs", "action")]
   unet = unet_tensors(tensors)
@@ -178,19 +194,26 @@ def load(
         f"{len(affines[0].centre)}"
       )
     fields = {"channels": tuple(channels), "embed": embed, "kernel": kernel}
-    fields |= {"groups": unet1d.GROUPS, "scale": len(film) == 2 * channels[0]}
+    fields |= {"groups": groups, "scale": len(film) == 2 * channels[0]}
     net = predictor(
       shape=(horizon, Da), cond=trajectories.observation_cond(Do), **fields, dtype=dtype
     )
   except (KeyError, ValueError) as error:
     raise UserError(f"{path}: is no U-Net of Diffusion Policy ({error})") from error
+  params = networks.load_state_dict(unet, net.init, dtype=dtype, path=path)
+  print(
+    f"{path}: assumed horizon={horizon}, n_action_steps={n_action_steps}, groups={groups}, "
+    f"and {len(schedule.abar)} timesteps of {fields_of_scheduler['_class_name']} with "
+    f"beta_schedule={fields_of_scheduler['beta_schedule']}, which the file does not tell",
+    file=sys.stderr,
+  )
   return PretrainedPolicy(
     fields=fields,
     network=net,
-    params=networks.load_state_dict(unet, net.init, dtype=dtype, path=path),
+    params=params,
     normalizer=Normalizer(*affines, n_obs_steps, (horizon, Da), std=1.0),
-    schedule=scheduler_lib.from_config(SCHEDULER),
-    num_steps=SCHEDULER["num_train_timesteps"],
+    schedule=schedule,
+    num_steps=len(schedule.abar),
     n_action_steps=n_action_steps,
   )
 

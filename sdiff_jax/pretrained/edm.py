@@ -8,7 +8,7 @@ from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import Params
 
 
-@registry.register("pretrained", "ddpmpp")
+@registry.register("pretrained", "ddpmpp", untold={})
 def from_state_dict(
   tensors: dict[str, np.ndarray],
   like: Params,
@@ -39,7 +39,8 @@ def from_state_dict(
       )
   rest = {k: v for k, v in tensors.items() if k not in filters}
   logvar = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
-  return {"net": state_dict.match_params(rest, like["net"], _name), "logvar": logvar}
+  net = state_dict.match_params(rest, like["net"], _name, finite=False)
+  return {"net": net, "logvar": logvar}
 
 
 def _name(keys: tuple[str, ...]) -> str:

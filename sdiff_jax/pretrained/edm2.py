@@ -1,12 +1,13 @@
 """Weights of EDM2's magnitude-preserving U-Net (NVlabs/edm2, arXiv:2312.02696)."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Params
+from sdiff_jax.types import Json, Params
 
 # Names of this package -> names of EDM2's files, replaced in this order.
 RENAMED = {
@@ -25,14 +26,52 @@ RENAMED = {
 }
 
 
-@registry.register("pretrained", "edm2")
+def _attribute(name: str) -> Callable[[dict[str, Json]], Json]:
+  return lambda settings: state_dict.setting(settings, name)
+
+
+def _clip(settings: dict[str, Json]) -> float | None:
+  """Returns the bound of the activations, 0 for none."""
+  if any(k.endswith(".clip_act") and v is None for k, v in settings.items()):
+    return 0.0
+  bound = state_dict.setting(settings, "clip_act")
+  return None if bound is None else float(bound)
+
+
+def _head_channels(settings: dict[str, Json]) -> int | None:
+  """Returns the channels of a head, from the number of heads of each block."""
+  sizes = []
+  for name, heads in settings.items():
+    channels = settings.get(name.removesuffix("num_heads") + "out_channels")
+    if name.endswith(".num_heads") and heads and channels:
+      sizes.append(channels // heads)
+  return min(sizes, default=None)
+
+
+# Fields of the network that its tensors do not tell -> what the attributes of a pickled
+# network tell, None for nothing.
+UNTOLD = {
+  **{
+    name: _attribute(name)
+    for name in (
+      *("label_balance", "concat_balance", "res_balance", "attn_balance"),
+      "resample_filter",
+    )
+  },
+  "clip": _clip,
+  "head_channels": _head_channels,
+}
+
+
+@registry.register("pretrained", "edm2", untold=UNTOLD)
 def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """Converts the state dict of EDM2's `Precond` to parameters of `models.edm2`.
 
   Args:
     tensors: by their PyTorch names, `unet.*` and `logvar_*`.
     like: abstract parameters of the network; `models.edm2.build` says which fields
-      make it one that EDM2 published.
+      make it one that EDM2 published. Tensors do not tell the fields in `UNTOLD`, which
+      must be those that the file was trained with.
 
   Returns:
     Parameters with the structure, shapes and types of `like`.
@@ -56,4 +95,4 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
 
     return re.sub(r"(enc|dec)_(\d+)_", side, path)
 
-  return state_dict.match_params(tensors, like, name_of)
+  return state_dict.match_params(tensors, like, name_of, finite=False)

@@ -95,6 +95,40 @@ def test_it_is_a_teacher(converted, files):
   assert jnp.std(frozen["net"]["dec_16x16_aux_conv"]["kernel"]) > 0
 
 
+def test_settings_of_a_file(files, capsys):
+  """Those that it tells are taken from it; others are printed, with their values."""
+  config = config_of(files)
+  config.model = configs.component("models", "edm2", process="edm", res_balance=0.4)
+  told = {"sigma_data": 0.5, "unet.label_balance": 0.2, "unet.x.res_balance": 0.4}
+  found = convert._with_settings(config, told)
+  assert (found.model.label_balance, found.model.res_balance) == (0.2, 0.4)
+  assert config.model.label_balance == 0.5
+  said = capsys.readouterr().err
+  assert (
+    "assumed concat_balance=0.5, attn_balance=0.3, resample_filter=(1, 1), " in said
+  )
+  assert "clip=256.0, head_channels=64, which the file does not tell" in said
+  with pytest.raises(
+    UserError, match=r"model.res_balance=0.4: must be 0.3, which .*edm"
+  ):
+    convert._with_settings(config, told | {"unet.x.res_balance": 0.3})
+  with pytest.raises(UserError, match="config.sigma_d=0.5: must be sigma_data=1.0 of"):
+    convert._with_settings(config, told | {"sigma_data": 1.0})
+
+
+def test_weights_that_are_not_finite(files, tmp_path):
+  with np.load(files / "edm.npz") as arrays:
+    tensors = dict(arrays)
+  name = "model.enc.16x16_conv.weight"
+  tensors[name] = np.full_like(tensors[name], np.nan)
+  np.savez(tmp_path / "nan.npz", **tensors)
+  config = config_of(files)
+  config.convert.file = str(tmp_path / "nan.npz")
+  with pytest.raises(UserError, match=f"nan.npz: tensors that are not finite: {name}"):
+    convert.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_by_the_command_line(files, tmp_path):
   def call(*args):

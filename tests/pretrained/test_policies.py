@@ -143,6 +143,35 @@ def test_diffusion_policy(tmp_path, peer):
       diffusion_policy.load(str(tmp_path / "a.safetensors"))
 
 
+def test_what_the_file_does_not_tell(tmp_path, fixture, capsys):
+  """Groups of the norms and the scheduler are arguments; what is assumed is printed."""
+  arrays = fixture("dp_unet1d")
+  file = {f"model.{k[2:]}": v for k, v in arrays.items() if k.startswith("w/")}
+  for name, n in (("obs", 20), ("action", 2)):
+    head = f"normalizer.params_dict.{name}"
+    file |= {f"{head}.scale": np.ones(n), f"{head}.offset": np.zeros(n)}
+  path = str(tmp_path / "policy.npz")
+  np.savez(path, **file)
+  policy = diffusion_policy.load(path)
+  said = capsys.readouterr().err
+  assert (
+    "assumed horizon=16, n_action_steps=8, groups=8, and 100 timesteps of DD" in said
+  )
+  other = diffusion_policy.load(path, groups=4, scheduler={"num_train_timesteps": 50})
+  assert (policy.fields["groups"], other.fields["groups"]) == (8, 4)
+  assert (len(other.schedule.abar), other.num_steps) == (50, 50)
+  x, cond = jnp.asarray(arrays["sample"]), jnp.asarray(arrays["global_cond"])
+  args = x, jnp.asarray(arrays["timestep"], jnp.float32), {"observation": cond}
+  found = [np.asarray(p.network.apply(p.params, *args)) for p in (policy, other)]
+  scale = np.abs(arrays["output"]).max()
+  assert np.abs(found[0] - arrays["output"]).max() < 1e-5 * scale
+  assert np.abs(found[1] - arrays["output"]).max() > 1e-2 * scale
+  with pytest.raises(ValueError, match="prediction_type='flow': must be one of"):
+    diffusion_policy.load(path, scheduler={"prediction_type": "flow"})
+  with pytest.raises(UserError, match="groups=0: must divide channels"):
+    diffusion_policy.load(path, groups=0)
+
+
 RNG = np.random.default_rng(0)
 IMAGES = CONFIG["input_features"] | {"observation.image": {"shape": [3, 96, 96]}}
 

@@ -171,13 +171,15 @@ class EDM2Embedding(nn.Module):
   """EDM2's magnitude-preserving embedding, in float32 or wider, [B, width].
 
   Classes enter as in EDM2. Scalars and arrays, which EDM2 does not have, enter through
-  linear layers that start at zero, and so have no norm to keep.
+  linear layers that start at zero, and so have no norm to keep. `balance` is the weight
+  of a class beside what precedes it.
   """
 
   features: int
   width: int
   kind: str
   conditions: Conditions
+  balance: float = 0.5
 
   @nn.compact
   def __call__(self, t: Array, cond: Cond) -> Array:
@@ -190,7 +192,7 @@ class EDM2Embedding(nn.Module):
       value, kind = value_of(cond, name), kind_of(name, spec)
       if kind == CATEGORICAL:
         weights = class_weights(value, spec.num_classes, emb.dtype)
-        emb = mp.add(emb, mp.Linear(self.width, name=name)(weights), 0.5)
+        emb = mp.add(emb, mp.Linear(self.width, name=name)(weights), self.balance)
       elif kind == SCALAR:
         features = _scalar_features(value, self.features, emb.dtype)
         features *= (2 / self.features) ** 0.5

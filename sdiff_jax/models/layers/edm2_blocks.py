@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import magnitude_preserving as mp
+from sdiff_jax.models.layers import resampling
 from sdiff_jax.types import Array
-
-BALANCE = 0.3  # weight t of a residual branch in `magnitude_preserving.add`
 
 
 def halve(x: Array) -> Array:
@@ -33,6 +32,24 @@ def double(x: Array) -> Array:
   B, H, W, C = x.shape
   x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
   return x.reshape(B, 2 * H, 2 * W, C)
+
+
+def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:
+  """Returns x at half or at twice its height and width.
+
+  Args:
+    x: [B, H, W, C].
+    mode: "halve" or "double".
+    taps: coefficients of the filter along one axis, an even number of them; (1, 1) is the
+      mean of 2 x 2 pixels, or repeats each of them.
+
+  Example:
+    >>> resample(jnp.ones((1, 4, 4, 3)), "double", (1, 1)).shape
+    (1, 8, 8, 3)
+  """
+  if tuple(taps) == (1, 1):
+    return {"halve": halve, "double": double}[mode](x)
+  return resampling.resample(x, taps, up=mode == "double")
 
 
 class Modulation(nn.Module):
@@ -91,16 +108,20 @@ class Block(nn.Module):
   norm: str
   dropout: float
   deterministic: bool
-  clip: float
+  clip: float  # 0 for no bound
+  res_balance: float
+  attn_balance: float
+  concat_balance: float
+  taps: tuple[float, ...]
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array, emb: Array, skip: Array | None = None) -> Array:
     conv = functools.partial(mp.Conv, self.features, self.dtype)
     if skip is not None:
-      x = mp.concatenate(x, skip, 0.5)
+      x = mp.concatenate(x, skip, self.concat_balance)
     if self.resample:
-      x = {"halve": halve, "double": double}[self.resample](x)
+      x = resample(x, self.resample, self.taps)
     main = x
     if x.shape[-1] != self.features:
       main = mp.Linear(self.features, self.dtype, name="skip")(x)
@@ -109,8 +130,8 @@ class Block(nn.Module):
     y = conv(name="in")(mp.silu(x))
     y = mp.silu(Modulation(self.norm, name="modulation")(y, emb))
     y = nn.Dropout(self.dropout, deterministic=self.deterministic)(y)
-    x = mp.add(main, conv(name="out")(y), BALANCE)
+    x = mp.add(main, conv(name="out")(y), self.res_balance)
     if self.heads:
       y = Attention(self.heads, self.dtype, name="attention")(x)
-      x = mp.add(x, y, BALANCE)
-    return jnp.clip(x, -self.clip, self.clip)
+      x = mp.add(x, y, self.attn_balance)
+    return jnp.clip(x, -self.clip, self.clip) if self.clip else x

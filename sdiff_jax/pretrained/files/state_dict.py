@@ -20,6 +20,8 @@ from sdiff_jax.types import Json, Params, UserError
 MAX_NAMES = 6  # of each kind in the message of an error
 MAX_MODULES = 2**14  # in a pickled network
 MAX_NAME = 1000  # characters
+MAX_SETTING = 64  # numbers of one setting
+NUMBERS = {bool, int, float, type(None)}  # types of settings
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -35,10 +37,30 @@ def read(path: str) -> dict[str, np.ndarray]:
   Raises:
     UserError: the file is missing or damaged, or holds something else.
   """
+  return read_with_settings(path)[0]
+
+
+def read_with_settings(path: str) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
+  """Returns the tensors of a file by name, and the settings of its modules.
+
+  A pickled module of EDM or EDM2 has its constants as attributes, such as
+  "unet.label_balance"; other files have no settings.
+
+  Args:
+    path: see `read`.
+
+  Returns:
+    name -> array, and name -> number, or list of numbers.
+
+  Raises:
+    UserError: see `read`.
+  """
   try:
     with bounded.open_regular(path) as file:
       budget = Budget(bounded.stored_size(file))
-      tensors = _state_dict(_read(path, file, budget), budget)
+      content = _read(path, file, budget)
+      tensors = _state_dict(content, budget)
+      settings = dict(_settings(_entry(content)))
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
@@ -53,7 +75,51 @@ def read(path: str) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: is damaged, or no file of weights ({reason})") from error
   if not tensors:
     raise UserError(f"{path}: holds no tensors by name; save a state dict")
-  return tensors
+  return tensors, settings
+
+
+def check_finite(tensors: dict[str, np.ndarray], path: str) -> None:
+  """Checks that all tensors of a file are finite.
+
+  Args:
+    tensors: by name.
+    path: of the file.
+
+  Raises:
+    UserError: lists those that are not.
+  """
+  bad = [
+    k for k, x in tensors.items() if x.dtype.kind == "f" and not np.isfinite(x).all()
+  ]
+  if bad:
+    raise UserError(f"{path}: tensors that are not finite: {_abbreviate(bad)}")
+
+
+def setting(settings: dict[str, Json], attribute: str) -> Json:
+  """Returns the value that an attribute has in all modules of a file.
+
+  Args:
+    settings: of `read_with_settings`.
+    attribute: its name, such as "label_balance".
+
+  Returns:
+    The number, or a tuple of them; None if no module has it.
+
+  Raises:
+    UserError: modules differ in it.
+
+  Example:
+    >>> setting({"unet.label_balance": 0.3}, "label_balance")
+    0.3
+  """
+  values = {
+    tuple(value) if isinstance(value, list) else value
+    for name, value in settings.items()
+    if name.rpartition(".")[2] == attribute
+  }
+  if len(values) > 1:
+    raise UserError(f"{attribute}: modules of the file differ in it: {sorted(values)}")
+  return next(iter(values), None)
 
 
 def match_params(
@@ -62,6 +128,7 @@ def match_params(
   name: Callable[[tuple[str, ...]], str],
   network: str = "the network",
   path: str = "",
+  finite: bool = True,
 ) -> Params:
   """Converts tensors in PyTorch's layout to a tree of parameters.
 
@@ -73,6 +140,7 @@ def match_params(
     name: (keys of a leaf of `like`) -> name of its tensor.
     network: what the message of an error calls the network.
     path: of the file, at the start of the message of an error.
+    finite: refuse tensors that are not finite.
 
   Raises:
     UserError: lists tensors that are missing, left over, of another shape or type, or
@@ -100,7 +168,7 @@ def match_params(
       return None
     with np.errstate(over="ignore"):  # infinity is reported below
       x = x.astype(leaf.dtype)
-    if not np.isfinite(x).all():
+    if finite and not np.isfinite(x).all():
       not_finite.append(name)
     return x
 
@@ -165,11 +233,29 @@ def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
   return safe_pickle.Unpickler(content, load, budget).load()
 
 
-def _state_dict(content: Json, budget: Budget) -> dict[str, np.ndarray]:
-  """Returns the tensors of a module, or of a dict."""
+def _entry(content: Json) -> Json:
+  """Returns the entry of a file's content that holds the network."""
   for entry in ("ema", "state_dict"):
     if isinstance(content, dict) and entry in content:
       content = content[entry]
+  return content
+
+
+def _settings(module: Json, prefix: str = "") -> Iterator[tuple[str, Json]]:
+  """Yields names and values of the numbers that modules have as attributes."""
+  if not isinstance(module, safe_pickle.Module):
+    return
+  for name, value in module.state.items():
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) <= MAX_SETTING and {*map(type, values)} <= NUMBERS:
+      yield f"{prefix}{name}", value
+  for name, inner in module.state.get("_modules", {}).items():
+    yield from _settings(inner, f"{prefix}{name}.")
+
+
+def _state_dict(content: Json, budget: Budget) -> dict[str, np.ndarray]:
+  """Returns the tensors of a module, or of a dict."""
+  content = _entry(content)
   if isinstance(content, safe_pickle.Module):
     tensors = list(_walk(content, "", set(), [0]))
   else:
