@@ -84,10 +84,10 @@ def test_edm2(name):
 
 def test_constants_out_of_range():
   for fields, message in (
-    ({"label_balance": 1.5}, "^label_balance=1.5: must be in"),
-    ({"attn_balance": float("nan")}, "^attn_balance=nan: must be in"),
+    ({"label_balance": 1.5}, "^label_balance=1.5: must be from 0 to 1"),
+    ({"attn_balance": float("nan")}, "^attn_balance=nan: must be"),
     ({"resample_filter": (1, 2, 1)}, "^resample_filter=.*: must have an even length"),
-    ({"resample_filter": (1, -1)}, "^resample_filter=.* whose sum is not 0"),
+    ({"resample_filter": (1, -1)}, "^resample_filter=.* a sum other than 0"),
   ):
     with pytest.raises(ValueError, match=message):
       network_of(CONFIGS["default"] | fields)
