@@ -125,8 +125,11 @@ def restore_ema(
     lambda key: init_extra_params(network.init(key)), jax.random.key(0)
   )
   abstract = {profile: params for profile in profiles or config.ema.profiles}
-  with Checkpoints(workdir) as checkpoints:
-    averages = checkpoints.restore_ema(sharding.abstract_state(abstract, mesh), step)
+  averages = None
+  if checkpoints_lib.steps(workdir):  # otherwise the folder would be created
+    placed = sharding.abstract_state(abstract, mesh)
+    with Checkpoints(workdir) as checkpoints:
+      averages = checkpoints.restore_ema(placed, step)
   if averages is None and step:
     raise UserError(f"config.sample.checkpoint={step}: {workdir} has none of that step")
   if averages is None:

@@ -11,10 +11,19 @@ from types import ModuleType
 
 import jax
 
+from sdiff_jax.training import checksums, stored_shapes
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, PyTree, UserError
 
 FOLDER = "checkpoints"  # in a work directory
+OTHER_NETWORK = (
+  "it is a checkpoint of another network: use the fields that it was trained with"
+)
+REMEDY = "restore it from a copy, or remove it to use an older one or to train again"
+INCOMPLETE = f"files of the checkpoint are missing or damaged; {REMEDY}"
+# Errors of the system after which a checkpoint may be whole.
+TEMPORARY = {errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+TEMPORARY |= {errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def steps(workdir: str) -> list[int]:
@@ -31,7 +40,8 @@ def steps(workdir: str) -> list[int]:
     names = os.listdir(os.path.join(workdir, FOLDER))
   except OSError:
     return []
-  return sorted(int(name) for name in names if name.isdecimal())
+  names = [name for name in names if name.isascii() and name.isdecimal()]
+  return sorted(int(name) for name in names)
 
 
 def newest(workdir: str) -> int | None:
@@ -124,9 +134,11 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits for the save in progress, and raises its error if it failed."""
     if self._pending is not None:
-      self._pending, response = None, self._pending
+      (step, response), self._pending = self._pending, None
       with self._os_errors():
         response.result()
+      if jax.process_index() == 0:
+        checksums.write(self._path(step))
 
   @contextlib.contextmanager
   def _os_errors(self) -> Iterator[None]:
@@ -144,9 +156,9 @@ class Checkpoints:
     """Starts saving. The averages are separate, so that they can be read alone."""
     self.wait()
     training = {"params": state.params, "opt_state": state.opt_state}
-    self._pending = self._checkpointer.save_checkpointables_async(
-      step, {"training": training | {"step": state.step}, "ema": state.ema}
-    )
+    trees = {"training": training | {"step": state.step}, "ema": state.ema}
+    response = self._checkpointer.save_checkpointables_async(step, trees)
+    self._pending = step, response
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """Returns the newest state that can be read, None if there is no checkpoint.
@@ -158,7 +170,9 @@ class Checkpoints:
       abstract: shapes, types and shardings of the state.
 
     Raises:
-      Exception: there are checkpoints, and all are damaged.
+      UserError: there are checkpoints, and none fits and can be read; the message names
+        the newest, and what differs.
+      OSError: the newest may be whole, but it cannot be read at present.
     """
     tree = {"params": abstract.params, "opt_state": abstract.opt_state}
     target = {"training": tree | {"step": abstract.step}, "ema": abstract.ema}
@@ -187,33 +201,82 @@ class Checkpoints:
 
     Returns:
       The averages, or None if there is no such checkpoint.
+
+    Raises:
+      UserError: as in `restore`.
+      OSError: as in `restore`.
     """
     loaded, _ = self._newest({"ema": abstract}, step)
     return None if loaded is None else loaded["ema"]
+
+  def _path(self, step: int) -> str:
+    return os.path.join(self._checkpointer.directory, str(step))
+
+  def _damaged_file(self, step: int, target: dict[str, PyTree]) -> str:
+    """Returns a file of the checkpoint that is not as it was written, or ""."""
+    if jax.process_count() > 1:
+      return ""  # each process would read all files
+    return checksums.damaged(self._path(step), (*target,))
 
   def _newest(
     self, target: dict[str, PyTree], only: int = 0
   ) -> tuple[dict[str, PyTree] | None, list[int]]:
     """Returns the newest checkpoint that can be read, and the damaged newer steps."""
-    damaged: dict[int, Exception] = {}
+    reasons: dict[int, str] = {}
     steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
-    steps = [step for step in steps if only in (0, step)]
-    for step in steps:
-      try:
-        with _partial_load():
-          loaded = self._checkpointer.load_checkpointables(step, target)
-      except Exception as error:  # missing or short files raise errors of any type
-        damaged[step] = error
+    for step in (step for step in steps if only in (0, step)):
+      reason, loaded = self._load(step, target)
+      if loaded is None:
+        reasons[step] = reason
         continue
-      for bad_step, cause in damaged.items():
-        reason = str(cause).splitlines()[0][:200]
+      for bad_step, bad_reason in reasons.items():
         print(
-          f"checkpoint {bad_step} is damaged, using {step}: {reason}", file=sys.stderr
+          f"checkpoint {bad_step} is damaged, using {step}: {bad_reason}",
+          file=sys.stderr,
         )
-      return loaded, [*damaged]
-    if damaged:
-      raise damaged[steps[0]]
+      return loaded, [*reasons]
+    for step, reason in reasons.items():  # the newest one
+      raise UserError(f"{self._path(step)}: {reason}")
     return None, []
+
+  def _load(
+    self, step: int, target: dict[str, PyTree]
+  ) -> tuple[str, dict[str, PyTree] | None]:
+    """Returns the trees of a checkpoint; or why it cannot be read, and None.
+
+    Raises:
+      OSError: the checkpoint may be whole, but it cannot be read at present.
+    """
+    try:
+      # None for a tree whose description cannot be read; then loading raises the reason.
+      stored = self._checkpointer.checkpointables_metadata(step).metadata
+      for name, tree in target.items():
+        if stored.get(name) is None:
+          continue
+        there = stored[name]
+        if name == "ema":  # of which some profiles may be asked for
+          there = {profile: x for profile, x in there.items() if profile in tree}
+        if reason := stored_shapes.difference(there, tree, ("opt_state",)):
+          return f"{name}.{reason}; {OTHER_NETWORK}", None
+      if file := self._damaged_file(step, target):
+        return f"the file {file} is missing or damaged; {REMEDY}", None
+      with _partial_load():
+        return "", self._checkpointer.load_checkpointables(step, target)
+    except Exception as error:  # missing or short files raise errors of any type
+      if code := _os_error(error):
+        raise OSError(code, os.strerror(code), self._path(step)) from error
+      return INCOMPLETE, None
+
+
+def _os_error(error: BaseException | None) -> int:
+  """Returns the number of the temporary error of the system behind an error, or 0."""
+  while error is not None:
+    text = re.search(r"os_error_code='(\d+)'", str(error))
+    code = int(text[1]) if text else getattr(error, "errno", None)
+    if code in TEMPORARY:
+      return code
+    error = error.__cause__ or error.__context__
+  return 0
 
 
 def _partial_load() -> contextlib.AbstractContextManager:

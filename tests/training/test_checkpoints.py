@@ -1,7 +1,10 @@
 """Checkpoints: what comes back, on which mesh, and how many are kept."""
 
 import collections
+import errno
+import gc
 import os
+import random
 import resource
 import shutil
 
@@ -131,8 +134,124 @@ def test_no_checkpoint_and_nothing_but_damaged_ones(tmp_path):
     checkpoints.save(1, make(1.0))
   shutil.rmtree(tmp_path / "checkpoints/1/training")
   with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(Exception, match="training"):
+    with pytest.raises(
+      UserError, match="checkpoints/1: .*training.* is missing or damaged"
+    ):
       checkpoints.restore(abstract)
+
+
+def small(width: int = 8, depth: int = 2) -> state.TrainState:
+  layers = {f"layer{k}": {"kernel": jnp.ones((width, 4))} for k in range(depth)}
+  return state.create({"net": layers}, optax.adam(1e-3), ("power/0.1", "power/0.2"))
+
+
+def placed(tree):
+  return sharding.abstract_state(jax.eval_shape(lambda: tree), sharding.make_mesh())
+
+
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    ({"width": 6}, r"net\.layer0\.kernel has shape \[8, 4\], and .* needs \[6, 4\]"),
+    ({"depth": 3}, r"net\.layer2\.kernel, which the network needs, is missing"),
+    ({"depth": 1}, r"net\.layer1\.kernel is no array of the network"),
+  ],
+)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, other, message):
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(5, small())
+  before = sorted(tmp_path.rglob("*"))
+  needed = placed(small(**other))
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match=rf"checkpoints/5: .*{message}; it is a"):
+      checkpoints.restore(needed)
+    with pytest.raises(UserError, match=rf"checkpoints/5: ema\.power/0\.2\.{message}"):
+      checkpoints.restore_ema({"power/0.2": needed.ema["power/0.2"]})
+    with pytest.raises(UserError, match=r"ema\.power/0\.3\..* is missing"):
+      checkpoints.restore_ema({"power/0.3": placed(small()).ema["power/0.2"]})
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bit_that_flips_in_a_weight_is_noticed(tmp_path, capsys):
+  with checkpoints_lib.Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(4, noise(4))
+    checkpoints.save(5, noise(5))
+  files = (tmp_path / "checkpoints" / "5" / "ema" / "d").iterdir()
+  path = max(files, key=lambda p: p.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  needed = placed(noise(0))
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    averages = checkpoints.restore_ema(needed.ema)
+  assert float(averages["power/0.1"]["logvar"]) == 4
+  assert "checkpoint 5 is damaged, using 4: the file ema/d/" in capsys.readouterr().err
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(
+      UserError, match=r"checkpoints/5: the file ema/d/.* is missing or"
+    ):
+      checkpoints.restore_ema(needed.ema)
+
+
+def test_a_file_that_cannot_be_read_now_is_no_reason_to_remove_a_checkpoint(
+  tmp_path, monkeypatch
+):
+  with checkpoints_lib.Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(1, small())
+    checkpoints.save(2, small())
+  with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+
+    def fails(step, target):
+      raise RuntimeError("no") from OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+      checkpoints.restore(placed(small()))
+  assert checkpoints_lib.steps(tmp_path) == [1, 2]
+
+
+# Orbax leaves tasks behind that did not end before its event loop was closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("sums", [True, False])
+def test_whatever_happens_to_a_file_ends_in_a_state_or_in_one_line(tmp_path, sums):
+  whole, copy, rng = tmp_path / "whole", tmp_path / "copy", random.Random(0)
+  with checkpoints_lib.Checkpoints(whole) as checkpoints:
+    checkpoints.save(5, small())
+  if not sums:  # as in checkpoints of earlier versions
+    (whole / "checkpoints" / "5" / "checksums.json").unlink()
+  files = [p.relative_to(whole) for p in whole.rglob("*") if p.is_file()]
+  needed, refused = placed(small()), 0
+  for k in range(rng.randrange(2), 3 * len(files), 2):
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(whole, copy)
+    path = copy / files[k // 3]
+    content = bytearray(path.read_bytes())
+    if k % 3 == 0:
+      content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+      path.write_bytes(content)
+    elif k % 3 == 1:
+      path.write_bytes(rng.choice([b"", b"garbage" * 20, content[: len(content) // 2]]))
+    else:
+      path.unlink()
+    refused += one_line(copy, needed)
+  assert 3 < refused < len(files)
+  gc.collect()
+
+
+def one_line(folder, needed):
+  """Returns whether a checkpoint is refused; otherwise it has the right values."""
+  try:
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      averages = checkpoints.restore_ema(needed.ema)
+  except UserError as error:
+    message = str(error)
+    assert message.startswith(f"{folder / 'checkpoints' / '5'}: ")
+    assert len(message) < 500
+    return True
+  if averages and (folder / "checkpoints" / "5" / "checksums.json").exists():
+    jax.tree.map(np.testing.assert_array_equal, averages, small().ema)
+  return False
 
 
 @pytest.fixture
