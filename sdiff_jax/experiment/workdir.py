@@ -21,6 +21,7 @@ from sdiff_jax.experiment import stored_config
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.training import checkpoints as checkpoints_lib
+from sdiff_jax.training import finite
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import Json, Network, Params, UserError
 
@@ -134,6 +135,8 @@ def restore_ema(
     raise UserError(f"config.sample.checkpoint={step}: {workdir} has none of that step")
   if averages is None:
     raise UserError(f"{workdir} has no checkpoint; train it: {how_to_train}")
+  found = step or checkpoints_lib.newest(workdir)
+  finite.check(averages, f"{workdir}, checkpoint {found}", "use another checkpoint")
   return averages
 
 

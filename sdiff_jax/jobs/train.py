@@ -20,7 +20,7 @@ from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Count, Index, Positive
 from sdiff_jax.io import image_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import loop, metric_writer, summary
+from sdiff_jax.training import finite, loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
@@ -98,6 +98,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
   with Checkpoints(workdir, keep=keep, keep_every=keep_every) as checkpoints:
     state = checkpoints.restore(abstract)
+    if state is not None:
+      finite.check(
+        {"params": state.params, "ema": state.ema},
+        f"{workdir}, checkpoint {int(state.step)}",
+        "remove that checkpoint to resume from the one before",
+      )
     if state is None or state.step < options.steps:
       saves = range(options.save_every, options.steps, options.save_every)
       checkpoints.check_disk(abstract, [*saves, options.steps])

@@ -14,6 +14,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import samplers
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import evaluate, generate, sample
 from sdiff_jax.pretrained.diffusers import loading
@@ -121,6 +122,23 @@ def test_samples_that_are_not_finite(tmp_path):
   assert not [*workdir.rglob("*.png"), *workdir.rglob("results.json")]
 
 
+def test_checkpoints_that_are_not_finite(tmp_path):
+  """As what is sampled, as a teacher, as a start, and when the run resumes."""
+  workdir = run_of(tmp_path, factor=float("nan"))
+  message = r"run, checkpoint 1: weights that are not finite: .*net.*kernel"
+  config = workdir_lib.read(str(workdir))
+  for job in (sample, evaluate):
+    with pytest.raises(UserError, match=message):
+      job.run(config, str(workdir))
+  config.init_from = str(workdir)
+  with pytest.raises(UserError, match=message):
+    training.load_init(config, experiments.build(config))
+  config.loss = configs.component("losses", "scm")
+  config.teacher.workdir = str(workdir)
+  with pytest.raises(UserError, match=message):
+    training.load_teacher(config, experiments.build(config))
+
+
 def settings(**changed):
   config = configs.base()
   config.update_from_flattened_dict(FIELDS | changed)
@@ -180,7 +198,6 @@ def test_a_decoder_of_float16_that_overflows():
     ({"sample.seed": 2**31}, "config.sample.seed=2147483648: must be an integer"),
     ({"sample.label": 3}, "config.sample.label: only for networks trained here"),
     ({"vae": "x"}, "config.vae: only for networks trained here"),
-    ({"generate.timestep_spacing": "odd"}, "timestep_spacing='odd': must be one of ''"),
     (
       {"sampler.steps": 1001},
       "config.sampler.steps=1001: must be in 1 to 1000",
