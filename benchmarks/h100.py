@@ -50,19 +50,22 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sdiff_jax import config as config_lib
+from sdiff_jax import registry
 from sdiff_jax.capacity import chips, lowering
 from sdiff_jax.distributed import sharding, signals
 from sdiff_jax.experiment import evaluation, programs
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, image_io
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.training import flops as flops_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
 PEAK = chips.CHIPS["h100"].peak  # bfloat16 FLOP/s, of an H200 as well
+ROWS = 5  # of each class in the figure of stage `train`
 Result = dict[str, Any]
 
 
@@ -150,10 +153,7 @@ def random_arrays(shapes: Any) -> Any:
 
 
 def kernel_seconds(call: Callable[[], Any]) -> Result:
-  """Returns the number and the total seconds of each kernel of the GPU in a call.
-
-  The names are those of the compiled program's text, which is stored beside them.
-  """
+  """Returns the number and the total seconds of each kernel of the GPU in a call."""
   kernels: Result = {}
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = options.host_tracer_level = 0  # the GPU alone
@@ -164,8 +164,8 @@ def kernel_seconds(call: Callable[[], Any]) -> Result:
       for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
           for event in line.events if line.name.startswith("Stream") else ():
-            name = str(dict(event.stats).get("hlo_op", event.name))
-            kernel = kernels.setdefault(name, {"number": 0, "seconds": 0.0})
+            # Not its hlo_op, which for many kernels is the command buffer around them.
+            kernel = kernels.setdefault(event.name, {"number": 0, "seconds": 0.0})
             kernel["number"] += 1
             kernel["seconds"] += event.duration_ns / 1e9
   return kernels
@@ -348,6 +348,56 @@ def train(stage: Stage, data: pathlib.Path) -> None:
   for role in ("teacher", "scd"):
     measure = functools.partial(export_weights, stage, role)
     stage.measure(f"{role} weights", measure)
+  draw_curve(stage)
+  draw_images(stage, student)
+
+
+def draw_curve(stage: Stage) -> None:
+  """Draws the student's distance over its teacher's, against training FLOPs."""
+  teacher = stage.results["teacher distances"]["rows"][0]["frechet"]
+  rows = [r for v in stage.results.values() for r in v.get("rows", ())]
+  figure = Figure(figsize=(5, 3.4), layout="constrained")
+  axes = figure.subplots()
+  for steps in (1, 2):
+    of_steps = [r for r in rows if r["sampler"] == f"consistency/{steps}"]
+    students = [r for r in of_steps if r["model"] == "sCD"]
+    axes.plot(
+      [100 * r["compute"] for r in students],
+      [r["frechet"] / teacher for r in students],
+      marker="o",
+      label=f"sCD, {steps} step{'s' * (steps > 1)}",
+    )
+  axes.axhline(1, color="gray", linestyle=":")
+  axes.set_xlabel("training FLOPs, % of the teacher's")
+  axes.set_ylabel("Fréchet distance / teacher's")
+  axes.legend()
+  figure.savefig(stage.out / "train_curve.png", dpi=130)
+
+
+def draw_images(stage: Stage, config: ml_collections.ConfigDict) -> None:
+  """Draws held-out images, and images of teacher and student from the same noise."""
+  section = "reference" if config.reference.name else "data"
+  dataset = registry.build("data", config[section].to_dict(), f"config.{section}")
+  pixels, cond = dataset[np.arange(min(1000, dataset.size))]
+  labels = np.asarray(cond["label"])
+  classes = [np.flatnonzero(labels == label)[:ROWS] for label in range(10)]
+  real = image_io.grid(pixels[np.stack(classes, 1).ravel()], 10)
+  stem = f"train_scd{config.train.steps}_consistency"
+  files = {f"{stem}-1.png": "sCD, 1 step", f"{stem}-2.png": "sCD, 2 steps"}
+  teacher = next(stage.out.glob("train_teacher_heun-*.png"))
+  files = {teacher.name: f"teacher, heun/{teacher.stem.split('-')[-1]}"} | files
+  panels = {"held-out images": real} | {
+    title: np.asarray(Image.open(stage.out / file))[: real.shape[0]]
+    for file, title in files.items()
+  }
+  figure = Figure(figsize=(11, 6), layout="constrained")
+  for axes, (title, panel) in zip(
+    figure.subplots(2, 2).ravel(), panels.items(), strict=True
+  ):
+    axes.imshow(panel)
+    axes.set_title(title)
+    axes.set_axis_off()
+  figure.savefig(stage.out / "train.png", dpi=130)
 
 
 # --- step ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def get_config():
   )
   c.model.update(dropout=0.0, dtype="bfloat16")
   c.loss = config.component("losses", "diffusion")
-  c.train.update(steps=9000, batch_size=512, log_every=50)
+  c.train.update(steps=7486, batch_size=512, log_every=50)
   c.checkpoint.update(every=1000, keep_every=0)
   # The schedule does not depend on the number of steps, so a run can be sized late.
   c.optim.update(learning_rate=5e-3, b1=0.9, b2=0.99, schedule="inverse_sqrt")
