@@ -228,11 +228,11 @@ def _indexed(folder: str) -> ImageFiles:
     f"{bounded.short(k, 60)} (missing)" for k in labels.keys() - {*names}
   )
   values = [labels[name] for name in names]
-  wrong = next((k for k in values if type(k) is not int or abs(k) >= 2**62), None)
-  if wrong is not None:
-    raise UserError(
-      f"{path}: a label is {bounded.short(repr(wrong), 60)}; labels must be integers"
-    )
+  for value in values:
+    if type(value) is not int or abs(value) >= 2**62:
+      raise UserError(
+        f"{path}: a label is {bounded.short(repr(value), 60)}; labels must be integers"
+      )
   numbers = np.array(values, np.int64)
   num_classes = check_num_classes(numbers, path)
   return ImageFiles(paths, numbers.astype(np.int32), num_classes, unread)

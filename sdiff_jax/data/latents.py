@@ -201,10 +201,10 @@ def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[
       "finished; repeat the command to resume it"
     )
   stored = 0
-  for path in files:
-    with bounded.open_regular(path) as file:
-      stored += bounded.stored_size(file)
   try:
+    for path in files:
+      with bounded.open_regular(path) as file:
+        stored += bounded.stored_size(file)
     needed = about["size"] * math.prod(about["shape"]) * MOMENTS.itemsize
     if needed > bounded.MIN_EXPANDED + bounded.MAX_EXPANSION * stored:
       raise ValueError(f"{needed} bytes of latents in {stored} bytes of records")

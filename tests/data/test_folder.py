@@ -252,6 +252,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
   refuses(pairs(10**30), "labels must be integers")
   refuses(pairs([0.0, 1.0]), "labels must be integers")
   refuses(pairs(True), "labels must be integers")
+  refuses(pairs(None), "labels must be integers")
   refuses("x" * 10_000, "is damaged")
   refuses("[" * 100_000, "is damaged")
   refuses(b"\xff\xfe", "is damaged")
