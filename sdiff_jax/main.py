@@ -111,8 +111,12 @@ def main(argv: list[str]) -> None:
 
 
 def _one_line(text: str) -> str:
-  """Returns a message on one line of bounded length, without its middle if necessary."""
+  """Returns a message on one line of bounded length, without its middle if necessary.
+
+  Characters that a terminal would not print, which names in files may have, are escaped.
+  """
   line = " ".join(text.split())
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
   half = MAX_MESSAGE // 2
   return line if len(line) <= MAX_MESSAGE else f"{line[:half]} ... {line[-half:]}"
 

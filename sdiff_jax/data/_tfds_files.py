@@ -105,7 +105,10 @@ def check(folder: str) -> None:
   """
   with os.scandir(folder) as entries:
     for entry in entries:
-      status = entry.stat()
+      try:
+        status = entry.stat()
+      except OSError as error:
+        raise UserError(f"{entry.path}: {error.strerror}") from error
       if stat.S_ISDIR(status.st_mode):
         continue
       bounded.check_regular(entry.path, status)

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,8 @@ class Output:
     path = os.path.join(self.folder, self.settings_file)
     if not os.path.exists(path):
       return None
-    return records.read_json(path, f"remove {self.folder}, or take another directory")
+    remedy = f"remove {self.folder}, or take another directory"
+    return records.read(path, dict[str, Any], remedy)
 
   def claim(self, settings: Mapping[str, Json], write: bool = True) -> None:
     """Stores the settings, or checks that the existing parts were made with the same.

@@ -73,10 +73,13 @@ def _log(path: str) -> tuple[np.ndarray, np.ndarray]:
   The file holds seven int32 (positions, velocities, controls, mocap bodies, sensors, user data, length
   of the name), the name, then records of float32: the time, and all of these.
   """
-  with bounded.open_regular(path) as file:
-    size = bounded.stored_size(file)
-    bounded.check_memory(size, path)
-    data = file.read(size)
+  try:
+    with bounded.open_regular(path) as file:
+      size = bounded.stored_size(file)
+      bounded.check_memory(size, path)
+      data = file.read(size)
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}; download it again") from error
   sizes = np.frombuffer(data[:28].ljust(28, b"\0"), "<i4").astype(int)
   nq, nv, nu, mocap, sensors, user, name = sizes.tolist()
   body = data[28 + max(name, 0) :]
