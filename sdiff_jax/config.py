@@ -95,12 +95,16 @@ def load_plugins(modules: Iterable[str]) -> None:
   """
   for name in modules:
     try:
+      if not all(part.isidentifier() for part in name.split(".")):
+        raise ModuleNotFoundError("must be the dotted name of a module")
       importlib.import_module(name)
     except ModuleNotFoundError as error:
       raise UserError(
-        f"config.plugins={name!r}: {error}; install it, or add its directory to "
-        "PYTHONPATH"
+        f"config.plugins={fields.quote(name)}: {error}; install it, or add its directory "
+        "to PYTHONPATH"
       ) from error
+    except (Exception, SystemExit) as error:  # of code that the user wrote
+      raise UserError(f"config.plugins={name!r}: {_error(error)}") from error
 
 
 def base(plugins: tuple[str, ...] = ()) -> ml_collections.ConfigDict:
@@ -224,18 +228,19 @@ def load(file: str, missing: str = "") -> ml_collections.ConfigDict:
   if not os.path.isfile(path) or not path.endswith(".py"):
     raise UserError(f"--config={path}: must be a Python file (.py)")
   try:
-    return inherit(path, variant)
+    config = inherit(path, variant)
   except UserError:
     raise
-  except ValueError as error:
-    raise UserError(f"{file}: {_line(error)}") from error
-  except Exception as error:  # of code that the user wrote
-    raise UserError(f"{file}: {type(error).__name__}: {_line(error)}") from error
+  except (Exception, SystemExit) as error:  # of code that the user wrote
+    raise UserError(f"{file}: {_error(error)}") from error
+  _check_sections(config.to_dict())
+  return config
 
 
-def _line(error: Exception) -> str:
-  """Returns the message of an error on one line of bounded length."""
-  text = " ".join(str(error).split())
+def _error(error: BaseException) -> str:
+  """Returns the type and the message of an error on one line of bounded length."""
+  name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+  text = " ".join(f"{name}{error}".split())
   return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 
@@ -304,6 +309,7 @@ def check(values: Mapping[str, Json]) -> None:
   for name, message in renamed.items():
     raise UserError(f"{LABEL}.{name}: {message.format(f'{LABEL}.')}")
   declared = declarations()
+  _check_names(values, declared)
   for section, kind in PIECES.items():
     if values[section].get("name") or section != "reference":
       registry.check(kind, values[section], f"{LABEL}.{section}")
@@ -323,19 +329,27 @@ def check(values: Mapping[str, Json]) -> None:
 
 
 def _check_sections(values: Mapping[str, Json]) -> None:
-  """Checks that a config has the sections that it must have, and no other fields.
+  """Checks that a config has all sections.
 
   Raises:
     UserError: it has not.
   """
   declared = declarations()
-  known = [f"{s}.{k}" if s else k for s, m in declared.items() for k in m]
   for section in (*PIECES, *filter(None, declared)):
     if not isinstance(values.get(section), Mapping):
       raise UserError(
         f"{LABEL}.{section}={fields.quote(values.get(section))}: must be a section of "
         "fields; start from config.base()"
       )
+
+
+def _check_names(values: Mapping[str, Json], declared: Mapping[str, Mapping]) -> None:
+  """Checks that a config has no fields outside of components that nobody declares.
+
+  Raises:
+    UserError: it has one.
+  """
+  known = [f"{s}.{k}" if s else k for s, m in declared.items() for k in m]
   for name in sorted(resumable.flatten(values).keys() - known):
     if name.partition(".")[0] in PIECES or name in RENAMED:
       continue

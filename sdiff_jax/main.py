@@ -39,6 +39,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdiff_jax import config as configs
+from sdiff_jax import fields as fields_lib
 from sdiff_jax import registry, renamed
 from sdiff_jax.distributed import handshake, processes
 from sdiff_jax.experiment import explanations, variants
@@ -51,6 +52,7 @@ REFUSE_SECONDS = 30.0
 
 MAX_MESSAGE = 480  # characters
 # Of absl and ml_collections, for flags that are no fields or have values of other types.
+FIELD = r"--?config(\.\w+)+(=|$)"  # the start of a flag that sets a field
 PARSE_ERRORS = (flags.Error, TypeError, ValueError, IndexError, SyntaxError)
 
 
@@ -208,6 +210,9 @@ def parse(argv: list[str]) -> Command:
     else:
       rest.append(argument)
   fields = _fields(rest)
+  for argument in rest:
+    if re.match(r"--?config\.", argument) and not re.match(FIELD, argument):
+      raise UserError(f"{argument[:80]}: must be --config.SECTION.FIELD=VALUE")
   if fields and file is None:
     first = next(a for a in rest if a.startswith("--config."))
     raise UserError(f"{first}: name the file of the config as well, --config=FILE")
@@ -237,13 +242,33 @@ def parse(argv: list[str]) -> Command:
   config = values.config if file is not None else None
   if config is None and values.workdir is None:
     raise UserError("--config and --workdir are missing: give one of them; see --help")
+  if not values.peer_timeout >= 1:  # NaN is not
+    raise UserError(f"--peer_timeout={values.peer_timeout}: must be at least 1")
   workdir = variants.workdir(file) if values.workdir is None else values.workdir
+  _check_path(workdir)
   if config is None and os.path.exists(workdir):
     from sdiff_jax.experiment import stored_config  # slow to import
 
     configs.load_plugins(stored_config.plugins(workdir))
   job, workdir = _job(values.job, config), os.path.abspath(workdir)
   return Command(job, config, workdir, values.peer_timeout)
+
+
+def _check_path(workdir: str) -> None:
+  """Checks that a work directory is a local path.
+
+  Raises:
+    UserError: it is none.
+  """
+  text = workdir.encode("utf-8", "replace").decode("utf-8")
+  if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
+    raise UserError(f"--workdir={text[:80]}: must be a directory of this machine")
+  parts = [part.encode("utf-8", "replace") for part in workdir.split("/")]
+  if not workdir or text != workdir or "\0" in workdir or max(map(len, parts)) > 255:
+    raise UserError(
+      f"--workdir={fields_lib.quote(text)}: must be a path in UTF-8 whose names have at "
+      "most 255 bytes"
+    )
 
 
 def _fields(arguments: list[str]) -> dict[str, str]:
@@ -281,7 +306,7 @@ def _job(name: str | None, config: ml_collections.ConfigDict | None) -> str:
   own = "train" if config is None else config.job
   for source, job in (("config.job", own), ("--job", name)):
     try:
-      facts = registry.lookup("jobs", job or own).facts
+      facts = registry.lookup("jobs", own if job is None else job).facts
     except UserError as error:
       raise UserError(f"{source}={job}: {error}") from None
   if name not in (None, own) and own not in facts.get("configs_of", ("train",)):

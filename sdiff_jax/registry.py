@@ -102,6 +102,7 @@ def lookup(kind: str, name: str) -> Piece:
     >>> lookup("losses", "scm").build.__module__
     'sdiff_jax.losses.scm'
   """
+  name = str(name)
   module = f"sdiff_jax.{kind}.{name}"
   known = (kind, name) in _PIECES
   if not known and name.isidentifier() and importlib.util.find_spec(module):

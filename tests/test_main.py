@@ -331,13 +331,114 @@ def test_help_and_mistakes_import_no_slow_packages():
       "configs/digits_scd.py:x: the only variant",
     ),
     (("--config.sampler.name=rk4",), "config.sampler.name='rk4': must be a solver"),
+    (("--config",), "--config=: no such file"),
+    (("--config=configs",), "--config=configs: must be a Python file"),
+    (("--config=README.md",), "--config=README.md: must be a Python file"),
+    (("--config.=1",), "--config.=1: must be --config.SECTION.FIELD=VALUE"),
+    (("--config..=1",), "--config..=1: must be --config.SECTION.FIELD=VALUE"),
+    (("--config.ema.profiles[3]=x",), "--config.ema.profiles[3]=x: must be"),
+    (("--config.data.mean=(0.1,",), "flag --config.data.mean=(0.1,: Error while"),
+    (("--config.data.mean=(1,open('x','w'))",), "config.data.mean=("),
+    (("--config.data.mean=text",), "config.data.mean=('text',): must be a tuple"),
+    (("--config.train.loss_scale=inf",), "config.train.loss_scale=inf: must be fin"),
+    (("--config.train.steps=1" + "0" * 30,), "config.train.steps=10000"),
+    (("--config.optim.learning_rate=inf",), "config.optim.learning_rate=inf: must be"),
+    (("--config.optim.b1=1.5",), "config.optim.b1=1.5: must be at least 0 and below"),
+    (("--config.optim.eps=nan",), "config.optim.eps=nan: must be at least 0"),
+    (("--config.optim.end_lr_fraction=-1",), "config.optim.end_lr_fraction=-1.0"),
+    (("--config.optim.reference_steps=0",), "config.optim.reference_steps=0: must be"),
+    (("--config.seed=-1",), "config.seed=-1: must be from 0 to 2147483647"),
+    (("--config.seed=2147483648",), "config.seed=2147483648: must be from 0 to"),
+    (("--config.sigma_d=inf",), "config.sigma_d=inf: must be from"),
+    (("--config.model.depth=0",), "config.model.depth=0: must be from 1 to 1000"),
+    (("--config.model.dtype=int3",), "config.model.dtype='int3': must be one of float"),
+    (("--config.model.name=a.b",), "models: no 'a.b'; known: ddpmpp"),
+    (
+      ("--config.ema.profiles=half_life/inf",),
+      "config.ema.profiles: 'half_life/inf': images=inf",
+    ),
+    (
+      ("--config.ema.profiles=('power/0.1','power/0.1')",),
+      "config.ema.profiles: 'power/0.1' is named twice",
+    ),
+    (("--config.plugins=..a",), "config.plugins='..a': must be the dotted name"),
+    (("--job=",), "--job=: jobs: no ''"),
+    (("--workdir=gs://b/r",), "--workdir=gs://b/r: must be a directory of this mach"),
+    (("--workdir=",), "--workdir='': must be a path"),
+    (("--workdir=" + "x" * 300,), "--workdir='xxx"),
+    (("--workdir=\udcff",), "--workdir='?': must be a path in UTF-8"),
+    (("--help=train.step",), "--help=train.step: there is no such field; did you"),
   ],
 )
 def test_mistakes_are_one_line_and_code_2(refused, tmp_path, args, message):
   config = "--config=configs/digits_diffusion.py"
   said = refused(config, f"--workdir={tmp_path / 'run'}", *TINY, *args)
   assert said.strip().splitlines()[-1].startswith(f"error: {message}")
-  assert not (tmp_path / "run" / "checkpoints").exists()
+  assert len(said) < 500
+  assert not (tmp_path / "run").exists()
+
+
+BASE = "from sdiff_jax import config\ndef get_config():\n  c = config.base()\n"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:\n", "SyntaxError: "),
+    ("def f():\nreturn 1\n", "IndentationError: "),
+    ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_mod"),
+    ("def get_config():\n  return {}\n", "get_config() must return the config that"),
+    ("def get_config():\n  raise KeyError('x' * 9999)\n", "KeyError: 'xxx"),
+    ("import sys\nsys.exit(3)\n", "SystemExit: 3"),
+    ("x = 1\n", "the file must define get_config()"),
+    (b"x = '\xff'\n", "SyntaxError: (unicode error)"),
+    (b"\0", "SyntaxError: "),
+    ("def get_config():\n  return get_config()\n", "RecursionError: "),
+    (BASE + "  c.train.steps = 'many'\n  return c", "TypeError: Could not override"),
+    (BASE + "  c.train.steps = 1.5\n  return c", "TypeError: Could not override"),
+    (BASE + "  del c.train\n  return c", "config.train=None: must be a section"),
+    (BASE + "  del c.optim.b1\n  return c", "config.optim.b1: is missing"),
+    (BASE + "  c.loss = None\n  return c", "config.loss=None: must be a section"),
+    (BASE + "  c.foo = 3\n  return c", "config.foo: there is no such field"),
+    *(
+      (BASE + f"  c.model = config.component('models', {fields})\n  return c", message)
+      for fields, message in (
+        ("'dit', patch=0", "config.model.patch=0: must be from 1"),
+        ("'dit', heads=0", "config.model.heads=0: must be from 1"),
+        ("'ddpmpp', channel_mult=()", "config.model.channel_mult=(): must be a tuple"),
+        ("'ddpmpp', channels=0", "config.model.channels=0: must be from 1"),
+        ("'ddpmpp', blocks=-1", "config.model.blocks=-1: must be from 0"),
+        ("'edm2', head_channels=0", "config.model.head_channels=0: must be from 1"),
+      )
+    ),
+  ],
+)
+def test_mistakes_in_a_config_file_are_one_line(refused, tmp_path, text, message):
+  file = tmp_path / "config.py"
+  file.write_bytes(text if isinstance(text, bytes) else text.encode())
+  said = refused(f"--config={file}", f"--workdir={tmp_path / 'run'}")
+  assert said.removeprefix("error: ").removeprefix(f"{file}: ").startswith(message)
+  assert len(said) < 500
+  assert said.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+
+
+def test_guidance_that_the_network_does_not_take_is_refused(refused, tmp_path):
+  run = f"--workdir={tmp_path / 'run'}"
+  for arguments in (
+    ("--config=configs/digits_scd.py", "--config.loss.guidance=(1.0, 2.0)"),
+    ("--config=configs/digits_scd.py:guided", "--config.class_conditional=False"),
+  ):
+    assert "config.loss.guidance=(1.0, 2.0): needs data" in refused(*arguments, run)
+
+
+def test_help_of_a_field(capsys):
+  main.main(["main", "--help=config.train.steps"])
+  assert capsys.readouterr().out.splitlines() == [
+    "train.steps = 1000",
+    "  an integer of at least 0",
+    "  number of training steps.",
+  ]
 
 
 def test_a_missing_teacher_says_how_to_train_it(refused, tmp_path):

@@ -35,12 +35,9 @@ def explain(name: str) -> str:
       for field, declared in registry.declarations(kind, piece).items():
         known[f"{section}.{field} of {piece}"] = declared
   section, _, field = name.partition(".")
-  matches = [k for k in known if k.partition(" of ")[0] == name or k == section == name]
-  if not field:
-    matches = matches or [k for k in known if k.startswith(f"{section}.")]
-  elif section in configs.PIECES:
-    matches = matches or [k for k in known if k.startswith(f"{section}.")]
-    matches = [k for k in matches if name in k or k.endswith(f" of {field}")]
+  inside = [k for k in known if k.startswith(f"{section}.")]
+  matches = [k for k in known if k.partition(" of ")[0] == name]
+  matches += [k for k in inside if not field or k.endswith(f" of {field}")]
   if not matches:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""

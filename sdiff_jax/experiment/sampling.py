@@ -48,7 +48,10 @@ def build_sampler(
   section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
   name, steps = section.pop("name"), section.pop("steps")
   if name_and_steps is not None:
-    other, number = configs.name_and_number(name_and_steps, "evaluate.samplers")
+    field = "evaluate.samplers"
+    other, number = configs.name_and_number(name_and_steps, field)
+    if number != round(number):
+      raise UserError(f"config.{field}: {name_and_steps!r}: must have whole steps")
     if (other, number) != (name, steps):
       name, steps, section["timesteps"] = other, int(number), ()
     section["window"], strict = min(section["window"], steps), False

@@ -201,11 +201,15 @@ def _split(annotation: Any) -> tuple[Any, dict[type, Any]]:
   return inner, more | {type(fact): fact for fact in facts}
 
 
-def _choices(kind: Any, facts: dict[type, Any]) -> tuple[str, ...]:
+def _options(kind: Any, facts: dict[type, Any]) -> tuple[str | int, ...]:
+  """Returns the only values that a field may have, () if they are not enumerated."""
   if typing.get_origin(kind) is Literal:
-    return tuple(str(name) or "''" for name in typing.get_args(kind))
-  names = facts[Choices].values() if Choices in facts else ()
-  return tuple(name or "''" for name in names)
+    return typing.get_args(kind)
+  return facts[Choices].values() if Choices in facts else ()
+
+
+def _choices(kind: Any, facts: dict[type, Any]) -> tuple[str, ...]:
+  return tuple(str(option) or "''" for option in _options(kind, facts))
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -241,9 +245,9 @@ def _plural(element: Any) -> str:
 def _problem(value: Any, annotation: Any) -> str:
   """Returns what a value must be instead, "" if it fits."""
   kind, facts = _split(annotation)
-  if names := _choices(kind, facts):
-    plain = isinstance(value, str | int) and not isinstance(value, bool)
-    return "" if plain and (str(value) or "''") in names else describe(annotation)
+  if options := _options(kind, facts):
+    known = any(type(value) is type(option) and value == option for option in options)
+    return "" if known else describe(annotation)
   if kind is str:
     return "" if isinstance(value, str | os.PathLike) else describe(annotation)
   if kind is bool:
@@ -282,8 +286,10 @@ def _number_problem(value: Any, kind: type, bounds: Range) -> str:
     return str(bounds) or "finite"
   if kind is int and bounds.maximum is None and abs(value) > MAX_INT:
     return "below 2^31"
-  if kind is float and bounds.finite and not abs(value) <= MAX_FLOAT:
-    return "finite" if abs(value) == math.inf or value != value else "below 3.4e38"
+  if kind is float and not abs(value) <= MAX_FLOAT:
+    if abs(value) != math.inf and value == value:
+      return "below 3.4e38"
+    return "finite" if bounds.finite else ""
   return ""
 
 

@@ -248,10 +248,21 @@ def _run_loop(
 
 
 def _check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-  """Raises a UserError if a field needs images or labels, and the data have none."""
-  if not dataset.normalizer:
-    return
+  """Checks the fields of guidance and of flips against the data and the network.
+
+  Raises:
+    UserError: a field needs images or labels that the data do not have, or a network
+      that takes scales of guidance.
+  """
   guided = config.loss.get("guidance") or config.model.get("guidance")
+  if not dataset.normalizer:
+    classes = dataset.num_classes if config.class_conditional else 0
+    if config.loss.get("guidance") and not (classes and config.model.get("guidance")):
+      raise UserError(
+        f"config.loss.guidance={config.loss.guidance}: needs data with classes, "
+        "config.class_conditional=True and config.model.guidance=True"
+      )
+    return
   for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):
     if value:
       raise UserError(

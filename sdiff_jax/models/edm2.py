@@ -247,7 +247,7 @@ def build(
     norm=norm,
     dropout=dropout,
     dropout_resolution=dropout_resolution,
-    clip=clip,
+    clip=float(clip),
     noise_features=channels * (noise_mult or channel_mult[0]),
     emb_width=channels * (emb_mult or max(channel_mult)),
     taps=tuple(resample_filter),

@@ -82,8 +82,8 @@ def half_life(images: float, batch_size: int) -> Callable[[Array], Array]:
     >>> round(float(half_life(1000, batch_size=10)(1e6)), 4)
     0.9931
   """
-  if not images > 0:
-    raise ValueError(f"images={images}: a half-life must be above 0")
+  if not 0 < images < np.inf:
+    raise ValueError(f"images={images}: a half-life must be above 0 and finite")
 
   def beta(n: Array) -> Array:
     return 0.5 ** (batch_size / jnp.minimum(images, RAMPUP * n * batch_size))
@@ -104,8 +104,8 @@ def warmup(power: float) -> Callable[[Array], Array]:
     >>> round(float(warmup(0.75)(3.0)), 4)
     0.4054
   """
-  if not power > 0:
-    raise ValueError(f"power={power}: must be above 0")
+  if not 0 < power < np.inf:
+    raise ValueError(f"power={power}: must be above 0 and finite")
   return lambda n: jnp.minimum(1 - jnp.maximum(n - 1, 1.0) ** -power, 0.9999)
 
 
@@ -128,6 +128,8 @@ def betas(
   """
   decays = {}
   for profile in profiles:
+    if profile in decays:
+      raise ValueError(f"profiles: {profile!r} is named twice")
     kind, number = parse_profile(profile)
     try:
       if kind == "half_life":
