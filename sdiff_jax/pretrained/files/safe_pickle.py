@@ -63,7 +63,7 @@ class Budget:
   def __init__(self, stored: int):
     """Starts the budget of a file of `stored` bytes."""
     self.left_reads = MAX_READS
-    self.left_bytes = 2**24 + 4 * stored
+    self.left_bytes = 2**24 + 8 * stored
 
   def read(self) -> None:
     """Counts one read."""

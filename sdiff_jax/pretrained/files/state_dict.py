@@ -197,13 +197,14 @@ def _abbreviate(names: list[str]) -> str:
   return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _read(path: str, file: IO[bytes], budget: Budget) -> Json:
-  """Returns the content of a file, according to its format."""
+def _read(path: str, file: IO[bytes], budget: Budget) -> dict[str, np.ndarray]:
+  """Returns the tensors of a file, according to its format."""
   if zipfile.is_zipfile(file):
     with array_io.open_zip(file) as archive:
       for name in archive.namelist():
         if name.endswith("data.pkl"):
-          return _torch_zip(archive, name.removesuffix("data.pkl"), budget)
+          content = _torch_zip(archive, name.removesuffix("data.pkl"), budget)
+          return _state_dict(content, budget)
     return array_io.read_npz(path)
   file.seek(0)
   if file.read(2) == b"PK":
@@ -213,7 +214,8 @@ def _read(path: str, file: IO[bytes], budget: Budget) -> Json:
     return safetensors_file.read(file)
   first = safe_pickle.Unpickler(file, budget=budget).load()
   is_legacy = type(first) is int and first == safe_pickle.MAGIC
-  return safe_pickle.legacy(file, budget) if is_legacy else first
+  content = safe_pickle.legacy(file, budget) if is_legacy else first
+  return _state_dict(content, budget)
 
 
 def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
@@ -254,7 +256,7 @@ def _settings(module: Json, prefix: str = "") -> Iterator[tuple[str, Json]]:
 
 
 def _state_dict(content: Json, budget: Budget) -> dict[str, np.ndarray]:
-  """Returns the tensors of a module, or of a dict."""
+  """Returns copies of the tensors of a module, or of a dict."""
   content = _entry(content)
   if isinstance(content, safe_pickle.Module):
     tensors = list(_walk(content, "", set(), [0]))
