@@ -26,6 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
 # Fields of config.sampler that only networks trained here have: the noise schedule of a
 # model in the diffusers format determines its timesteps.
+TRIGFLOW_SOLVERS = ("consistency", "edm_stochastic")
 TRIGFLOW_FIELDS = ("timesteps", "eta", "coarse_workdir", "temperature")
 
 
@@ -83,14 +84,24 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
       )
   sampling.check_guidance(config.sample.guidance)
   sampling.check_seeds(config.sample.seed, config.sample.num)
-  if config.sample.label != -1 or config.vae:
-    field = "sample.label" if config.sample.label != -1 else "vae"
-    raise UserError(
-      f"config.{field}: only for networks trained here, not for models in the diffusers "
-      "format; leave it out"
-    )
+  others = {
+    "sample.label": config.sample.label != -1,
+    "sample.checkpoint": config.sample.checkpoint != 0,
+    "vae": bool(config.vae),
+  }
+  for field, is_set in others.items():
+    if is_set:
+      raise UserError(
+        f"config.{field}: only for networks trained here, not for models in the "
+        "diffusers format; leave it out"
+      )
   with config_errors("config.sampler"):
-    samplers.options(config.sampler.name)
+    solver = samplers.solver_of(config.sampler.name)
+  if solver in TRIGFLOW_SOLVERS:
+    raise UserError(
+      f"config.sampler.name={config.sampler.name!r}: only for networks trained here, not "
+      "for models in the diffusers format, which predict noise, v or x0"
+    )
 
 
 def build_sampler(

@@ -36,8 +36,9 @@ def locked(folder: str, job: str) -> Iterator[None]:
     descriptor = _open(path)
     try:
       about = {"pid": os.getpid(), "host": socket.gethostname(), "job": job}
-      os.truncate(descriptor, 0)
-      os.write(descriptor, json.dumps(about).encode())
+      with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(about).encode())
       yield
     finally:
       with contextlib.suppress(OSError):

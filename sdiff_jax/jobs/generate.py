@@ -33,6 +33,7 @@ from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.types import Json, Params, UserError
 
+MAX_IMAGES = 1_000_000
 NUM_SHOWN = 16  # images of the picture
 NUM_WRITERS = 4  # threads
 # Fields of config.sampler that are stored with an image.
@@ -117,6 +118,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   section, scale = config.generate, config.sample.guidance
   with config_errors("config.generate"):
     prompts = prompts_lib.read(section.prompts) if section.prompts else []
+  _check_paths(workdir, config.sample.num)
   mesh = experiments.mesh(config)
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(mesh))
@@ -155,6 +157,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return (
     f"made {len(missing)} of {config.sample.num} images ({summary}): {images.folder}"
   )
+
+
+def _check_paths(workdir: str, num: int) -> None:
+  """Checks that nothing is in the way of the files that the job writes.
+
+  Raises:
+    UserError: there are too many images, a file has the name of the folder of images, or
+      a folder that of a file.
+  """
+  if num > MAX_IMAGES:
+    raise UserError(f"config.sample.num={num}: must be at most {MAX_IMAGES}")
+  folder = os.path.join(workdir, "images")
+  if os.path.lexists(folder) and not os.path.isdir(folder):
+    raise UserError(f"{folder} is no folder: move it, or use another --workdir")
+  names = [os.path.join("images", f"{k:05d}.png") for k in range(num)]
+  if not os.path.isdir(folder):
+    names = []
+  for name in ("images.json", "images.png", *names):
+    path = os.path.join(workdir, name)
+    if os.path.lexists(path) and not os.path.isfile(path):
+      raise UserError(f"{path} is no regular file: move it, or use another --workdir")
 
 
 def _images(

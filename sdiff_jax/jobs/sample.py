@@ -5,6 +5,7 @@ batch whose rows are all there is not made again.
 """
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
-from sdiff_jax.io import file_io, image_io, resumable
+from sdiff_jax.io import bounded, file_io, image_io, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.samplers import SamplingStats
 from sdiff_jax.training import checkpoints as checkpoints_lib
@@ -40,6 +41,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   num, size = config.sample.num, config.sample.batch_size
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(experiment.mesh))
+    image_bytes = math.prod(sampling.image_shape(experiment))
+    bounded.check_memory(num * image_bytes, f"num={num}: the array of all images")
   output = resumable.Output(os.path.join(workdir, "samples.parts"), "samples")
   sampler = sampling.build_sampler(config)
   pipeline = sampling.pipeline(config, experiment)

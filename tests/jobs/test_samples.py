@@ -92,6 +92,18 @@ def test_requests(trained, job, field, value, message):
   assert files(trained) == before
 
 
+def test_more_images_than_memory(trained):
+  config, before = workdir_lib.read(str(trained)), files(trained)
+  config.sample.num = 10**13
+  config.sample.seed = 0
+  with pytest.raises(UserError, match=r"config.sample.(num|seed)="):
+    sample.run(config, str(trained))
+  config.sample.num = 2**31 - 1  # of a byte for each of 64 pixels
+  with pytest.raises(UserError, match="config.sample.num=2147483647: the array of all"):
+    sample.run(config, str(trained))
+  assert files(trained) == before
+
+
 @pytest.mark.parametrize("job", [sample, evaluate])
 def test_requests_of_a_network_without_classes(tmp_path, job):
   workdir = run_of(tmp_path, class_conditional=False)
@@ -196,8 +208,14 @@ def test_a_decoder_of_float16_that_overflows():
       "config.sample.guidance=nan: must be from 0 to",
     ),
     ({"sample.seed": 2**31}, "config.sample.seed=2147483648: must be an integer"),
+    ({"sample.num": 10**7}, "config.sample.num=10000000: must be at most 1000000"),
     ({"sample.label": 3}, "config.sample.label: only for networks trained here"),
     ({"vae": "x"}, "config.vae: only for networks trained here"),
+    ({"sample.checkpoint": 3}, "config.sample.checkpoint: only for networks trained"),
+    (
+      {"sampler.name": "consistency"},
+      "sampler.name='consistency': only for networks t",
+    ),
     (
       {"sampler.steps": 1001},
       "config.sampler.steps=1001: must be in 1 to 1000",
@@ -208,6 +226,20 @@ def test_requests_of_published_models(tmp_path, changed, message):
   with pytest.raises(UserError, match=message):
     generate.run(settings(**changed), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["images", "images.json", "images/00003.png"])
+def test_paths_in_the_way(tmp_path, name):
+  path = tmp_path / "run" / name
+  if name == "images":
+    path.parent.mkdir()
+    path.write_text("x")
+  else:
+    path.mkdir(parents=True)
+  before = files(tmp_path)
+  with pytest.raises(UserError, match=f"{name} is no .*: move it, or use another"):
+    generate.run(settings(), str(tmp_path / "run"))
+  assert files(tmp_path) == before
 
 
 def test_python_door():
