@@ -58,9 +58,7 @@ def read_with_settings(path: str) -> tuple[dict[str, np.ndarray], dict[str, Json
   try:
     with bounded.open_regular(path) as file:
       budget = Budget(bounded.stored_size(file))
-      content = _read(path, file, budget)
-      tensors = _state_dict(content, budget)
-      settings = dict(_settings(_entry(content)))
+      tensors, settings = _read(path, file, budget)
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
@@ -181,7 +179,9 @@ def match_params(
     "not finite": not_finite,
   }
   if any(problems.values()):
-    listed = "; ".join(f"{k}: {_abbreviate(v)}" for k, v in problems.items() if v)
+    kinds = {k: v for k, v in problems.items() if v}
+    length = 330 // len(kinds)
+    listed = "; ".join(f"{k}: {_abbreviate(v, length)}" for k, v in kinds.items())
     start = f"{path}: " if path else ""
     raise UserError(f"{start}the tensors do not fit {network}: {listed}")
   return params
@@ -191,31 +191,47 @@ def _transpose(x: np.ndarray) -> np.ndarray:
   return x.transpose(*range(2, x.ndim), 1, 0) if x.ndim > 1 else x
 
 
-def _abbreviate(names: list[str]) -> str:
-  names = [bounded.short(name, 160) for name in sorted(names)]
-  more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-  return ", ".join(names[:MAX_NAMES]) + more
+def _abbreviate(names: list[str], length: int = 360) -> str:
+  """Returns the first few names in at most about `length` characters."""
+  names = [bounded.short(name, 100) for name in sorted(names)]
+  listed = names[:1]
+  for name in names[1:MAX_NAMES]:
+    if sum(map(len, listed)) + len(name) > length:
+      break
+    listed.append(name)
+  more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
+  return ", ".join(listed) + more
 
 
-def _read(path: str, file: IO[bytes], budget: Budget) -> dict[str, np.ndarray]:
-  """Returns the tensors of a file, according to its format."""
+def _read(
+  path: str, file: IO[bytes], budget: Budget
+) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
+  """Returns the tensors and settings of a file, according to its format."""
   if zipfile.is_zipfile(file):
     with array_io.open_zip(file) as archive:
       for name in archive.namelist():
         if name.endswith("data.pkl"):
           content = _torch_zip(archive, name.removesuffix("data.pkl"), budget)
-          return _state_dict(content, budget)
-    return array_io.read_npz(path)
+          return _network(content, budget)
+    return array_io.read_npz(path), {}
   file.seek(0)
   if file.read(2) == b"PK":
     raise zipfile.BadZipFile("the archive ends too early")
   file.seek(0)
   if path.endswith(".safetensors"):
-    return safetensors_file.read(file)
+    return safetensors_file.read(file), {}
   first = safe_pickle.Unpickler(file, budget=budget).load()
   is_legacy = type(first) is int and first == safe_pickle.MAGIC
   content = safe_pickle.legacy(file, budget) if is_legacy else first
-  return _state_dict(content, budget)
+  return _network(content, budget)
+
+
+def _network(
+  content: Json, budget: Budget
+) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
+  """Returns the tensors and settings of the network in a pickle."""
+  tensors = _state_dict(content, budget)  # bounds the number of modules
+  return tensors, dict(_settings(_entry(content)))
 
 
 def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
