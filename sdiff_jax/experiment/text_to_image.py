@@ -1,7 +1,7 @@
 """The pipeline of a model in the diffusers format, with or without text."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import data, samplers
+from sdiff_jax import data, registry, samplers
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import pipelines, sampling
@@ -24,10 +24,8 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
-# Fields of config.sampler that only networks trained here have: the noise schedule of a
-# model in the diffusers format determines its timesteps.
+# Solvers of networks trained here alone.
 TRIGFLOW_SOLVERS = ("consistency", "edm_stochastic")
-TRIGFLOW_FIELDS = ("timesteps", "eta", "coarse_workdir", "temperature")
 
 
 def from_config(
@@ -63,9 +61,22 @@ def from_config(
       name=name,
       steps=steps,
       spacing=config.generate.timestep_spacing,
-      **{k: v for k, v in options.items() if k not in TRIGFLOW_FIELDS},
+      **{k: v for k, v in options.items() if k not in _trigflow_fields(defaults)},
     )
   return model._replace(schedule=schedule), sampler
+
+
+def _trigflow_fields(section: Mapping[str, Json]) -> set[str]:
+  """Returns the fields of `sampler` that only networks trained here have.
+
+  The scheduler of a model in the diffusers format determines timesteps and options of the
+  solver, so these are all but the options of sampling loops.
+
+  Args:
+    section: all fields.
+  """
+  loops = (registry.fields("samplers", name) for name in registry.names("samplers"))
+  return {*section} - {"name", "steps"}.union(*loops)
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
@@ -76,7 +87,7 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
       "config.generate.folder is empty: name a folder of the diffusers format, or "
       "hf://organisation/name"
     )
-  for field in TRIGFLOW_FIELDS:
+  for field in sorted(_trigflow_fields(defaults)):
     if config.sampler[field] != defaults[field]:
       raise UserError(
         f"config.sampler.{field}={config.sampler[field]}: only for networks trained "

@@ -1,23 +1,28 @@
 """Optimizers and learning rates, from optax."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 import optax
 
+from sdiff_jax import fields
+from sdiff_jax.fields import Count, Fraction, Index, NotNegative, Positive, Rate
 from sdiff_jax.types import Array
 
-SCHEDULES = ("constant", "cosine", "inverse_sqrt")
-OPTIMIZERS = ("adam", "adamw", "radam")
+ScheduleName = Literal["constant", "cosine", "inverse_sqrt"]
+OptimizerName = Literal["adam", "adamw", "radam"]
 
 
+@fields.checked
 def build_schedule(
   *,
-  schedule: str = "constant",
-  learning_rate: float,
-  steps: int,
-  batch_size: int,
-  rampup_images: float = 0.0,
-  end_lr_fraction: float = 0.0,
-  reference_steps: int = 35_000,
+  schedule: ScheduleName = "constant",
+  learning_rate: Positive,
+  steps: Index,
+  batch_size: Count,
+  rampup_images: NotNegative = 0.0,
+  end_lr_fraction: Fraction = 0.0,
+  reference_steps: Count = 35_000,
 ) -> optax.Schedule:
   """Returns step -> learning rate.
 
@@ -34,7 +39,7 @@ def build_schedule(
     reference_steps: steps before the decay of "inverse_sqrt".
 
   Raises:
-    ValueError: the schedule is unknown.
+    ValueError: an argument is not what it may be.
 
   Example:
     >>> rate = build_schedule(
@@ -43,8 +48,6 @@ def build_schedule(
     >>> round(float(rate(50)), 6)
     0.05
   """
-  if schedule not in SCHEDULES:
-    raise ValueError(f"schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
   cosine = optax.cosine_decay_schedule(1.0, max(steps, 1), end_lr_fraction)
 
   def rate(step: Array) -> Array | float:
@@ -61,15 +64,16 @@ def build_schedule(
   return rate
 
 
+@fields.checked
 def build(
   rate: optax.Schedule,
   *,
-  name: str = "adam",
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  clip: float = 0.0,
+  name: OptimizerName = "adam",
+  b1: Rate = 0.9,
+  b2: Rate = 0.999,
+  eps: NotNegative = 1e-8,
+  weight_decay: NotNegative = 0.0,
+  clip: NotNegative = 0.0,
 ) -> optax.GradientTransformation:
   """Returns an optimizer with a learning rate.
 
@@ -83,7 +87,8 @@ def build(
     clip: bound of the global norm of the gradient, 0 for none.
 
   Raises:
-    ValueError: the name is unknown, or there is weight decay without "adamw".
+    ValueError: an argument is not what it may be, or there is weight decay without
+      "adamw".
 
   Example:
     >>> optimizer = build(lambda step: 0.1, name="radam")
@@ -92,12 +97,8 @@ def build(
   if weight_decay and name != "adamw":
     raise ValueError(f"weight_decay={weight_decay}: needs name='adamw'")
   moments = {"b1": b1, "b2": b2, "eps": eps}
-  if name == "adam":
-    optimizer = optax.adam(rate, **moments)
-  elif name == "adamw":
+  if name == "adamw":
     optimizer = optax.adamw(rate, weight_decay=weight_decay, **moments)
-  elif name == "radam":
-    optimizer = optax.radam(rate, **moments)
   else:
-    raise ValueError(f"name={name!r}: must be one of {', '.join(OPTIMIZERS)}")
+    optimizer = {"adam": optax.adam, "radam": optax.radam}[name](rate, **moments)
   return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
