@@ -207,6 +207,8 @@ def parse(argv: list[str]) -> Command:
     name, equals, value = argument.partition("=")
     if name in ("--config", "-config"):
       file = value if equals else next(arguments, "")
+    elif name in ("--flagfile", "-flagfile"):  # of absl, which reads any file
+      raise UserError(f"{argument}: files of arguments are not read; see --help")
     else:
       rest.append(argument)
   fields = _fields(rest)
@@ -323,7 +325,7 @@ def _cache_compilations() -> None:
 
 def _absl_flags(argv: list[str]) -> list[str]:
   """Parses the flags of absl, and returns the other arguments."""
-  if any(re.fullmatch(r"--?help(=.*)?", a) for a in argv):
+  if any(re.fullmatch(r"--?(help|flagfile)(=.*)?", a) for a in argv):
     flags.FLAGS(argv[:1])
     return argv
   return flags.FLAGS(argv, known_only=True)

@@ -56,6 +56,13 @@ def test_files(tmp_path, reader, file, change, message):
     reader.call(str(tmp_path))
 
 
+def test_files_of_arguments_are_refused(capsys):
+  """absl would read /dev/zero until memory is full."""
+  with pytest.raises(SystemExit):
+    main.main(["main", "--flagfile=/dev/zero"])
+  assert "--flagfile=/dev/zero: files of arguments" in capsys.readouterr().err
+
+
 def test_messages_have_no_characters_that_control_a_terminal(capsys):
   with pytest.raises(SystemExit):
     main.main(["main", "--config=configs/\x1b[31m\u202e.py"])
