@@ -2,11 +2,22 @@
 
 import os
 
+import jaxlib.version
+
+# Programs of small tests compile for longer than they run: these options let them compile
+# in a fifth of the time. XLA does not start with options that it does not know.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+if jaxlib.version.__version_info__ < (0, 11):
+  QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+
+
+def xla_flags(devices: int) -> str:
+  """Returns the value of XLA_FLAGS for so many simulated devices."""
+  return f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
+
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of small tests compile for longer than they run.
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from PIL import Image
 
 from sdiff_jax import config as config_lib
@@ -40,8 +41,7 @@ def command(*args: str) -> list[str]:
 
 def environment(cache, devices: int = 1) -> dict[str, str]:
   return os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-    "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": xla_flags(devices),
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "PYTHONWARNINGS": "ignore",
   }

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import trajectories
@@ -135,7 +136,7 @@ def test_by_the_command_line(files, tmp_path):
     return subprocess.run(
       [sys.executable, "-m", "sdiff_jax.main", f"--workdir={tmp_path / 'run'}", *args],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      env=os.environ | {"XLA_FLAGS": xla_flags(1)},
       capture_output=True,
       text=True,
       check=False,

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -50,7 +51,7 @@ def test_the_average_of_another_run_by_the_command_line(run, tmp_path):
     return subprocess.run(
       [sys.executable, "-m", "sdiff_jax.main", *args],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      env=os.environ | {"XLA_FLAGS": xla_flags(1)},
       capture_output=True,
       text=True,
       check=False,

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import xla_flags
 
 from sdiff_jax import registry
 from sdiff_jax.metrics import Metric
@@ -82,7 +83,11 @@ def test_a_network_and_a_metric_are_one_file_each(tmp_path):
       [sys.executable, "-m", "sdiff_jax.main", f"--workdir={run}", *args],
       cwd=ROOT,
       env=os.environ
-      | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "HOME": str(tmp_path), "XLA_FLAGS": ""},
+      | {
+        "PYTHONPATH": f"{ROOT}:{tmp_path}",
+        "HOME": str(tmp_path),
+        "XLA_FLAGS": xla_flags(1),
+      },
       capture_output=True,
       text=True,
       check=False,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax import samplers
@@ -154,7 +155,8 @@ def test_a_solver_and_a_loop_from_outside_are_one_file_each(tmp_path):
     done = subprocess.run(
       command,
       cwd=ROOT,
-      env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XLA_FLAGS": ""},
+      env=os.environ
+      | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XLA_FLAGS": xla_flags(1)},
       capture_output=True,
       text=True,
       check=False,
