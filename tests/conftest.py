@@ -2,19 +2,7 @@
 
 import os
 
-import jaxlib.version
-
-# Programs of small tests compile for longer than they run: these options let them compile
-# in a fifth of the time. XLA does not start with options that it does not know.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0"
-if jaxlib.version.__version_info__ < (0, 11):
-  QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
-
-
-def xla_flags(devices: int) -> str:
-  """Returns the value of XLA_FLAGS for so many simulated devices."""
-  return f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
-
+from quick_xla import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)

@@ -12,8 +12,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import xla_flags
 from PIL import Image
+from quick_xla import xla_flags
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import main

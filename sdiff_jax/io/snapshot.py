@@ -15,6 +15,16 @@ FRACTION = 0.05  # of the time, at most, is spent on saving
 SETTINGS = "settings"  # name of an array of the file
 
 
+def pack(value: Json) -> np.ndarray:
+  """Returns a JSON value as an array, for a state."""
+  return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def unpack(array: np.ndarray) -> Json:
+  """Returns the JSON value that `pack` turned into an array."""
+  return json.loads(array.tobytes())
+
+
 class Snapshot:
   """The newest state of one computation, an .npz file.
 

@@ -1,7 +1,6 @@
 """Job `evaluate`: computes metrics of the samples of several samplers, or of images."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import file_io, image_io, snapshot
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import results
@@ -162,14 +161,14 @@ def _evaluate_samplers(
   rows, begun = _rows(state.arrays)
   if not rows and config.evaluate.baselines:
     rows = _baselines(config, experiment, measure)
-    state.save(lambda: {"rows": _as_array(rows)}, now=True)
+    state.save(lambda: {"rows": snapshot.pack(rows)}, now=True)
   names = [row["sampler"] for row in rows]
   for i, (name, sampler) in enumerate(samplers):
     if name + guided in names:
       continue
 
     def save(partial: evaluation.State) -> None:
-      state.save(lambda: {"rows": _as_array(rows), **partial()})
+      state.save(lambda: {"rows": snapshot.pack(rows), **partial()})
 
     label = f"evaluate {name} ({i + 1} of {len(samplers)})"
     metrics, images = _evaluate_sampler(
@@ -187,7 +186,7 @@ def _evaluate_samplers(
     if diffusion and i > 0:
       row["kind"] = "baseline"
     rows.append(row)
-    state.save(lambda: {"rows": _as_array(rows)}, now=True)
+    state.save(lambda: {"rows": snapshot.pack(rows)}, now=True)
   return rows
 
 
@@ -198,18 +197,13 @@ def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Json
   return {**settings, "vae": config.vae, "newest": checkpoints_lib.newest(workdir)}
 
 
-def _as_array(rows: list[dict[str, Json]]) -> np.ndarray:
-  """Returns rows of results as an array, for the file of a state."""
-  return np.frombuffer(json.dumps(rows).encode(), np.uint8)
-
-
 def _rows(
   arrays: Mapping[str, np.ndarray],
 ) -> tuple[list[dict[str, Json]], dict[str, np.ndarray]]:
   """Returns the rows in a stored state, and the state of the sampler after them."""
   begun = dict(arrays)
   rows = begun.pop("rows", None)
-  return ([] if rows is None else json.loads(rows.tobytes())), begun
+  return ([] if rows is None else snapshot.unpack(rows)), begun
 
 
 def _row(

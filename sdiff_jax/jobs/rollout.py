@@ -13,13 +13,14 @@ from sdiff_jax import losses, registry
 from sdiff_jax.experiment import policies, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length, Range, Seed
-from sdiff_jax.io import file_io, image_io
+from sdiff_jax.io import file_io, image_io, snapshot
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
 from sdiff_jax.policies.pusht import rollout as rollout_lib
 from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.reports import results
+from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.types import Json, UserError
 
 MAX_ENV_SEED = 2**32 - 1  # of numpy's RandomState
@@ -74,22 +75,35 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   model = losses.facts(stored.loss).title
   path = os.path.join(folder, "results.json")
   envs = [env.make() for _ in range(rollout.episodes)]
-  rows, histories = [], []
-  for name, sampler in samplers.items():
+  settings = _settings(config, workdir)
+  state = snapshot.Snapshot(os.path.join(folder, "partial.npz"), settings)
+  rows = snapshot.unpack(state.arrays["rows"]) if state.arrays else []
+  histories = [state.arrays[f"history{k}"] for k in range(len(rows))]
+  for name, sampler in [*samplers.items()][len(rows) :]:
     policy = build(sampler, batch_size=rollout.episodes)
     film = os.path.join(folder, f"{name.replace('/', '_')}.gif")
     episodes = _episodes(rollout, policy, envs, name, film)
     histories.append(episodes.histories)
     rows.append(_row(model, name, episodes))
     rows[-1] |= _difference(rows[-1]["rewards"], rows[0]["rewards"])
+    arrays = {f"history{k}": history for k, history in enumerate(histories)}
+    arrays["rows"] = snapshot.pack(rows)
+    state.save(lambda arrays=arrays: arrays, now=True)
     file_io.write_json(path, rows)  # the times follow
   single = {name: build(sampler) for name, sampler in samplers.items()}
   seconds = _seconds(single, histories, rollout.num_timed)
   for row in rows:
     row |= seconds[row["sampler"]]
   file_io.write_json(path, rows)
+  state.remove()
   print(results.table(rows, results.ROLLOUT_COLUMNS))
   return f"{rollout.episodes} episodes by each of {len(rows)} samplers: {path}"
+
+
+def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Json]:
+  """Returns what determines the episodes."""
+  settings = {name: config[name].to_dict() for name in ("rollout", "sample", "sampler")}
+  return {**settings, "newest": checkpoints_lib.newest(workdir)}
 
 
 def _check_seeds(rollout: ml_collections.ConfigDict) -> None:

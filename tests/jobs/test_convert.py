@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import xla_flags
+from quick_xla import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import trajectories

@@ -18,7 +18,7 @@ from conftest import FIXTURES
 from PIL import Image
 from test_main import ROOT, TINY, environment, works
 
-KILLS = 3
+KILLS = 20
 TIMES = {"images_per_second", "seconds", "compile_seconds", "latency", "batch"}
 # The command line, but states are saved five times a second, however long that takes.
 PROGRAM = """

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import xla_flags
+from quick_xla import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import workdir as workdir_lib

@@ -97,6 +97,30 @@ def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
   assert again["rewards"] == sequential["rewards"]
 
 
+@pytest.mark.usefixtures("short")
+def test_samplers_that_are_done_are_not_run_again(trained, monkeypatch):
+  config = workdir_lib.read(trained)
+  config.rollout.update(num_videos=0, num_timed=1)
+  path = pathlib.Path(trained) / "rollout" / "results.json"
+  rollout.run(config, trained)
+  whole = [row["rewards"] for row in json.loads(path.read_text())]
+  run, started = rollout_lib.run, []
+
+  def stopping(*args, **options):
+    if len(started) == 1:
+      raise KeyboardInterrupt
+    started.append(0)
+    return run(*args, **options)
+
+  monkeypatch.setattr(rollout_lib, "run", stopping)
+  with pytest.raises(KeyboardInterrupt):
+    rollout.run(config, trained)
+  started.clear()
+  rollout.run(config, trained)
+  assert [row["rewards"] for row in json.loads(path.read_text())] == whole
+  assert not (path.parent / "partial.npz").exists()
+
+
 def test_episode_ends_with_the_reward_of_its_best_step(short):
   rewards = {"left": iter([0.1, 0.7, 0.3])}
 

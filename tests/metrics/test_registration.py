@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import xla_flags
+from quick_xla import xla_flags
 
 from sdiff_jax import registry
 from sdiff_jax.metrics import Metric

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import xla_flags
+from quick_xla import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax import samplers
