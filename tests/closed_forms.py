@@ -58,6 +58,13 @@ class Gaussian(NamedTuple):
     c, s, _, _ = self.moments(xt, t)
     return (c * xt - self.consistency(xt, t)) / (self.sigma_d * s)
 
+  def flow_map_net(self, x: Array, t: Array, cond: Cond) -> Array:
+    """F of the true flow map to cond["end_time"] < t; as a NetFn."""
+    xt, u = x * self.sigma_d, cond["end_time"]
+    step = expand(t - u, xt)
+    state = self.flow(xt, t, u)
+    return (jnp.cos(step) * xt - state) / (self.sigma_d * jnp.sin(step))
+
 
 class Mixture(NamedTuple):
   """Mixture of 1-D normals; weights, means and stds are [1, K], x is [B, 1]."""

@@ -14,6 +14,8 @@ import numpy as np
 
 from sdiff_jax.types import Array, Cond, NetFn
 
+END_TIME = "end_time"  # the condition of a flow map that holds its second time
+
 
 def expand(t: Array, x: Array) -> Array:
   """Returns t [B] with axes of length 1 appended, to broadcast against x [B, ...].
@@ -103,6 +105,20 @@ def denoise(xt: Array, F: Array, t: Array, sigma_d: float) -> Array:
     [[1.0, 1.0]]
   """
   return rotate(xt, F, t, jnp.zeros_like(t), sigma_d)
+
+
+def with_end_time(cond: Cond, s: Array) -> Cond:
+  """Returns conditions with the end time s [B] of a flow map.
+
+  Args:
+    cond: the other conditions, or None.
+    s: the time of the state that the flow map returns, [B].
+
+  Example:
+    >>> with_end_time(None, jnp.zeros(2))[END_TIME].tolist()
+    [0.0, 0.0]
+  """
+  return {**(cond or {}), END_TIME: s}
 
 
 def denoiser(net: NetFn, sigma_d: float) -> Callable[[Array, Array, Cond], Array]:

@@ -5,8 +5,9 @@ import dataclasses
 import ml_collections
 from jax.sharding import Mesh
 
-from sdiff_jax import registry
+from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset, LatentCodec
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.pretrained.diffusers import loading
@@ -25,6 +26,7 @@ class Experiment:
     sigma_d: standard deviation that the data are scaled to.
     guidance_input: whether the network takes the scale of classifier-free guidance as
       an input; otherwise guidance costs two evaluations.
+    end_time_input: whether the network is a flow map, which takes a second time.
     vae: autoencoder of a data set of latents, with its parameters; None without one.
     num_classes: number of classes that the network is conditioned on; 0 for none.
     dtype: type of the network's hidden layers, for messages.
@@ -35,6 +37,7 @@ class Experiment:
   mesh: Mesh
   sigma_d: float
   guidance_input: bool = False
+  end_time_input: bool = False
   vae: tuple[Autoencoder, Params] | None = None
   num_classes: int = 0
   dtype: str = "float32"
@@ -63,6 +66,7 @@ def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experim
     mesh=mesh(config),
     sigma_d=config.sigma_d,
     guidance_input=bool(config.model.get("guidance", False)),
+    end_time_input=trigflow.END_TIME in losses.facts(config.loss).cond,
     vae=_autoencoder(config.vae, dataset),
     num_classes=dataset.num_classes if config.class_conditional else 0,
     dtype=config.model.get("dtype", "float32"),
@@ -136,6 +140,7 @@ def network(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
       f"config.model.name={config.model.name!r}: has no conditions, but config.data "
       f"has {', '.join(cond)}"
     )
+  cond |= losses.facts(config.loss).cond
   given = {"shape": dataset.shape, "cond": cond, "sigma_d": config.sigma_d}
   return registry.build("models", config.model.to_dict(), "config.model", **given)
 

@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import config as configs
-from sdiff_jax import registry
+from sdiff_jax import losses, registry
 from sdiff_jax.capacity import lowering
 from sdiff_jax.capacity.lowering import Program
 from sdiff_jax.data import Dataset, PixelCodec, class_cond
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, text_to_image
@@ -53,6 +54,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     mesh,
     config.sigma_d,
     bool(config.model.get("guidance", False)),
+    trigflow.END_TIME in losses.facts(config.loss).cond,
   )
   return program(config, experiment)
 

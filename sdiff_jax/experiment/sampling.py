@@ -99,6 +99,7 @@ def denoiser(
     sigma_d=experiment.sigma_d,
     guidance_scale=guidance_scale,
     guidance_input=experiment.guidance_input,
+    end_time_input=experiment.end_time_input,
   )
 
 
@@ -109,6 +110,7 @@ def network_denoiser(
   sigma_d: float,
   guidance_scale: float = 1.0,
   guidance_input: bool = False,
+  end_time_input: bool = False,
 ) -> Denoiser:
   """Returns the denoiser of a TrigFlow network, with classifier-free guidance.
 
@@ -119,8 +121,14 @@ def network_denoiser(
     guidance_scale: of classifier-free guidance; 1 is none.
     guidance_input: whether the network takes the scale as an input; otherwise guidance
       costs two evaluations of it.
+    end_time_input: whether the network is a flow map; solvers that know one time then
+      use its velocity, F(x, t, s = t).
   """
-  net = functools.partial(network.apply, params)
+
+  def net(x: Array, t: Array, cond: Cond) -> Array:
+    if end_time_input and trigflow.END_TIME not in (cond or {}):
+      cond = trigflow.with_end_time(cond, t)
+    return network.apply(params, x, t, cond)
 
   def with_scale(x: Array, t: Array, cond: Cond) -> Array:
     scale = jnp.full(t.shape, guidance_scale, jnp.float32)

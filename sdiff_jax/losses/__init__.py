@@ -11,6 +11,7 @@ arguments of `register` are facts about the loss, which `facts` reads.
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sdiff_jax import registry
@@ -20,7 +21,7 @@ from sdiff_jax.losses._tangent import (
   normalize_tangent,
   tangent_norm,
 )
-from sdiff_jax.types import Json, Params
+from sdiff_jax.types import CondSpecs, Json, Params
 
 __all__ = [
   "TANGENT_NORMALIZERS",
@@ -43,6 +44,7 @@ class Facts(NamedTuple):
     needs_teacher: whether the loss distills a teacher network.
     init_extra_params: maps the parameters of the network to those that are trained,
       with the parameters of further networks.
+    cond: what the network is conditioned on beside the conditions of the data set.
   """
 
   title: str
@@ -50,6 +52,7 @@ class Facts(NamedTuple):
   family: str = "diffusion"
   needs_teacher: bool = False
   init_extra_params: Callable[[Params], Params] = lambda params: params
+  cond: CondSpecs = MappingProxyType({})
 
 
 def facts(section: Mapping[str, Json]) -> Facts:

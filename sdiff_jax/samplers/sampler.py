@@ -380,4 +380,5 @@ def run(
   if "mesh" in given:
     given["sharding"] = sharding_lib.window(given.pop("mesh"))
   loop = _names.loops()[sampler.loop].build
+  denoiser = sampler.tableau.with_end_time(denoiser)
   return loop(denoiser, sampler.tableau, x, keys, cond, **sampler.options, **given)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
-from sdiff_jax.types import Array
+from sdiff_jax.types import Array, Cond, Denoiser
 
 # The unit of tolerances and errors, in standard deviations of the data. It is about the
 # noise of one step of DDPM with 100 steps, so 0.1 is a common tolerance.
@@ -66,6 +67,8 @@ class SolverTableau(NamedTuple):
       0 in a step to clean data.
     init_std: standard deviation of the first state.
     sigma_d: standard deviation of the data, approximately.
+    end_time: the time of the state that a flow map is asked for, float64 [R]; None for
+      solvers that know one time.
   """
 
   x_coef: np.ndarray
@@ -78,6 +81,7 @@ class SolverTableau(NamedTuple):
   scale: np.ndarray
   init_std: float
   sigma_d: float
+  end_time: np.ndarray | None = None
 
   @property
   def evaluations(self) -> int:
@@ -126,6 +130,24 @@ class SolverTableau(NamedTuple):
     )
     arrays = jax.tree.map(lambda column: jnp.asarray(column, dtype), columns)
     return StepCoefficients(*arrays)
+
+  def with_end_time(self, denoiser: Denoiser) -> Denoiser:
+    """Returns a denoiser that is given the end time of a step as a condition.
+
+    Args:
+      denoiser: (x [N, ...], time [N], cond) -> estimate of x0 [N, ...].
+    """
+    if self.end_time is None:
+      return denoiser
+    times, ends = self.time, self.end_time
+
+    def call(x: Array, time: Array, cond: Cond) -> Array:
+      # The times are distinct, and each is one of the steps'.
+      distance = jnp.abs(time[:, None] - jnp.asarray(times, time.dtype)[None])
+      end = jnp.asarray(ends, time.dtype)[jnp.argmin(distance, axis=1)]
+      return denoiser(x, time, trigflow.with_end_time(cond, end))
+
+    return call
 
   def scaled(self, temperature: float) -> "SolverTableau":
     """Returns the solver with its first state and all noise times a temperature."""

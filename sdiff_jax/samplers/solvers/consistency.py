@@ -1,5 +1,7 @@
 """Multistep sampling of consistency models."""
 
+import numpy as np
+
 from sdiff_jax import registry
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
@@ -25,9 +27,11 @@ def consistency(schedule: NoiseSchedule) -> SolverTableau:
     >>> consistency(noise_schedules.edm(np.array([2.0, 1.0, 0.0]))).noise_coef
     array([1., 0.])
   """
-  ends = zip(schedule.alpha_next, schedule.sigma_next, strict=True)
+  levels = zip(schedule.alpha_next, schedule.sigma_next, strict=True)
   # x' = alpha' d + sigma' z
   steps = [
-    SolverStep(i, [0.0], [alpha], sigma) for i, (alpha, sigma) in enumerate(ends)
+    SolverStep(i, [0.0], [alpha], sigma) for i, (alpha, sigma) in enumerate(levels)
   ]
-  return tableau.assemble(schedule, steps)
+  _, _, clean = schedule.point(np.inf)
+  ends = np.full(len(steps), clean)
+  return tableau.assemble(schedule, steps)._replace(end_time=ends)
