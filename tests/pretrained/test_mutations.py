@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
+from sdiff_jax.metrics.features import _clip_weights, clip
+from sdiff_jax.pretrained import lerobot
 from sdiff_jax.pretrained.diffusers import loading, scheduler
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.types import UserError
@@ -24,6 +26,48 @@ SCHEDULER, TOKENIZER = (
 )
 FILES = [(SD2, k) for k in (UNET, VAE, TEXT, SCHEDULER, TOKENIZER, "model_index.json")]
 FILES += [(CHURCH, UNET), (CHURCH, SCHEDULER)]
+
+
+LEROBOT = {
+  "type": "diffusion",
+  "n_obs_steps": 2,
+  "horizon": 16,
+  "n_action_steps": 8,
+  "input_features": {"observation.state": {"type": "STATE", "shape": [4]}},
+  "output_features": {"action": {"type": "ACTION", "shape": [2]}},
+  "normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"},
+  "down_dims": [16, 32],
+  "kernel_size": 5,
+  "n_groups": 8,
+  "diffusion_step_embed_dim": 32,
+  "use_film_scale_modulation": True,
+  "noise_scheduler_type": "DDIM",
+  "beta_start": 0.0001,
+  "beta_schedule": "squaredcos_cap_v2",
+  "prediction_type": "epsilon",
+  "clip_sample": True,
+  "num_inference_steps": 10,
+}
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLIP = {
+  "transformers": {
+    "projection_dim": 8,
+    "text_config": TOWER | {"vocab_size": 64, "eos_token_id": 2, "hidden_act": "gelu"},
+    "vision_config": TOWER | {"image_size": 8, "patch_size": 4, "layer_norm_eps": 1e-5},
+  },
+  "open_clip": {
+    "embed_dim": 8,
+    "quick_gelu": True,
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2},
+    "vision_cfg": {
+      "image_size": 8,
+      "layers": 1,
+      "width": 16,
+      "head_width": 8,
+      "patch_size": 4,
+    },
+  },
+}
 
 
 @pytest.fixture
@@ -250,3 +294,52 @@ def test_numbers_that_json_does_not_have(without_weights):
   path = folder / TOKENIZER
   path.write_text(json.dumps({"model_max_length": int(1e30)}))
   assert tokenizer_lib.load(str(path.parent)).length == 77
+
+
+def nested(config: dict, path: tuple = ()):
+  """Yields all positions in a config, as tuples of keys."""
+  for key, value in config.items():
+    yield (*path, key)
+    if isinstance(value, dict):
+      yield from nested(value, (*path, key))
+
+
+def changed_at(config: dict, path: tuple, value) -> dict:
+  copied = copy.deepcopy(config)
+  inner = copied
+  for key in path[:-1]:
+    inner = inner[key]
+  inner[path[-1]] = value
+  return copied
+
+
+VALUES_OF_SHAPES = (*VALUES, [10**9], [-1], [2, 2], [None], [10**30])
+
+
+def test_lerobot(tmp_path):
+  """A policy's config: everything is checked before weights are looked for."""
+  path = tmp_path / "config.json"
+  for at in nested(LEROBOT):
+    for value in VALUES_OF_SHAPES:
+      path.write_text(json.dumps(changed_at(LEROBOT, at, value)))
+      with pytest.raises(UserError) as caught:
+        lerobot.load(str(tmp_path))
+      message = str(caught.value)
+      assert message.startswith(str(path)) or "has no model.safetensors" in message, at
+      assert len(message) <= 480, at
+
+
+@pytest.mark.parametrize("config", ["transformers", "open_clip"])
+def test_clip(config):
+  read = {
+    "transformers": clip.from_config,
+    "open_clip": lambda c: clip.from_config(_clip_weights.config(c)),
+  }[config]
+  original = CLIP[config]
+  read(original)
+  for at in nested(original):
+    for value in VALUES:
+      try:
+        read(changed_at(original, at, value))
+      except ValueError as error:
+        assert len(str(error)) < 400, (at, value)  # noqa: PT017

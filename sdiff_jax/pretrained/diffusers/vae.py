@@ -168,8 +168,8 @@ def from_config(
       f"block_out_channels must make at most {MAX_BLOCKS} blocks"
     )
   for field in ("in_channels", "out_channels"):
-    if c[field] not in (1, 3):
-      raise ValueError(f"{field}={c[field]}: must be 1 or 3, the colors of an image")
+    if c[field] != 3:
+      raise ValueError(f"{field}={c[field]}: must be 3, the colors of an image")
   common = {"channels": channels, "depth": c["layers_per_block"], "remat": remat}
   common |= {"groups": c["norm_num_groups"], "attends": c["mid_block_add_attention"]}
   common |= {"dtype": jnp.dtype(dtype)}
