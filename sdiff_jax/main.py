@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import contextlib
 import os
 import re
+import resource
 import sys
 import textwrap
 from typing import NamedTuple
@@ -48,6 +49,7 @@ from sdiff_jax.types import Json, UserError
 
 # How long a command that is refused tries to tell the other processes of its job.
 REFUSE_SECONDS = 30.0
+OPEN_FILES = 65_536  # at a time, if the limits of the user allow it
 
 
 MAX_MESSAGE = 480  # characters
@@ -156,7 +158,7 @@ def run(command: Command) -> str:
     config = workdir_lib.read(workdir)
   if config is not None:
     configs.validate(config)
-  with contextlib.ExitStack() as stack:
+  with workdir_lib.errors(workdir), contextlib.ExitStack() as stack:
 
     def describe(first: bool) -> dict[str, Json]:
       about: dict[str, Json] = {"--job": name, "--workdir": workdir}
@@ -172,8 +174,7 @@ def run(command: Command) -> str:
     start = job.facts.get("start")
     start() if start else processes.start(describe, limit)
     _cache_compilations()
-    with workdir_lib.errors(workdir):
-      return job.build(config, workdir)
+    return job.build(config, workdir)
 
 
 def usage(field: str = "") -> str:
@@ -331,8 +332,17 @@ def _absl_flags(argv: list[str]) -> list[str]:
   return flags.FLAGS(argv, known_only=True)
 
 
+def _allow_open_files() -> None:
+  """Raises the limit on open files as far as this user may, for large checkpoints."""
+  current, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  limit = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+  if current != resource.RLIM_INFINITY and current < limit:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
 def _program() -> None:
   """Runs the command line of this process, and ends it."""
+  _allow_open_files()
   # Orbax logs the exceptions that it raises, with their tracebacks, as errors.
   logging.set_verbosity(logging.FATAL)
   try:

@@ -17,9 +17,10 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import LatentCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.io import bounded
+from sdiff_jax.io import bounded, file_io
 from sdiff_jax.types import Json, UserError
 
+WRITER_OPTIONS = "group_size:1,uncompressed"  # of array_record
 ABOUT = "latents.json"
 MAX_ABOUT = 2**24  # bytes
 LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
@@ -152,16 +153,17 @@ def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
   from array_record.python import array_record_module
 
   labels = cond.get("label", np.full(len(moments), -1))
-  # Not file_io.atomic, which would create a folder that is missing.
-  temporary = path + ".tmp"
-  writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+  if not os.path.isdir(os.path.dirname(path)):  # which `atomic` would create
+    raise UserError(f"{path} was not written: its folder does not exist")
   try:
-    for row, label in zip(moments.astype(MOMENTS), labels, strict=True):
-      writer.write(np.asarray(label, LABEL).tobytes() + row.tobytes())
-    writer.close()
-    os.replace(temporary, path)
-  except (RuntimeError, OSError) as error:
-    raise UserError(f"{path} was not written: {error}") from error
+    with file_io.atomic(path) as temporary:
+      writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
+      for row, label in zip(moments.astype(MOMENTS), labels, strict=True):
+        writer.write(np.asarray(label, LABEL).tobytes() + row.tobytes())
+      writer.close()
+  except RuntimeError as error:  # a full disk, for one
+    reason = " ".join(str(error).split())
+    raise UserError(f"{path} was not written: {reason[:200]}") from error
 
 
 def _about(folder: str) -> dict[str, Json]:

@@ -27,10 +27,18 @@ from sdiff_jax.types import Json, Network, Params, UserError
 
 NORMALIZER = "normalizer.npz"
 OLD_NORMALIZER = "normaliser.npz"  # its name in work directories of earlier versions
-# Error numbers of a full disk, and of a path that this user may not write.
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
-NO_ACCESS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# What helps against errors of the system, by their numbers.
+REMEDIES = {
+  "free space": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  "change the permissions": (errno.EACCES, errno.EPERM, errno.EROFS),
+  "move it out of the way": (errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+  "allow more open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+  "use a shorter name": (errno.ENAMETOOLONG,),
+  "remove the symbolic link": (errno.ELOOP,),
+  "free memory": (errno.ENOMEM,),
+  "check the disk": (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
+}
+NAME_BYTES = 255  # largest length of the name of a file
 
 
 def save_or_check_config(
@@ -201,8 +209,17 @@ def check_writable(workdir: str) -> None:
   """Checks that a work directory can be created and written; creates nothing.
 
   Raises:
-    UserError: the message names the directory that is in the way.
+    UserError: the message names the directory that is in the way, or what is wrong with
+      the name.
   """
+  try:
+    names = workdir.encode("utf-8").split(os.sep.encode())
+  except UnicodeEncodeError:
+    raise UserError(f"--workdir={workdir!r}: the name must be UTF-8") from None
+  if "\0" in workdir or max(map(len, names)) > NAME_BYTES:
+    raise UserError(
+      f"--workdir={workdir[:80]!r}...: a name has at most {NAME_BYTES} bytes, none zero"
+    )
   folder = workdir
   while not os.path.lexists(folder):
     folder = os.path.dirname(folder)
@@ -211,11 +228,14 @@ def check_writable(workdir: str) -> None:
       f"--workdir={workdir}: {folder} is not a directory that this user may write; "
       "use another --workdir, or change its permissions"
     )
+  path = os.path.join(workdir, checkpoints_lib.FOLDER)
+  if os.path.lexists(path) and not os.path.isdir(path):
+    raise UserError(f"{path} is not a directory; move it out of the way")
 
 
 @contextlib.contextmanager
 def errors(workdir: str) -> Iterator[None]:
-  """Turns the OSError of a full disk or a missing permission into a UserError.
+  """Turns the errors of the system, such as a full disk, into a UserError.
 
   Raises:
     UserError: the message names the file and the last good checkpoint.
@@ -223,12 +243,12 @@ def errors(workdir: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in NO_SPACE | NO_ACCESS:
+    remedies = [text for text, codes in REMEDIES.items() if error.errno in codes]
+    if not remedies:  # a fault of this program
       raise
     step = checkpoints_lib.newest(workdir)
     safe = "" if step is None else f"; the last good checkpoint is that of step {step}"
-    remedy = "free space" if error.errno in NO_SPACE else "change the permissions"
     raise UserError(
-      f"{error.filename or workdir}: {error.strerror}{safe}; {remedy}, then repeat the "
+      f"{error.filename or workdir}: {error.strerror}{safe}; {remedies[0]}, then repeat the "
       "command to resume"
     ) from error

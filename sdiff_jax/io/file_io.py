@@ -34,14 +34,27 @@ KINDS = {  # what is not a regular file -> how to recognize it
 def atomic(path: Path) -> Iterator[str]:
   """Yields a temporary path, which is renamed to `path` if the block succeeds.
 
+  If it does not, the temporary file is removed, so that a full disk is not fuller.
+
   Args:
     path: the file; missing parent directories are created.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = f"{path}.tmp"
-  yield temporary
-  os.replace(temporary, path)
+  try:
+    _remove(temporary)  # of a process that was killed; it may be a link or a pipe
+    yield temporary
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      _remove(temporary)
+    raise
+
+
+def _remove(path: str) -> None:
+  with contextlib.suppress(FileNotFoundError):
+    os.unlink(path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

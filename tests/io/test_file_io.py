@@ -1,11 +1,17 @@
 """Atomic writes, JSON with clear errors, output in parts."""
 
 import json
+import os
+import resource
+import signal
 
 import numpy as np
 import pytest
 
-from sdiff_jax.io import file_io, records, resumable
+from sdiff_jax.data.episodes import normalizer
+from sdiff_jax.io import file_io, image_io, records, resumable
+from sdiff_jax.metrics import frechet
+from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.types import UserError
 
 
@@ -89,3 +95,51 @@ def test_the_settings_file_names_a_damaged_one(tmp_path):
   (tmp_path / "settings.json").write_text(json.dumps([1])[:-1])
   with pytest.raises(UserError, match=r"settings\.json is not valid JSON"):
     output.settings()
+
+
+@pytest.fixture
+def full_disk():
+  """Returns a function after which this process can write no more than 1000 bytes."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  signal.signal(signal.SIGXFSZ, handler)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+AFFINE = normalizer.Affine(np.ones((9, 64), np.float32), np.ones((9, 64), np.float32))
+NORMALIZER = normalizer.Normalizer(AFFINE, AFFINE, 2, (4, 64), 1.0)
+WRITERS = {
+  "text": lambda path: file_io.write_text(path, "x" * 5000),
+  "json": lambda path: file_io.write_json(path, ["x"] * 5000),
+  "npz": lambda path: file_io.write_npz(path, a=NOISE),
+  "png": lambda path: image_io.save_png(path, NOISE),
+  "gif": lambda path: image_io.save_gif(path, [[NOISE, 255 - NOISE]], 10),
+  "statistics": lambda path: reference_statistics.save(
+    path, {"fid": frechet.Statistics(np.zeros(64), np.eye(64))}
+  ),
+  "normalizer": lambda path: normalizer.save(path, NORMALIZER),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_on_a_full_disk_the_previous_file_stays_whole(kind, tmp_path, full_disk):
+  path = tmp_path / "file"
+  path.write_bytes(b"previous")
+  WRITERS[kind](tmp_path / "larger")
+  assert (tmp_path / "larger").stat().st_size > 1000
+  full_disk()
+  with pytest.raises(OSError, match="File too large"):
+    WRITERS[kind](path)
+  assert path.read_bytes() == b"previous"
+  assert {p.name for p in tmp_path.iterdir()} == {"file", "larger"}
+
+
+def test_a_pipe_in_the_place_of_the_temporary_file_is_replaced(tmp_path):
+  os.mkfifo(tmp_path / "a.tmp")
+  (tmp_path / "b.tmp").symlink_to(tmp_path / "elsewhere")
+  for name in "a", "b":
+    file_io.write_text(tmp_path / name, "new")
+    assert (tmp_path / name).read_text() == "new"
+  assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
