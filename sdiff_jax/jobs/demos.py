@@ -30,6 +30,7 @@ from sdiff_jax.policies.pusht import env, expert, observations
 from sdiff_jax.policies.pusht.env import Env
 from sdiff_jax.types import UserError
 
+QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 NEAR = 3  # one episode in so many starts near the goal
 _envs: list[Env] = []  # of a worker process
 
@@ -98,6 +99,9 @@ def _make(folder: str, seeds: list[int], total: int) -> None:
     "spawn"
   )  # JAX has threads, which a fork would copy
   done = total - len(seeds)
+  # After a kill multiprocessing removes its semaphores, with a warning that is no news.
+  warnings = [os.environ.get("PYTHONWARNINGS"), QUIET]
+  os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
   with (
     Progress(total, label="demos", unit="episode", initial=done) as progress,
     concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn, _start) as pool,
