@@ -1,5 +1,6 @@
 """State of a computation on disk, so that an interrupted job resumes from it."""
 
+import hashlib
 import json
 import os
 import time
@@ -56,7 +57,15 @@ class Snapshot:
       settings = arrays.pop(SETTINGS).tobytes().decode()
     except (UserError, KeyError, ValueError):
       return {}
-    return arrays if settings == self._settings else {}
+    return arrays if settings == self._described(arrays) else {}
+
+  def _described(self, arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the settings with a digest of the arrays, so that no edited file is used."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+      digest.update(f"{name} {array.dtype} {array.shape}".encode())
+      digest.update(np.ascontiguousarray(array).data)
+    return f"{self._settings} {digest.hexdigest()}"
 
   def save(
     self, state: Callable[[], Mapping[str, np.ndarray]], *, now: bool = False
@@ -70,8 +79,9 @@ class Snapshot:
     if not self._write or (not now and time.monotonic() < self._due):
       return
     begin = time.monotonic()
-    settings = np.frombuffer(self._settings.encode(), np.uint8)
-    file_io.write_npz(self._path, **{SETTINGS: settings, **state()})
+    arrays = {name: np.asarray(array) for name, array in state().items()}
+    settings = np.frombuffer(self._described(arrays).encode(), np.uint8)
+    file_io.write_npz(self._path, **{SETTINGS: settings, **arrays})
     end = time.monotonic()
     self._due = end + max(SECONDS, (end - begin) / FRACTION)
 

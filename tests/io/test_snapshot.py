@@ -29,6 +29,12 @@ def test_a_state_comes_back(path):
 def test_other_settings_and_damaged_files_start_again(path):
   saved(path, {"seed": 0})
   assert snapshot.Snapshot(path, {"seed": 1}).arrays == {}
+  with np.load(path) as stored:
+    edited = {**stored, "n": np.int64(8)}
+  np.savez(path, **edited)
+  assert snapshot.Snapshot(path, {"seed": 0}).arrays == {}
+  saved(path, {"seed": 0})
+  assert snapshot.Snapshot(path, {"seed": 0}).arrays
   with open(path, "r+b") as file:
     file.truncate(200)
   assert snapshot.Snapshot(path, {"seed": 0}).arrays == {}
