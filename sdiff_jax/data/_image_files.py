@@ -187,11 +187,7 @@ def _indexed(folder: str) -> ImageFiles:
   """Returns the images of a folder whose classes are in dataset.json."""
   path = os.path.join(folder, INDEX)
   try:
-    with bounded.open_regular(path) as file:
-      data = file.read(MAX_INDEX + 1)
-    if len(data) > MAX_INDEX:
-      raise ValueError(f"it has more than {MAX_INDEX} bytes")
-    index = msgspec.json.decode(data, type=_Index)
+    index = msgspec.json.decode(bounded.read(path, MAX_INDEX), type=_Index)
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(
       f"{path} is damaged ({bounded.short(error)}); it must hold "

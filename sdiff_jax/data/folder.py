@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
@@ -17,7 +18,8 @@ from sdiff_jax.types import UserError
 
 UNREADABLE = image_io.UNREADABLE
 MAX_SIDE = 2**13  # pixels
-NUM_CHECKED = 64  # images that are decoded before any work starts
+NUM_CHECKED = 64  # images that are decoded before any work starts,
+CHECK_SECONDS = 1.0  # unless that takes longer than this
 
 
 @registry.register("data", "folder")
@@ -60,8 +62,11 @@ def build(
       image[...] = _decode(paths[k], image_size, channels)
     return images, {"label": labels[indices]}
 
+  end = time.monotonic() + CHECK_SECONDS
   for k in np.unique(np.linspace(0, len(paths) - 1, NUM_CHECKED).astype(int)):
     _decode(paths[k], image_size, channels)
+    if time.monotonic() > end:
+      break
 
   def fingerprint() -> bytes:
     digest = hashlib.sha256(repr((shape, num_classes)).encode())

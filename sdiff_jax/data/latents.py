@@ -124,7 +124,7 @@ def _check_records(
   negative = (moments[..., moments.shape[-1] // 2 :] < 0).any(axes)
   if negative.any():
     raise ValueError(f"record {indices[negative][0]} has a negative standard deviation")
-  outside = (labels < 0) | (labels >= classes)
+  outside = (labels < -1) | (labels >= classes)  # -1 is no class
   if classes and outside.any():
     raise ValueError(
       f"record {indices[outside][0]} has the label {labels[outside][0]} of {classes} "
@@ -170,9 +170,7 @@ def _about(folder: str) -> dict[str, Json]:
   """Returns what latents.json says, checked."""
   path = os.path.join(folder, ABOUT)
   try:
-    with bounded.open_regular(path) as file:
-      data = file.read(MAX_ABOUT)
-    about = msgspec.json.decode(data, type=_About)
+    about = msgspec.json.decode(bounded.read(path, MAX_ABOUT), type=_About)
   except OSError:
     raise ValueError(
       f"dir={folder!r}: has no {ABOUT}; name a folder of latents, which --job=encode "

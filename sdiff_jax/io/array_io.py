@@ -28,9 +28,8 @@ KINDS = "biufcSUV"
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What damaged archives and arrays raise.
 DAMAGED = (
-  *(ValueError, OSError, EOFError, KeyError, TypeError, SyntaxError, RecursionError),
-  *(zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, MemoryError),
-  *(OverflowError, AttributeError, UnicodeError),
+  *(ValueError, OSError, EOFError, KeyError, TypeError, RuntimeError, MemoryError),
+  *(OverflowError, AttributeError, zipfile.BadZipFile, zlib.error, struct.error),
 )
 
 
@@ -203,7 +202,11 @@ def _header(file: IO[bytes]) -> Header:
     if version == (1, 0)
     else np.lib.format.read_array_header_2_0
   )
-  shape, by_columns, dtype = read(text)
+  try:
+    shape, by_columns, dtype = read(text)
+  except Exception as error:  # those of Python's parser and tokenizer, too
+    reason = bounded.short(error, 100) or type(error).__name__
+    raise ValueError(f"the header of an array is damaged: {reason}") from error
   if dtype.hasobject:
     raise ValueError("Object arrays cannot be loaded: they hold pickles")
   if dtype.kind not in KINDS or dtype.names or dtype.subdtype:

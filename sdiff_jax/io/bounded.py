@@ -74,6 +74,21 @@ def check_regular(path: Path, status: os.stat_result) -> None:
     raise UserError(f"{path} is not a regular file; name a file, no pipe or device")
 
 
+def read(path: Path, limit: int) -> bytes:
+  """Returns the content of a regular file of at most `limit` bytes.
+
+  Raises:
+    OSError: the file does not exist, or may not be read.
+    UserError: the path is no regular file.
+    TooLarge: the file has more bytes.
+  """
+  with open_regular(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+      raise TooLarge(f"the file has {size} bytes, more than {limit}")
+    return file.read(size)
+
+
 def stored_size(file: IO[bytes]) -> int:
   """Returns the number of bytes of an open file, at most what its blocks can hold.
 

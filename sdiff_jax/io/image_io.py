@@ -22,6 +22,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 2**26  # of an image that is read
 MAX_FILE = 2**28  # bytes
 MAX_SCANS = 100  # of a progressive JPEG
+# Keys of Pillow's `Image.info` that may hold an orientation.
+ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 # What Pillow raises on files that are no images, or damaged ones.
 UNREADABLE = (
   *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, KeyError, IndexError),
@@ -37,7 +39,7 @@ def open_image(
   """Opens an image of one of the supported formats, whose pixels are not yet decoded.
 
   Args:
-    file: a path or an open file.
+    file: a path, or an open file in memory.
     formats: Pillow's names of the formats.
 
   Raises:
@@ -46,12 +48,9 @@ def open_image(
     OSError: the file cannot be read, or is of another format (see UNREADABLE).
   """
   if isinstance(file, str | os.PathLike):
-    with bounded.open_regular(file) as opened:
-      data = opened.read(MAX_FILE + 1)
+    data = bounded.read(file, MAX_FILE)
   else:
-    data = file.read(MAX_FILE + 1)
-  if len(data) > MAX_FILE:
-    raise ValueError(f"the file has more than {MAX_FILE} bytes")
+    data = file.read()
   try:
     opened = Image.open(io.BytesIO(data), formats=formats)
   except Image.UnidentifiedImageError:
@@ -83,7 +82,9 @@ def to_color(image: Image.Image, channels: int = 3) -> Image.Image:
     image: an image of any mode.
     channels: 3 for RGB, 1 for gray.
   """
-  image = ImageOps.exif_transpose(image)
+  image.load()
+  if not ORIENTED.isdisjoint(image.info):
+    image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I"):  # convert() would clip at 255 instead
     levels, clear = np.asarray(image), image.info.get("transparency")
     wide = levels.astype(np.int64)

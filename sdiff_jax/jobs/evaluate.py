@@ -239,7 +239,10 @@ def _baselines(
     )
     name = "one half to the other"
   classes = dataset.class_of(cond, dataset.size)
-  gaussian_samples = baselines.class_gaussian(images, classes, num)
+  try:
+    gaussian_samples = baselines.class_gaussian(images, classes, num)
+  except ValueError as error:
+    raise UserError(f"config.evaluate.baselines=True: {error}") from error
   real = measure_real(evaluation.array_batches(images[indices]), len(indices))
   gaussian = measure(evaluation.array_batches(gaussian_samples), num)
   rows = [

@@ -64,7 +64,7 @@ def _describe(
   """Returns lines about size, classes, mean and standard deviation of a data set."""
   lines = [f"{source.size} images of {' x '.join(map(str, source.shape))}"]
   if source.num_classes:
-    each = np.bincount(labels, minlength=source.num_classes)
+    each = np.bincount(labels[labels >= 0], minlength=source.num_classes)
     lines[0] += f", {source.num_classes} classes of {each.min()} to {each.max()} images"
   # Moments of the 256 encoded pixel values, weighted by their counts.
   levels = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)

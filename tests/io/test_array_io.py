@@ -95,6 +95,10 @@ BAD = {
   "version 99": (b"\x93NUMPY\x63\x00" + npy((1,), b"\0" * 8)[8:], "version"),
   "text": (b"no array", "no array of NumPy"),
   "empty": (b"", "no array of NumPy"),
+  "no end of a bracket": (
+    b"\x93NUMPY\x01\x00\x10\x00{'shape': (1L, 2\n",
+    "the header of an array is damaged",
+  ),
   "half a header": (npy((1,))[:30], "damaged"),
 }
 

@@ -374,3 +374,13 @@ def test_weights_that_are_not_finite_are_named():
   tensors = {"a": np.zeros(3), "b": np.zeros(2, complex)}
   with pytest.raises(UserError, match="of another type: b complex128"):
     state_dict.match_params(tensors, like, lambda keys: keys[0])
+
+
+def test_settings_of_pickled_modules_are_read():
+  """Numbers that modules have as attributes, beside their tensors."""
+  tensors, settings = state_dict.read_with_settings(str(FOLDER / "edm.pkl"))
+  assert tensors.keys() == state_dict.read(str(FOLDER / "edm.pkl")).keys()
+  assert settings["enc.8x8_conv.training"] is False
+  assert state_dict.setting(settings, "training") is False
+  for name in ("zip.pt", "old.pt", "file.safetensors", "expected.npz"):
+    assert state_dict.read_with_settings(str(FOLDER / name))[1] == {}

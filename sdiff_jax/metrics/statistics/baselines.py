@@ -16,9 +16,16 @@ def class_gaussian(
 
   Returns:
     uint8 [num, ...], rounded and clipped.
+
+  Raises:
+    ValueError: a class has one image, which has no covariance.
   """
   rng = np.random.default_rng(seed)
-  classes = np.unique(labels)
+  classes, counts = np.unique(labels, return_counts=True)
+  if counts.min() < 2:
+    raise ValueError(
+      f"labels: class {classes[counts.argmin()]} has one image, and a covariance needs two"
+    )
   out = np.empty((num, *images.shape[1:]), np.uint8)
   for i, label in enumerate(classes):
     pixels = images[labels == label].reshape(-1, out[0].size).astype(np.float64)

@@ -1,6 +1,7 @@
 """The Gaussian of each class has the moments of the class."""
 
 import numpy as np
+import pytest
 
 from sdiff_jax.metrics.statistics import baselines
 
@@ -18,3 +19,9 @@ def test_moments_of_each_class():
     rows = drawn[label::2].reshape(-1, 2).astype(np.float64)
     np.testing.assert_allclose(rows.mean(0), means[label], atol=0.7)
     np.testing.assert_allclose(np.cov(rows.T), mix @ mix.T, rtol=0.07)
+
+
+def test_a_class_of_one_image_is_refused():
+  images = np.zeros((3, 2, 1, 1), np.uint8)
+  with pytest.raises(ValueError, match="labels: class 7 has one image"):
+    baselines.class_gaussian(images, np.array([2, 7, 2]), 5)
