@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -79,7 +80,7 @@ class Checkpoints:
       keep_every: checkpoints of its multiples are kept permanently; 0 for none.
     """
     self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
-    self._pending = None
+    self._pending: tuple[int, Any] | None = None  # step, Orbax's response
     ocp = _orbax()
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
@@ -279,7 +280,7 @@ def _os_error(error: BaseException | None) -> int:
   return 0
 
 
-def _partial_load() -> contextlib.AbstractContextManager:
+def _partial_load() -> contextlib.AbstractContextManager[object]:
   """Returns a context in which trees are read only as far as they are requested."""
   context = _orbax().Context()
   context.pytree.loading.partial_load = True

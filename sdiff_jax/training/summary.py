@@ -93,9 +93,10 @@ def flops_ratio(workdir: str, reference: str, step: int = 0) -> float | None:
   Raises:
     UserError: a training.json is damaged.
   """
-  costs = read(workdir), read(reference)
-  flops = [cost.get("flops") for cost in costs if cost and cost["steps"]]
-  if len(flops) < len(costs) or not all(flops):
+  cost, other = read(workdir), read(reference)
+  if cost is None or other is None or not cost["steps"] or not other["steps"]:
     return None
-  steps = costs[0]["steps"]
-  return (step or steps) / steps * flops[0] / flops[1]
+  flops, of_other = cost.get("flops"), other.get("flops")
+  if not flops or not of_other:
+    return None
+  return (step or cost["steps"]) / cost["steps"] * flops / of_other
