@@ -38,7 +38,6 @@ REMEDIES = {
   "free memory": (errno.ENOMEM,),
   "check the disk": (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
 }
-NAME_BYTES = 255  # largest length of the name of a file
 
 
 def save_or_check_config(
@@ -209,17 +208,8 @@ def check_writable(workdir: str) -> None:
   """Checks that a work directory can be created and written; creates nothing.
 
   Raises:
-    UserError: the message names the directory that is in the way, or what is wrong with
-      the name.
+    UserError: the message names the directory that is in the way.
   """
-  try:
-    names = workdir.encode("utf-8").split(os.sep.encode())
-  except UnicodeEncodeError:
-    raise UserError(f"--workdir={workdir!r}: the name must be UTF-8") from None
-  if "\0" in workdir or max(map(len, names)) > NAME_BYTES:
-    raise UserError(
-      f"--workdir={workdir[:80]!r}...: a name has at most {NAME_BYTES} bytes, none zero"
-    )
   folder = workdir
   while not os.path.lexists(folder):
     folder = os.path.dirname(folder)

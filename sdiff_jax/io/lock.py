@@ -11,12 +11,29 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from typing import TypedDict
 
+from sdiff_jax.io import records
 from sdiff_jax.types import UserError
 
 NAME = ".lock"
+MAX_BYTES = 1000  # of the file
 # Errors of file systems without locks, such as some network mounts.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class Holder(TypedDict):
+  """Content of the file: which process holds the lock.
+
+  Attributes:
+    pid: number of the process.
+    host: name of its machine.
+    job: what it does.
+  """
+
+  pid: int
+  host: str
+  job: str
 
 
 @contextlib.contextmanager
@@ -35,7 +52,7 @@ def locked(folder: str, job: str) -> Iterator[None]:
   try:
     descriptor = _open(path)
     try:
-      about = {"pid": os.getpid(), "host": socket.gethostname(), "job": job}
+      about: Holder = {"pid": os.getpid(), "host": socket.gethostname(), "job": job}
       with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(about).encode())
@@ -93,7 +110,8 @@ def _open(path: str) -> int:
 def _read(descriptor: int) -> str:
   """Returns in words which process holds the lock."""
   try:
-    about = json.loads(os.pread(descriptor, 1000, 0))
+    content = os.pread(descriptor, MAX_BYTES, 0)
+    about = records.decode(content, Holder, NAME)
     return f"--job={about['job']} (pid {about['pid']} on {about['host']})"
-  except (ValueError, TypeError, KeyError):
+  except (OSError, UserError):
     return "another process, which has just started"

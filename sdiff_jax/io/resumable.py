@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -42,10 +42,24 @@ def differences(stored: Mapping[str, Json], current: Mapping[str, Json]) -> list
   """
   stored, current = flatten(stored), flatten(current)
   return [
-    f"{k} ({stored.get(k)} there, {current.get(k)} now)"
+    f"{k} ({_short(stored.get(k))} there, {_short(current.get(k))} now)"
     for k in sorted(stored.keys() | current.keys())
     if stored.get(k) != current.get(k)
   ]
+
+
+def _short(value: Json) -> str:
+  return records.shortened(str(value), records.MAX_QUOTED)
+
+
+class _Settings(TypedDict):
+  """Settings that jobs read; the others are compared alone.
+
+  Attributes:
+    window: number of solver steps that a parallel sampler evaluates at a time.
+  """
+
+  window: NotRequired[records.Count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +83,16 @@ class Output:
     return sorted(glob.glob(os.path.join(glob.escape(self.folder), self.pattern)))
 
   def settings(self) -> dict[str, Json] | None:
-    """Returns the stored settings, None if there are none.
+    """Returns the stored settings, None if there are neither settings nor parts.
 
     Raises:
-      UserError: the file of settings is damaged.
+      UserError: there are parts, and the file of settings is missing or damaged.
     """
     path = os.path.join(self.folder, self.settings_file)
-    if not os.path.exists(path):
+    if not os.path.lexists(path) and not self.parts():
       return None
-    remedy = f"remove {self.folder}, or take another directory"
-    return records.read(path, dict[str, Any], remedy)
+    remedy = f"remove {self.folder}, or use another directory"
+    return records.read(path, _Settings, remedy)
 
   def claim(self, settings: Mapping[str, Json], write: bool = True) -> None:
     """Stores the settings, or checks that the existing parts were made with the same.

@@ -5,10 +5,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from sdiff_jax.io import array_io, file_io
+from sdiff_jax.io import array_io, file_io, records
 from sdiff_jax.types import Json, UserError
 
 SECONDS = 20.0  # at least, between two saves
@@ -22,8 +23,12 @@ def pack(value: Json) -> np.ndarray:
 
 
 def unpack(array: np.ndarray) -> Json:
-  """Returns the JSON value that `pack` turned into an array."""
-  return json.loads(array.tobytes())
+  """Returns the JSON value that `pack` turned into an array.
+
+  Raises:
+    UserError: the array is none of `pack`.
+  """
+  return records.decode(array.tobytes(), Any, "the state", any_number=True)
 
 
 class Snapshot:

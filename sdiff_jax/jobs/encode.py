@@ -9,7 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +125,8 @@ def _about(
 def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the file that exists has the same content."""
   path = os.path.join(workdir, latents.ABOUT)
-  if os.path.exists(path):
-    stored = records.read_json(path, "choose another --workdir")
+  if os.path.lexists(path):
+    stored = records.read(path, dict[str, Any], "choose another --workdir")
     if different := resumable.differences(stored, about):
       raise UserError(
         f"{workdir} holds other latents: {', '.join(different)}; choose another "

@@ -17,7 +17,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length
-from sdiff_jax.io import file_io, image_io, snapshot
+from sdiff_jax.io import file_io, image_io, records, snapshot
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import results
@@ -202,8 +202,10 @@ def _rows(
 ) -> tuple[list[dict[str, Json]], dict[str, np.ndarray]]:
   """Returns the rows in a stored state, and the state of the sampler after them."""
   begun = dict(arrays)
-  rows = begun.pop("rows", None)
-  return ([] if rows is None else snapshot.unpack(rows)), begun
+  if "rows" not in begun:
+    return [], begun
+  rows = snapshot.unpack(begun.pop("rows"))
+  return records.check(rows, list[results.Result], PARTIAL, "remove it"), begun
 
 
 def _row(

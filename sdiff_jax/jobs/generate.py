@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import ml_collections
@@ -26,7 +26,7 @@ from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.fields import Choices
-from sdiff_jax.io import file_io, image_io, resumable
+from sdiff_jax.io import file_io, image_io, records, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.pretrained.diffusers.loading import Model
@@ -42,6 +42,20 @@ STORED_FIELDS = ("name", "steps", "tolerance", "update_rule")
 RENAMED = {"passes": "num_iterations", "evaluations": "num_evaluations"}
 # What a PNG says of its image; None where there is none.
 Description = dict[str, Json] | None
+
+
+# What a PNG says of the cost of its image, beside what determines the image.
+Cost = TypedDict(
+  "Cost",
+  {
+    "sampler.window": records.Count,
+    "seconds": records.Seconds,  # of the batch
+    "batch": records.Positive,  # number of its images
+    "num_iterations": NotRequired[float],
+    "num_evaluations": NotRequired[float],
+    "error": NotRequired[float],
+  },
+)
 
 
 class Images(NamedTuple):
@@ -243,11 +257,14 @@ def _description(path: str) -> Description:
   if not os.path.exists(path):
     return None
   try:
-    stored = json.loads(image_io.about(path))
+    text = image_io.about(path)
+    stored = records.decode(text, dict[str, Any], path, any_number=True)
     names = {old: new.name for old, new in renamed.RENAMED.items()} | RENAMED
     stored = {names.get(name, name): value for name, value in stored.items()}
-    return stored if "sampler.window" in stored else None
-  except (*folder.UNREADABLE, AttributeError, TypeError) as error:
+    if "sampler.window" not in stored:
+      return None
+    return records.check(stored, Cost, path)
+  except (*folder.UNREADABLE, UserError) as error:
     print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
     return None
 

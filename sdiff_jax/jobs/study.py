@@ -24,6 +24,9 @@ from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer, summary
 from sdiff_jax.types import Json, UserError
 
+Numbers = dict[str, float | None]  # result of a measurement
+Rows = list[Numbers]
+
 
 @registry.register(
   "jobs",
@@ -118,7 +121,7 @@ def _points(
     return [series | row for row in metric_writer.read_metrics(weights)]
   if study["source"] == "parallel":
     path = os.path.join(weights, f"parallel-{name}.json")
-    rows = _cached(path, probes.parallel_sampling, config, weights)
+    rows = _cached(path, Rows, probes.parallel_sampling, config, weights)
     return [series | row for row in rows]
   labels["flops"] = (summary.read(weights) or {}).get("flops")
   points = []
@@ -128,15 +131,15 @@ def _points(
     extra = {"step": step or config.train.steps}
     if study["source"] == "tangent" and entry["teacher"]:
       path = os.path.join(weights, evaluation.results_folder(at_step), "tangent.json")
-      extra |= _cached(path, probes.tangent_terms, at_step, weights)
+      extra |= _cached(path, Numbers, probes.tangent_terms, at_step, weights)
     for row in _evaluate(at_step, weights):
       point = labels | row | extra
       point["series"] = entry["series"] or f"{name}, {row['sampler']}"
-      if row["images_per_second"]:
+      if row.get("images_per_second"):
         point["seconds"] = 1 / row["images_per_second"]
       points.append(point)
       reference = _first([*earlier, *points], seed, baseline)
-      if reference:
+      if reference and reference.get("frechet") and point.get("frechet") is not None:
         point["ratio"] = point["frechet"] / reference["frechet"]
   return points
 
@@ -157,13 +160,14 @@ def _first(
 
 def _cached(
   path: str,
+  schema: type,
   measure: Callable[[ml_collections.ConfigDict, str], Json],
   config: ml_collections.ConfigDict,
   workdir: str,
 ) -> Json:
   """Reads a JSON result, or computes `measure(config, workdir)` and stores it."""
-  if os.path.exists(path):
-    return records.read_json(path, "remove it to measure again")
+  if os.path.lexists(path):
+    return records.read(path, schema, "remove it to measure again")
   result = measure(config, workdir)
   jax.clear_caches()
   if jax.process_index() == 0:

@@ -143,3 +143,23 @@ def test_a_pipe_in_the_place_of_the_temporary_file_is_replaced(tmp_path):
     file_io.write_text(tmp_path / name, "new")
     assert (tmp_path / name).read_text() == "new"
   assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"window": "x"}', b"\xff"])
+def test_parts_without_readable_settings_are_refused(content, tmp_path):
+  output = resumable.Output(str(tmp_path / "parts"), "samples")
+  output.claim({"window": 1})
+  output.write_part("0.npz", x=np.arange(3))
+  path = tmp_path / "parts" / "settings.json"
+  path.unlink()
+  if content is not None:
+    path.write_bytes(content)
+  for read in output.settings, lambda: output.claim({"window": 1}):
+    with pytest.raises(UserError, match=r"or use another directory$") as caught:
+      read()
+    assert str(caught.value).startswith(str(path))
+
+
+def test_long_values_of_other_settings_are_shortened():
+  (text,) = resumable.differences({"a": "x" * 10_000}, {"a": [0] * 10_000})
+  assert len(text) < 200

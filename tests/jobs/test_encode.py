@@ -137,7 +137,7 @@ def test_images_that_do_not_fit_and_other_latents_are_refused(tmp_path):
     encode.run(other, str(tmp_path / "run"))
   (tmp_path / "latents.json").write_text("{")
   with pytest.raises(
-    UserError, match="latents.json is not valid JSON .*: choose another --work"
+    UserError, match="latents.json is not valid JSON .*; choose another --work"
   ):
     encode.run(settings(tmp_path), str(tmp_path))
   of_latents = configs.base()
