@@ -87,11 +87,10 @@ def to_color(image: Image.Image, channels: int = 3) -> Image.Image:
     image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I"):  # convert() would clip at 255 instead
     levels, clear = np.asarray(image), image.info.get("transparency")
-    wide = levels.astype(np.int64)
-    levels = (wide >> 8).astype(np.uint8)
+    high = (levels >> 8).astype(np.uint8)
     if isinstance(clear, int):
-      levels = np.where(wide == clear, np.uint8(255), levels)
-    image = Image.fromarray(levels)
+      high[levels == clear] = 255
+    image = Image.fromarray(high)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
