@@ -31,6 +31,7 @@ T = TypeVar("T")
 MAX_BYTES = file_io.MAX_BYTES
 MAX_LINES_BYTES = 64 << 20  # of files of JSON lines
 MAX_DEPTH = 64
+BLOCK = 1000  # number of lines of JSON that are decoded together
 MAX_QUOTED = 60  # characters of a value in a message
 INT_BITS = 64
 
@@ -123,15 +124,37 @@ def read_lines(
   """
   content = file_io.read_bytes(path, remedy, max_bytes)
   *lines, last = content.split(b"\n")
-  values = [
-    decode(line, schema, f"{path}: line {number}", remedy)
-    for number, line in enumerate(lines, 1)
-    if line.strip()
-  ]
+  values: list[T] = []
+  for start in range(0, len(lines), BLOCK):
+    block = lines[start : start + BLOCK]
+    values += _decode_block(block, schema, path, remedy, start + 1)
   try:
     return [*values, decode(last, schema, str(path))]
   except UserError:
     return values
+
+
+def _decode_block(
+  lines: list[bytes], schema: type[T], path: Path, remedy: str, first: int
+) -> list[T]:
+  """Returns the values of some lines of JSON, of which the first has a number.
+
+  The lines are decoded together, which takes a fraction of the time, and one by one if
+  that fails, so that the message names the line.
+  """
+  full = [line for line in lines if line.strip()]
+  try:
+    content = b"[" + b",".join(full) + b"]"
+    values = decode(content, list[schema], "", max_depth=MAX_DEPTH + 1)  # type: ignore[valid-type]
+    if len(values) == len(full):
+      return values
+  except UserError:
+    pass
+  return [
+    decode(line, schema, f"{path}: line {number}", remedy)
+    for number, line in enumerate(lines, first)
+    if line.strip()
+  ]
 
 
 def decode(

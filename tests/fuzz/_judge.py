@@ -20,7 +20,7 @@ from sdiff_jax.types import UserError
 
 MAX_MESSAGE = 500  # characters
 MAX_SECONDS = 10.0  # of processor time
-MAX_WAIT = 60.0  # s, after which a call that waits for something is stopped
+MAX_WAIT = 120.0  # s, after which a call that waits for something is stopped
 MAX_BYTES = 2 << 30
 # Above MAX_BYTES, so that a reader which needs too much is measured and not stopped.
 MAX_ADDRESS_SPACE = 5 << 30
