@@ -152,6 +152,8 @@ def run(command: Command) -> str:
   name, config, workdir, limit = command
   workdir_lib.check_writable(workdir)
   job = registry.lookup("jobs", name)
+  if not job.facts.get("shares_workdir"):
+    workdir_lib.check_outputs(workdir)
   if config is None and job.facts.get("creates_workdir"):
     raise UserError("--config is missing: name a file of configs/")
   if config is None and job.facts.get("needs_config", True):

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import LatentCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.io import bounded, file_io
+from sdiff_jax.io import bounded, file_io, records
 from sdiff_jax.types import Json, UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # of array_record
@@ -38,11 +38,19 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
 
-class _About(msgspec.Struct):
-  """What latents.json must say; it says more, which is not used here."""
+class About(TypedDict):
+  """Content of latents.json that is used here; the job `encode` writes more.
+
+  Attributes:
+    size: number of latents.
+    shape: height and width of a latent, and twice the number of its channels.
+    scale: see `build`.
+    shard_size: number of latents in a file.
+    classes: number of classes of the images; 0 for images without.
+  """
 
   size: Count
-  shape: tuple[Side, Side, Side]
+  shape: Annotated[list[Side], msgspec.Meta(min_length=3, max_length=3)]
   scale: str
   shard_size: Count
   classes: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
@@ -169,21 +177,18 @@ def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
 def _about(folder: str) -> dict[str, Json]:
   """Returns what latents.json says, checked."""
   path = os.path.join(folder, ABOUT)
-  try:
-    about = msgspec.json.decode(bounded.read(path, MAX_ABOUT), type=_About)
-  except OSError:
+  if not os.path.lexists(path):
     raise ValueError(
       f"dir={folder!r}: has no {ABOUT}; name a folder of latents, which --job=encode "
       "makes"
-    ) from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is damaged; encode the images again") from error
-  limit = max(_image_files.MAX_CLASSES, about.size)
-  if about.classes > limit:
-    raise UserError(
-      f"{path}: classes={about.classes}: {about.size} latents have at most {limit}"
     )
-  return msgspec.structs.asdict(about)
+  about = records.read(path, About, "encode the images again", max_bytes=MAX_ABOUT)
+  limit = max(_image_files.MAX_CLASSES, about["size"])
+  if about["classes"] > limit:
+    raise UserError(
+      f"{path}: classes={about['classes']}: {about['size']} latents have at most {limit}"
+    )
+  return about | {"shape": tuple(about["shape"])}
 
 
 def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[bytes]]:

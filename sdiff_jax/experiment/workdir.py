@@ -38,6 +38,11 @@ REMEDIES = {
   "free memory": (errno.ENOMEM,),
   "check the disk": (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
 }
+OUTPUT_FOLDERS = (checkpoints_lib.FOLDER, "images", "samples", "samples.parts")
+OUTPUT_FOLDERS += ("tensorboard",)
+OUTPUT_FILES = (stored_config.CONFIG, "command.txt", "images.json", "images.png")
+OUTPUT_FILES += ("metrics.jsonl", "parameters.txt", "samples.npz", "samples.png")
+OUTPUT_FILES += ("training.json",)
 
 
 def save_or_check_config(
@@ -218,9 +223,22 @@ def check_writable(workdir: str) -> None:
       f"--workdir={workdir}: {folder} is not a directory that this user may write; "
       "use another --workdir, or change its permissions"
     )
-  path = os.path.join(workdir, checkpoints_lib.FOLDER)
-  if os.path.lexists(path) and not os.path.isdir(path):
-    raise UserError(f"{path} is not a directory; move it out of the way")
+
+
+def check_outputs(workdir: str) -> None:
+  """Checks that nothing stands where a job will write a file or a folder.
+
+  Raises:
+    UserError: the message names what is in the way.
+  """
+  for name in OUTPUT_FOLDERS:
+    path = os.path.join(workdir, name)
+    if os.path.lexists(path) and not os.path.isdir(path):
+      raise UserError(f"{path} is not a directory; move it out of the way")
+  for name in OUTPUT_FILES:
+    path = os.path.join(workdir, name)
+    if os.path.isdir(path):
+      raise UserError(f"{path} is a directory; move it out of the way")
 
 
 @contextlib.contextmanager

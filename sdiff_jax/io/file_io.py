@@ -38,8 +38,13 @@ def atomic(path: Path) -> Iterator[str]:
 
   Args:
     path: the file; missing parent directories are created.
+
+  Raises:
+    OSError: the file cannot be written.
   """
   path = pathlib.Path(path)
+  if path.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = f"{path}.tmp"
   try:

@@ -119,20 +119,20 @@ def test_images_without_classes(tmp_path):
     ({"scale": "edm2"}, "scale='scm': the latents in .* are 'edm2', encoded"),
     ({"shape": [4, 6, 6]}, "latents of 3 channels; those of 'scm' have 4"),
     ({"shape": [4, 4, 8]}, "cannot be read"),
-    ({"shape": [4, 6]}, "latents.json is damaged"),
-    ({"shape": 8}, "latents.json is damaged"),
-    ({"size": "7"}, "latents.json is damaged"),
+    ({"shape": [4, 6]}, r"latents.json: shape is \[4, 6\]: it must be a list"),
+    ({"shape": 8}, "latents.json: shape is 8: it must be a list"),
+    ({"size": "7"}, "latents.json: size is '7': it must be an integer"),
     ({"size": 8}, "has 7 latents, not 8"),
     ({"size": 2**39}, "claims 137438953472 files of records"),
-    ({"size": 2**60}, "latents.json is damaged"),
+    ({"size": 2**60}, "latents.json: size is 1152921504606846976: it must be"),
     ({"size": 2**39, "shard_size": 2**39}, "00000-of-00001.array_record is missing"),
-    ({"shard_size": 0}, "latents.json is damaged"),
+    ({"shard_size": 0}, "latents.json: shard_size is 0: it must be an integer >= 1"),
     ({"shape": [2**15, 2**15, 8]}, "bytes of latents in"),
-    ({"shape": [4, 6, 0]}, "latents.json is damaged"),
+    ({"shape": [4, 6, 0]}, r"latents.json: shape\[2\] is 0: it must be"),
     ({"classes": 2**39}, "classes=549755813888: 7 latents have at most 32768"),
     ({"classes": 5}, "record 6 has the label 5 of 5 classes"),
-    ({"classes": -1}, "latents.json is damaged"),
-    ({"classes": True}, "latents.json is damaged"),
+    ({"classes": -1}, "latents.json: classes is -1: it must be an integer >= 0"),
+    ({"classes": True}, "latents.json: classes is true: it must be an integer"),
     ({"size": 9}, "00002-of-00003.array_record is missing|00000-of-00003.array_record"),
   ],
 )
@@ -158,7 +158,9 @@ def test_missing_and_damaged_files_are_named(folder):
   with pytest.raises(UserError, match="is missing, and 0 more: --job=encode has not"):
     latents.build(dir=str(folder))
   (folder / "latents.json").write_text("{")
-  with pytest.raises(UserError, match="latents.json is damaged; encode the images"):
+  with pytest.raises(
+    UserError, match="latents.json is not valid JSON .*; encode the images"
+  ):
     latents.build(dir=str(folder))
 
 
