@@ -132,6 +132,31 @@ def test_a_section_refuses_in_one_line_what_it_does_not_allow(section):
       assert message, value
 
 
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"evaluate.folder": "../x"}, "folder='../x': must be a folder inside the work"),
+    ({"evaluate.folder": "/x"}, "folder='/x': must be a folder inside the work"),
+    ({"evaluate.folder": ""}, "folder='': must be a folder inside the work"),
+    ({"evaluate.pr_num_images": 3}, "pr_num_images=3: must be 0 or above 3"),
+    ({"evaluate.num": 3}, "num=3: must be above 3 for precision and recall"),
+    ({"evaluate.samplers": ()}, r"samplers=\(\): name one, or images, or set base"),
+    ({"evaluate.samplers": ("heun/2",) * 2}, "samplers=.*: name one of them twice"),
+    ({"study.runs": ({"name": "a"},)}, r"runs\[0\]={'name': 'a'}: must have name, co"),
+    (
+      {"study.runs": ({"name": "a", "config": "x.py", "guidance": NAN},)},
+      r"runs\[0\].guidance=nan: must be from 0 to 1000",
+    ),
+  ],
+)
+def test_relations_between_fields_of_a_section(changed, message):
+  c = config.base()
+  c.update_from_flattened_dict(changed)
+  section = next(iter(changed)).partition(".")[0]
+  with pytest.raises(UserError, match=f"^config.{section}.{message}"):
+    config.validate(c)
+
+
 @pytest.mark.parametrize(("kind", "name"), pieces("losses", "models", "data"))
 def test_defaults_are_allowed_and_every_field_is_explained(kind, name):
   section = {"losses": "loss", "models": "model", "data": "data"}[kind]

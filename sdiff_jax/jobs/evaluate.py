@@ -10,15 +10,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from sdiff_jax import losses, registry
+from sdiff_jax import fields, losses, registry
 from sdiff_jax.data import folder as folder_lib
 from sdiff_jax.data import npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.fields import Count, Index, Length
+from sdiff_jax.fields import Count, Index, Length, Range
 from sdiff_jax.io import file_io, image_io, records, snapshot
 from sdiff_jax.io.progress import Progress
+from sdiff_jax.metrics import precision_recall
 from sdiff_jax.metrics.statistics import baselines, streaming
 from sdiff_jax.reports import results
 from sdiff_jax.samplers import Sampler, SamplingStats
@@ -58,7 +59,7 @@ class Evaluate:
 
   samplers: Annotated[tuple[str, ...], Length(0, 1000)] = ("heun/16",)
   folder: str = "evaluate"
-  num: Count = 5000
+  num: Annotated[int, Range(2)] = 5000
   batch_size: Count = 512
   images: str = ""
   features: str = "digits"
@@ -67,6 +68,29 @@ class Evaluate:
   pr_num_images: Index = 10_000
   latency: bool = False
   baselines: bool = False
+
+  def __post_init__(self) -> None:
+    parts = os.path.normpath(self.folder).split(os.sep)
+    if os.path.isabs(self.folder) or {".", ".."} & {*parts} or "\0" in self.folder:
+      raise ValueError(
+        f"folder={fields.quote(self.folder)}: must be a folder inside the work directory"
+      )
+    if 0 < self.pr_num_images <= precision_recall.NEIGHBOR:
+      raise ValueError(
+        f"pr_num_images={self.pr_num_images}: must be 0 or above "
+        f"{precision_recall.NEIGHBOR}"
+      )
+    if self.pr_num_images and self.num <= precision_recall.NEIGHBOR:
+      raise ValueError(
+        f"num={self.num}: must be above {precision_recall.NEIGHBOR} for precision and "
+        "recall; pr_num_images=0 leaves them out"
+      )
+    if not (self.samplers or self.images or self.baselines):
+      raise ValueError("samplers=(): name one, or images, or set baselines")
+    if len({*self.samplers}) < len(self.samplers):
+      raise ValueError(
+        f"samplers={fields.quote(self.samplers)}: name one of them twice"
+      )
 
 
 @registry.register(
