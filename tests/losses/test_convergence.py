@@ -1,5 +1,6 @@
 """Distillation of exact velocities reaches the exact consistency functions."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -53,7 +54,8 @@ def distill(velocity: Callable, draw: Callable[[Array], Array]) -> Denoiser:
   profile = "power/0.1"
   train_step = step.build(loss, optimizer, ema=ema.betas((profile,), BATCH))
 
-  @jax.jit
+  # It runs for longer than it compiles, unlike most programs of tests.
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
   def train(start):
     def body(now, _):
       key = jax.random.fold_in(jax.random.key(2), now.step)
