@@ -22,6 +22,8 @@ from PIL import Image
 from sdiff_jax import config as configs
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import resumable
 from sdiff_jax.metrics.features import classifier
@@ -408,6 +410,21 @@ def _read_run(folder: str) -> None:
   workdir_lib.stored_normalizer(folder)
 
 
+def _write_checkpoint(folder: str) -> None:
+  """Writes a work directory with random weights, as the job `convert` does."""
+  import jax
+
+  config = configs.base()
+  config.model.update(width=16, depth=1)
+  experiment = experiments.build(config)
+  params = experiment.network.init(jax.random.key(0))
+  training.save_initial(config, experiment, folder, params)
+
+
+def _trained(folder: str) -> None:
+  workdir_lib.trained(workdir_lib.read(folder), folder)
+
+
 def _report(folder: str) -> None:
   """Reads a run as a report does: what is damaged is named, the rest is shown."""
   run = loading_of_runs.load(folder)
@@ -513,6 +530,7 @@ READERS: dict[str, Reader] = {
     ),
   ),
   "diffusers church": Reader(_tree("tiny-ddpm-church", "expected"), loading.load, 1),
+  "autoencoder": Reader(_tree("tiny-sd2/vae"), loading.autoencoder, 1),
   "scheduler": Reader(
     _fixture("tiny-sd2/scheduler/scheduler_config.json"), loading.schedule, 8
   ),
@@ -521,6 +539,7 @@ READERS: dict[str, Reader] = {
     _captions, lambda folder: prompts.read(os.path.join(folder, "x.json")), 4
   ),
   "work directory": Reader(_run, _read_run, 10, ("config.json",)),
+  "checkpoint": Reader(lambda: _stored(_write_checkpoint), _trained, 1),
   "report": Reader(_run, _report, 10),
   "metrics": Reader(_run, _checkpoints, 2, ("metrics.jsonl",)),
   "settings": Reader(

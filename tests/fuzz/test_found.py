@@ -20,6 +20,11 @@ def _folder(path: str) -> None:
   os.mkdir(path)
 
 
+def _npy_header(shape: str) -> bytes:
+  text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}\n".encode()
+  return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 def _text(content: bytes):
   def replace(path: str) -> None:
     with open(path, "wb") as file:
@@ -44,6 +49,12 @@ def _text(content: bytes):
       "tiny/1.0.0/dataset_info.json",
       _link_to_itself,
       "dataset_info.json: Too many levels of symbolic links",
+    ),
+    (
+      "episodes kitchen",
+      "actions_seq.npy",
+      _text(_npy_header("((((1,")),
+      "actions_seq.npy is no .npy, or damaged .*multi-line",
     ),
     ("settings", "settings.json", _text(b"[]"), "must be an object; remove"),
   ],
