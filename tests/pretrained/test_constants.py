@@ -124,3 +124,13 @@ def test_what_pickled_networks_tell():
   assert {find({}) for find in edm2_weights.UNTOLD.values()} == {None}
   with pytest.raises(UserError, match=r"res_balance: modules of the file differ .*0.3"):
     state_dict.setting(SETTINGS | {"x.res_balance": 0.3}, "res_balance")
+
+
+def test_settings_of_a_pickled_network():
+  """Attributes of modules in EDM's format; no other file has any."""
+  folder = FIXTURES / "weights"
+  tensors, settings = state_dict.read_with_settings(str(folder / "edm.pkl"))
+  assert settings["enc.8x8_conv.training"] is False
+  assert tensors.keys() == state_dict.read(str(folder / "edm.pkl")).keys()
+  assert state_dict.setting(settings, "training") is False
+  assert state_dict.read_with_settings(str(folder / "zip.pt"))[1] == {}
