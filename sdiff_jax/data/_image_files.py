@@ -214,6 +214,8 @@ def _indexed(folder: str) -> ImageFiles:
   if index.labels is None:
     return ImageFiles(paths, np.zeros(len(paths), np.int32), 1, unread)
   labels = {os.path.normpath(name.replace("\\", "/")): k for name, k in index.labels}
+  if len(labels) < len(index.labels):
+    raise UserError(f"{path} lists a file twice")
   missing = [name for name in names if name not in labels]
   if missing:
     raise UserError(

@@ -253,6 +253,8 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
   refuses(pairs([0.0, 1.0]), "labels must be integers")
   refuses(pairs(True), "labels must be integers")
   refuses(pairs(None), "labels must be integers")
+  twice = json.loads(pairs(0))["labels"] * 2
+  refuses(json.dumps({"labels": twice}), "lists a file twice")
   refuses("x" * 10_000, "is damaged")
   refuses("[" * 100_000, "is damaged")
   refuses(b"\xff\xfe", "is damaged")
