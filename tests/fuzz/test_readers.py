@@ -19,6 +19,11 @@ from sdiff_jax.types import UserError
 
 INPUTS_OF_A_SHARE = 90  # of the long test: 20,000 inputs and more of all readers
 NAMES = sorted(_readers.READERS)
+# Readers whose valid files take long to write are in the long test alone.
+FAST = [
+  pytest.param(name, marks=pytest.mark.slow) if name == "checkpoint" else name
+  for name in NAMES
+]
 
 
 def _in_a_folder(write: Callable[[str], None], call: Callable[[str], Any]) -> str:
@@ -55,7 +60,7 @@ def _run(name: str, inputs: int, *, repeatable: bool) -> None:
   assert not os.path.exists(canary), "code of an input was run"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAST)
 def test_valid_files_are_read(name):
   """Otherwise the damaged ones would be refused for another reason."""
   if name == "weights canaries":
@@ -65,7 +70,7 @@ def test_valid_files_are_read(name):
   assert _in_a_folder(lambda folder: _mutations.write(folder, files), reader.call) == ""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAST)
 def test_damaged_files(name):
   _run(name, _readers.READERS[name].share, repeatable=True)
 
