@@ -68,8 +68,9 @@ def save_or_check_config(
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     file_io.write_json(path, _with_absolute_paths(config.to_dict()))
-    command = ["python", "-m", "sdiff_jax.main", *sys.argv[1:]]
-    file_io.write_text(os.path.join(workdir, "command.txt"), shlex.join(command) + "\n")
+    command = shlex.join(["python", "-m", "sdiff_jax.main", *sys.argv[1:]]) + "\n"
+    text = command.encode("utf-8", "backslashreplace")  # arguments need not be UTF-8
+    file_io.write_bytes(os.path.join(workdir, "command.txt"), text)
     if dataset.normalizer:
       normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normalizer)
 

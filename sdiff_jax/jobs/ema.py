@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import sys
 
 import jax
@@ -15,8 +14,9 @@ from sdiff_jax import registry
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.io import file_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import ema
+from sdiff_jax.training import ema, summary
 from sdiff_jax.types import Array, Params, UserError
 
 
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   step = config.sample.checkpoint or checkpoints_lib.newest(workdir)
   steps = [s for s in checkpoints_lib.steps(workdir) if step and 0 < s <= step]
   stored.mesh = config.mesh
-  experiment = experiments.build(stored)
+  experiment, cost = experiments.build(stored), summary.read(workdir)
   if not steps:
     raise UserError(f"{workdir} has no checkpoint up to step {step}; train it first")
   try:
@@ -85,9 +85,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   total = _combined(stored, experiment, workdir, steps, powers, w)
   stored.ema.profiles = (config.ema.posthoc_std,)
   training.save_initial(stored, experiment, folder, total)
-  cost = os.path.join(workdir, "training.json")
-  if jax.process_index() == 0 and os.path.exists(cost):
-    shutil.copy(cost, folder)
+  if jax.process_index() == 0 and cost:
+    file_io.write_json(os.path.join(folder, summary.SUMMARY), cost)
   return f"averaged {len(steps)} checkpoints up to step {step}: {folder}"
 
 
