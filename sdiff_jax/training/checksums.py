@@ -19,6 +19,13 @@ def write(folder: str | os.PathLike[str]) -> None:
 
   Args:
     folder: of a complete checkpoint.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write(folder)
+    ...   os.listdir(folder) == [NAME]
+    True
   """
   names = sorted(
     os.path.relpath(os.path.join(directory, name), folder)
@@ -36,6 +43,10 @@ def damaged(folder: str | os.PathLike[str], parts: tuple[str, ...]) -> str:
     folder: of a checkpoint; without a checksums.json, which earlier versions did not
       write, nothing is known.
     parts: names of the subfolders whose files are checked.
+
+  Example:
+    >>> damaged("nothing/here", ("ema",))
+    ''
   """
   path = os.path.join(folder, NAME)
   if not os.path.lexists(path):

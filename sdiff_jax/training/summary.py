@@ -54,6 +54,13 @@ def write(workdir: str, summary: Summary, parameters: str) -> None:
     workdir: of the run.
     summary: cost of the run.
     parameters: list of the arrays of the network, a text.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write(folder, {"steps": 10}, "w [2, 2]")
+    ...   read(folder)
+    {'steps': 10}
   """
   file_io.write_text(os.path.join(workdir, "parameters.txt"), parameters + "\n")
   file_io.write_json(os.path.join(workdir, SUMMARY), summary)
@@ -92,6 +99,10 @@ def flops_ratio(workdir: str, reference: str, step: int = 0) -> float | None:
 
   Raises:
     UserError: a training.json is damaged.
+
+  Example:
+    >>> flops_ratio("nothing/here", "nothing/here") is None
+    True
   """
   cost, other = read(workdir), read(reference)
   if cost is None or other is None or not cost["steps"] or not other["steps"]:
