@@ -27,6 +27,7 @@ if __name__ == "__main__":
   signals.install()  # before anything else: imports take seconds
 
 import contextlib
+import gc
 import os
 import re
 import resource
@@ -351,6 +352,7 @@ def _program() -> None:
     app.run(main, flags_parser=_absl_flags)
   except SystemExit as error:
     if not error.code:
+      gc.freeze()  # else the last collection visits all objects of JAX, which is slow
       raise
     # The interpreter would first wait for the threads of Orbax, which try for minutes to
     # write where they may not.
