@@ -29,7 +29,7 @@ Path = str | os.PathLike[str]
 T = TypeVar("T")
 
 MAX_BYTES = file_io.MAX_BYTES
-MAX_LINES_BYTES = 64 << 20  # of files of JSON lines
+MAX_LINES_BYTES = 256 << 20  # of files of JSON lines
 MAX_DEPTH = 64
 BLOCK = 1000  # number of lines of JSON that are decoded together
 MAX_QUOTED = 60  # characters of a value in a message
