@@ -116,7 +116,8 @@ def test_previews_are_the_rows_that_are_done():
   # A prefix never changes: its last state is the sequential sampler's.
   states = [x]
   for n in range(1, 12):
-    head = table._replace(**{k: getattr(table, k)[:n] for k in table._fields[:-2]})
+    columns = {k: x for k, x in table._asdict().items() if np.ndim(x)}
+    head = table._replace(**{k: x[:n] for k, x in columns.items()})
     states.append(sequential.sample(KNOWN, head, x, keys, None))
   for begin, state, d in seen:
     for k in range(2):
