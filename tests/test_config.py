@@ -68,6 +68,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   network = built.network
   of_teacher = c.copy_and_resolve_references()
   of_teacher.model.update({k: False for k in c.model if k == "guidance"})
+  of_teacher.loss = config.component("losses", "diffusion")
   teacher = build.network(of_teacher, built.dataset)
   loss = training.build_loss(c, network, teacher)
   params, frozen = (
@@ -79,7 +80,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
     "cond": {k: spec.batch(size) for k, spec in built.dataset.cond.items()},
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  frozen = frozen if c.loss.name == "scm" else None
+  frozen = frozen if training.needs_teacher(c) else None
   value, aux = jax.eval_shape(loss, params, batch, jax.random.key(0), step, frozen)
   assert value.shape == ()
   assert "mse" in aux

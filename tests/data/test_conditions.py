@@ -14,7 +14,11 @@ SIZE = 12
 
 @registry.register("data", "turned")
 def build(*, std: tuple[float, ...] = (0.5,)) -> Dataset:
-  """Returns images with a class, an angle and a mask."""
+  """Returns images with a class, an angle and a mask.
+
+  Args:
+    std: standard deviation of the pixels.
+  """
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (SIZE, 4, 4, 1), dtype=np.uint8)
   values = {

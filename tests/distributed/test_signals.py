@@ -10,8 +10,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# The tests may themselves run under nohup, which ignores SIGHUP.
 START = """
-import pathlib, sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from sdiff_jax.distributed import signals
 signals.install()
 """
@@ -110,8 +112,7 @@ def test_a_loop_that_hangs_is_not_waited_for(program):
 
 
 def test_nohup_is_respected():
-  ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
-  process = start(LOOP, "0", **ignored)
+  process = start(LOOP.replace("SIG_DFL", "SIG_IGN"), "0")
   process.send_signal(signal.SIGHUP)
   time.sleep(0.3)
   assert process.poll() is None

@@ -100,8 +100,8 @@ def read(folder, file: str) -> None:
   elif file == SCHEDULER:
     schedule = loading.schedule(str(part))
     try:
-      for column in scheduler.tableau(schedule, 5):
-        assert np.isfinite(column).all()
+      tableau = scheduler.tableau(schedule, 5)
+      assert all(np.isfinite(column).all() for column in tableau if column is not None)
     except ValueError as error:
       assert str(error).startswith("steps=5: must be in 1 to 1")  # noqa: PT017
   else:

@@ -150,7 +150,7 @@ def test_plain_names_run_one_row_after_the_other():
   [
     ({"name": "paraeuler2"}, r"name='paraeuler2': must be a solver, one of"),
     ({"window": 17}, "^window=17: must be in 1 to 16, the number"),
-    ({"window": -1}, "^window=-1: must be in 1 to 16"),
+    ({"window": -1}, "^window=-1: must be at least 0"),
     ({"tolerance": float("nan")}, "^tolerance=nan: must be at least 0"),
     ({"update_rule": "newton"}, "^update_rule='newton': must be one of"),
     ({"name": "specddim"}, "noise in every step but the last"),
