@@ -8,7 +8,6 @@ a run that hits the cache costs), compilation minutes.
 import hashlib
 import os
 import pathlib
-from typing import Any
 
 import jax
 import jaxlib
@@ -46,7 +45,7 @@ def _path(name: str) -> str:
 def load(name: str) -> dict[str, Json] | None:
   """Returns the facts that are stored under a key, or None."""
   try:
-    return records.read(_path(name), dict[str, Any])
+    return records.read(_path(name), dict[str, Json])
   except UserError:  # there is no such file, or it is damaged
     return None
 

@@ -8,7 +8,7 @@ bounded size.
 import os
 import re
 import stat
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 import msgspec
 
@@ -117,7 +117,7 @@ def check(folder: str) -> None:
         raise UserError(f"{entry.path} has more than {MAX_DESCRIPTION} bytes")
   remedy = "prepare the data set again"
   path = os.path.join(folder, FEATURES)
-  features = records.read(path, dict[str, Any], remedy, max_bytes=MAX_DESCRIPTION)
+  features = records.read(path, dict[str, Json], remedy, max_bytes=MAX_DESCRIPTION)
   _check_types(path, features, 0)
   path = os.path.join(folder, INFO)
   info = records.read(path, Info, remedy, max_bytes=MAX_DESCRIPTION)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import ml_collections
@@ -243,7 +243,7 @@ def prompts_of(directory: str) -> list[str]:
   prompts = []
   for path in folder.files(directory):
     try:
-      about = records.decode(image_io.about(path), dict[str, Any], path)
+      about = records.decode(image_io.about(path), dict[str, Json], path)
       prompt = about["prompt"]
       if not isinstance(prompt, str):
         raise TypeError("the prompt is no text")

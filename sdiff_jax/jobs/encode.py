@@ -9,7 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the file that exists has the same content."""
   path = os.path.join(workdir, latents.ABOUT)
   if os.path.lexists(path):
-    stored = records.read(path, dict[str, Any], "choose another --workdir")
+    stored = records.read(path, dict[str, Json], "choose another --workdir")
     if different := resumable.differences(stored, about):
       raise UserError(
         f"{workdir} holds other latents: {', '.join(different)}; choose another "

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import jax
 import ml_collections
@@ -258,7 +258,7 @@ def _description(path: str) -> Description:
     return None
   try:
     text = image_io.about(path)
-    stored = records.decode(text, dict[str, Any], path, any_number=True)
+    stored = records.decode(text, dict[str, Json], path, any_number=True)
     names = {old: new.name for old, new in renamed.RENAMED.items()} | RENAMED
     stored = {names.get(name, name): value for name, value in stored.items()}
     if "sampler.window" not in stored:

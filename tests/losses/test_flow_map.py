@@ -230,7 +230,8 @@ def test_a_trained_map_is_the_true_one():
   profile = "power/0.1"
   train_step = step.build(loss, optimizer, ema=ema.betas((profile,), 256))
 
-  @jax.jit
+  # It runs for longer than it compiles, unlike most programs of tests.
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
   def train(start):
     def body(now, _):
       key = jax.random.fold_in(jax.random.key(2), now.step)

@@ -12,12 +12,13 @@ import math
 import os
 import struct
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 
 from sdiff_jax.io import bounded, records
+from sdiff_jax.types import Json
 
 METADATA = ".zarray"
 MAX_CHUNKS = 10**6
@@ -33,10 +34,10 @@ class Metadata(TypedDict):
   shape: Annotated[list[Size], Axes]
   chunks: Annotated[list[Positive], Axes]
   dtype: Annotated[str, msgspec.Meta(pattern="^[<>|](f[248]|[iu][1248])$")]
-  compressor: dict[str, Any] | None
+  compressor: dict[str, Json] | None
   fill_value: float | str | None
   order: Literal["C", "F"]
-  filters: list[dict[str, Any]] | None
+  filters: list[dict[str, Json]] | None
   dimension_separator: NotRequired[Literal[".", "/"]]
 
 
@@ -103,7 +104,7 @@ Decode = Callable[
 ]  # (data, number of bytes of the result) -> result
 
 
-def _decoder(compressor: dict[str, Any] | None) -> Decode:
+def _decoder(compressor: dict[str, Json] | None) -> Decode:
   """Returns the decompression that .zarray names.
 
   Raises:

@@ -6,13 +6,14 @@ Source: https://github.com/huggingface/safetensors.
 """
 
 import math
-from typing import IO, Annotated, Any
+from typing import IO, Annotated
 
 import ml_dtypes
 import msgspec
 import numpy as np
 
 from sdiff_jax.io import bounded
+from sdiff_jax.types import Json
 
 MAX_HEADER = 100_000_000  # bytes, as in the original implementation
 MAX_TENSORS = 2**17
@@ -91,7 +92,7 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
 
 def _entries(header: bytes) -> list[tuple[str, _Tensor]]:
   """Returns names and descriptions of the tensors, in the order of their places."""
-  content = msgspec.json.decode(header, type=dict[str, Any])
+  content = msgspec.json.decode(header, type=dict[str, Json])
   content.pop(METADATA, None)
   if len(content) > MAX_TENSORS:
     raise ValueError(f"the header has {len(content)} tensors")
