@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -287,8 +288,18 @@ def _partial_load() -> contextlib.AbstractContextManager[object]:
   return context
 
 
+@functools.cache
 def _orbax() -> ModuleType:
   """Returns Orbax, which is imported late since that is slow."""
   from orbax.checkpoint import v1
 
+  # After an array that cannot be read, Orbax closes its event loop while threads of
+  # TensorStore still report to it; Python would print a traceback for each of them.
+  report = sys.unraisablehook
+
+  def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      report(unraisable)
+
+  sys.unraisablehook = hook
   return v1

@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -297,3 +299,16 @@ def test_a_save_that_fails(tmp_path, small_files, surfaces):
     loaded = checkpoints.restore(abstract)
   jax.tree.map(np.testing.assert_array_equal, loaded, noise(1))
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_threads_that_report_to_a_closed_loop_are_silent(monkeypatch):
+  reported = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda args: reported.append(args))
+  checkpoints_lib._orbax.cache_clear()
+  checkpoints_lib._orbax()
+  for message in ("Event loop is closed", "another"):
+    error = RuntimeError(message)
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert [str(args.exc_value) for args in reported] == ["another"]
+  monkeypatch.undo()
+  checkpoints_lib._orbax.cache_clear()
