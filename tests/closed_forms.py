@@ -59,11 +59,14 @@ class Gaussian(NamedTuple):
     return (c * xt - self.consistency(xt, t)) / (self.sigma_d * s)
 
   def flow_map_net(self, x: Array, t: Array, cond: Cond) -> Array:
-    """F of the true flow map to cond["end_time"] < t; as a NetFn."""
+    """F of the true flow map to cond["end_time"] <= t; as a NetFn."""
     xt, u = x * self.sigma_d, cond["end_time"]
-    step = expand(t - u, xt)
+    # Where both times are equal the quotient is 0 / 0, and its limit is the velocity.
+    equal = expand(t == u, xt)
+    step = jnp.where(equal, 1.0, expand(t - u, xt))
     state = self.flow(xt, t, u)
-    return (jnp.cos(step) * xt - state) / (self.sigma_d * jnp.sin(step))
+    quotient = (jnp.cos(step) * xt - state) / (self.sigma_d * jnp.sin(step))
+    return jnp.where(equal, self.diffusion_net(x, t), quotient)
 
 
 class Mixture(NamedTuple):
@@ -89,13 +92,17 @@ class Mixture(NamedTuple):
     return np.sum(self.weights * ndtr((x - self.means * c) / root), 1, keepdims=True)
 
   def consistency(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """f*: the flow is monotone in 1-D, so it keeps quantiles; by bisection."""
-    x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
-    rank, zero = self.cdf(x, t), np.zeros_like(t)
+    """f*: the flow's map to angle 0."""
+    return self.flow(x, t, np.zeros_like(np.asarray(t, np.float64)))
+
+  def flow(self, x: np.ndarray, t: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The map from angle t to u: monotone in 1-D, so it keeps quantiles; by bisection."""
+    x, t, u = (np.asarray(a, np.float64) for a in (x, t, u))
+    rank = self.cdf(x, t)
     low, high = np.full_like(x, -10.0), np.full_like(x, 10.0)
     for _ in range(60):
       middle = (low + high) / 2
-      below = self.cdf(middle, zero) < rank
+      below = self.cdf(middle, u) < rank
       low, high = np.where(below, middle, low), np.where(below, high, middle)
     return low
 

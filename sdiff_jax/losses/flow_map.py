@@ -108,11 +108,7 @@ def build(
     >>> sorted(metrics)
     ['mse', 'tangent_norm']
   """
-  if diffusion_fraction + consistency_fraction > 1:
-    raise ValueError(
-      f"diffusion_fraction={diffusion_fraction}: must be at most 1 - "
-      f"consistency_fraction = {1 - consistency_fraction:g}"
-    )
+  check_fractions(diffusion_fraction, consistency_fraction)
 
   def time_sampler(key: PRNGKey, batch: int) -> Times:
     t = time_grids.log_normal(
@@ -133,6 +129,26 @@ def build(
     tangent=tangent,
     options=options,
   )
+
+
+def check_fractions(diffusion_fraction: float, consistency_fraction: float) -> None:
+  """Checks the fractions of the samples with s = t and with s = 0.
+
+  Args:
+    diffusion_fraction: fraction of the samples with s = t.
+    consistency_fraction: fraction of the samples with s = 0.
+
+  Raises:
+    ValueError: they sum to more than 1.
+
+  Example:
+    >>> check_fractions(0.5, 0.5)
+  """
+  if diffusion_fraction + consistency_fraction > 1:
+    raise ValueError(
+      f"diffusion_fraction={diffusion_fraction}: must be at most 1 - "
+      f"consistency_fraction = {1 - consistency_fraction:g}"
+    )
 
 
 def end_times(

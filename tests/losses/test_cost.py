@@ -1,0 +1,52 @@
+"""Floating-point operations of a step of each loss, over those of a teacher's step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from sdiff_jax import losses, registry
+from sdiff_jax.models import mlp
+from sdiff_jax.training import flops
+from sdiff_jax.training.trainer import Trainer
+
+
+@functools.cache
+def step_flops(name: str, **fields) -> float:
+  """Returns the operations of a step on an MLP, of which matrix products are most."""
+  section = {"name": name, **registry.fields("losses", name), **fields}
+  facts = losses.facts(section)
+  build = functools.partial(mlp.build, shape=(16, 16, 1), width=512, depth=4, unroll=4)
+  network, teacher = build(cond=facts.cond), build(cond={})
+  loss = registry.build(
+    "losses",
+    section,
+    "loss",
+    network=network,
+    sigma_d=0.5,
+    teacher=teacher.apply if facts.needs_teacher else None,
+  )
+  trainer = Trainer(loss, network, optax.adam(1e-3))
+  batch = {"x0": jax.ShapeDtypeStruct((256, 16, 16, 1), jnp.float32), "cond": {}}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  frozen = jax.eval_shape(teacher.init, key) if facts.needs_teacher else None
+  return flops.count_flops(trainer.update, trainer.abstract_state(), batch, key, frozen)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "bound"),
+  [
+    ("flow_map", {"velocity": "data"}, 1.40),
+    ("flow_map", {"velocity": "teacher"}, 1.75),
+    ("meanflow", {}, 1.40),
+    ("meanflow", {"improved": True}, 1.75),
+    ("facm", {"velocity": "teacher"}, 2.75),
+    ("lagrangian", {"velocity": "teacher"}, 2.40),
+  ],
+)
+def test_a_step_costs_what_its_evaluations_cost(name, fields, bound):
+  # One forward and one backward of twice its cost are the step of a teacher.
+  ratio = step_flops(name, **fields) / step_flops("diffusion")
+  assert bound - 0.15 < ratio <= bound
