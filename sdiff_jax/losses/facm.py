@@ -40,8 +40,8 @@ def anchor_loss(prediction: Array, target: Array) -> Array:
     target: velocities of the data or of a teacher, [B, ...].
 
   Example:
-    >>> float(anchor_loss(jnp.ones((1, 2)), -jnp.ones((1, 2)))[0].round(3))
-    6.0
+    >>> f"{anchor_loss(jnp.ones((1, 2)), -jnp.ones((1, 2)))[0]:.3f}"
+    '6.000'
   """
   axes = tuple(range(1, prediction.ndim))
   mse = jnp.mean(jnp.square(prediction - target), axes)
