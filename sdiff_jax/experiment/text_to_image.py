@@ -29,13 +29,17 @@ TRIGFLOW_SOLVERS = ("consistency", "edm_stochastic")
 
 
 def from_config(
-  config: ml_collections.ConfigDict, *, abstract: bool = False
+  config: ml_collections.ConfigDict,
+  *,
+  abstract: bool = False,
+  mesh: Mesh | None = None,
 ) -> tuple[Model, Sampler]:
   """Returns the model, whose schedule names the solver, and the sampler.
 
   Args:
     config: of the job `generate`.
     abstract: read the model's config files alone; weights are shapes.
+    mesh: the devices that the weights are sharded over; None for the host.
 
   Raises:
     UserError: the folder or a field does not fit.
@@ -45,7 +49,8 @@ def from_config(
   if abstract:
     model = loading.abstract(loading.configs(folder), dtype=dtype)
   else:
-    model = loading.load(folder, dtype=dtype)
+    place = None if mesh is None else functools.partial(sharding.state, mesh=mesh)
+    model = loading.load(folder, dtype=dtype, place=place)
   if model.vae is None and model.unet.shape[-1] not in (1, 3):
     raise UserError(
       f"config.generate.folder={folder}: its unet makes latents of "

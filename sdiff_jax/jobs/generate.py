@@ -136,7 +136,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   mesh = experiments.mesh(config)
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(mesh))
-  model, sampler = text_to_image.from_config(config)
+  model, sampler = text_to_image.from_config(config, mesh=mesh)
   prompts = _check_prompts(model, section, prompts, scale)
   images = _images(config, prompts, os.path.join(workdir, "images"))
   descriptions = images.descriptions()
@@ -144,8 +144,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   missing = [k for k, stored in enumerate(descriptions) if not stored]
   compile_seconds = None
   if missing or compare:
-    where = sharding.state(model.params, mesh)
-    params = sharding.device_put_global(model.params, where)
+    params = model.params
     pipeline = text_to_image.pipeline(
       model,
       sampler,

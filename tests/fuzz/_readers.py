@@ -30,7 +30,7 @@ from sdiff_jax.metrics.features import classifier
 from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.diffusers import loading, prompts, tokenizer
-from sdiff_jax.pretrained.files import state_dict
+from sdiff_jax.pretrained.files import sharded, state_dict
 from sdiff_jax.reports import loading as loading_of_runs
 from sdiff_jax.reports import results
 from sdiff_jax.training import checkpoints, metric_writer
@@ -286,6 +286,23 @@ def _tensors(name: str) -> Callable[[str], Any]:
   return lambda folder: state_dict.read(os.path.join(folder, name))
 
 
+def _shards() -> Files:
+  """Returns an index and two files of weights."""
+  files = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+  index = {"metadata": {"total_size": 40}, "weight_map": {"a": files[0], "b": files[1]}}
+  return {
+    "model.safetensors.index.json": json.dumps(index).encode(),
+    files[0]: _safetensors({"a": np.ones((3, 2))}),
+    files[1]: _safetensors({"b": np.zeros(4)}),
+  }
+
+
+def _read_shards(folder: str) -> None:
+  tensors = sharded.stored(os.path.join(folder, "model.safetensors.index.json"))
+  like = {name: np.zeros(x.shape[::-1]) for name, x in tensors.items()}
+  state_dict.match_params(tensors, like, lambda keys: keys[0])
+
+
 def _canaries() -> Files:
   """Returns files of weights that carry code."""
   files = {
@@ -512,6 +529,7 @@ READERS: dict[str, Reader] = {
   "weights npz": Reader(
     lambda: {"x.npz": _npz(a=np.ones((3, 2)), b=np.zeros(4))}, _tensors("x.npz"), 6
   ),
+  "weights shards": Reader(_shards, _read_shards, 10),
   "weights canaries": Reader(_canaries, _all_weights, 6),
   "lerobot": Reader(_lerobot, lerobot.load, 3),
   "lerobot config": Reader(_lerobot, lerobot.load, 3, ("config.json",)),

@@ -6,6 +6,7 @@ its config and weights; a model with one network may have all in one folder.
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta
@@ -20,9 +21,9 @@ from sdiff_jax.pretrained.diffusers import (
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
-from sdiff_jax.pretrained.files import config_fields, state_dict
+from sdiff_jax.pretrained.files import config_fields, sharded, state_dict
 from sdiff_jax.pretrained.files.config_fields import Field
-from sdiff_jax.types import Json, Params, UserError
+from sdiff_jax.types import Json, Params, PyTree, UserError
 
 HUB = "hf://"
 MAX_MESSAGE = 470  # characters, of all problems of a folder
@@ -45,16 +46,23 @@ NETWORKS = {  # class -> module
   "CLIPTextModel": clip_text,
 }
 CLASSES = {"tokenizer": TOKENIZERS, "scheduler": tuple(scheduler.CLASS_NAMES)}
-# Files of weights; the first that exists is read.
-FILES = [
-  f"{stem}{precision}.{end}"
-  for end, stems in (
-    ("safetensors", ("diffusion_pytorch_model", "model")),
-    ("bin", ("diffusion_pytorch_model", "pytorch_model")),
-  )
-  for precision in ("", ".fp16")
+STEMS = {  # of files of weights, by their ends
+  "safetensors": ("diffusion_pytorch_model", "model"),
+  "bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
+VARIANTS = ("", ".fp16", ".bf16")
+INDEX_END = ".json"
+# Files of weights -> start of the names of their shards; the first that exists is read.
+FILES = {
+  name: f"{stem}{variant}-"
+  for end, stems in STEMS.items()
+  for variant in VARIANTS
   for stem in stems
-]
+  for name in (
+    f"{stem}{variant}.{end}",
+    *([f"{stem}.{end}.index{variant}{INDEX_END}"] if end == "safetensors" else []),
+  )
+}
 
 
 class Model(NamedTuple):
@@ -77,14 +85,22 @@ class Model(NamedTuple):
   schedule: scheduler.Schedule
 
 
-def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
-  """Returns the model of a folder, with its weights on the host.
+def load(
+  path: str,
+  *,
+  dtype: str = "float32",
+  remat: str = "",
+  place: Callable[[Params], PyTree] | None = None,
+) -> Model:
+  """Returns the model of a folder, with its weights.
 
   Args:
     path: of the folder; hf://organization/name is downloaded from the Hugging Face Hub.
     dtype: of the hidden layers and of the weights.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
+    place: shapes of the parameters of a part -> their shardings, and every tensor goes to
+      its devices as soon as it is read; None for weights on the host.
 
   Raises:
     UserError: a file is missing or damaged; or lists unknown fields, unsupported values,
@@ -105,7 +121,9 @@ def load(path: str, *, dtype: str = "float32", remat: str = "") -> Model:
     problems.append(str(error))
   for name in [] if problems else parts:
     try:
-      params[name] = parameters(_part(folder, name), networks[name], dtype=dtype)
+      params[name] = parameters(
+        _part(folder, name), networks[name], dtype=dtype, place=place
+      )
     except UserError as error:
       problems.append(str(error))
   problems = _misfits(networks) + problems
@@ -218,8 +236,20 @@ def _network_from_config(
     raise UserError(f"{path}: {error}") from error
 
 
-def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
+def parameters(
+  folder: str,
+  network: Any,
+  *,
+  dtype: str = "float32",
+  place: Callable[[Params], PyTree] | None = None,
+) -> Params:
   """Returns the parameters of a network from the weights of a folder.
+
+  Args:
+    folder: of the part.
+    network: with its `init`.
+    dtype: of the parameters.
+    place: see `load`.
 
   Raises:
     UserError: the file is missing or damaged, or the weights do not fit the network.
@@ -227,9 +257,15 @@ def parameters(folder: str, network: Any, *, dtype: str = "float32") -> Params:
   for name in FILES:
     path = os.path.join(folder, name)
     if os.path.exists(path):
-      tensors = state_dict.read(path)
-      return networks_lib.load_state_dict(tensors, network.init, dtype=dtype, path=path)
-  raise UserError(f"{folder} has no weights: there is none of {', '.join(FILES)}")
+      read = sharded.stored if name.endswith(INDEX_END) else state_dict.stored
+      return networks_lib.load_state_dict(
+        read(path), network.init, dtype=dtype, path=path, place=place
+      )
+  plain = [f"{stem}.{end}" for end, stems in STEMS.items() for stem in stems]
+  raise UserError(
+    f"{folder} has no weights: there is none of {', '.join(plain)}, no index of shards, "
+    "and no variant fp16 or bf16"
+  )
 
 
 def _classes(folder: str) -> dict[str, str]:
@@ -367,10 +403,15 @@ def _local(path: str, *, weights: bool = True) -> str:
 
 
 def _first_weights(files: list[str]) -> list[str]:
-  """Returns the file that `parameters` reads, of every folder that has one."""
-  by_folder = {}
+  """Returns the file that `parameters` reads, or its shards, of every folder."""
+  by_folder: dict[str, list[str]] = {}
   for file in files:
     folder, name = os.path.split(file)
-    if name in FILES:
-      by_folder.setdefault(folder, []).append(name)
-  return [os.path.join(k, min(v, key=FILES.index)) for k, v in by_folder.items()]
+    by_folder.setdefault(folder, []).append(name)
+  found = []
+  for folder, names in by_folder.items():
+    first = next((name for name in FILES if name in names), "")
+    shards = [n for n in names if first and n.startswith(FILES[first])]
+    read = shards if first.endswith(INDEX_END) else [first] * bool(first)
+    found += [os.path.join(folder, name) for name in read]
+  return found

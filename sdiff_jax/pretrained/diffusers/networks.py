@@ -1,14 +1,14 @@
 """Interface and weights of the networks of the diffusers format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdiff_jax.pretrained.files import state_dict
-from sdiff_jax.types import Array, Params, PRNGKey
+from sdiff_jax.pretrained.files.state_dict import Tensor
+from sdiff_jax.types import Array, Params, PRNGKey, PyTree, UserError
 
 LEGACY = {  # names of attention layers in files of 2022 -> present names
   "query": "to_q",
@@ -18,6 +18,8 @@ LEGACY = {  # names of attention layers in files of 2022 -> present names
 }
 # In text encoders of transformers 4: a prefix of all names, and a constant 0, 1, 2, ...
 PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
+# What torch.compile puts anywhere into names, and DataParallel before them.
+COMPILED, PARALLEL = "_orig_mod", "module."
 
 
 class Predictor(NamedTuple):
@@ -46,12 +48,13 @@ def abstract_params(init: Callable, *, dtype: str) -> Params:
 
 
 def load_state_dict(
-  tensors: dict[str, np.ndarray],
+  tensors: Mapping[str, Tensor],
   init: Callable,
   *,
   dtype: str,
   path: str,
   network: str = "the network",
+  place: Callable[[Params], PyTree] | None = None,
 ) -> Params:
   """Returns the parameters that a state dict holds.
 
@@ -61,21 +64,42 @@ def load_state_dict(
     dtype: of the parameters.
     path: of the file, at the start of the message of an error.
     network: what the message calls the network.
+    place: shapes of the parameters -> their shardings; None for the host.
 
   Raises:
     UserError: lists tensors that are missing, left over or of another shape.
   """
   like = abstract_params(init, dtype=dtype)
-  renamed = {}
+  renamed: dict[str, Tensor] = {}
   for name, x in tensors.items():
-    name = ".".join(LEGACY.get(part, part) for part in name.split("."))
-    name = name.removeprefix(PREFIX)
-    if name != POSITIONS:
-      # Embedding tables keep their layout: transposed here, and again below.
-      renamed[name] = x.T if name.endswith("embedding.weight") else x
+    present = present_name(name)
+    if present in renamed:
+      raise UserError(f"{path}: two tensors have the name {present}, with a prefix")
+    if present != POSITIONS:
+      renamed[present] = x
   return state_dict.match_params(
-    renamed, like, to_state_dict, network=network, path=path
+    renamed,
+    like,
+    to_state_dict,
+    network=network,
+    path=path,
+    shardings=None if place is None else place(like),
   )
+
+
+def present_name(name: str) -> str:
+  """Returns the present name of a tensor in PyTorch, without what wrappers add.
+
+  Args:
+    name: in a file.
+
+  Example:
+    >>> present_name("module._orig_mod.mid_block.attentions.0.query.weight")
+    'mid_block.attentions.0.to_q.weight'
+  """
+  parts = name.removeprefix(PARALLEL).split(".")
+  parts = [LEGACY.get(part, part) for part in parts if part != COMPILED]
+  return ".".join(parts).removeprefix(PARALLEL).removeprefix(PREFIX)
 
 
 def to_state_dict(keys: tuple[str, ...]) -> str:

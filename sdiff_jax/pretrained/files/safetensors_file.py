@@ -5,6 +5,7 @@ gives type, shape and place of each tensor; the tensors, one after another.
 Source: https://github.com/huggingface/safetensors.
 """
 
+import dataclasses
 import math
 from typing import IO, Annotated
 
@@ -53,6 +54,33 @@ class _Tensor(msgspec.Struct):
   data_offsets: tuple[Size, Size]
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor of a file, which is not read yet.
+
+  Attributes:
+    path: of the file.
+    position: of its first byte.
+    dtype: of its numbers.
+    shape: of the tensor.
+  """
+
+  path: str
+  position: int
+  dtype: np.dtype
+  shape: tuple[int, ...]
+
+  def read(self) -> np.ndarray:
+    """Returns the tensor.
+
+    Raises:
+      OSError: the file cannot be read.
+      EOFError: the file has become shorter.
+    """
+    with bounded.open_regular(self.path) as file:
+      return _read(file, self)
+
+
 def read(file: IO[bytes]) -> dict[str, np.ndarray]:
   """Returns the tensors of a file by name.
 
@@ -64,11 +92,25 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
     ValueError: the file is damaged, or its header claims more than it holds.
     EOFError: the file is truncated.
   """
-  stored = bounded.stored_size(file)
+  return {name: _read(file, x) for name, x in stored(file, "").items()}
+
+
+def stored(file: IO[bytes], path: str) -> dict[str, StoredTensor]:
+  """Returns where the tensors of a file lie, by name; only the header is read.
+
+  Args:
+    file: an open .safetensors file, at its start.
+    path: of the file.
+
+  Raises:
+    Unsupported: a tensor has a type that is not read.
+    ValueError: the file is damaged, or its header claims more than it holds.
+  """
+  size = bounded.stored_size(file)
   length = int.from_bytes(file.read(8), "little")
-  bounded.check_inside(length, min(stored - 8, MAX_HEADER), "the header")
+  bounded.check_inside(length, min(size - 8, MAX_HEADER), "the header")
   entries = _entries(file.read(length))
-  available = stored - 8 - length
+  available = size - 8 - length
   tensors, position = {}, 0
   for name, entry in entries:
     begin, end = entry.data_offsets
@@ -80,14 +122,20 @@ def read(file: IO[bytes]) -> dict[str, np.ndarray]:
     bounded.check_inside(end, available, f"the tensor {label}")
     if not math.prod(entry.shape) and max(entry.shape) >= 2**32:
       raise ValueError(f"the tensor {label} has the shape {entry.shape}")
-    data = np.empty(end - begin, np.uint8)
-    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-      raise EOFError(f"the tensor {label} ends too early")
-    tensors[name] = data.view(dtype).reshape(entry.shape)
+    tensors[name] = StoredTensor(path, 8 + length + begin, dtype, tuple(entry.shape))
     position = end
   if position != available:
     raise ValueError(f"{available - position} bytes follow the last tensor")
   return tensors
+
+
+def _read(file: IO[bytes], tensor: StoredTensor) -> np.ndarray:
+  """Returns a tensor of an open file."""
+  data = np.empty(math.prod(tensor.shape) * tensor.dtype.itemsize, np.uint8)
+  file.seek(tensor.position)
+  if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+    raise EOFError("a tensor ends too early")
+  return data.view(tensor.dtype).reshape(tensor.shape)
 
 
 def _entries(header: bytes) -> list[tuple[str, _Tensor]]:

@@ -4,17 +4,20 @@ The formats are .npz, .safetensors, PyTorch's .pt (both versions) and the pickle
 of EDM and EDM2. No code of a file is run (see safe_pickle.py).
 """
 
+import contextlib
 import io
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import jax
 import numpy as np
 
+from sdiff_jax.distributed import sharding
 from sdiff_jax.io import array_io, bounded
 from sdiff_jax.pretrained.files import safe_pickle, safetensors_file
 from sdiff_jax.pretrained.files.safe_pickle import Budget
+from sdiff_jax.pretrained.files.safetensors_file import StoredTensor
 from sdiff_jax.types import Json, Params, UserError
 
 MAX_NAMES = 6  # of each kind in the message of an error
@@ -22,6 +25,7 @@ MAX_MODULES = 2**14  # in a pickled network
 MAX_NAME = 1000  # characters
 MAX_SETTING = 64  # numbers of one setting
 NUMBERS = {bool, int, float, type(None)}  # types of settings
+Tensor = np.ndarray | StoredTensor
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -55,10 +59,36 @@ def read_with_settings(path: str) -> tuple[dict[str, np.ndarray], dict[str, Json
   Raises:
     UserError: see `read`.
   """
+  with _one_line(path), bounded.open_regular(path) as file:
+    tensors, settings = _read(path, file, Budget(bounded.stored_size(file)))
+  if not tensors:
+    raise UserError(f"{path}: holds no tensors by name; save a state dict")
+  return tensors, settings
+
+
+def stored(path: str) -> Mapping[str, Tensor]:
+  """Returns the tensors of a file by name; those of .safetensors are not read yet.
+
+  Args:
+    path: see `read`.
+
+  Raises:
+    UserError: see `read`.
+  """
+  if not path.endswith(".safetensors"):
+    return read(path)
+  with _one_line(path), bounded.open_regular(path) as file:
+    tensors = safetensors_file.stored(file, path)
+  if not tensors:
+    raise UserError(f"{path}: holds no tensors by name; save a state dict")
+  return tensors
+
+
+@contextlib.contextmanager
+def _one_line(path: str) -> Iterator[None]:
+  """Turns what a file of another format leads to into a UserError."""
   try:
-    with bounded.open_regular(path) as file:
-      budget = Budget(bounded.stored_size(file))
-      tensors, settings = _read(path, file, budget)
+    yield
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except safe_pickle.Refused as error:
@@ -68,12 +98,9 @@ def read_with_settings(path: str) -> tuple[dict[str, np.ndarray], dict[str, Json
     raise UserError(f"{path}: {error}") from None
   except UserError:
     raise
-  except Exception as error:  # whatever a file of another format leads to
+  except Exception as error:
     reason = f"{type(error).__name__}: {bounded.short(error)}"
     raise UserError(f"{path}: is damaged, or no file of weights ({reason})") from error
-  if not tensors:
-    raise UserError(f"{path}: holds no tensors by name; save a state dict")
-  return tensors, settings
 
 
 def check_finite(tensors: dict[str, np.ndarray], path: str) -> None:
@@ -121,16 +148,19 @@ def setting(settings: dict[str, Json], attribute: str) -> Json:
 
 
 def match_params(
-  tensors: dict[str, np.ndarray],
+  tensors: Mapping[str, Tensor],
   like: Params,
   name: Callable[[tuple[str, ...]], str],
   network: str = "the network",
   path: str = "",
   finite: bool = True,
+  shardings: Params = None,
 ) -> Params:
   """Converts tensors in PyTorch's layout to a tree of parameters.
 
-  Kernels [out, in, ...] become [..., in, out]. A 1x1 convolution may become a matrix.
+  Kernels [out, in, ...] become [..., in, out]; leaves named "embedding" keep their
+  layout. A 1x1 convolution may become a matrix. Names and shapes are compared first, and
+  then one tensor after another is read, and put on the devices.
 
   Args:
     tensors: by name, in PyTorch's layout.
@@ -139,56 +169,70 @@ def match_params(
     network: what the message of an error calls the network.
     path: of the file, at the start of the message of an error.
     finite: refuse tensors that are not finite.
+    shardings: of the leaves; None for parameters on the host.
 
   Raises:
     UserError: lists tensors that are missing, left over, of another shape or type, or
       not finite.
   """
-  names = jax.tree.map_with_path(lambda path, _: name(tuple(k.key for k in path)), like)
-  expected = {*jax.tree.leaves(names)}
-  transposed = {k: _transpose(v) for k, v in tensors.items()}
-  missing = [k for k in expected if k not in transposed]
-  left_over = [k for k in transposed if k not in expected]
-  wrong_shape: list[str] = []
-  wrong_type: list[str] = []
-  not_finite: list[str] = []
-
-  def fit(name: str, leaf: Any) -> np.ndarray | None:
-    x = transposed.get(name)
-    if x is None:
-      return None
-    if x.shape == (1, 1, *leaf.shape):
-      x = x[0, 0]
-    if x.shape != leaf.shape:
-      wrong_shape.append(f"{name} {x.shape} for {leaf.shape}")
-    elif x.dtype.kind == "c" or x.dtype.kind in "SU":
-      wrong_type.append(f"{name} {x.dtype}")
-      return None
-    with np.errstate(over="ignore"):  # infinity is reported below
-      x = x.astype(leaf.dtype)
-    if finite and not np.isfinite(x).all():
-      not_finite.append(name)
-    return x
-
-  params = jax.tree.map(fit, names, like)
+  leaves = jax.tree.leaves_with_path(like)
+  keys = [tuple(k.key for k in where) for where, _ in leaves]
+  names = [name(k) for k in keys]
+  wrong_shape, wrong_type, not_finite = [], [], []
+  for k, at, (_, leaf) in zip(keys, names, leaves, strict=True):
+    if at not in tensors:
+      continue
+    shape, kind = _shape(tensors[at].shape, k), tensors[at].dtype.kind
+    if leaf.shape not in (shape, shape[2:] if shape[:2] == (1, 1) else shape):
+      wrong_shape.append(f"{at} {shape} for {leaf.shape}")
+    elif kind == "c" or kind in "SU":
+      wrong_type.append(f"{at} {tensors[at].dtype}")
+  expected = {*names}
   problems = {
-    "missing": missing,
-    "left over": left_over,
+    "missing": [k for k in expected if k not in tensors],
+    "left over": [k for k in tensors if k not in expected],
     "of another shape": wrong_shape,
     "of another type": wrong_type,
-    "not finite": not_finite,
   }
-  if any(problems.values()):
-    kinds = {k: v for k, v in problems.items() if v}
+  _check(problems, network, path)
+
+  def fit(k: tuple[str, ...], at: str, leaf: Any) -> np.ndarray:
+    x = tensors[at]
+    if isinstance(x, StoredTensor):
+      with _one_line(x.path):
+        x = x.read()
+    if k[-1] != "embedding" and x.ndim > 1:
+      x = x.transpose(*range(2, x.ndim), 1, 0)
+    with np.errstate(over="ignore"):  # infinity is reported below
+      x = x.reshape(leaf.shape).astype(leaf.dtype)
+    if finite and not np.isfinite(x).all():
+      not_finite.append(at)
+    return x
+
+  places = jax.tree.leaves(shardings)
+  found = []
+  for i, (_, leaf) in enumerate(leaves):
+    x = fit(keys[i], names[i], leaf)
+    found.append(sharding.device_put_global(x, places[i]) if places else x)
+  _check({"not finite": not_finite}, network, path)
+  return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _shape(shape: tuple[int, ...], keys: tuple[str, ...]) -> tuple[int, ...]:
+  """Returns the shape that a tensor in PyTorch's layout has as a leaf of a tree."""
+  if keys[-1] == "embedding" or len(shape) < 2:
+    return shape
+  return (*shape[2:], shape[1], shape[0])
+
+
+def _check(problems: dict[str, list[str]], network: str, path: str) -> None:
+  """Raises a UserError that lists the names of all kinds of problems."""
+  kinds = {k: v for k, v in problems.items() if v}
+  if kinds:
     length = 330 // len(kinds)
     listed = "; ".join(f"{k}: {_abbreviate(v, length)}" for k, v in kinds.items())
     start = f"{path}: " if path else ""
     raise UserError(f"{start}the tensors do not fit {network}: {listed}")
-  return params
-
-
-def _transpose(x: np.ndarray) -> np.ndarray:
-  return x.transpose(*range(2, x.ndim), 1, 0) if x.ndim > 1 else x
 
 
 def _abbreviate(names: list[str], length: int = 360) -> str:
