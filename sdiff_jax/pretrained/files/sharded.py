@@ -20,8 +20,14 @@ ShardName = Annotated[str, Meta(max_length=255, pattern=r"^[^/\\]+\.safetensors$
 WeightMap = Annotated[
   dict[records.Name, ShardName], Meta(min_length=1, max_length=2**17)
 ]
-Index = TypedDict("Index", {"metadata": NotRequired[Json], "weight_map": WeightMap})
 REMEDY = "fetch it again from where the weights come from"
+
+
+class Index(TypedDict):
+  """Content of an index."""
+
+  metadata: NotRequired[Json]
+  weight_map: WeightMap
 
 
 def stored(path: str) -> Mapping[str, Tensor]:
