@@ -16,6 +16,7 @@ from sdiff_jax.pretrained.diffusers import (
   unet2d,
   unet2d_condition,
   vae,
+  weights,
 )
 
 SD2, CHURCH = FIXTURES / "tiny-sd2", FIXTURES / "tiny-ddpm-church"
@@ -40,7 +41,7 @@ def peer(fixture):
 @functools.cache
 def load(folder, dtype: str = "float32", remat: str = "") -> tuple:
   network = loading.network(str(folder), dtype=dtype, remat=remat)
-  return network, loading.parameters(str(folder), network, dtype=dtype)
+  return network, weights.parameters(str(folder), network, dtype=dtype)
 
 
 def error(found, wanted) -> float:

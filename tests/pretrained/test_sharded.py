@@ -13,7 +13,7 @@ import safetensors.numpy as original
 from conftest import FIXTURES
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.pretrained.diffusers import loading, weights
 from sdiff_jax.pretrained.files import safetensors_file, state_dict
 from sdiff_jax.types import UserError
 
@@ -29,7 +29,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def wanted(network):
-  return loading.parameters(str(PART), network)
+  return weights.parameters(str(PART), network)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def write_shards(folder: pathlib.Path, variant: str = "", count: int = 3) -> Non
 @pytest.mark.parametrize("variant", ["", ".fp16", ".bf16"])
 def test_shards(part, network, wanted, variant):
   write_shards(part, variant)
-  found = loading.parameters(str(part), network)
+  found = weights.parameters(str(part), network)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -68,10 +68,10 @@ def test_the_plain_file_comes_before_variants(part, network, wanted):
   shutil.copy(PART / FILE, part)
   zeros = {k: np.zeros_like(v) for k, v in tensors().items()}
   original.save_file(zeros, part / f"{STEM}.fp16.safetensors")
-  found = loading.parameters(str(part), network)
+  found = weights.parameters(str(part), network)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
   (part / FILE).unlink()
-  found = loading.parameters(str(part), network)
+  found = weights.parameters(str(part), network)
   assert not any(np.any(x) for x in jax.tree.leaves(found))
 
 
@@ -86,7 +86,7 @@ def test_the_plain_file_comes_before_variants(part, network, wanted):
 )
 def test_prefixes_of_wrappers(part, network, wanted, rename):
   original.save_file({rename(k): v for k, v in tensors().items()}, part / FILE)
-  found = loading.parameters(str(part), network)
+  found = weights.parameters(str(part), network)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -94,7 +94,7 @@ def test_float8_is_converted(part, network, wanted):
   """8 bits with 3 of them after the point are off by a 16th at most."""
   narrow = {k: v.astype(ml_dtypes.float8_e4m3fn) for k, v in tensors().items()}
   original.save_file(narrow, part / FILE)
-  found = loading.parameters(str(part), network, dtype="bfloat16")
+  found = weights.parameters(str(part), network, dtype="bfloat16")
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     assert x.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(x.astype(np.float32), y, rtol=1 / 16, atol=1e-3)
@@ -104,7 +104,7 @@ def test_two_tensors_of_one_name(part, network):
   twice = tensors() | {f"module.{k}": v for k, v in tensors().items()}
   original.save_file(twice, part / FILE)
   with pytest.raises(UserError, match="two tensors have the name .*, with a prefix"):
-    loading.parameters(str(part), network)
+    weights.parameters(str(part), network)
 
 
 def damage_index(change) -> object:
@@ -141,7 +141,7 @@ def test_damaged_indices(part, network, damage, message):
   write_shards(part)
   damage(part)
   with pytest.raises(UserError, match=message) as error:
-    loading.parameters(str(part), network)
+    weights.parameters(str(part), network)
   assert "\n" not in str(error.value)
 
 
@@ -154,7 +154,7 @@ def test_a_shard_that_is_cut_while_it_is_read(part, network):
   with pytest.raises(EOFError, match="a tensor ends too early"):
     last.read()
   with pytest.raises(UserError, match="is damaged"):
-    loading.parameters(str(part), network)
+    weights.parameters(str(part), network)
 
 
 def test_only_headers_are_read_before_names_and_shapes_fit(part, network, monkeypatch):
@@ -167,13 +167,13 @@ def test_only_headers_are_read_before_names_and_shapes_fit(part, network, monkey
     return whole(tensor)
 
   monkeypatch.setattr(safetensors_file.StoredTensor, "read", count)
-  loading.parameters(str(part), network)
+  weights.parameters(str(part), network)
   assert len(read) == len(tensors())
   read.clear()
   config = json.loads((part / "config.json").read_text())
   (part / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
   with pytest.raises(UserError, match="the tensors do not fit the network: missing"):
-    loading.parameters(str(part), loading.network(str(part)))
+    weights.parameters(str(part), loading.network(str(part)))
   assert not read
 
 
@@ -182,7 +182,7 @@ def test_tensors_go_to_their_devices_one_by_one(part, network, wanted):
   write_shards(part)
   mesh = sharding.make_mesh(fsdp=8)
   place = functools.partial(sharding.state, mesh=mesh)
-  found = loading.parameters(str(part), network, place=place)
+  found = weights.parameters(str(part), network, place=place)
   for x, y, where in zip(
     *map(jax.tree.leaves, (found, wanted, place(wanted))), strict=True
   ):
@@ -192,8 +192,8 @@ def test_tensors_go_to_their_devices_one_by_one(part, network, wanted):
 
 def test_what_is_fetched():
   files = ["a/config.json", f"a/{FILE}", f"a/{STEM}.fp16.safetensors"]
-  assert loading._first_weights(files) == [f"a/{FILE}"]
+  assert weights.to_fetch(files) == [f"a/{FILE}"]
   shards = [f"b/model.fp16-{k:05d}-of-00002.safetensors" for k in (1, 2)]
   others = ["b/model.safetensors.index.fp16.json", "b/pytorch_model.bin"]
   more = [f"b/model-{k:05d}-of-00002.safetensors" for k in (1, 2)]
-  assert loading._first_weights([*others, *shards, *more]) == shards
+  assert weights.to_fetch([*others, *shards, *more]) == shards

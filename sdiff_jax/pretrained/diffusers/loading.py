@@ -20,8 +20,9 @@ from sdiff_jax.pretrained.diffusers import (
 )
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
+from sdiff_jax.pretrained.diffusers import weights as weights_lib
 from sdiff_jax.pretrained.diffusers.networks import Predictor
-from sdiff_jax.pretrained.files import config_fields, sharded, state_dict
+from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field
 from sdiff_jax.types import Json, Params, PyTree, UserError
 
@@ -46,23 +47,6 @@ NETWORKS = {  # class -> module
   "CLIPTextModel": clip_text,
 }
 CLASSES = {"tokenizer": TOKENIZERS, "scheduler": tuple(scheduler.CLASS_NAMES)}
-STEMS = {  # of files of weights, by their ends
-  "safetensors": ("diffusion_pytorch_model", "model"),
-  "bin": ("diffusion_pytorch_model", "pytorch_model"),
-}
-VARIANTS = ("", ".fp16", ".bf16")
-INDEX_END = ".json"
-# Files of weights -> start of the names of their shards; the first that exists is read.
-FILES = {
-  name: f"{stem}{variant}-"
-  for end, stems in STEMS.items()
-  for variant in VARIANTS
-  for stem in stems
-  for name in (
-    f"{stem}{variant}.{end}",
-    *([f"{stem}.{end}.index{variant}{INDEX_END}"] if end == "safetensors" else []),
-  )
-}
 
 
 class Model(NamedTuple):
@@ -121,7 +105,7 @@ def load(
     problems.append(str(error))
   for name in [] if problems else parts:
     try:
-      params[name] = parameters(
+      params[name] = weights_lib.parameters(
         _part(folder, name), networks[name], dtype=dtype, place=place
       )
     except UserError as error:
@@ -196,7 +180,7 @@ def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, 
   coder = network(folder, dtype=dtype)
   if not isinstance(coder, vae.Autoencoder):
     raise UserError(f"{folder}: holds no AutoencoderKL")
-  return coder, parameters(folder, coder, dtype=dtype)
+  return coder, weights_lib.parameters(folder, coder, dtype=dtype)
 
 
 def network(folder: str, *, dtype: str = "float32", remat: str = "") -> Any:
@@ -234,38 +218,6 @@ def _network_from_config(
     return modules[0].from_config(config, dtype=dtype, remat=remat)
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
-
-
-def parameters(
-  folder: str,
-  network: Any,
-  *,
-  dtype: str = "float32",
-  place: Callable[[Params], PyTree] | None = None,
-) -> Params:
-  """Returns the parameters of a network from the weights of a folder.
-
-  Args:
-    folder: of the part.
-    network: with its `init`.
-    dtype: of the parameters.
-    place: see `load`.
-
-  Raises:
-    UserError: the file is missing or damaged, or the weights do not fit the network.
-  """
-  for name in FILES:
-    path = os.path.join(folder, name)
-    if os.path.exists(path):
-      read = sharded.stored if name.endswith(INDEX_END) else state_dict.stored
-      return networks_lib.load_state_dict(
-        read(path), network.init, dtype=dtype, path=path, place=place
-      )
-  plain = [f"{stem}.{end}" for end, stems in STEMS.items() for stem in stems]
-  raise UserError(
-    f"{folder} has no weights: there is none of {', '.join(plain)}, no index of shards, "
-    "and no variant fp16 or bf16"
-  )
 
 
 def _classes(folder: str) -> dict[str, str]:
@@ -380,7 +332,7 @@ def _local(path: str, *, weights: bool = True) -> str:
 
   Args:
     path: of the folder, or hf://organization/name.
-    weights: whether to download weights: for each part the file that `parameters` reads.
+    weights: whether to download weights: for each part the files that are read.
   """
   if path.startswith(HUB):
     try:
@@ -393,25 +345,10 @@ def _local(path: str, *, weights: bool = True) -> str:
     try:
       files = huggingface_hub.list_repo_files(name)
       patterns = [f for f in files if f.endswith((".json", ".txt"))]
-      patterns += _first_weights(files) if weights else []
+      patterns += weights_lib.to_fetch(files) if weights else []
       return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # of the network, of the Hub, or a wrong name
       raise UserError(f"{path}: the download failed: {error}") from error
   if not os.path.isdir(path):
     raise UserError(f"{path}: no such folder")
   return path
-
-
-def _first_weights(files: list[str]) -> list[str]:
-  """Returns the file that `parameters` reads, or its shards, of every folder."""
-  by_folder: dict[str, list[str]] = {}
-  for file in files:
-    folder, name = os.path.split(file)
-    by_folder.setdefault(folder, []).append(name)
-  found = []
-  for folder, names in by_folder.items():
-    first = next((name for name in FILES if name in names), "")
-    shards = [n for n in names if first and n.startswith(FILES[first])]
-    read = shards if first.endswith(INDEX_END) else [first] * bool(first)
-    found += [os.path.join(folder, name) for name in read]
-  return found
