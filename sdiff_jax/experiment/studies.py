@@ -25,6 +25,15 @@ SETTINGS = {
       "evaluate.baselines=False",
     ),
   ),
+  "digits": (
+    "configs/digits_{}.py",
+    (
+      "model.width=128",
+      "model.depth=3",
+      "train.sample_every=0",
+      "evaluate.baselines=False",
+    ),
+  ),
   "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
   "tiny": (
     "configs/digits_{}.py",
@@ -63,6 +72,9 @@ class Run:
     set: changes of fields, each "section.field=value".
     teacher: name of the run that this one distills.
     weights: name of the run whose network is measured; "" trains one.
+    start: name of the run whose weights this one starts from; "" for its teacher's.
+    budget: floating-point operations of training, those of `start` included, divided by
+      the teacher's: they set train.steps. None leaves that field as it is.
     series: name of its points; "" for the names of the run and the sampler.
     guidance: scale of guidance of its points, if that is an axis.
     checkpoints: whether all stored checkpoints are measured, instead of the last.
@@ -74,6 +86,8 @@ class Run:
   set: tuple[str, ...] = ()
   teacher: str = ""
   weights: str = ""
+  start: str = ""
+  budget: Annotated[float | None, Range(1e-6, 1e6)] = None
   series: str = ""
   guidance: Annotated[float | None, Range(0, 1000)] = None
   checkpoints: bool = False
@@ -94,7 +108,8 @@ class Study:
     lead: the question of the study.
     x: key of a point for the horizontal axis.
     panels: keys of a point for the vertical axis of each panel; (x, y) for a panel with
-      another horizontal axis.
+      another horizontal axis; "y@key=value" for the points with that value.
+    columns: keys of further columns of the table.
     log: the logarithmic axes.
     source: where the points come from, see `build`.
     seeds: every run is repeated with each of them.
@@ -107,6 +122,7 @@ class Study:
   lead: str = ""
   x: str = ""
   panels: tuple[Json, ...] = ()
+  columns: tuple[str, ...] = ()
   log: Literal["", "x", "y", "xy"] = ""
   source: Literal["evaluate", "tangent", "parallel", "log"] = "evaluate"
   seeds: Annotated[tuple[int, ...], Range(0), Length(1)] = (0, 1, 2)
@@ -132,6 +148,8 @@ def run(
   *changes: str,
   teacher: str = "",
   weights: str = "",
+  start: str = "",
+  budget: float | None = None,
   series: str = "",
   guidance: float | None = None,
   checkpoints: bool = False,
@@ -145,6 +163,9 @@ def run(
       component, which keeps the fields that both have.
     teacher: name of the run that this one distills.
     weights: name of the run whose network is measured; "" trains one.
+    start: name of the run whose weights this one starts from; "" for its teacher's.
+    budget: floating-point operations of training, those of `start` included, divided by
+      the teacher's; None for the number of steps of the file.
     series: name of its points; "" for the names of the run and the sampler.
     guidance: scale of guidance of its points, if that is an axis.
     checkpoints: whether to measure all stored checkpoints, instead of the last.
@@ -155,6 +176,8 @@ def run(
     "set": changes,
     "teacher": teacher,
     "weights": weights,
+    "start": start,
+    "budget": budget,
     "series": series,
     "guidance": guidance,
     "checkpoints": checkpoints,
@@ -170,6 +193,7 @@ def build(
   lead: str,
   x: str,
   panels: tuple[studies.Panel, ...],
+  columns: tuple[str, ...] = (),
   log: str = "",
   source: str = "evaluate",
   seeds: tuple[int, ...] = (0, 1, 2),
@@ -184,7 +208,8 @@ def build(
     lead: the question of the study, in a sentence or two.
     x: key of a point for the horizontal axis.
     panels: keys of a point for the vertical axis of each panel; (x, y) for a panel with
-      another horizontal axis.
+      another horizontal axis; "y@key=value" for the points with that value.
+    columns: keys of further columns of the table.
     log: the logarithmic axes, some of "xy".
     source: where the points come from: "evaluate" for the rows of that job, "tangent"
       for these with the terms of the tangent, "parallel" for the cost of parallel
@@ -201,6 +226,7 @@ def build(
     lead=lead,
     x=x,
     panels=panels,
+    columns=columns,
     log=log,
     source=source,
     seeds=seeds,

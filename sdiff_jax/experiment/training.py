@@ -232,6 +232,27 @@ def step_flops(
   return flops.count_flops(trainer.update, state, batch, key, frozen)
 
 
+def run_flops(config: ml_collections.ConfigDict, experiment: Experiment) -> float:
+  """Returns the floating-point operations of one step of a run, over all devices.
+
+  Only the shapes of the parameters are used, see `step_flops`.
+
+  Args:
+    config: of the run; the work directory of its teacher exists if its loss needs one.
+    experiment: its pieces.
+  """
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  teacher = frozen = None
+  if needs_teacher(config):
+    stored = workdir_lib.read(config.teacher.workdir)
+    stored = experiments.model_variant(stored, "unrolled")
+    teacher = experiments.network(stored, experiment.dataset)
+    frozen = jax.eval_shape(teacher.init, key)
+  trainer = build_trainer(config, experiment.network, teacher, experiment.mesh)
+  state = trainer.abstract_state()
+  return step_flops(config, experiment.dataset, teacher, state, key, frozen)
+
+
 def check_no_checkpoints(workdir: str) -> None:
   """Checks that a work directory has no checkpoints.
 

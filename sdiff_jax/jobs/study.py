@@ -17,7 +17,8 @@ import ml_collections
 
 from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
-from sdiff_jax.experiment import evaluation, probes, studies
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import evaluation, probes, studies, training
 from sdiff_jax.io import file_io, lock, records
 from sdiff_jax.reports import html, results
 from sdiff_jax.reports import studies as figures
@@ -79,7 +80,7 @@ def run_config(
   loaded.seed = seed
   if entry["teacher"]:
     loaded.teacher.workdir = _folder(workdir, seed, entry["teacher"])
-    loaded.init_from = loaded.teacher.workdir
+    loaded.init_from = _folder(workdir, seed, entry["start"] or entry["teacher"])
   for change in (*study["set"], *entry["set"]):
     studies.apply(loaded, change)
   if not losses.facts(loaded.loss).needs_teacher:
@@ -111,11 +112,14 @@ def _points(
   """
   entry = study["runs"][name]
   weights = _folder(workdir, seed, entry["weights"] or name)
+  if entry["budget"]:
+    config = _budgeted(study, workdir, seed, name, config)
   if not entry["weights"] and not summary.exists(weights):
     _run_job("train", config, weights)
   if not entry["drawn"]:
     return []
-  labels = {"seed": seed, "run": name, "guidance": entry["guidance"]}
+  labels = {"seed": seed, "run": name}
+  labels |= {key: entry[key] for key in ("guidance", "budget")}
   series = labels | {"series": entry["series"] or name}
   if study["source"] == "log":
     return [series | row for row in metric_writer.read_metrics(weights)]
@@ -134,6 +138,8 @@ def _points(
       extra |= _cached(path, Numbers, probes.tangent_terms, at_step, weights)
     for row in _evaluate(at_step, weights):
       point = labels | row | extra
+      if entry["start"]:
+        point["compute"] = _compute(study, workdir, seed, name)
       point["series"] = entry["series"] or f"{name}, {row['sampler']}"
       if row.get("images_per_second"):
         point["seconds"] = 1 / row["images_per_second"]
@@ -142,6 +148,46 @@ def _points(
       if reference and reference.get("frechet") and point.get("frechet") is not None:
         point["ratio"] = point["frechet"] / reference["frechet"]
   return points
+
+
+def _budgeted(
+  study: dict[str, Json],
+  workdir: str,
+  seed: int,
+  name: str,
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Returns the config of a run with the number of steps that its budget allows.
+
+  Raises:
+    UserError: the runs before have used the budget.
+  """
+  entry, config = study["runs"][name], config.copy_and_resolve_references()
+  finished = summary.read(_folder(workdir, seed, name))
+  if finished:
+    config.train.steps = finished["steps"]
+    return config
+  left = entry["budget"]
+  if entry["start"]:
+    left -= _compute(study, workdir, seed, entry["start"])
+  whole = summary.read(_folder(workdir, seed, entry["teacher"]))["flops"]
+  step = training.run_flops(config, experiments.build(config))
+  config.train.steps = round(left * whole / step)
+  if config.train.steps < 1:
+    raise UserError(
+      f"config.study.runs: budget={entry['budget']} of {name} leaves no step"
+    )
+  return config
+
+
+def _compute(study: dict[str, Json], workdir: str, seed: int, name: str) -> float:
+  """Returns the operations of a run and of those before it, of their teacher's."""
+  entry, total = study["runs"][name], 0.0
+  teacher = _folder(workdir, seed, entry["teacher"])
+  while name:
+    total += summary.flops_ratio(_folder(workdir, seed, name), teacher)
+    name = study["runs"][name]["start"]
+  return total
 
 
 def _run_job(name: str, config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -207,7 +253,7 @@ def _write(study: dict[str, Json], workdir: str, rows: list[dict[str, Json]]) ->
   for kind, content in pictures.items():
     file_io.write_bytes(f"{path}.{kind}", content)
   file_io.write_json(f"{path}.json", rows, indent=1)
-  tables = figures.tables(rows, x, panels)
+  tables = figures.tables(rows, x, (*panels, *study["columns"]))
   for lines in tables:
     print("\n".join("| " + " | ".join(line) + " |" for line in lines))
   uri = html.uri(pictures["svg"], "svg+xml")

@@ -24,7 +24,7 @@ from sdiff_jax.training import finite, loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
-from sdiff_jax.types import Array, Batch, Network, Params, UserError
+from sdiff_jax.types import Array, Batch, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         )
     # A run that was killed after its last step has no summary yet.
     if start < options.steps or not summary.exists(workdir):
-      teacher = _teacher_for_flop_count(config, experiment)
-      flops = training.step_flops(config, dataset, teacher, abstract, key, frozen)
+      flops = training.run_flops(config, experiment)
       _write_summary(config, workdir, abstract, flops)
   return f"trained {options.steps} steps: {workdir}"
 
@@ -268,17 +267,6 @@ def _check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> No
       raise UserError(
         f"config.{field}={value}: needs images, but config.data are trajectories"
       )
-
-
-def _teacher_for_flop_count(
-  config: ml_collections.ConfigDict, experiment: experiments.Experiment
-) -> Network | None:
-  """Returns the teacher's network with its loop over blocks unrolled."""
-  if not training.needs_teacher(config):
-    return None
-  stored = workdir_lib.read(config.teacher.workdir)
-  stored = experiments.model_variant(stored, "unrolled")
-  return experiments.network(stored, experiment.dataset)
 
 
 def _write_summary(

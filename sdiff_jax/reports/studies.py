@@ -32,6 +32,7 @@ MAX_COLUMNS = 3  # of panels
 Panel = str | tuple[str, str]  # y, or x and y
 
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+COLORS = 10  # of matplotlib's cycle
 
 
 class Curve(NamedTuple):
@@ -56,6 +57,41 @@ class Curve(NamedTuple):
   names: tuple[str, ...]
 
 
+def value(row: dict[str, Json], key: str) -> float | None:
+  """Returns a number of a point, None if it has none.
+
+  Args:
+    row: the point.
+    key: of the number; "y@key=value" is that of y, of points with another value of key
+      None.
+
+  Example:
+    >>> row = {"frechet": 0.5, "evaluations": 2.0}
+    >>> value(row, "frechet@evaluations=2"), value(row, "frechet@evaluations=1")
+    (0.5, None)
+  """
+  name, _, condition = key.partition("@")
+  where, _, wanted = condition.partition("=")
+  if row.get(where) is not None and f"{row[where]:g}" != wanted:
+    return None
+  return row.get(name)
+
+
+def label(key: str) -> str:
+  """Returns the label of an axis.
+
+  Args:
+    key: see `value`.
+
+  Example:
+    >>> label("frechet@evaluations=2")
+    'Frechet distance, evaluations=2'
+  """
+  name, _, condition = key.partition("@")
+  text = LABELS.get(name, name.replace("_", " "))
+  return f"{text}, {condition}" if condition else text
+
+
 def curves(rows: list[dict[str, Json]], x: str, y: str) -> dict[str, Curve]:
   """Returns the curve of each series.
 
@@ -64,7 +100,7 @@ def curves(rows: list[dict[str, Json]], x: str, y: str) -> dict[str, Curve]:
       of the numbers are left out. Points of a series with the same x are its seeds. If x
       is one of TIMES, the points of the same sampler are, and x is their median.
     x: key of the horizontal axis.
-    y: key of the vertical axis.
+    y: key of the vertical axis, see `value`.
 
   Returns:
     series -> curve.
@@ -76,11 +112,12 @@ def curves(rows: list[dict[str, Json]], x: str, y: str) -> dict[str, Curve]:
   """
   by_series: dict[str, dict[float | str, list[tuple[float, float]]]] = {}
   for row in rows:
-    if row.get(x) is not None and row.get(y) is not None:
+    number = value(row, y)
+    if row.get(x) is not None and number is not None:
       # Fractions of FLOPs at the same step may differ in their last digits.
       at = float(f"{row[x]:.4g}")
       point = row["sampler"] if x in TIMES else at
-      by_series.setdefault(row["series"], {}).setdefault(point, []).append((at, row[y]))
+      by_series.setdefault(row["series"], {}).setdefault(point, []).append((at, number))
   out = {}
   for series, points in by_series.items():
     at = {point: np.median([p[0] for p in pairs]) for point, pairs in points.items()}
@@ -149,9 +186,9 @@ def draw(
       labels.setdefault(series, line)
       for at, value, name in zip(c.x, c.mean, c.names, strict=False):
         _annotate(axes, name.rpartition("/")[2], (at, value), n % 4, color)
-    axes.set(
-      xlabel=LABELS.get(across, across), ylabel=LABELS.get(y, y.replace("_", " "))
-    )
+    axes.set(xlabel=label(across), ylabel=label(y))
+    if y.startswith("ratio"):
+      axes.axhline(1, color="0.7", linewidth=1, zorder=0)
     for name in set(log) & {"x", "y"}:
       getattr(axes, f"set_{name}scale")("log")
       axis = getattr(axes, f"{name}axis")
@@ -172,15 +209,16 @@ def draw(
 def _styles(names: list[str]) -> dict[str, tuple[str, str, str]]:
   """Returns the color, line style and marker of each series.
 
-  Series whose names differ only after the last comma share a color.
+  Series whose names differ only after the last comma share a color. Where colors repeat,
+  line styles and markers differ.
   """
   members: dict[str, list[str]] = {}
   for name in dict.fromkeys(names):
     members.setdefault(name.rpartition(", ")[0] or name, []).append(name)
   return {
-    name: (f"C{i}", LINES[k % len(LINES)], MARKERS[k % len(MARKERS)])
+    name: (f"C{i % COLORS}", LINES[k % len(LINES)], MARKERS[k % len(MARKERS)])
     for i, group in enumerate(members.values())
-    for k, name in enumerate(group)
+    for k, name in enumerate(group, i // COLORS)
   }
 
 
@@ -198,7 +236,7 @@ def table(
   rows: list[dict[str, Json]], x: str, panels: tuple[str, ...]
 ) -> list[list[str]]:
   """Returns lines of cells, the header first: series, x, and mean ± std over seeds."""
-  lines = [["", LABELS.get(x, x), *(LABELS.get(y, y) for y in panels), "seeds"]]
+  lines = [["", label(x), *map(label, panels), "seeds"]]
   by_panel = [curves(rows, x, y) for y in panels]
   points = dict.fromkeys(
     (series, at) for panel in by_panel for series, c in panel.items() for at in c.x

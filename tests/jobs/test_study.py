@@ -7,8 +7,10 @@ import os
 import pytest
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.experiment import studies
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import studies, training
 from sdiff_jax.jobs import study
+from sdiff_jax.training import summary
 from sdiff_jax.types import UserError
 
 CHANGES = (
@@ -173,6 +175,49 @@ def test_parallel_samplers_over_tolerances_and_windows(tmp_path, monkeypatch):
   assert runs_on_disk(tmp_path) == before
 
 
+def test_a_budget_sets_the_number_of_steps(tmp_path):
+  """Operations of a run and of those that it starts from are a share of the teacher's."""
+  digits = "configs/digits_{}.py".format
+  runs = {
+    "teacher": studies.run(digits("diffusion")),
+    "first": studies.run(digits("sct"), teacher="teacher", budget=0.25),
+    "second": studies.run(digits("sct"), teacher="teacher", start="first", budget=1.0),
+    "late": studies.run(digits("sct"), teacher="teacher", start="first", budget=0.25),
+  }
+  wanted = studies.build(
+    "budget", runs, title="T", lead="L", x="compute", panels=("y",), changes=CHANGES[:2]
+  ).study.to_dict()
+  wanted["runs"] = {entry["name"]: entry for entry in wanted["runs"]}
+  workdir = str(tmp_path)
+
+  def config_of(name: str):
+    config = study.run_config(wanted, workdir, 0, name)
+    return study._budgeted(wanted, workdir, 0, name, config)
+
+  def write(name: str, **cost: float):
+    folder = tmp_path / "seed0" / name
+    folder.mkdir(parents=True)
+    summary.write(str(folder), cost, "")
+
+  config = study.run_config(wanted, workdir, 0, "first")
+  step = training.run_flops(config, experiments.build(config))
+  assert step > 1e6
+  write("teacher", steps=100, flops=400 * step)
+  first = config_of("first")
+  assert first.train.steps == 100
+  assert first.init_from == str(tmp_path / "seed0" / "teacher")
+  write("first", steps=100, flops=100 * step)
+  second = config_of("second")
+  assert second.train.steps == 300
+  assert second.init_from == str(tmp_path / "seed0" / "first")
+  with pytest.raises(UserError, match=r"budget=0\.25 of late leaves no step"):
+    config_of("late")
+  # Runs that exist keep their number.
+  write("second", steps=7, flops=7 * step)
+  assert config_of("second").train.steps == 7
+  assert study._compute(wanted, workdir, 0, "second") == pytest.approx(107 / 400)
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -196,7 +241,7 @@ def test_a_missing_config_is_named(tmp_path):
     study.run(config, str(tmp_path))
 
 
-@pytest.mark.parametrize("given", ["", "paper", "tiny"])
+@pytest.mark.parametrize("given", ["", "digits", "paper", "tiny"])
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/studies/*.py")))
 def test_runs_of_every_study_load(path, given, tmp_path):
   config = config_lib.load(f"{path}:{given}" if given else path, "missing")
@@ -211,6 +256,6 @@ def test_runs_of_every_study_load(path, given, tmp_path):
 
 def test_another_word_is_refused():
   with pytest.raises(
-    UserError, match="vsd.py:big: variants are one of 'paper', 'tiny'"
+    UserError, match="vsd.py:big: variants are one of 'digits', 'paper', 'tiny'"
   ):
     config_lib.load("configs/studies/vsd.py:big", "missing")

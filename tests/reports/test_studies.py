@@ -60,6 +60,31 @@ def test_a_panel_may_have_its_own_horizontal_axis():
   assert second[1:] == [["b", "1", "3", "1"], ["b", "4", "12", "1"]]
 
 
+def test_a_panel_may_show_some_of_the_points():
+  rows = [row | {"seeds": float(row["seed"])} for row in ROWS]
+  rows.append({"series": "t", "seed": 0, "at": 1.0, "y": 9.0})  # has no such key
+  found = studies.curves(rows, "at", "y@seeds=2")
+  np.testing.assert_allclose(found["b"].mean, [4, 6])
+  np.testing.assert_allclose(found["t"].mean, [9])
+  assert found["b"].seeds == 1
+  head, *lines = studies.table(rows, "at", ("y@seeds=0", "y@seeds=2"))
+  assert head[2:4] == ["y, seeds=0", "y, seeds=2"]
+  assert ["b", "1", "2", "4", "1"] in lines
+
+
+def test_a_ratio_has_a_line_at_1():
+  rows = [{"series": "a", "seed": 0, "at": 1.0, "ratio": 2.0}]
+  (axes,) = studies.draw(rows, "at", ("ratio",), "").axes
+  np.testing.assert_allclose(axes.lines[-1].get_ydata(), [1, 1])
+
+
+def test_many_series_differ_in_color_or_marker():
+  rows = [{"series": f"s{k}", "seed": 0, "at": 1.0, "y": 1.0} for k in range(25)]
+  (axes,) = studies.draw(rows, "at", ("y",), "").axes
+  styles = {(line.get_color(), line.get_marker()) for line in axes.lines}
+  assert len(styles) == 25
+
+
 def test_table_has_a_line_for_each_point():
   extra = {"series": "c", "seed": 0, "at": 1.0, "z": 7.0}
   head, *lines = studies.table([*ROWS, extra], "at", ("y", "z"))

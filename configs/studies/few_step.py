@@ -1,0 +1,91 @@
+"""Study: methods of few steps at equal training compute.
+
+  python -m sdiff_jax.main --config=configs/studies/few_step.py
+
+Every student starts from the weights of the teacher and is trained for 0.2, 0.5 and 1.0
+of the teacher's floating-point operations, counted in the programs.
+
+Variants: `digits`, a small network on 8 x 8 digits, `paper`, the paper's sizes, and
+`tiny`, seconds of work; `evaluations` draws the same runs against network evaluations.
+"""
+
+from sdiff_jax.experiment import studies, variants
+
+BUDGETS = {0.2: 60, 0.5: 150, 1.0: 300}  # -> steps of the tangent's warm-up
+STEPS = (1, 2, 4)
+FROM_DATA = "loss.velocity=data"
+# Series -> solver, and changes of sCD.
+METHODS = {
+  "sCT": ("consistency", (FROM_DATA,)),
+  "sCD": ("consistency", ()),
+  "sCD + VSD": ("consistency", ("loss=vsd",)),
+  "discrete CD": (
+    "consistency",
+    ("loss=consistency", "loss.levels=(40, 40)"),
+  ),
+  "flow map, distilled": ("flow_map", ("loss=flow_map",)),
+  "flow map, from data": ("flow_map", ("loss=flow_map", FROM_DATA)),
+  "MeanFlow": ("flow_map", ("loss=meanflow",)),
+  "iMF": (
+    "flow_map",
+    (
+      "loss=meanflow",
+      "loss.improved=True",
+      "loss.diffusion_fraction=0.5",
+      "loss.c=0.01",
+    ),
+  ),
+  "LSD": ("flow_map", ("loss=lagrangian", FROM_DATA)),
+  "FACM": ("consistency", ("loss=facm",)),
+}
+
+
+def get_config(variant: str = ""):
+  figure, setting = variants.parse(variant, ("", "evaluations"), studies.SETTINGS)
+  files, changes = studies.SETTINGS[setting]
+  shorter = {"digits": ("train.steps=4000",), "tiny": ("train.steps=20",)}.get(
+    setting, ()
+  )
+  runs = {
+    "teacher": studies.run(
+      files.format("diffusion"), "evaluate.samplers=('heun/16',)", *shorter
+    )
+  }
+  if figure:
+    runs["few_step_teacher"] = studies.run(
+      files.format("diffusion"),
+      "evaluate.samplers=('dpmpp2m/4', 'dpmpp2m/8')",
+      *shorter,
+      weights="teacher",
+      series="teacher, DPM-Solver++",
+    )
+  for budget, warmup in BUDGETS.items():
+    for series, (solver, fields) in METHODS.items():
+      name = f"few_step_{series.replace(' ', '_').replace(',', '')}_{budget:g}"
+      samplers = tuple(f"{solver}/{n}" for n in STEPS)
+      runs[name] = studies.run(
+        files.format("scd"),
+        f"loss.warmup_steps={warmup}",
+        *fields,
+        f"evaluate.samplers={samplers}",
+        "checkpoint.keep_every=0",
+        teacher="teacher",
+        budget=budget,
+        series=series,
+      )
+  numbers = ("frechet", "precision", "recall")
+  columns = tuple(f"{y}@evaluations={n}" for y in numbers for n in STEPS)
+  return studies.build(
+    f"few_step_{figure}".rstrip("_"),
+    runs,
+    title="Methods of few steps",
+    lead="Distance of every method after the same training compute, 0.2, 0.5 and 1.0 of "
+    "its teacher's, in 1, 2 and 4 network evaluations.",
+    x="evaluations" if figure else "compute",
+    panels=tuple(f"frechet@budget={b:g}" for b in BUDGETS)
+    if figure
+    else tuple(f"ratio@evaluations={n}" for n in STEPS),
+    columns=() if figure else columns,
+    log="xy" if figure else "y",
+    changes=changes,
+  )
