@@ -154,7 +154,7 @@ def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
       coarse_denoiser=coarse,
     )
     images, finite = pipeline.decode_checked(constants, params, out.x)
-    stats = SamplingStats(*out[1:])
+    stats = SamplingStats(*out[1:-1])
     finite = finite & finite_samples(out.x)
     return images, stats._replace(error=jnp.where(finite, stats.error, jnp.nan))
 

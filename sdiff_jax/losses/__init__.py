@@ -45,6 +45,7 @@ class Facts(NamedTuple):
     init_extra_params: maps the parameters of the network to those that are trained,
       with the parameters of further networks.
     cond: what the network is conditioned on beside the conditions of the data set.
+    takes_trajectories: whether it can be trained on stored trajectories of the teacher.
   """
 
   title: str
@@ -53,6 +54,7 @@ class Facts(NamedTuple):
   needs_teacher: bool = False
   init_extra_params: Callable[[Params], Params] = lambda params: params
   cond: CondSpecs = MappingProxyType({})
+  takes_trajectories: bool = False
 
 
 def facts(section: Mapping[str, Json]) -> Facts:
@@ -76,7 +78,7 @@ def facts(section: Mapping[str, Json]) -> Facts:
   """
   registered = registry.lookup("losses", section["name"]).facts
   values = {"title": section["name"], **registered}
-  for name in ("title", "description", "family", "needs_teacher"):
+  for name in ("title", "description", "family", "needs_teacher", "cond"):
     if callable(values.get(name)):
       values[name] = values[name](section)
   return Facts(**{k: v for k, v in values.items() if k in Facts._fields})

@@ -123,7 +123,7 @@ class Policy:
     if view.frame:
       actions = trajectories.out_of_frame(view.frame(states[:, -1]), actions)
     first = normalizer.steps - 1
-    return actions[:, first : first + self._n_action_steps], SamplingStats(*out[1:])
+    return actions[:, first : first + self._n_action_steps], SamplingStats(*out[1:-1])
 
   def __call__(self, states: np.ndarray, seed: int = 0) -> np.ndarray:
     """Returns the next actions, float32 [Ta, Da].

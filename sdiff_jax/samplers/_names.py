@@ -28,6 +28,7 @@ RUNTIME = {
   "mesh": "sharding",
   "callback": "callback",
   "coarse_denoiser": "coarse_denoiser",
+  "record": "record",
 }
 # Options of every sampler that is built on the TrigFlow process.
 COMMON = {"timesteps": (), "temperature": 1.0}

@@ -24,6 +24,8 @@ class Samples(NamedTuple):
       the standard deviation of the noise that is added to the state. It holds if each
       change is at least the remaining error (arXiv:2305.16317, section 3.3), and is
       infinite where no noise follows a change.
+    states: all states of the solver's recurrence, [B, R + 1, ...], the first before its
+      first step and the last `x`; None unless they were asked for.
   """
 
   x: Array
@@ -31,3 +33,4 @@ class Samples(NamedTuple):
   num_evaluations: Array
   error: Array
   tv_bound: Array
+  states: Array | None = None

@@ -47,6 +47,8 @@ class WindowState(NamedTuple):
     history: denoised values at the states before `begin`, the last first, H - 1 times
       [B, ...].
     secants: of the last iteration.
+    finished: the states before `begin` and `begin` itself, [B, R + 1, ...], in order;
+      None unless they are recorded.
   """
 
   begin: Array
@@ -56,6 +58,7 @@ class WindowState(NamedTuple):
   previous_x: Array | None
   history: list[Array]
   secants: Secants
+  finished: Array | None
 
 
 class Iteration(NamedTuple):
@@ -145,6 +148,7 @@ def sliding_window(
   rule: UpdateRule,
   callback: Callback | None = None,
   max_iterations: int = 0,
+  record: bool = False,
 ) -> Samples:
   """Returns the last state of a solver's recurrence, by one loop on the device.
 
@@ -160,6 +164,7 @@ def sliding_window(
     max_iterations: upper bound of the number of iterations. A sample that is not
       finished by then is the denoised value of the last state that was evaluated in its
       window; 0 for no bound.
+    record: whether all states are returned; those after the last finished one are 0.
 
   Returns:
     Samples, with their cost and accuracy.
@@ -188,13 +193,13 @@ def sliding_window(
       unfinished &= result.num_iterations < max_iterations
     return jnp.any(unfinished)
 
-  window, result = jax.lax.while_loop(unfinished, iterate, steps.start(x))
+  window, result = jax.lax.while_loop(unfinished, iterate, steps.start(x, record))
   last = gather_slot(window.x, slot_offset(ring, window.begin) == 0)
   if 0 < max_iterations < tableau.evaluations:
     finished = wide(window.begin >= tableau.evaluations, x.ndim)
     denoised = gather_slot(window.secants.denoised, steps.last_evaluated(window))
     last = jnp.where(finished, last, denoised)
-  return result._replace(x=last)
+  return result._replace(x=last, states=window.finished)
 
 
 def propagate_change(
@@ -263,12 +268,15 @@ class _WindowSteps(NamedTuple):
       draw(sequential.noise_before) if self.tableau.uses_noise_before else None,
     )
 
-  def start(self, x: Array) -> tuple[WindowState, Samples]:
+  def start(self, x: Array, record: bool) -> tuple[WindowState, Samples]:
     """Returns the first window, rolled out as for Gaussian data."""
     zero, nothing = jnp.zeros(len(x), jnp.int32), jnp.zeros_like(x)
     repeated = jnp.repeat(x[:, None], self.ring.window, axis=1)
     states = self.ring.with_sharding(repeated)
     ratio = wide(jnp.ones(len(x), x.dtype), x.ndim)
+    finished = jnp.pad(
+      x[:, None], [(0, 0), (0, self.tableau.evaluations)] + [(0, 0)] * (x.ndim - 1)
+    )
     window = WindowState(
       zero,
       states,
@@ -276,6 +284,7 @@ class _WindowSteps(NamedTuple):
       previous_x=x if self.tableau.uses_previous_state else None,
       history=[nothing] * (self.tableau.history - 1),
       secants=Secants(states, states, zero, ratio),
+      finished=finished if record else None,
     )
     window = window._replace(x=self.roll_out(window, zero, nothing))
     return window, Samples(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
@@ -323,11 +332,24 @@ class _WindowSteps(NamedTuple):
       previous_x=previous_x,
       history=[gather_slot(value, is_last) for value in denoised[:-1]],
       secants=Secants(window.x, d, width - stride, ratio),
+      finished=self.finished(window, offset, update),
     )
     shift = gather_slot(d - step.gain * window.x, offset == width - 1)
     moved = moved._replace(x=self.roll_out(moved, window.begin + width, shift))
     keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
     return jax.tree.map(keep, moved, window), result
+
+  def finished(
+    self, window: WindowState, offset: Array, update: Update
+  ) -> Array | None:
+    """Returns the recorded states with those that an update accepts, [B, R + 1, ...]."""
+    if window.finished is None:
+      return None
+    accepted = offset < update.stride[:, None]
+    beyond = self.tableau.evaluations + 1  # is dropped
+    index = jnp.where(accepted, window.begin[:, None] + offset + 1, beyond)
+    rows = jnp.arange(len(index))[:, None]
+    return window.finished.at[rows, index].set(update.new, mode="drop")
 
   def histories(
     self, window: WindowState, offset: Array, x_hat: Array, d: Array

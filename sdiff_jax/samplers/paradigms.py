@@ -59,6 +59,7 @@ def run(
   max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
+  record: bool = False,
 ) -> Samples:
   """Returns the last state of a solver's recurrence, computed in parallel.
 
@@ -77,6 +78,7 @@ def run(
     max_iterations: see `_sliding_window.sliding_window`; 0 for no bound.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see `Callback`); None for none.
+    record: whether all states are returned.
 
   Returns:
     Samples, with their cost and accuracy.
@@ -122,6 +124,7 @@ def run(
     rule=UpdateRule(UPDATE_RULES[update_rule], improve, published),
     callback=callback,
     max_iterations=max_iterations,
+    record=record,
   )
 
 

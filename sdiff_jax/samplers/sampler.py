@@ -258,6 +258,7 @@ def sample(
   mesh: Mesh | None = None,
   callback: Callback | None = None,
   coarse_denoiser: Denoiser | None = None,
+  record: bool = False,
 ) -> Samples:
   """Returns one sample for each seed; sample k depends on seeds[k] and cond[k] alone.
 
@@ -272,9 +273,10 @@ def sample(
     mesh: devices that the window is distributed over; None for one device.
     callback: called on the host in every iteration (see `Callback`).
     coarse_denoiser: denoiser of parareal's sequential sweep; None for `denoiser`.
+    record: whether all states on the way are returned as well.
 
   Returns:
-    Samples x [B, *shape], with their cost and accuracy.
+    Samples x [B, *shape], with their cost and accuracy, and with `record` their states.
 
   Raises:
     ValueError: an argument that the sampler does not take, a window that is not chosen
@@ -298,6 +300,7 @@ def sample(
     mesh=mesh,
     callback=callback,
     coarse_denoiser=coarse_denoiser,
+    record=record or None,
   )
   _check_finite(sampler, samples.x)
   return samples
@@ -363,7 +366,7 @@ def run(
     x: first states, [B, ...].
     keys: one random key a sample, [B].
     cond: see `sample`.
-    **runtime: `mesh`, `callback` and `coarse_denoiser` of `sample`.
+    **runtime: `mesh`, `callback`, `coarse_denoiser` and `record` of `sample`.
 
   Raises:
     ValueError: see `sample`.

@@ -133,12 +133,44 @@ def sample(
     >>> sample(lambda x, time, cond: 0 * x, tableau, x, keys, None).shape
     (3, 2, 2)
   """
+  return states(denoiser, tableau, x, keys, cond, only_last=True)[-1]
+
+
+def states(
+  denoiser: Denoiser,
+  tableau: SolverTableau,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  *,
+  only_last: bool = False,
+  unroll: int = 1,
+) -> Array:
+  """Returns all states of a solver's recurrence, [R + 1, B, ...], the first one first.
+
+  Args:
+    denoiser: see `sample`.
+    tableau: see `sample`.
+    x: see `sample`.
+    keys: see `sample`.
+    cond: see `sample`.
+    only_last: whether the states before the last are left out.
+    unroll: number of steps in one iteration of the loop.
+
+  Example:
+    >>> from sdiff_jax.samplers import solvers
+    >>> tableau = solvers.build(sigma_d=0.5, name="ddim", steps=4)
+    >>> keys = keys_from_seeds(np.arange(3))
+    >>> x = sample_prior(tableau, keys, (2, 2))
+    >>> states(lambda x, time, cond: 0 * x, tableau, x, keys, None).shape
+    (5, 3, 2, 2)
+  """
   # A time for each sample, as in a parallel sampler, where they differ.
   times = jnp.repeat(jnp.asarray(tableau.time, x.dtype)[:, None], len(x), axis=1)
   steps = jnp.arange(tableau.evaluations)
   shape = x.shape[1:]
 
-  def solver_step(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
+  def solver_step(carry: PyTree, inputs: PyTree) -> tuple[PyTree, Array | None]:
     x, previous_x, history = carry
     coefficients, times, i = inputs
     z_before = noise_before(keys, i, shape) if tableau.uses_noise_before else None
@@ -148,7 +180,7 @@ def sample(
     z = noise(keys, i, shape) if tableau.uses_noise else None
     denoised = [d, *history]
     new = tableau_lib.apply_step(coefficients, states, denoised, z)
-    return (new, x, denoised[: len(history)]), None
+    return (new, x, denoised[: len(history)]), None if only_last else new
 
   history = [jnp.zeros_like(x)] * (tableau.history - 1)
   inputs: PyTree = (
@@ -157,13 +189,19 @@ def sample(
     steps,
   )
   start: PyTree = (x, x, history)
-  (x, *_), _ = jax.lax.scan(solver_step, start, inputs)
-  return x
+  (last, *_), after = jax.lax.scan(solver_step, start, inputs, unroll=unroll)
+  return last[None] if after is None else jnp.concatenate([x[None], after])
 
 
 @registry.register("samplers", "sequential", prefix="")
 def run(
-  denoiser: Denoiser, tableau: SolverTableau, x: Array, keys: PRNGKey, cond: Cond
+  denoiser: Denoiser,
+  tableau: SolverTableau,
+  x: Array,
+  keys: PRNGKey,
+  cond: Cond,
+  *,
+  record: bool = False,
 ) -> Samples:
   """Runs the steps of a solver sequentially; the sampling loop of a solver's own name.
 
@@ -173,8 +211,10 @@ def run(
     x: see `sample`.
     keys: see `sample`.
     cond: see `sample`.
+    record: whether all states are returned.
   """
-  count = jnp.full(len(x), tableau.evaluations, jnp.int32)
-  x = sample(denoiser, tableau, x, keys, cond)
-  zero = jnp.zeros(len(x), x.dtype)
-  return Samples(x, count, count, zero, zero)
+  count, zero = jnp.full(len(x), tableau.evaluations, jnp.int32), jnp.zeros(len(x))
+  all_states = states(denoiser, tableau, x, keys, cond, only_last=not record)
+  zero = zero.astype(x.dtype)
+  recorded = jnp.moveaxis(all_states, 0, 1) if record else None
+  return Samples(all_states[-1], count, count, zero, zero, recorded)

@@ -75,6 +75,7 @@ def run(
   max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
+  record: bool = False,
 ) -> Samples:
   """Draws from the distribution of `sequential.sample`; the error is 0.
 
@@ -88,6 +89,7 @@ def run(
     max_iterations: see `_sliding_window.sliding_window`; 0 for no bound.
     sharding: of the axes [B, W]; None on one device.
     callback: a preview (see `Callback`); None for none.
+    record: whether all states are returned.
 
   Returns:
     Samples, with their cost.
@@ -139,6 +141,7 @@ def run(
     rule=UpdateRule(secant, improve),
     callback=callback,
     max_iterations=max_iterations,
+    record=record,
   )
 
 

@@ -67,6 +67,8 @@ class SolverTableau(NamedTuple):
       0 in a step to clean data.
     init_std: standard deviation of the first state.
     sigma_d: standard deviation of the data, approximately.
+    starts: whether a step of the noise schedule starts at the state, bool [R]; the others
+      are stages inside a step.
     end_time: the time of the state that a flow map is asked for, float64 [R]; None for
       solvers that know one time.
   """
@@ -81,6 +83,7 @@ class SolverTableau(NamedTuple):
   scale: np.ndarray
   init_std: float
   sigma_d: float
+  starts: np.ndarray
   end_time: np.ndarray | None = None
 
   @property
@@ -112,6 +115,19 @@ class SolverTableau(NamedTuple):
   def memory(self) -> int:
     """The number of states that x_{i+1} depends on, directly or by a denoised value."""
     return max(1 + self.uses_previous_state, self.history)
+
+  @property
+  def grid(self) -> np.ndarray:
+    """The times of the states between the steps of the noise schedule, float64 [N + 1]."""
+    return np.append(self.time[self.starts], 0.0)
+
+  def of_grid(self, states: Array) -> Array:
+    """Returns the states [B, N + 1, ...] at the times of `grid`, without stages.
+
+    Args:
+      states: all states, [B, R + 1, ...] (see `Samples`).
+    """
+    return states[:, np.append(np.flatnonzero(self.starts), self.evaluations)]
 
   def coefficients(self, dtype: jnp.dtype) -> StepCoefficients:
     """Returns the coefficients as device arrays [R] of a dtype.
@@ -224,6 +240,7 @@ def assemble(schedule: NoiseSchedule, steps: Sequence[SolverStep]) -> SolverTabl
     scale=posterior_std(schedule)[index],
     init_std=float(schedule.sigma[0]),
     sigma_d=schedule.sigma_d,
+    starts=np.diff(index, prepend=-1) > 0,
   )
 
 

@@ -44,6 +44,7 @@ def step_flops(name: str, **fields) -> float:
     ("meanflow", {"improved": True}, 1.75),
     ("facm", {"velocity": "teacher"}, 2.75),
     ("lagrangian", {"velocity": "teacher"}, 2.40),
+    ("cmt", {"steps": 4}, 1.40),
   ],
 )
 def test_a_step_costs_what_its_evaluations_cost(name, fields, bound):
