@@ -84,6 +84,37 @@ def gather_slot(x: Array, is_slot: Array) -> Array:
   return jnp.sum(jnp.where(wide(is_slot, x.ndim), x, 0), axis=1)
 
 
+def first_state(x: Array, steps: int) -> Array:
+  """Returns a record of all states with its first one, [B, steps + 1, ...].
+
+  Args:
+    x: the first states, [B, ...].
+    steps: number of steps after it.
+  """
+  record = jnp.zeros((len(x), steps + 1, *x.shape[1:]), x.dtype)
+  return record.at[:, 0].set(x)
+
+
+def put_states(
+  record: Array | None, begin: Array, offset: Array, stride: Array, new: Array
+) -> Array | None:
+  """Returns the record with the states that an update of a window accepts.
+
+  Args:
+    record: states in order, [B, R + 1, ...]; None for no record.
+    begin: first step of each window, int32 [B].
+    offset: positions of the steps in the window, int32 [B, W].
+    stride: number of steps that are accepted, int32 [B].
+    new: the states that the steps produce, [B, W, ...].
+  """
+  if record is None:
+    return None
+  beyond = record.shape[1]  # is dropped
+  state = jnp.where(offset < stride[:, None], begin[:, None] + offset + 1, beyond)
+  rows = jnp.arange(len(record))[:, None]
+  return record.at[rows, state].set(new, mode="drop")
+
+
 def flatten(ring: RingBuffer, x: Array) -> Array:
   """Returns x [B, W, ...] as [B W, ...], ordered so that no device sends its part."""
   b, w = ring.num_shards(0), ring.num_shards(1)

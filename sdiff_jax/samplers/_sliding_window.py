@@ -21,9 +21,11 @@ from sdiff_jax.samplers import _secant, sequential
 from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._ring_buffer import (
   RingBuffer,
+  first_state,
   gather_slot,
   map_slots,
   product,
+  put_states,
   slot_offset,
   solve,
   wide,
@@ -274,9 +276,6 @@ class _WindowSteps(NamedTuple):
     repeated = jnp.repeat(x[:, None], self.ring.window, axis=1)
     states = self.ring.with_sharding(repeated)
     ratio = wide(jnp.ones(len(x), x.dtype), x.ndim)
-    finished = jnp.pad(
-      x[:, None], [(0, 0), (0, self.tableau.evaluations)] + [(0, 0)] * (x.ndim - 1)
-    )
     window = WindowState(
       zero,
       states,
@@ -284,7 +283,7 @@ class _WindowSteps(NamedTuple):
       previous_x=x if self.tableau.uses_previous_state else None,
       history=[nothing] * (self.tableau.history - 1),
       secants=Secants(states, states, zero, ratio),
-      finished=finished if record else None,
+      finished=first_state(x, self.tableau.evaluations) if record else None,
     )
     window = window._replace(x=self.roll_out(window, zero, nothing))
     return window, Samples(x, zero, zero, *[jnp.zeros(len(x), x.dtype)] * 2)
@@ -332,24 +331,12 @@ class _WindowSteps(NamedTuple):
       previous_x=previous_x,
       history=[gather_slot(value, is_last) for value in denoised[:-1]],
       secants=Secants(window.x, d, width - stride, ratio),
-      finished=self.finished(window, offset, update),
+      finished=put_states(window.finished, window.begin, offset, stride, update.new),
     )
     shift = gather_slot(d - step.gain * window.x, offset == width - 1)
     moved = moved._replace(x=self.roll_out(moved, window.begin + width, shift))
     keep = lambda a, b: jnp.where(wide(stride > 0, a.ndim), a, b)  # noqa: E731
     return jax.tree.map(keep, moved, window), result
-
-  def finished(
-    self, window: WindowState, offset: Array, update: Update
-  ) -> Array | None:
-    """Returns the recorded states with those that an update accepts, [B, R + 1, ...]."""
-    if window.finished is None:
-      return None
-    accepted = offset < update.stride[:, None]
-    beyond = self.tableau.evaluations + 1  # is dropped
-    index = jnp.where(accepted, window.begin[:, None] + offset + 1, beyond)
-    rows = jnp.arange(len(index))[:, None]
-    return window.finished.at[rows, index].set(update.new, mode="drop")
 
   def histories(
     self, window: WindowState, offset: Array, x_hat: Array, d: Array
