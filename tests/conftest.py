@@ -10,6 +10,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
 import atexit
+import gc
 import shutil
 import tempfile
 
@@ -30,6 +31,10 @@ import numpy as np
 import pytest
 
 from sdiff_jax import registry
+
+# Tracing makes many objects and few cycles; Python's own threshold of 700 objects costs a
+# twentieth of the time of the tests.
+gc.set_threshold(50_000, 20, 20)
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -10,6 +10,8 @@ import jaxlib.version
 
 X86 = ("x86_64", "AMD64")
 OPTIONS = "--xla_backend_optimization_level=0"
+# Processes of the tests already use every core; to split a program costs more than it gains.
+OPTIONS += " --xla_cpu_parallel_codegen_split_count=1"
 # XLA does not start with options that it does not know, and may drop these. Without the
 # fusion emitters LLVM may contract a product and a sum of one program, and not of another;
 # AVX has no instruction for both.
