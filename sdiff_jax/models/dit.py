@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.fields import Choices, Depth, DType, Rate, Size
+from sdiff_jax.diffusion.trigflow import END_TIME
+from sdiff_jax.fields import Choices, Depth, DType, Index, Rate, Size
 from sdiff_jax.kernels.attention import IMPLS, attention
 from sdiff_jax.models.layers import common, conditioning, linen
 from sdiff_jax.models.layers.conditioning import Conditions
@@ -90,11 +91,15 @@ class Block(nn.Module):
 
 
 class Dit(nn.Module):
-  """F(x, t, cond) of images x [B, H, W, C] at times t [B] -> [B, H, W, C]."""
+  """F(x, t, cond) of images x [B, H, W, C] at times t [B] -> [B, H, W, C].
+
+  The last `decoder_blocks` blocks and the last layer see the end time instead of t.
+  """
 
   patch: int
   width: int
   depth: int
+  decoder_blocks: int
   heads: int
   conditions: Conditions
   dropout: float
@@ -107,8 +112,17 @@ class Dit(nn.Module):
   def __call__(self, x: Array, t: Array, cond: Cond, *, deterministic: bool) -> Array:
     B, H, W, C = x.shape
     p, rows, columns = self.patch, H // self.patch, W // self.patch
-    embed = conditioning.Embedding(self.width, self.conditions, self.dtype)
-    emb = embed(t, cond)
+    embedded = tuple(
+      (name, spec)
+      for name, spec in self.conditions
+      if not (self.decoder_blocks and name == END_TIME)
+    )
+    embed = conditioning.Embedding(self.width, embedded, self.dtype)
+    emb = last = embed(t, cond)
+    if self.decoder_blocks:
+      last = embed(conditioning.value_of(cond, END_TIME), cond)
+      encoder_blocks = self.depth - self.decoder_blocks
+      emb = jnp.stack([emb] * encoder_blocks + [last] * self.decoder_blocks)
     h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
     h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
     h = common.Dense(self.width, dtype=self.dtype, name="in")(h)
@@ -117,7 +131,7 @@ class Dit(nn.Module):
       self.block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
+      in_axes=0 if self.decoder_blocks else nn.broadcast,  # of emb
       length=self.depth,
       unroll=self.unroll,
     )(
@@ -129,7 +143,7 @@ class Dit(nn.Module):
       name="blocks",
     )
     h, _ = blocks(h, emb)
-    h = common.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, emb)
+    h = common.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, last)
     h = _residual_out(p * p * C, self.dtype)(h)
     h = h.reshape(B, rows, columns, p, p, C).swapaxes(2, 3)
     return h.reshape(x.shape)
@@ -155,6 +169,7 @@ def build(
   heads: Size = 6,
   dropout: Rate = 0.0,
   guidance: bool = False,
+  decoder_blocks: Index = 0,
   remat: common.Remat = "",
   unroll: Depth = 1,
   dtype: DType = "float32",
@@ -171,6 +186,10 @@ def build(
     heads: number of attention heads.
     dropout: dropout rate inside the MLPs.
     guidance: whether the scale of classifier-free guidance is an input.
+    decoder_blocks: number of the last blocks that see the end time of a flow map instead
+      of the time (Decoupled MeanFlow, arXiv:2510.24474). The parameters are then those of
+      the network without an end time, which the flow map equals at s = t. 0 embeds the
+      end time beside the time in all blocks.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
     unroll: number of blocks in one iteration of the loop over them; more compile slower
@@ -193,11 +212,19 @@ def build(
     raise ValueError(f"patch={patch}: must divide height and width of {shape}")
   if width % heads or width % 4:
     raise ValueError(f"width={width}: must be a multiple of 4 and of heads={heads}")
+  if decoder_blocks > depth:
+    raise ValueError(f"decoder_blocks={decoder_blocks}: must be at most depth={depth}")
+  if decoder_blocks and END_TIME not in cond:
+    raise ValueError(
+      f"decoder_blocks={decoder_blocks}: needs the condition {END_TIME!r} of a loss of "
+      "flow maps"
+    )
   conditions = conditioning.conditions(cond, guidance=guidance)
   module = Dit(
     patch,
     width,
     depth,
+    decoder_blocks,
     heads,
     conditions,
     dropout,

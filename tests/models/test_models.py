@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_forms import central, random_params
+from trained_maps import rms
 
 from sdiff_jax import registry
+from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.models import dit, mlp
 from sdiff_jax.models.layers import common as common_lib
 from sdiff_jax.types import CondSpec
@@ -539,3 +541,51 @@ def test_wide_keeps_what_is_wide():
 def test_an_unknown_way_to_recompute_is_refused_at_once(name):
   with pytest.raises(ValueError, match="remat='half': must be one of '', dots, full"):
     build(name, remat="half")
+
+
+def test_the_last_blocks_of_a_decoupled_transformer_see_the_end_time_alone():
+  """Decoupled MeanFlow: a velocity network's weights, and its output at s = t."""
+  shape, end_time = (4, 4, 2), {END_TIME: CondSpec((), np.float32)}
+  label = {"label": CondSpec((), np.int32, num_classes=3)}
+  sizes = {"shape": shape, "width": 16, "depth": 3, "heads": 2}
+  plain = dit.build(cond=label, **sizes)
+  decoupled = dit.build(cond=label | end_time, decoder_blocks=1, **sizes)
+  params = random_params(plain, dtype="float32")
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+    jnp.shape, jax.eval_shape(decoupled.init, jax.random.key(0))
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
+  t, label = jnp.array([0.4, 1.3]), jnp.array([0, 2])
+
+  @jax.jit
+  def both(params, t, s):
+    cond = {"label": label}
+    timed = decoupled.apply(params, x, t, {**cond, END_TIME: s})
+    return timed, plain.apply(params, x, t, cond)
+
+  np.testing.assert_array_equal(*both(params, t, t))
+  outputs = [both(params, *times)[0] for times in ((t, t), (t, 0 * t), (0 * t, t))]
+  assert min(rms(outputs[0] - other) for other in outputs[1:]) > 1e-3
+  # Without the blocks of the encoder nothing sees t.
+  blocks = params["net"]["blocks"]
+  for name in ("attention", "mlp"):
+    out = blocks[name]["out"]
+    blocks[name]["out"] = jax.tree.map(lambda p: p.at[:2].set(0), out)
+  np.testing.assert_array_equal(both(params, t, t)[0], both(params, 0 * t, t)[0])
+  assert rms(both(params, t, t)[0] - both(params, t, 0 * t)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("cond", "blocks", "message"),
+  [
+    (
+      {END_TIME: CondSpec((), np.float32)},
+      4,
+      "decoder_blocks=4: must be at most depth=3",
+    ),
+    ({}, 1, "decoder_blocks=1: needs the condition 'end_time'"),
+  ],
+)
+def test_decoder_blocks_need_an_end_time(cond, blocks, message):
+  with pytest.raises(ValueError, match=message):
+    dit.build(shape=(4, 4, 1), cond=cond, depth=3, decoder_blocks=blocks)
