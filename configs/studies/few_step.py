@@ -14,10 +14,10 @@ from sdiff_jax.experiment import studies, variants
 BUDGETS = {0.2: 60, 0.5: 150, 1.0: 300}  # -> steps of the tangent's warm-up
 STEPS = (1, 2, 4)
 FROM_DATA = "loss.velocity=data"
-# Times of MeanFlow and how many have equal ends, as in the other methods; the defaults,
-# for latents of 256 x 256 pixels, have twice the distance in one step.
-AVERAGE = ("loss=meanflow", "loss.p_mean=-1.0", "loss.p_std=1.4")
-AVERAGE += ("loss.diffusion_fraction=0.5",)
+# A switch of the loss keeps p_mean, p_std and c of sCD; the others' c has another meaning.
+# Half of the samples have equal ends; with the default, three quarters, the distance in one
+# step is half as large again.
+AVERAGE = ("loss=meanflow", "loss.diffusion_fraction=0.5")
 # More jumps to the data, which one step needs.
 FLOW_MAP = ("loss=flow_map", "loss.consistency_fraction=0.25")
 # Series -> solver, and changes of sCD. Learning rates of half and twice the file's are
@@ -28,22 +28,21 @@ METHODS = {
   "sCD + VSD": ("consistency", ("loss=vsd",)),
   "discrete CD": (
     "consistency",
-    ("loss=consistency", "loss.velocity=teacher", "loss.levels=(40, 40)"),
+    (
+      "loss=consistency",
+      "loss.velocity=teacher",
+      "loss.levels=(40, 40)",
+      "loss.p_mean=-1.1",
+      "loss.p_std=2.0",
+      "loss.c=0.00054",
+    ),
   ),
   "flow map, distilled": ("flow_map", FLOW_MAP),
   "flow map, from data": ("flow_map", (*FLOW_MAP, FROM_DATA)),
-  "MeanFlow": ("flow_map", AVERAGE),
+  "MeanFlow": ("flow_map", (*AVERAGE, "loss.c=0.001")),
   "iMF": ("flow_map", (*AVERAGE, "loss.improved=True", "loss.c=0.01")),
-  "LSD": (
-    "flow_map",
-    (
-      "loss=lagrangian",
-      FROM_DATA,
-      "loss.diffusion_fraction=0.25",
-      "loss.consistency_fraction=0.25",
-    ),
-  ),
-  "FACM": ("consistency", ("loss=facm",)),
+  "LSD": ("flow_map", ("loss=lagrangian", FROM_DATA)),
+  "FACM": ("consistency", ("loss=facm", "loss.c=0.001")),
 }
 
 
