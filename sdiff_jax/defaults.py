@@ -26,7 +26,8 @@ PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losse
 # Sections and fields outside of jobs that may change between two runs in one work
 # directory: they do not change what is trained.
 RUNTIME = ("checkpoint", "init_from", "job", "mesh", "model.remat", "plugins")
-RUNTIME += ("reference", "sample", "sampler", "teacher", "vae")
+RUNTIME += ("reference", "sample", "sampler", "vae")
+RUNTIME += ("teacher.config", "teacher.weak_workdir", "teacher.workdir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,17 @@ class Teacher:
   Attributes:
     workdir: trained run to distill, for losses that need a teacher.
     config: config file that trains the teacher, or the run of init_from, for messages.
+    weak_workdir: a worse network of the same data (smaller, or less trained), by which the
+      teacher is guided (autoguidance); "" for none.
+    weak_checkpoint: step of its weights; 0 for the newest.
+    autoguidance: scale of that guidance; 1 for none.
   """
 
   workdir: str = ""
   config: str = ""
+  weak_workdir: str = ""
+  weak_checkpoint: Index = 0
+  autoguidance: Annotated[float, Range(0, 1000)] = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,27 @@ def classifier_free(
   return guided
 
 
+def autoguided(net: NetFn, weak: NetFn, scale: float) -> NetFn:
+  """Returns F_weak + scale (F - F_weak) (Karras et al., arXiv:2406.02507).
+
+  Args:
+    net: the network to guide.
+    weak: a worse one of the same data: smaller, or less trained.
+    scale: of the guidance; 1 is none.
+
+  Example:
+    >>> guided = autoguided(lambda x, t, cond: 2 * x, lambda x, t, cond: x, 3.0)
+    >>> guided(jnp.ones(2), jnp.ones(2), None).tolist()
+    [4.0, 4.0]
+  """
+
+  def guided(x: Array, t: Array, cond: Cond) -> Array:
+    from_weak = weak(x, t, cond)
+    return from_weak + scale * (net(x, t, cond) - from_weak)
+
+  return guided
+
+
 def _pair(a: Array, b: Array) -> Array:
   return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 

@@ -113,6 +113,11 @@ def abstract_teacher(
   if teacher_config is None:
     return None, None
   network = experiments.network(teacher_config, dataset)
+  if config.teacher.weak_workdir:
+    stored = workdir_lib.read(config.teacher.weak_workdir)
+    weak = experiments.network(experiments.model_variant(stored, "unrolled"), dataset)
+    scale = config.teacher.autoguidance
+    network = training_lib.autoguided_teacher(network, weak, scale)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return network, jax.eval_shape(network.init, key)
 

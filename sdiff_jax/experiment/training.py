@@ -1,5 +1,6 @@
 """From a config to a Trainer: optimizer, loss, teacher, initial weights, FLOPs."""
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset
 from sdiff_jax.data.episodes import normalizer
+from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -21,7 +23,19 @@ from sdiff_jax.training import ema, flops, optimizers, state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
-from sdiff_jax.types import Json, LossFn, Network, Params, PRNGKey, UserError
+from sdiff_jax.types import (
+  Array,
+  Cond,
+  Json,
+  LossFn,
+  Network,
+  Params,
+  PRNGKey,
+  UserError,
+)
+
+# Parameters of an autoguided teacher: those of its two networks.
+TEACHER, WEAK = "teacher", "weak"
 
 
 class Optimization(NamedTuple):
@@ -130,13 +144,20 @@ def load_teacher(
   """Returns the network and the averaged parameters of config.teacher.workdir.
 
   Returns:
-    (None, None) for a loss without a teacher.
+    (None, None) for a loss without a teacher. With teacher.weak_workdir those of
+    `autoguided_teacher`.
 
   Raises:
     UserError: the loss needs a teacher and there is none, it needs none and there is
       one, or the teacher was trained on other data.
   """
   workdir, file = config.teacher.workdir, config.teacher.config
+  section = config.teacher
+  if section.autoguidance != 1 and not section.weak_workdir:
+    raise UserError(
+      f"config.teacher.autoguidance={section.autoguidance}: needs the worse network of "
+      "config.teacher.weak_workdir"
+    )
   if not needs_teacher(config):
     if workdir:
       raise UserError(
@@ -149,7 +170,38 @@ def load_teacher(
     raise UserError(
       f"config.teacher.workdir is empty: name the run to distill, trained by: {command}"
     )
-  return _load("teacher.workdir", workdir, file, config, experiment)
+  teacher, params = _load("teacher.workdir", workdir, file, config, experiment)
+  if not section.weak_workdir:
+    return teacher, params
+  weak, weak_params = _load(
+    "teacher.weak_workdir",
+    section.weak_workdir,
+    "",
+    config,
+    experiment,
+    section.weak_checkpoint,
+  )
+  params = {TEACHER: params, WEAK: weak_params}
+  return autoguided_teacher(teacher, weak, section.autoguidance), params
+
+
+def autoguided_teacher(teacher: Network, weak: Network, scale: float) -> Network:
+  """Returns the network F_weak + scale (F - F_weak), see `guidance.autoguided`.
+
+  Its parameters are {TEACHER: ..., WEAK: ...}, those of both networks.
+  """
+
+  def init(key: PRNGKey) -> Params:
+    return {TEACHER: teacher.init(key), WEAK: weak.init(key)}
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    net = functools.partial(teacher.apply, params[TEACHER], key=key)
+    other = functools.partial(weak.apply, params[WEAK], key=key)
+    return guidance.autoguided(net, other, scale)(x, t, cond)
+
+  return teacher._replace(init=init, apply=apply)
 
 
 def load_init(
@@ -173,6 +225,7 @@ def _load(
   file: str,
   config: ml_collections.ConfigDict,
   experiment: Experiment,
+  step: int = 0,
 ) -> tuple[Network, Params]:
   """Returns the network and the averaged parameters of another run on the same data."""
   command = _command(file or "configs/..._diffusion.py", workdir)
@@ -193,7 +246,7 @@ def _load(
   network = experiments.network(stored, experiment.dataset)
   profile = stored.ema.profiles[0]
   averages = workdir_lib.restore_ema(
-    stored, network, experiment.mesh, workdir, command, profiles=(profile,)
+    stored, network, experiment.mesh, workdir, command, step, profiles=(profile,)
   )
   return network, averages[profile]
 
@@ -244,9 +297,17 @@ def run_flops(config: ml_collections.ConfigDict, experiment: Experiment) -> floa
   key = jax.eval_shape(lambda: jax.random.key(0))
   teacher = frozen = None
   if needs_teacher(config):
-    stored = workdir_lib.read(config.teacher.workdir)
-    stored = experiments.model_variant(stored, "unrolled")
-    teacher = experiments.network(stored, experiment.dataset)
+    section = config.teacher
+    teacher, *weak = (
+      experiments.network(
+        experiments.model_variant(workdir_lib.read(workdir), "unrolled"),
+        experiment.dataset,
+      )
+      for workdir in (section.workdir, section.weak_workdir)
+      if workdir
+    )
+    if weak:
+      teacher = autoguided_teacher(teacher, *weak, section.autoguidance)
     frozen = jax.eval_shape(teacher.init, key)
   trainer = build_trainer(config, experiment.network, teacher, experiment.mesh)
   state = trainer.abstract_state()

@@ -144,7 +144,8 @@ def _init_from(
   """Returns the parameters that the network starts from, None for random ones."""
   paths = config.init_from, config.teacher.workdir
   if config.init_from and len({os.path.abspath(p) for p in paths}) == 1:
-    init_from = frozen  # the teacher, which is already in memory
+    # The teacher, which is already in memory.
+    init_from = frozen[training.TEACHER] if config.teacher.weak_workdir else frozen
   else:
     init_from = training.load_init(config, experiment)
   try:

@@ -3,8 +3,9 @@
 The consistency model is the case s = 0, the diffusion model the case s = t. Distilled
 from a teacher it is the Eulerian map distillation of AYF (arXiv:2506.14603) on the
 TrigFlow process, which rCM calls sCTM (arXiv:2510.08431, appendix F.1); trained on data
-it is MeanFlow's objective (arXiv:2505.13447) on that process. AYF's autoguided teacher
-and its adversarial fine-tuning are left out.
+it is MeanFlow's objective (arXiv:2505.13447) on that process. AYF's autoguided teacher is
+a teacher like another, of one scale (`guidance.autoguided`; the field teacher.autoguidance
+of a config); its adversarial fine-tuning is left out.
 """
 
 import jax

@@ -63,6 +63,34 @@ def test_distillation_into_random_weights(teacher, tmp_path):
   assert max(jax.tree.leaves(differences["net"])) > 0.01
 
 
+def test_an_autoguided_teacher_moves_away_from_a_worse_network(teacher, tmp_path):
+  weak = small("diffusion")
+  weak.model.width, weak.seed = 4, 1
+  train.run(weak, str(tmp_path / "weak"))
+  config = small("flow_map", velocity="teacher")
+  config.teacher.workdir = config.init_from = teacher
+  experiment = build.build(config)
+  plain, plain_params = training.load_teacher(config, experiment)
+  step = training.run_flops(config, experiment)
+  config.teacher.update(weak_workdir=str(tmp_path / "weak"), autoguidance=3.0)
+  network, params = training.load_teacher(config, experiment)
+  worse = build.build(weak).network
+  x, t = np.ones((2, 8, 8, 1), np.float32), np.array([0.3, 1.2], np.float32)
+  label = {"label": np.array([1, 7])}
+  F = plain.apply(plain_params, x, t, label)
+  F_weak = worse.apply(params[training.WEAK], x, t, label)
+  expected = 3 * F - 2 * F_weak
+  np.testing.assert_allclose(network.apply(params, x, t, label), expected, atol=1e-5)
+  assert np.abs(expected - F).max() > 0.01
+  assert training.run_flops(config, experiment) > step
+  train.run(config, str(tmp_path / "student"))
+  assert workdir_lib.parent(workdir_lib.read(str(tmp_path / "student"))) == teacher
+  config.teacher.weak_workdir = ""
+  message = r"config\.teacher\.autoguidance=3\.0: needs the worse network"
+  with pytest.raises(UserError, match=message):
+    train.run(config, str(tmp_path / "other"))
+
+
 def test_work_directories_of_earlier_versions_read_well(teacher, tmp_path):
   """There, teacher.workdir was both the teacher and the source of the weights."""
   for velocity in ("data", "teacher"):
