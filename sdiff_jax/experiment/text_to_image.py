@@ -17,6 +17,7 @@ from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
 from sdiff_jax.pretrained.diffusers import loading, scheduler
+from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.samplers import Sampler
@@ -121,8 +122,13 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
 
 
 def build_sampler(
-  schedule: Schedule, *, name: str, steps: int, spacing: str = "", **options: Json
-) -> tuple[Schedule, Sampler]:
+  schedule: Schedule | FlowSchedule,
+  *,
+  name: str,
+  steps: int,
+  spacing: str = "",
+  **options: Json,
+) -> tuple[Schedule | FlowSchedule, Sampler]:
   """Returns the schedule with its solver and spacing, and the sampler.
 
   Args:

@@ -303,6 +303,13 @@ def _read_shards(folder: str) -> None:
   state_dict.match_params(tensors, like, lambda keys: keys[0])
 
 
+def _flow_scheduler() -> Files:
+  config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+  config |= {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+  config |= {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+  return {"scheduler_config.json": json.dumps(config).encode()}
+
+
 def _canaries() -> Files:
   """Returns files of weights that carry code."""
   files = {
@@ -552,6 +559,7 @@ READERS: dict[str, Reader] = {
   "scheduler": Reader(
     _fixture("tiny-sd2/scheduler/scheduler_config.json"), loading.schedule, 8
   ),
+  "flow scheduler": Reader(_flow_scheduler, loading.schedule, 6),
   "tokenizer": Reader(_tree("tiny-sd2/tokenizer"), tokenizer.load, 8),
   "captions": Reader(
     _captions, lambda folder: prompts.read(os.path.join(folder, "x.json")), 4

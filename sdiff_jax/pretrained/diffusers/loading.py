@@ -21,7 +21,9 @@ from sdiff_jax.pretrained.diffusers import (
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
+from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field
 from sdiff_jax.types import Json, Params, PyTree, UserError
@@ -46,7 +48,7 @@ NETWORKS = {  # class -> module
   "AutoencoderKL": vae,
   "CLIPTextModel": clip_text,
 }
-CLASSES = {"tokenizer": TOKENIZERS, "scheduler": tuple(scheduler.CLASS_NAMES)}
+CLASSES = {"tokenizer": TOKENIZERS, "scheduler": scheduler.NAMES}
 
 
 class Model(NamedTuple):
@@ -66,7 +68,7 @@ class Model(NamedTuple):
   text_encoder: clip_text.TextEncoder | None
   params: dict[str, Params]
   tokenizer: tokenizer_lib.Tokenizer | None
-  schedule: scheduler.Schedule
+  schedule: Schedule | FlowSchedule
 
 
 def load(
@@ -280,7 +282,7 @@ def _misfits(networks: dict[str, Any]) -> list[str]:
   return problems
 
 
-def schedule(folder: str, class_name: str = "") -> scheduler.Schedule:
+def schedule(folder: str, class_name: str = "") -> Schedule | FlowSchedule:
   """Returns the process of the scheduler_config.json of a folder.
 
   Args:

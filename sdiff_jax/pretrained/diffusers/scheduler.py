@@ -8,6 +8,8 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
+from sdiff_jax.pretrained.diffusers import flow_scheduler
+from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field, Fields, Fraction, Positive
 from sdiff_jax.samplers import solvers
@@ -103,6 +105,7 @@ CLASSES: dict[str, tuple[Fields, Mapping[str, tuple]]] = {
 }
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
+NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME)
 IGNORED_FIELDS = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
 IGNORED_FIELDS |= {"time_shift_type"}
 # (algorithm, order) -> solver
@@ -145,7 +148,7 @@ class Schedule(NamedTuple):
   clip: float
 
 
-def from_config(config: dict[str, Json]) -> Schedule:
+def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
   """Returns the schedule of a scheduler_config.json.
 
   PNDM is solved by DDIM, since it is not implemented.
@@ -162,10 +165,11 @@ def from_config(config: dict[str, Json]) -> Schedule:
     'ddim'
   """
   name = config.get("_class_name", "")
+  if name == flow_scheduler.CLASS_NAME:
+    return flow_scheduler.from_config(config)
   if not isinstance(name, str) or name not in CLASS_NAMES:
     raise ValueError(
-      f"_class_name={config_fields.quoted(name)}: must be one of "
-      f"{', '.join(CLASS_NAMES)}"
+      f"_class_name={config_fields.quoted(name)}: must be one of {', '.join(NAMES)}"
     )
   own, supported = CLASSES[CLASS_NAMES[name]]
   # A file that was written for one class may be used by another; its fields stay there.
@@ -253,7 +257,9 @@ def _solver(class_name: str, c: dict[str, Json]) -> str:
   return MULTISTEP[algorithm, order]
 
 
-def tableau(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
+def tableau(
+  schedule: Schedule | FlowSchedule, steps: int, solver: str = ""
+) -> SolverTableau:
   """Returns the tableau of a solver at the timesteps that diffusers uses for it.
 
   Args:
@@ -269,6 +275,8 @@ def tableau(schedule: Schedule, steps: int, solver: str = "") -> SolverTableau:
     >>> tableau(schedule, 4).time
     array([750., 500., 250.,   0.])
   """
+  if isinstance(schedule, FlowSchedule):
+    return flow_scheduler.tableau(schedule, steps, solver)
   solver = solver or schedule.solver
   abar, spacing, last = _abar_for(schedule, solver), schedule.spacing, schedule.last
   if solver == "euler":
@@ -324,7 +332,7 @@ def _euler_tableau(schedule: Schedule, abar: np.ndarray, steps: int) -> SolverTa
 
 def denoiser(
   predict: Callable[[Array, Array, Cond], Array],
-  schedule: Schedule,
+  schedule: Schedule | FlowSchedule,
   tableau: SolverTableau,
   solver: str = "",
 ) -> Denoiser:
@@ -342,6 +350,8 @@ def denoiser(
     tableau: what `tableau` returned.
     solver: see `tableau`.
   """
+  if isinstance(schedule, FlowSchedule):
+    return flow_scheduler.denoiser(predict, schedule)
   solver, excess = solver or schedule.solver, None
   if schedule.clip and solver == "ddim":
     weight = tableau.alpha * tableau.x_coef[:, 0] / tableau.denoised_coef[:, 0]

@@ -1,0 +1,211 @@
+"""The noise levels of flow matching, FlowMatchEulerDiscreteScheduler of diffusers.
+
+The process is x = (1 - sigma) x0 + sigma eps; the network is given the timestep
+T sigma and predicts eps - x0. Levels between 1 and 0 are shifted towards noise, by a
+constant or by the number of tokens of the image (arXiv:2403.03206, section 5.3.2).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from msgspec import Meta
+
+from sdiff_jax.diffusion import noise_schedules, parameterizations
+from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Field, Positive
+from sdiff_jax.samplers import solvers
+from sdiff_jax.samplers.tableau import SolverTableau
+from sdiff_jax.types import Array, Cond, Denoiser, Json
+
+CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
+SPACINGS = ("linspace", "trailing")
+RHO = 7.0  # of Karras et al.
+Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
+Number = Annotated[float, Meta(ge=-100, le=100)]
+FIELDS = {
+  "num_train_timesteps": Field(1000, Annotated[int, Meta(ge=1, le=100_000)]),
+  "shift": Field(1.0, Positive),
+  "use_dynamic_shifting": Field(False, bool),
+  "time_shift_type": Field("exponential", Literal["exponential", "linear"]),
+  "base_shift": Field(0.5, Number),
+  "max_shift": Field(1.15, Number),
+  "base_image_seq_len": Field(256, Tokens),
+  "max_image_seq_len": Field(4096, Tokens),
+  "shift_terminal": Field(None, Annotated[float, Meta(ge=0, lt=1)] | None),
+  "use_karras_sigmas": Field(False, bool),
+  "use_exponential_sigmas": Field(False, bool),
+}
+SUPPORTED_VALUES = {
+  "invert_sigmas": (None, False),
+  "stochastic_sampling": (None, False),
+  "use_beta_sigmas": (None, False),
+}
+
+
+class FlowSchedule(NamedTuple):
+  """The process of a flow-matching model, and how it is meant to be solved.
+
+  Attributes:
+    shift: number of tokens -> map of the levels before the shift to those after.
+    terminal: the last level above 0, that the others are stretched to; 0 for none.
+    grid: levels between the first and the last: "" as they are, "karras" or
+      "exponential".
+    train_steps: T, the timestep of pure noise.
+    tokens: number of tokens of an image, for a shift that depends on it.
+    solver: a name of `solvers.names()`.
+    spacing: of the levels before the shift: "linspace" from the first to the last
+      training level, or "trailing" from 1 to 1 / N.
+    smallest: the last training level.
+  """
+
+  shift: Callable[[int], Callable[[np.ndarray], np.ndarray]]
+  terminal: float
+  grid: str
+  train_steps: int
+  smallest: float
+  tokens: int = 4096
+  solver: str = "ddim"
+  spacing: str = "linspace"
+
+
+def from_config(config: dict[str, Json]) -> FlowSchedule:
+  """Returns the schedule of a scheduler_config.json.
+
+  Args:
+    config: the file's content.
+
+  Raises:
+    ValueError: fields or values that are not supported; all of them are listed.
+
+  Example:
+    >>> schedule = from_config({"shift": 3.0})
+    >>> sigmas(schedule._replace(spacing="trailing"), 2)
+    array([1.  , 0.75])
+  """
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES)
+  grids = [name for name in ("karras", "exponential") if c[f"use_{name}_sigmas"]]
+  if len(grids) > 1:
+    raise ValueError("use_karras_sigmas=True: not with use_exponential_sigmas=True")
+  least, most = c["base_image_seq_len"], c["max_image_seq_len"]
+  if c["use_dynamic_shifting"] and least >= most:
+    raise ValueError(
+      f"base_image_seq_len={least}: must be below max_image_seq_len={most}"
+    )
+  smallest = 1 / c["num_train_timesteps"]
+  if not c["use_dynamic_shifting"]:
+    # As in diffusers, the last training level is shifted, and then shifted again.
+    smallest = float(_shifted(np.array(smallest), c["shift"]))
+  terminal, train_steps = c["shift_terminal"] or 0.0, c["num_train_timesteps"]
+  return FlowSchedule(_shift(c), terminal, "".join(grids), train_steps, smallest)
+
+
+def _shift(c: dict[str, Json]) -> Callable[[int], Callable[[np.ndarray], np.ndarray]]:
+  """Returns `FlowSchedule.shift` of the fields of a config."""
+
+  def factor(tokens: int) -> float:
+    if not c["use_dynamic_shifting"]:
+      return c["shift"]
+    least, most = c["base_image_seq_len"], c["max_image_seq_len"]
+    slope = (c["max_shift"] - c["base_shift"]) / (most - least)
+    mu = c["base_shift"] + slope * (tokens - least)
+    factor = math.exp(mu) if c["time_shift_type"] == "exponential" else mu
+    if factor <= 0:
+      raise ValueError(f"base_shift={c['base_shift']}: makes the shift {factor:.3g}")
+    return factor
+
+  return lambda tokens: lambda sigma: _shifted(sigma, factor(tokens))
+
+
+def _shifted(sigma: np.ndarray, factor: float) -> np.ndarray:
+  """Returns factor sigma / (1 + (factor - 1) sigma)."""
+  return factor * sigma / (1 + (factor - 1) * sigma)
+
+
+def sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
+  """Returns the noise level at the start of each step, decreasing, float64 [N].
+
+  Args:
+    schedule: the process.
+    steps: number of steps N.
+
+  Raises:
+    ValueError: a number of steps or a spacing that does not fit.
+
+  Example:
+    >>> sigmas(from_config({"num_train_timesteps": 4}), 4)
+    array([1.  , 0.75, 0.5 , 0.25])
+  """
+  if steps < 1:
+    raise ValueError(f"steps={steps}: must be at least 1")
+  if schedule.spacing not in SPACINGS:
+    raise ValueError(
+      f"timestep_spacing={schedule.spacing!r}: must be one of {', '.join(SPACINGS)} for "
+      f"{CLASS_NAME}"
+    )
+  last = schedule.smallest if schedule.spacing == "linspace" else 1 / steps
+  levels = schedule.shift(schedule.tokens)(np.linspace(1.0, last, steps))
+  if schedule.terminal:
+    if steps == 1:
+      raise ValueError(
+        f"steps=1: must be at least 2 for shift_terminal of {CLASS_NAME}"
+      )
+    levels = 1 - (1 - levels) * ((1 - schedule.terminal) / (1 - levels[-1]))
+  if schedule.grid == "exponential":
+    levels = np.geomspace(levels[0], levels[-1], steps)
+  if schedule.grid == "karras":
+    ends = levels[0] ** (1 / RHO), levels[-1] ** (1 / RHO)
+    levels = np.linspace(*ends, steps) ** RHO
+  return levels
+
+
+def tableau(schedule: FlowSchedule, steps: int, solver: str = "") -> SolverTableau:
+  """Returns the tableau of a solver at the levels that diffusers uses.
+
+  Args:
+    schedule: the process.
+    steps: number of steps.
+    solver: a name of `solvers.names()`; "" for the schedule's own.
+
+  Raises:
+    ValueError: an unknown solver, one that cannot start at pure noise, or a number of
+      steps that does not fit.
+
+  Example:
+    >>> tableau(from_config({}), 2).time
+    array([1.   , 0.001])
+  """
+  solver = solver or schedule.solver
+  levels = np.append(sigmas(schedule, steps), 0.0)
+  with np.errstate(all="ignore"):
+    table = solvers.from_schedule(solver, noise_schedules.flow(levels))
+  parts = table.x_coef, table.denoised_coef, table.noise_coef, table.time
+  if not all(np.isfinite(part).all() for part in parts):
+    raise ValueError(
+      f"name={solver!r}: has no finite step from pure noise, where a flow-matching model "
+      "begins; use 'ddim', which is its Euler's method"
+    )
+  return table
+
+
+def denoiser(
+  predict: Callable[[Array, Array, Cond], Array], schedule: FlowSchedule
+) -> Denoiser:
+  """Returns the denoiser x - sigma F(x, T sigma) of a network.
+
+  Args:
+    predict: (x [N, ...], timestep [N], cond) -> prediction of eps - x0, [N, ...].
+    schedule: the process.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> denoise = denoiser(lambda x, timestep, cond: x, from_config({}))
+    >>> denoise(jnp.ones((1, 2)), jnp.array([0.25]), None)
+    Array([[0.75, 0.75]], dtype=float32)
+  """
+
+  def call(x: Array, time: Array, cond: Cond) -> Array:
+    return predict(x, schedule.train_steps * time, cond)
+
+  return parameterizations.denoiser(call, "flow", parameterizations.flow)
