@@ -4,6 +4,8 @@ import pathlib
 
 import setuptools
 
+SERVE = ["httptools>=0.6", "prometheus-client>=0.20", "starlette>=0.45,<2"]
+SERVE += ["uvicorn>=0.34,<1", "uvloop>=0.21"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"]
 
 setuptools.setup(
@@ -15,7 +17,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["sdiff_jax", "sdiff_jax.*"]),
-  package_data={"sdiff_jax": ["py.typed", "metrics/features/*.npz"]},
+  package_data={"sdiff_jax": ["py.typed", "metrics/features/*.npz", "serving/page/*"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
@@ -40,8 +42,10 @@ setuptools.setup(
   extras_require={
     "test": [
       *DOCS,  # a test builds the site
+      *SERVE,
       "gym-pusht==0.1.8",
       "h5py>=3.11",
+      "httpx>=0.27",  # asks the service
       "hypothesis>=6.100",
       "kubeflow-trainer-api>=2.3",  # the JobSet API, for launch/gke
       "mypy>=1.13",
@@ -61,6 +65,7 @@ setuptools.setup(
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",
     ],
+    "serve": SERVE,
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
     "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "numcodecs>=0.13"],
     "tpu": ["jax[tpu]>=0.10.1,<0.13"],

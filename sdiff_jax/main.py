@@ -256,7 +256,10 @@ def parse(argv: list[str]) -> Command:
     from sdiff_jax.experiment import stored_config  # slow to import
 
     configs.load_plugins(stored_config.plugins(workdir))
-  job, workdir = _job(values.job, config), os.path.abspath(workdir)
+  job = _job(values.job, config)
+  several = registry.lookup("jobs", job).facts.get("several_workdirs")
+  paths = workdir.split(",") if several and not os.path.isdir(workdir) else [workdir]
+  workdir = ",".join(map(os.path.abspath, paths))
   return Command(job, config, workdir, values.peer_timeout)
 
 

@@ -16,7 +16,7 @@ LAYERS = (
   {"losses", "kernels", "samplers", "contrib"},
   {"models", "data"},
   {"pretrained"},
-  {"metrics", "training", "reports", "capacity"},
+  {"metrics", "training", "reports", "capacity", "serving"},
   {"experiment", "policies"},
   {"jobs"},
   {"main"},
@@ -26,6 +26,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALONE = {
   "orbax": {"training/checkpoints.py"},
   "tensorboardX": {"training/metric_writer.py"},
+  "starlette": {"serving"},
+  "uvicorn": {"serving/server.py"},
+  "prometheus_client": {"serving"},
   "flax": {"models", "metrics/features", "pretrained/diffusers"},
 }
 # JAX's compatibility promise excludes these modules, so few files import them.

@@ -164,14 +164,15 @@ def sample_scale(key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]) 
   }
 
 
-def at_sampled_scale(net: NetFn) -> NetFn:
+def at_sampled_scale(net: NetFn, free: Callable[[Cond], Cond] = unlabeled) -> NetFn:
   """Returns a network that applies guidance at the scale in its conditions.
 
   Conditions with a scale (see `sample_scale`) give F_u + scale (F_c - F_u), where F_u and
   F_c are not told the scale. Without one, the network is `net`.
 
   Args:
-    net: conditional network that knows the label -1.
+    net: conditional network that knows what `free` returns, such as the label -1.
+    free: conditions -> those of F_u.
 
   Example:
     >>> net = at_sampled_scale(lambda x, t, cond: x)
@@ -183,6 +184,6 @@ def at_sampled_scale(net: NetFn) -> NetFn:
     if cond is None or "guidance" not in cond:
       return net(x, t, cond)
     rest = {k: v for k, v in cond.items() if k != "guidance"}
-    return classifier_free(net, cond["guidance"])(x, t, rest)
+    return classifier_free(net, cond["guidance"], free)(x, t, rest)
 
   return guided

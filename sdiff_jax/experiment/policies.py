@@ -3,6 +3,7 @@
 import functools
 
 import ml_collections
+import numpy as np
 
 from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -86,6 +87,12 @@ def build_sampler(
   denoise = sampling.placeholder(experiment, config.sample.guidance)
   shape = (batch_size, *experiment.dataset.shape)
   return pipelines.with_window(experiment.mesh, sampler, denoise, params, shape)
+
+
+def rest(config: ml_collections.ConfigDict) -> np.ndarray:
+  """Returns a state to time a policy with, [S]; its length is that of all states."""
+  with config_errors("config.data"):
+    return observations.lookup(config.data.frame).rest
 
 
 def build(

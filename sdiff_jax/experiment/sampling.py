@@ -84,14 +84,14 @@ def switch(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 def denoiser(
-  experiment: Experiment, params: Params, guidance_scale: float = 1.0
+  experiment: Experiment, params: Params, guidance_scale: float | None = 1.0
 ) -> Denoiser:
   """Returns the denoiser of an experiment's network, with classifier-free guidance.
 
   Args:
     experiment: gives the network and the data's standard deviation.
     params: of the network.
-    guidance_scale: of classifier-free guidance; 1 is none.
+    guidance_scale: of classifier-free guidance; 1 is none (see `network_denoiser`).
   """
   return network_denoiser(
     experiment.network,
@@ -108,7 +108,7 @@ def network_denoiser(
   params: Params,
   *,
   sigma_d: float,
-  guidance_scale: float = 1.0,
+  guidance_scale: float | None = 1.0,
   guidance_input: bool = False,
   end_time_input: bool = False,
 ) -> Denoiser:
@@ -118,7 +118,8 @@ def network_denoiser(
     network: the network.
     params: its parameters.
     sigma_d: standard deviation of the data.
-    guidance_scale: of classifier-free guidance; 1 is none.
+    guidance_scale: of classifier-free guidance; 1 is none, and None is the scale of
+      each sample, its condition "guidance" [N].
     guidance_input: whether the network takes the scale as an input; otherwise guidance
       costs two evaluations of it.
     end_time_input: whether the network is a flow map; solvers that know one time then
@@ -134,6 +135,9 @@ def network_denoiser(
     scale = jnp.full(t.shape, guidance_scale, jnp.float32)
     return net(x, t, guidance.with_scale(cond, scale))
 
+  if guidance_scale is None:
+    sampled = net if guidance_input else guidance.at_sampled_scale(net)
+    return trigflow.denoiser(sampled, sigma_d)
   if guidance_input:
     return trigflow.denoiser(with_scale, sigma_d)
   if guidance_scale != 1:

@@ -57,6 +57,17 @@ def from_config(
       f"config.generate.folder={folder}: its unet makes latents of "
       f"{model.unet.shape[-1]} channels, and model_index.json names no vae to decode them"
     )
+  return with_sampler(config, model)
+
+
+def with_sampler(
+  config: ml_collections.ConfigDict, model: Model
+) -> tuple[Model, Sampler]:
+  """Returns a model with the schedule of config.sampler, and that sampler.
+
+  Raises:
+    UserError: a field does not fit.
+  """
   section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
   name, steps = section.pop("name"), section.pop("steps")
   with config_errors("config.sampler"):
@@ -157,7 +168,7 @@ def denoiser(
   sampler: Sampler,
   params: dict[str, Params],
   empty: Array | None,
-  guidance_scale: float,
+  guidance_scale: float | None,
 ) -> Denoiser:
   """Returns the denoiser of a model with classifier-free guidance.
 
@@ -167,10 +178,13 @@ def denoiser(
     params: of the model.
     empty: the text [L, E] of the empty or negative prompt; None for a model without
       text.
-    guidance_scale: of classifier-free guidance; 1 is none.
+    guidance_scale: of classifier-free guidance; 1 is none, and None is the scale of
+      each sample, its condition "guidance" [N].
   """
   net = functools.partial(model.unet.apply, params["unet"])
-  if guidance_scale != 1:
+  if guidance_scale is None:
+    net = guidance.at_sampled_scale(net, guidance.without_text(empty))
+  elif guidance_scale != 1:
     without = guidance.without_text(empty)
     net = guidance.classifier_free(net, guidance_scale, without)
   return scheduler.denoiser(net, model.schedule, sampler.tableau)
@@ -196,7 +210,7 @@ def pipeline(
   sampler: Sampler,
   mesh: Mesh,
   *,
-  guidance_scale: float = 1.0,
+  guidance_scale: float | None = 1.0,
   prompts: Sequence[str | None] = (None,),
   negative_prompt: str = "",
   seed: int = 0,
@@ -210,7 +224,8 @@ def pipeline(
     model: with the schedule that `build_sampler` returned.
     sampler: gives the solver's tableau.
     mesh: the devices.
-    guidance_scale: of classifier-free guidance; 1 is none.
+    guidance_scale: of classifier-free guidance; 1 is none, and None makes the scale of
+      each image an input, "guidance" [B].
     prompts: image k has prompt k modulo their number; (None,) without text.
     negative_prompt: text that guidance leads away from.
     seed: of the first image.
@@ -218,12 +233,15 @@ def pipeline(
   dtype = jax.tree.leaves(model.params["unet"])[0].dtype.name
   over_samples = sharding.samples(mesh)
   shardings = {"tokens": over_samples, "negative_tokens": sharding.replicated(mesh)}
+  shardings["guidance"] = over_samples
 
   def guided(params: Params, inputs: Inputs) -> tuple[Denoiser, Cond]:
     if not inputs:
       return denoiser(model, sampler, params, None, guidance_scale), None
     cond = {"text": encode_text(model, params, inputs["tokens"])}
     empty = encode_text(model, params, inputs["negative_tokens"])[0]
+    if guidance_scale is None:
+      cond = guidance.with_scale(cond, inputs["guidance"])
     return denoiser(model, sampler, params, empty, guidance_scale), cond
 
   def placeholder(params: Params, x: Array) -> Array:
@@ -231,6 +249,8 @@ def pipeline(
     if model.text_encoder is not None:
       empty = jnp.zeros((_length(model), model.unet.text))
       cond = {"text": jnp.zeros((len(x), *empty.shape))}
+    if cond is not None and guidance_scale is None:
+      cond = guidance.with_scale(cond, jnp.ones(len(x)))
     net = denoiser(model, sampler, params, empty, guidance_scale)
     return net(x, jnp.ones(len(x)), cond)
 
@@ -238,10 +258,13 @@ def pipeline(
     if model.text_encoder is None:
       return {}
     sizes = {"tokens": batch_size, "negative_tokens": 1}
-    return {
+    of_inputs = {
       name: jax.ShapeDtypeStruct((size, _length(model)), jnp.int32)
       for name, size in sizes.items()
     }
+    if guidance_scale is None:
+      of_inputs["guidance"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    return of_inputs
 
   def requests(indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     seeds = np.asarray(indices, np.int32) + np.int32(seed)

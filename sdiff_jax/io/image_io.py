@@ -146,6 +146,22 @@ def save_png(path: str | os.PathLike, image: np.ndarray, about: str = "") -> Non
     Image.fromarray(image).save(temporary, format="PNG", pnginfo=texts)
 
 
+def png(image: np.ndarray) -> bytes:
+  """Returns an image as the content of a PNG file.
+
+  Args:
+    image: uint8 [H, W, C] with C = 1 or 3.
+
+  Example:
+    >>> png(np.zeros((8, 8, 1), np.uint8))[1:4]
+    b'PNG'
+  """
+  buffer = io.BytesIO()
+  squeezed = image[..., 0] if image.shape[-1] == 1 else image
+  Image.fromarray(squeezed).save(buffer, format="PNG")
+  return buffer.getvalue()
+
+
 def about(path: str | os.PathLike) -> str:
   """Returns the text stored inside a PNG file, "" if there is none.
 

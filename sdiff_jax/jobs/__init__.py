@@ -17,6 +17,7 @@ facts that a job registers are all optional:
                    ("train",) by default.
   shares_workdir   True if the job may run while another one runs in the work directory;
                    otherwise the second command is refused.
+  several_workdirs True if --workdir may be several directories with commas between.
   start            function that is called first; by default
                    `distributed.processes.start`.
 

@@ -156,14 +156,25 @@ class Policy:
     if not np.isfinite(states).all():
       raise ValueError(f"states: are not finite: {np.asarray(states).tolist()}")
     samplers.check_seeds(seeds)
-    actions, stats = self.compiled(self._params, np.float32(states), np.int32(seeds))
-    actions = np.asarray(actions)
+    actions, stats = self.unchecked(states, seeds)
     if not np.isfinite(actions).all():
       raise ValueError(
         "denoiser: the actions are not finite; check the network's weights, use a wider "
         "dtype, more steps, or less guidance"
       )
     return actions, stats
+
+  def unchecked(
+    self, states: np.ndarray, seeds: np.ndarray
+  ) -> tuple[np.ndarray, SamplingStats]:
+    """Returns what `many` does, without a check of the arguments and of the actions.
+
+    Args:
+      states: of each robot, [B, K, S].
+      seeds: of each robot, int32 [B].
+    """
+    actions, stats = self.compiled(self._params, np.float32(states), np.int32(seeds))
+    return np.asarray(actions), stats
 
   def iteration_seconds(self) -> float:
     """Returns the largest time of an iteration, in seconds, in a few calls."""

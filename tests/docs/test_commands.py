@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from sdiff_jax import main
+from sdiff_jax import main, registry
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
@@ -31,7 +31,8 @@ def commands() -> list[str]:
 def test_it_parses(command, monkeypatch):
   monkeypatch.chdir(ROOT)
   parsed = main.parse(["main", *shlex.split(command)])
-  assert parsed.config is not None
+  job = registry.lookup("jobs", parsed.job)
+  assert parsed.config is not None or not job.facts.get("needs_config", True)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,1 @@
+"""A service over HTTP: batches of many clients' requests, and a page in the browser."""
