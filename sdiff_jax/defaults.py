@@ -67,6 +67,8 @@ class Teacher:
       teacher is guided (autoguidance); "" for none.
     weak_checkpoint: step of its weights; 0 for the newest.
     autoguidance: scale of that guidance; 1 for none.
+    trajectories: folder of stored trajectories of the teacher (--job=trajectories) that
+      the loss is trained on in place of data, for losses that take them; "" for none.
   """
 
   workdir: str = ""
@@ -74,6 +76,7 @@ class Teacher:
   weak_workdir: str = ""
   weak_checkpoint: Index = 0
   autoguidance: Annotated[float, Range(0, 1000)] = 1.0
+  trajectories: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

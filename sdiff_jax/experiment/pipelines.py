@@ -119,7 +119,9 @@ def check_finite(
     )
 
 
-def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
+def batch_sampler(
+  pipeline: Pipeline, sampler: Sampler, *, record: bool = False
+) -> CompiledSampler:
   """Returns the function from seeds to images by a sampler, jitted.
 
   Image k depends on seeds[k] and on row k of the inputs alone, so neither the batch
@@ -128,6 +130,8 @@ def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
   Args:
     pipeline: the model.
     sampler: with its window chosen.
+    record: whether the pipeline decodes the states at the times of the solver's grid,
+      [B, N + 1, *shape], in place of the samples.
 
   Raises:
     UserError: the window does not divide over the mesh.
@@ -152,10 +156,12 @@ def batch_sampler(pipeline: Pipeline, sampler: Sampler) -> CompiledSampler:
       cond,
       mesh=mesh if over_window else None,
       coarse_denoiser=coarse,
+      record=record,
     )
-    images, finite = pipeline.decode_checked(constants, params, out.x)
+    x = out.x if out.states is None else sampler.tableau.of_grid(out.states)
+    images, finite = pipeline.decode_checked(constants, params, x)
     stats = SamplingStats(*out[1:-1])
-    finite = finite & finite_samples(out.x)
+    finite = finite & finite_samples(x)
     return images, stats._replace(error=jnp.where(finite, stats.error, jnp.nan))
 
   over_samples = sharding.samples(mesh)

@@ -10,14 +10,15 @@ import ml_collections
 import optax
 
 from sdiff_jax import losses, registry
-from sdiff_jax.data import Dataset
+from sdiff_jax.data import Dataset, teacher_trajectories
 from sdiff_jax.data.episodes import normalizer
-from sdiff_jax.diffusion import guidance
+from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.io import file_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema, flops, optimizers, state
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -131,6 +132,40 @@ def batch_shapes(dataset: Dataset, batch_size: int) -> dict[str, Json]:
     "x0": jax.ShapeDtypeStruct((batch_size, *dataset.shape), jnp.float32),
     "cond": {name: spec.batch(batch_size) for name, spec in dataset.cond.items()},
   }
+
+
+def training_data(config: ml_collections.ConfigDict, experiment: Experiment) -> Dataset:
+  """Returns what batches are made of: the data, or stored trajectories of the teacher.
+
+  Raises:
+    UserError: the loss is not trained on trajectories, or they are those of other data,
+      or of a solver with noise.
+  """
+  folder, facts = config.teacher.trajectories, losses.facts(config.loss)
+  if not folder:
+    return experiment.dataset
+  if not facts.takes_trajectories:
+    raise UserError(
+      f"config.teacher.trajectories={folder}: config.loss.name={config.loss.name!r} is "
+      "trained on data; leave it empty, or use the loss cmt"
+    )
+  about = teacher_trajectories.about(folder)
+  data = file_io.as_json(config.data.to_dict())
+  if about["data"] != data or about["sigma_d"] != config.sigma_d:
+    raise UserError(f"config.teacher.trajectories={folder}: made from other data")
+  if about["noise"]:
+    raise UserError(
+      f"config.teacher.trajectories={folder}: their solver adds noise, so their states "
+      "do not determine their ends; make them with a solver such as dpmpp2m"
+    )
+  to_data = trigflow.END_TIME not in facts.cond
+  return teacher_trajectories.read(folder, experiment.dataset.cond, to_data=to_data)
+
+
+def trajectory_flops(config: ml_collections.ConfigDict) -> float:
+  """Returns the floating-point operations by which stored trajectories were made."""
+  folder = config.teacher.trajectories
+  return teacher_trajectories.about(folder)["flops"] if folder else 0.0
 
 
 def needs_teacher(config: ml_collections.ConfigDict) -> bool:
@@ -262,6 +297,7 @@ def step_flops(
   state: TrainState,
   key: PRNGKey,
   frozen: Params,
+  source: Dataset | None = None,
 ) -> float:
   """Returns the floating-point operations of one step, over all devices.
 
@@ -276,12 +312,13 @@ def step_flops(
     state: state or its shapes.
     key: random key or its shape.
     frozen: parameters of the teacher or their shapes.
+    source: what batches are made of (see `training_data`); None for `dataset`.
   """
   config = experiments.model_variant(config, "unrolled", "without_kernels")
   config.train.grad_accum_steps = 1
   network = experiments.network(config, dataset)
   trainer = build_trainer(config, network, teacher, mesh=None)
-  batch = batch_shapes(dataset, config.train.batch_size)
+  batch = batch_shapes(source or dataset, config.train.batch_size)
   return flops.count_flops(trainer.update, state, batch, key, frozen)
 
 

@@ -76,6 +76,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with config_errors("config.train"):
     sharding.check_batch(size, sharding.batch(mesh), parts)
   _check_conditions(config, dataset)
+  source = training.training_data(config, experiment)
   sample = _sample_fn(config, experiment)
   teacher, frozen = training.load_teacher(config, experiment)
   trainer = training.build_trainer(config, experiment.network, teacher, mesh)
@@ -112,7 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     del init_from
     start = int(state.step)
     if start < options.steps:
-      batches = _batches(config, dataset, mesh, start)
+      batches = _batches(config, source, mesh, start)
       first = next(batches)
       step = trainer.lower(state, first, key, frozen).compile()
       end = _run_loop(
@@ -287,6 +288,6 @@ def _write_summary(
     "images": steps * config.train.batch_size,
     "seconds": lines[-1].get("seconds") if lines else None,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params["net"])),
-    "flops": flops * steps,
+    "flops": flops * steps + training.trajectory_flops(config),
   }
   summary.write(workdir, cost, overview)

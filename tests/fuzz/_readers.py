@@ -21,7 +21,7 @@ from PIL import Image
 
 from sdiff_jax import config as configs
 from sdiff_jax import registry
-from sdiff_jax.data import Dataset
+from sdiff_jax.data import Dataset, class_cond, teacher_trajectories
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -172,6 +172,20 @@ def _write_latents(folder: str) -> None:
   for k, path in enumerate(latents.paths(folder, about)):
     rows = slice(4 * k, 4 * k + 4)
     latents.write(path, moments[rows], {"label": np.arange(7)[rows] % 3})
+
+
+def _trajectories() -> Files:
+  about = {"size": 3, "grid": [1.5, 0.5, 0.0], "shape": [2, 4], "sigma_d": 0.5}
+  about |= {"noise": False, "evaluations": 6, "flops": 60.0, "data": {}, "settings": {}}
+  arrays = {"states": _rng().standard_normal((3, 3, 2, 4)).astype(np.float32)}
+  arrays |= {"indices": np.arange(3), "cond_label": np.arange(3, dtype=np.int32)}
+  files = {"trajectories.json": json.dumps(about).encode()}
+  return files | {"states-00000000-p0.npz": _npz(**arrays)}
+
+
+def _read_trajectories(folder: str) -> None:
+  dataset = teacher_trajectories.read(folder, class_cond(3), to_data=False)
+  dataset.codec.encode(dataset[np.array([0, dataset.size - 1])][0], 0.5)
 
 
 def _write_tfds(folder: str) -> None:
@@ -513,6 +527,7 @@ READERS: dict[str, Reader] = {
   "data latents": Reader(
     lambda: _stored(_write_latents), _take("latents", "dir", scale="scm"), 8
   ),
+  "data teacher_trajectories": Reader(_trajectories, _read_trajectories, 8),
   "data tfds": Reader(
     lambda: _stored(_write_tfds), _take("tfds", "dir", tfds_name="tiny"), 4
   ),
