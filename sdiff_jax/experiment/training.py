@@ -297,7 +297,6 @@ def step_flops(
   state: TrainState,
   key: PRNGKey,
   frozen: Params,
-  source: Dataset | None = None,
 ) -> float:
   """Returns the floating-point operations of one step, over all devices.
 
@@ -312,13 +311,17 @@ def step_flops(
     state: state or its shapes.
     key: random key or its shape.
     frozen: parameters of the teacher or their shapes.
-    source: what batches are made of (see `training_data`); None for `dataset`.
   """
   config = experiments.model_variant(config, "unrolled", "without_kernels")
   config.train.grad_accum_steps = 1
   network = experiments.network(config, dataset)
   trainer = build_trainer(config, network, teacher, mesh=None)
-  batch = batch_shapes(source or dataset, config.train.batch_size)
+  source = dataset
+  if config.teacher.trajectories:
+    source = teacher_trajectories.metadata_only(
+      config.teacher.trajectories, dataset.cond
+    )
+  batch = batch_shapes(source, config.train.batch_size)
   return flops.count_flops(trainer.update, state, batch, key, frozen)
 
 

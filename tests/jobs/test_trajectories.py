@@ -12,7 +12,7 @@ import pytest
 from sdiff_jax import config as configs
 from sdiff_jax.data import digits, teacher_trajectories
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment import sampling, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import train, trajectories
 from sdiff_jax.losses import cmt
@@ -172,9 +172,14 @@ def test_a_student_is_trained_on_them_and_pays_for_them(copy, tmp_path):
   cost = summary.read(str(tmp_path / "student"))
   made = about(teacher)["flops"]
   assert made < cost["flops"] < 3 * made
-  # A step on a batch of 8 pairs evaluates the student alone: forward and backward.
-  per_step, per_evaluation = (cost["flops"] - made) / 2, made / (6 * NUM)
-  assert 8 * 2.5 < per_step / per_evaluation < 8 * 7
+  # No step evaluates the teacher, which steps on data do.
+  experiment = experiments.build(config)
+  per_step = training.run_flops(config, experiment)
+  np.testing.assert_allclose(cost["flops"], made + 2 * per_step)
+  config.teacher.trajectories = ""
+  config.loss.update(solver="ddim", steps=4)
+  drawn = training.run_flops(config, experiment)
+  np.testing.assert_allclose(drawn - per_step, 8 * made / (6 * NUM), rtol=0.2)
 
 
 def test_trajectories_that_do_not_fit_are_refused(copy, tmp_path):
