@@ -43,55 +43,75 @@ METHODS = {
   "iMF": ("flow_map", (*AVERAGE, "loss.improved=True", "loss.c=0.01")),
   "LSD": ("flow_map", ("loss=lagrangian", FROM_DATA)),
   "FACM": ("consistency", ("loss=facm", "loss.c=0.001")),
+  "CMT": ("consistency", ("loss=cmt",)),
+  "sCD after CMT": ("consistency", ()),
+  "flow map after CMT": ("flow_map", (*FLOW_MAP, FROM_DATA)),
 }
+# Series -> changes of sCD for the mid-training before it, of half of the budget.
+MID_TRAINING = {
+  "sCD after CMT": ("loss=cmt",),
+  "flow map after CMT": ("loss=cmt", "loss.flow_map=True"),
+}
+
+
+def students(files: str) -> dict[str, dict]:
+  """Returns the runs of all methods at all budgets, by name."""
+  runs = {}
+  for budget, warmup in BUDGETS.items():
+    for series, (solver, fields) in METHODS.items():
+      name = f"few_step_{series.replace(' ', '_').replace(',', '')}_{budget:g}"
+      common = {"teacher": "teacher", "series": series}
+      start = ""
+      if series in MID_TRAINING:
+        start = f"{name}_start"
+        runs[start] = studies.run(
+          files.format("scd"),
+          *MID_TRAINING[series],
+          "checkpoint.keep_every=0",
+          budget=budget / 2,
+          drawn=False,
+          **common,
+        )
+      runs[name] = studies.run(
+        files.format("scd"),
+        f"loss.warmup_steps={warmup}",
+        *fields,
+        f"evaluate.samplers={tuple(f'{solver}/{n}' for n in STEPS)}",
+        "checkpoint.keep_every=0",
+        start=start,
+        budget=budget,
+        **common,
+      )
+  return runs
 
 
 def get_config(variant: str = ""):
   figure, setting = variants.parse(variant, ("", "evaluations"), studies.SETTINGS)
   files, changes = studies.SETTINGS[setting]
-  shorter = {"digits": ("train.steps=4000",), "tiny": ("train.steps=20",)}.get(
-    setting, ()
-  )
-  runs = {
-    "teacher": studies.run(
-      files.format("diffusion"), "evaluate.samplers=('heun/16',)", *shorter
-    )
-  }
+  steps = {"digits": ("train.steps=4000",), "tiny": ("train.steps=20",)}
+  file, shorter = files.format("diffusion"), steps.get(setting, ())
+  runs = {"teacher": studies.run(file, "evaluate.samplers=('heun/16',)", *shorter)}
   if figure:
+    samplers = "evaluate.samplers=('dpmpp2m/4', 'dpmpp2m/8', 'heun/16')"
     runs["few_step_teacher"] = studies.run(
-      files.format("diffusion"),
-      "evaluate.samplers=('dpmpp2m/4', 'dpmpp2m/8')",
-      *shorter,
-      weights="teacher",
-      series="teacher, DPM-Solver++",
+      file, samplers, *shorter, weights="teacher", series="teacher"
     )
-  for budget, warmup in BUDGETS.items():
-    for series, (solver, fields) in METHODS.items():
-      name = f"few_step_{series.replace(' ', '_').replace(',', '')}_{budget:g}"
-      samplers = tuple(f"{solver}/{n}" for n in STEPS)
-      runs[name] = studies.run(
-        files.format("scd"),
-        f"loss.warmup_steps={warmup}",
-        *fields,
-        f"evaluate.samplers={samplers}",
-        "checkpoint.keep_every=0",
-        teacher="teacher",
-        budget=budget,
-        series=series,
-      )
-  numbers = ("frechet", "precision", "recall")
-  columns = tuple(f"{y}@evaluations={n}" for y in numbers for n in STEPS)
+    runs["teacher"]["drawn"] = False
+    panels = tuple(f"frechet@budget={budget:g}" for budget in BUDGETS)
+  else:
+    panels = tuple(f"ratio@evaluations={n}" for n in STEPS)
+  columns = [
+    f"{y}@evaluations={n}" for y in ("frechet", "precision", "recall") for n in STEPS
+  ]
   return studies.build(
     f"few_step_{figure}".rstrip("_"),
-    runs,
+    runs | students(files),
     title="Methods of few steps",
     lead="Distance of every method after the same training compute, 0.2, 0.5 and 1.0 of "
     "its teacher's, in 1, 2 and 4 network evaluations.",
     x="evaluations" if figure else "compute",
-    panels=tuple(f"frechet@budget={b:g}" for b in BUDGETS)
-    if figure
-    else tuple(f"ratio@evaluations={n}" for n in STEPS),
-    columns=() if figure else columns,
+    panels=panels,
+    columns=() if figure else tuple(columns),
     log="xy" if figure else "y",
     changes=changes,
   )

@@ -29,7 +29,16 @@ pytest.importorskip("gym_pusht")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> str:
   """A work directory of a policy that was not trained."""
-  folder = tmp_path_factory.mktemp("policy")
+  return untrained(tmp_path_factory.mktemp("policy"))
+
+
+def untrained(folder: pathlib.Path, **loss) -> str:
+  """Returns a work directory of a policy that was not trained.
+
+  Args:
+    folder: of the work directory.
+    **loss: name and fields of its loss; {} for that of diffusion.
+  """
   random = np.random.default_rng(0)
   states = np.float32(random.uniform(100, 400, (60, 5)))
   np.savez(
@@ -43,6 +52,8 @@ def trained(tmp_path_factory) -> str:
   c.data = configs.component("data", "trajectories", path=str(folder / "demos.npz"))
   c.data.update(n_obs_steps=1, action_range="percentile")
   c.model = configs.component("models", "mlp", width=16, depth=1)
+  if loss:
+    c.loss = configs.component("losses", **loss)
   c.sampler.update(name="ddim", steps=2, window=5)
   c.rollout.update(
     samplers=("ddim/2", "paraddpm/5"), episodes=2, num_timed=2, num_videos=1
@@ -176,6 +187,15 @@ def test_actions_depend_on_their_own_states_and_seed_alone(trained):
   for k in range(3):
     np.testing.assert_allclose(one(states[k], seed=k + 4), together[k], atol=0.05)
   assert np.abs(one(states[0], seed=4) - one(states[0], seed=5)).max() > 1
+
+
+def test_a_flow_map_is_a_policy_of_any_number_of_steps(tmp_path):
+  workdir = untrained(tmp_path, name="flow_map", velocity="data")
+  states = np.float32(np.random.default_rng(1).uniform(100, 400, (2, 5)))
+  samplers = ("flow_map/1", "flow_map/3", "ddim/2")
+  actions = [policies.load(workdir, sampler=name)(states, seed=0) for name in samplers]
+  assert all(np.isfinite(a).all() for a in actions)
+  assert all(np.abs(a - actions[0]).max() > 1e-3 for a in actions[1:])
 
 
 def test_passes_are_bounded(trained):
