@@ -1,10 +1,11 @@
-"""CLIP's text encoder, CLIPTextModel of the transformers format."""
+"""CLIP's text encoder, CLIPTextModel and CLIPTextModelWithProjection of transformers."""
 
 import functools
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from msgspec import Meta
 
@@ -28,12 +29,13 @@ FIELDS = {
   "max_position_embeddings": Field(77, Length),
   "hidden_act": Field("quick_gelu", Activation),
   "layer_norm_eps": Field(1e-5, Fraction),
+  "projection_dim": Field(512, Channels),
   "eos_token_id": Field(49407, Annotated[int, Meta(ge=0, le=1_000_000)]),
 }
 SUPPORTED_VALUES = {"model_type": ("clip_text_model",)}
 IGNORED_FIELDS = (
   *("architectures", "attention_dropout", "bos_token_id", "dropout", "dtype"),
-  *("initializer_factor", "initializer_range", "pad_token_id", "projection_dim"),
+  *("initializer_factor", "initializer_range", "pad_token_id"),
   *("torch_dtype", "transformers_version"),
 )
 ACTIVATIONS = {
@@ -49,28 +51,32 @@ class Text(NamedTuple):
 
   Attributes:
     hidden: states after the last norm, [B, L, width].
-    pooled: the hidden state at the end token of each text, [B, width].
+    pooled: the hidden state at the end token of each text, [B, width]; None for T5.
+    penultimate: states before the last block, [B, L, width]; None for T5.
+    projected: a linear map of `pooled`, [B, P]; None for an encoder without one.
   """
 
   hidden: Array
-  pooled: Array
+  pooled: Array | None = None
+  penultimate: Array | None = None
+  projected: Array | None = None
 
 
 class TextEncoder(NamedTuple):
-  """CLIP's text encoder.
+  """A text encoder.
 
   Attributes:
     init: (key) -> params.
     apply: (params, ids int32 [B, L]) -> Text, in float32 or wider.
     vocabulary: its size.
-    length: largest L.
+    length: largest L; None for any.
     width: of the hidden states.
   """
 
   init: Callable[[PRNGKey], Params]
   apply: Callable[[Params, Array], Text]
   vocabulary: int
-  length: int
+  length: int | None
   width: int
 
 
@@ -101,7 +107,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Maps ids [B, L] to hidden states after the last norm, [B, L, width]."""
+  """Maps ids [B, L] to hidden states.
+
+  Returns them after the last norm and before the last block, [B, L, width] each, and the
+  linear map of `pooled`, if there is one.
+  """
 
   vocabulary: int
   length: int
@@ -109,9 +119,11 @@ class Encoder(nn.Module):
   depth: int
   remat: str
   block: dict[str, Json]
+  end: int
+  projection: int  # width of a linear map of the pooled state; 0 for none
 
   @nn.compact
-  def __call__(self, ids: Array) -> Array:
+  def __call__(self, ids: Array) -> Text:
     dtype, eps = self.block["dtype"], self.block["eps"]
     embed = functools.partial(nn.Embed, features=self.width, dtype=dtype)
     h = embed(self.vocabulary, name="embeddings.token_embedding")(ids)
@@ -119,8 +131,15 @@ class Encoder(nn.Module):
     h += positions(jnp.arange(ids.shape[1]))[None]
     kind = common.remat(Block, self.remat)
     for i in range(self.depth):
-      h = kind(**self.block, name=f"encoder.layers.{i}")(h)
-    return LayerNorm(epsilon=eps, dtype=dtype, name="final_layer_norm")(h)
+      before, h = h, kind(**self.block, name=f"encoder.layers.{i}")(h)
+    hidden = LayerNorm(epsilon=eps, dtype=dtype, name="final_layer_norm")(h)
+    last = jnp.argmax(ids if self.end == OLD_END else ids == self.end, axis=1)
+    pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    if not self.projection:
+      return Text(hidden, pooled, before)
+    dense = functools.partial(common.Dense, use_bias=False, dtype=dtype)
+    projected = dense(self.projection, name="text_projection")(pooled)
+    return Text(hidden, pooled, before, projected)
 
 
 def from_config(
@@ -148,7 +167,10 @@ def from_config(
   block = {"heads": heads, "hidden": c["intermediate_size"], "act": c["hidden_act"]}
   block |= {"eps": c["layer_norm_eps"], "dtype": jnp.dtype(dtype)}
   length, depth = c["max_position_embeddings"], c["num_hidden_layers"]
-  module = Encoder(c["vocab_size"], length, width, depth, remat, block)
+  has_projection = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+  projection = c["projection_dim"] * has_projection
+  end, sizes = c["eos_token_id"], (c["vocab_size"], length, width, depth)
+  module = Encoder(*sizes, remat, block, end, projection)
 
   def init(key: PRNGKey) -> Params:
     return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -156,10 +178,7 @@ def from_config(
   def apply(params: Params, ids: Array) -> Text:
     if ids.shape[1] > length:
       raise ValueError(f"ids: texts of {ids.shape[1]} tokens, at most {length} fit")
-    hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids))
-    end = c["eos_token_id"]
-    last = jnp.argmax(ids if end == OLD_END else ids == end, axis=1)
-    pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return Text(hidden, pooled)
+    text = module.apply({"params": params}, ids)
+    return jax.tree.map(common.to_accumulation_dtype, text)
 
   return TextEncoder(init, apply, c["vocab_size"], length, width)

@@ -13,7 +13,9 @@ from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
+  flux_transformer,
   scheduler,
+  sd3_transformer,
   unet2d,
   unet2d_condition,
   vae,
@@ -45,6 +47,8 @@ TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
   "UNet2DModel": unet2d,
+  "SD3Transformer2DModel": sd3_transformer,
+  "FluxTransformer2DModel": flux_transformer,
   "AutoencoderKL": vae,
   "CLIPTextModel": clip_text,
 }

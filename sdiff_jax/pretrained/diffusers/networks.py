@@ -28,15 +28,22 @@ class Predictor(NamedTuple):
   Attributes:
     init: (key) -> params.
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
-      float32 or wider; cond is {"text": [B, L, E]}, or None without text.
+      float32 or wider; cond is None, or has "text" [B, L, E], "pooled" [B, P] and
+      "distilled_guidance" [B], as far as the network takes them.
     shape: (H, W, C) of its training samples.
     text: E, size of the text embeddings, or None.
+    pooled: P, size of the embedding of a whole text, or None.
+    guided: whether the network takes a guidance scale as an input.
+    patch: side of the square of latents that is one token of a transformer.
   """
 
   init: Callable[[PRNGKey], Params]
   apply: Callable[..., Array]
   shape: tuple[int, int, int]
   text: int | None
+  pooled: int | None = None
+  guided: bool = False
+  patch: int = 1
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:

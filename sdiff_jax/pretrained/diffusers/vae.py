@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from msgspec import Meta
 
 from sdiff_jax.models.layers import common as common_lib
 from sdiff_jax.pretrained.diffusers.unet_blocks import (
@@ -31,6 +32,7 @@ from sdiff_jax.types import Array, Json, Params, PRNGKey
 EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the posterior
 MAX_BLOCKS = 1000
+Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 FIELDS = {
   "in_channels": Field(3, Channels),
   "out_channels": Field(3, Channels),
@@ -41,13 +43,13 @@ FIELDS = {
   "latent_channels": Field(4, Channels),
   "norm_num_groups": Field(32, Channels),
   "scaling_factor": Field(0.18215, Positive),
+  "shift_factor": Field(None, Shift | None),
   "use_quant_conv": Field(True, bool),
   "use_post_quant_conv": Field(True, bool),
   "mid_block_add_attention": Field(True, bool),
 }
 SUPPORTED_VALUES = {
   "act_fn": ("silu", "swish"),
-  "shift_factor": (None,),
   "latents_mean": (None,),
   "latents_std": (None,),
 }
@@ -65,6 +67,7 @@ class Autoencoder(NamedTuple):
     factor: H / h.
     channels: C.
     scaling: factor of the latents that a diffusion model is trained on.
+    shift: what is subtracted from them before.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -73,6 +76,7 @@ class Autoencoder(NamedTuple):
   factor: int
   channels: int
   scaling: float
+  shift: float = 0.0
 
 
 class Coder(nn.Module):
@@ -197,4 +201,5 @@ def from_config(
   def decode(params: Params, latents: Array) -> Array:
     return common_lib.to_accumulation_dtype(decoder.apply({"params": params}, latents))
 
-  return Autoencoder(init, encode, decode, factor, z, c["scaling_factor"])
+  scaling, shift = c["scaling_factor"], c["shift_factor"] or 0.0
+  return Autoencoder(init, encode, decode, factor, z, scaling, shift)

@@ -1,0 +1,155 @@
+"""The transformer of Stable Diffusion 3, SD3Transformer2DModel of the diffusers format."""
+
+from typing import Annotated
+
+import flax.linen as nn
+import jax.numpy as jnp
+from msgspec import Meta
+
+from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Channels, Field
+from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
+
+Depth = Annotated[int, Meta(ge=1, le=256)]
+Side = Annotated[int, Meta(ge=1, le=1024)]
+Indices = Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=256)]
+FIELDS = {
+  "sample_size": Field(128, Side),
+  "patch_size": Field(2, Annotated[int, Meta(ge=1, le=16)]),
+  "in_channels": Field(16, Channels),
+  "num_layers": Field(18, Depth),
+  "attention_head_dim": Field(64, Channels),
+  "num_attention_heads": Field(18, Channels),
+  "joint_attention_dim": Field(4096, Channels),
+  "caption_projection_dim": Field(1152, Channels),
+  "pooled_projection_dim": Field(2048, Channels),
+  "out_channels": Field(16, Channels | None),
+  "pos_embed_max_size": Field(96, Side),
+  "dual_attention_layers": Field((), Indices),
+  "qk_norm": Field(None, str | None),
+}
+
+
+class Transformer(nn.Module):
+  """Predicts from (x [B, H, W, C], time [B], text [B, M, E], pooled [B, P])."""
+
+  width: int
+  heads: int
+  depth: int
+  patch: int
+  out: int
+  grid: int
+  base: int
+  norm: bool
+  dual: tuple[int, ...]
+  remat: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, time: Array, text: Array, pooled: Array) -> Array:
+    size, rows = (self.patch, self.patch), x.shape[1] // self.patch
+    options = {"strides": size, "padding": "VALID", "dtype": self.dtype}
+    conv = common.Conv(self.width, size, name="pos_embed.proj", **options)
+    h = conv(x.astype(self.dtype))
+    h = (h + self._positions(*h.shape[1:3])[None]).reshape(len(x), -1, self.width)
+    emb = blocks.Embedding(self.width, self.dtype, name="time_text_embed")
+    emb = emb(time, pooled, None)
+    dense = common.Dense(self.width, dtype=self.dtype, name="context_embedder")
+    text = dense(text.astype(self.dtype))
+    block = common.remat(blocks.JointBlock, self.remat)
+    for i in range(self.depth):
+      kind = self.heads, self.norm, i == self.depth - 1, i in self.dual, self.dtype
+      h, text = block(*kind, name=f"transformer_blocks.{i}")(h, text, emb)
+    output = blocks.Output(self.out * self.patch**2, self.dtype)
+    nn.share_scope(self, output)
+    return blocks.from_patches(output(h, emb), self.patch, rows, channels_last=True)
+
+  def _positions(self, rows: int, columns: int) -> Array:
+    """Returns the middle of the positions of the largest grid, [rows, columns, C]."""
+    grid = self.grid
+
+    def init(key: PRNGKey, shape: tuple[int, ...]) -> Array:
+      values = blocks.sincos(self.width, grid, self.base)
+      return jnp.asarray(values.T[..., None], jnp.float32)
+
+    table = self.param("pos_embed.pos_embed", init, (self.width, grid**2, 1))
+    table = table.astype(self.dtype).T.reshape(grid, grid, self.width)
+    top, left = (grid - rows) // 2, (grid - columns) // 2
+    return table[top : top + rows, left : left + columns]
+
+
+def from_config(
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2403.03206; 3.5 has dual attention).
+
+  Args:
+    config: its fields; missing ones have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+
+  Raises:
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  """
+  c = config_fields.validated_config(config, FIELDS, {})
+  width, patch = c["attention_head_dim"] * c["num_attention_heads"], c["patch_size"]
+  channels, grid = c["in_channels"], c["pos_embed_max_size"]
+  _check(c, width)
+  module = Transformer(
+    width=width,
+    heads=c["num_attention_heads"],
+    depth=c["num_layers"],
+    patch=patch,
+    out=channels,
+    grid=grid,
+    base=c["sample_size"] // patch,
+    norm=c["qk_norm"] is not None,
+    dual=tuple(c["dual_attention_layers"]),
+    remat=remat,
+    dtype=jnp.dtype(dtype),
+  )
+
+  def init(key: PRNGKey) -> Params:
+    x = jnp.zeros((1, patch, patch, channels), module.dtype)
+    text = jnp.zeros((1, 1, c["joint_attention_dim"]), module.dtype)
+    pooled = jnp.zeros((1, c["pooled_projection_dim"]), module.dtype)
+    return module.init(key, x, jnp.zeros((1,), jnp.float32), text, pooled)["params"]
+
+  def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
+    blocks.check_sides(x, patch)
+    if max(x.shape[1:3]) > grid * patch:
+      raise ValueError(f"x: sides are at most {grid * patch}, got {x.shape}")
+    cond = cond or {}
+    out = module.apply({"params": params}, x, time, cond["text"], cond["pooled"])
+    return common.to_accumulation_dtype(out)
+
+  shape = (c["sample_size"], c["sample_size"], channels)
+  pooled = c["pooled_projection_dim"]
+  return Predictor(init, apply, shape, c["joint_attention_dim"], pooled, patch=patch)
+
+
+def _check(c: dict[str, Json], width: int) -> None:
+  """Raises a ValueError for fields that contradict each other."""
+  if c["qk_norm"] not in (None, "rms_norm"):
+    value = config_fields.quoted(c["qk_norm"])
+    raise ValueError(f"qk_norm={value}: must be 'rms_norm' or null")
+  if c["out_channels"] not in (None, c["in_channels"]):
+    raise ValueError(
+      f"out_channels={c['out_channels']}: must be in_channels={c['in_channels']}, since "
+      "the network predicts a value for each of its inputs"
+    )
+  if c["caption_projection_dim"] != width or width % 4:
+    raise ValueError(
+      f"caption_projection_dim={c['caption_projection_dim']}: must be attention_head_dim "
+      f"times num_attention_heads, {width}, and a multiple of 4"
+    )
+  largest = c["pos_embed_max_size"] * c["patch_size"]
+  if c["sample_size"] % c["patch_size"] or c["sample_size"] > largest:
+    raise ValueError(
+      f"sample_size={c['sample_size']}: must be a multiple of patch_size="
+      f"{c['patch_size']}, and at most {largest} for pos_embed_max_size"
+    )
