@@ -30,6 +30,7 @@ demo: install
 	$(MAIN) --workdir=$(RUNS)/scd --job=evaluate
 	$(MAIN) --workdir=$(RUNS)/sct --job=evaluate
 	$(MAIN) --workdir=$(RUNS) --job=report
+	@echo "to see it: $(MAIN) --workdir=$(RUNS) --job=serve, then http://127.0.0.1:8000/"
 
 studies: install
 	for file in configs/studies/*.py; do \

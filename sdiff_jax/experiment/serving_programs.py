@@ -187,7 +187,7 @@ def _watched(
   )
   images, finite = pipeline.decode_checked(constants, params, out.x)
   finite &= pipelines.finite_samples(out.x)
-  return images, finite, SamplingStats(*out[1:])
+  return images, finite, SamplingStats(*out[1:-1])
 
 
 def cost(stats: SamplingStats) -> Rows:
