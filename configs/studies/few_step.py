@@ -20,8 +20,7 @@ FROM_DATA = "loss.velocity=data"
 AVERAGE = ("loss=meanflow", "loss.diffusion_fraction=0.5")
 # More jumps to the data, which one step needs.
 FLOW_MAP = ("loss=flow_map", "loss.consistency_fraction=0.25")
-# Series -> solver, and changes of sCD. Learning rates of half and twice the file's are
-# better for some and worse for others, by at most a fifth in two steps.
+# Series -> solver, and changes of sCD. What else was tried: docs/guides/few-step.md.
 METHODS = {
   "sCT": ("consistency", (FROM_DATA,)),
   "sCD": ("consistency", ()),
@@ -92,11 +91,14 @@ def get_config(variant: str = ""):
   file, shorter = files.format("diffusion"), steps.get(setting, ())
   runs = {"teacher": studies.run(file, "evaluate.samplers=('heun/16',)", *shorter)}
   if figure:
-    samplers = "evaluate.samplers=('dpmpp2m/4', 'dpmpp2m/8', 'heun/16')"
+    runs["teacher"]["series"] = "teacher, Heun"
     runs["few_step_teacher"] = studies.run(
-      file, samplers, *shorter, weights="teacher", series="teacher"
+      file,
+      "evaluate.samplers=('dpmpp2m/2', 'dpmpp2m/4', 'dpmpp2m/8')",
+      *shorter,
+      weights="teacher",
+      series="teacher, DPM-Solver++",
     )
-    runs["teacher"]["drawn"] = False
     panels = tuple(f"frechet@budget={budget:g}" for budget in BUDGETS)
   else:
     panels = tuple(f"ratio@evaluations={n}" for n in STEPS)

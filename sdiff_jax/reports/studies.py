@@ -78,7 +78,7 @@ def value(row: dict[str, Json], key: str) -> float | None:
 
 
 def label(key: str) -> str:
-  """Returns the label of an axis.
+  """Returns the label of an axis or a column.
 
   Args:
     key: see `value`.
@@ -186,7 +186,8 @@ def draw(
       labels.setdefault(series, line)
       for at, value, name in zip(c.x, c.mean, c.names, strict=False):
         _annotate(axes, name.rpartition("/")[2], (at, value), n % 4, color)
-    axes.set(xlabel=label(across), ylabel=label(y))
+    y, _, condition = y.partition("@")
+    axes.set(xlabel=label(across), ylabel=label(y), title=condition.replace("=", " = "))
     if y.startswith("ratio"):
       axes.axhline(1, color="0.7", linewidth=1, zorder=0)
     for name in set(log) & {"x", "y"}:
@@ -194,10 +195,13 @@ def draw(
       axis = getattr(axes, f"{name}axis")
       low, high = axis.get_data_interval()
       axis.set_major_formatter(FormatStrFormatter("%g"))
-      if high < 10 * low:  # otherwise labels at powers of ten are enough
+      if high < 10 * low:
         axis.set_minor_formatter(FormatStrFormatter("%g"))
         if high > 3 * low:  # there is room for a few more
           axis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+      elif high < 100 * low:  # above, labels at powers of ten are enough
+        axis.set_minor_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
   figure.legend(

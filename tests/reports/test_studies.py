@@ -67,6 +67,8 @@ def test_a_panel_may_show_some_of_the_points():
   np.testing.assert_allclose(found["b"].mean, [4, 6])
   np.testing.assert_allclose(found["t"].mean, [9])
   assert found["b"].seeds == 1
+  (axes,) = studies.draw(rows, "at", ("y@seeds=2",), "").axes
+  assert (axes.get_ylabel(), axes.get_title()) == ("y", "seeds = 2")
   head, *lines = studies.table(rows, "at", ("y@seeds=0", "y@seeds=2"))
   assert head[2:4] == ["y, seeds=0", "y, seeds=2"]
   assert ["b", "1", "2", "4", "1"] in lines
