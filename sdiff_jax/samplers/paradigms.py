@@ -59,7 +59,7 @@ def run(
   max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
-  record: bool = False,
+  record: bool | None = None,
 ) -> Samples:
   """Returns the last state of a solver's recurrence, computed in parallel.
 
@@ -124,7 +124,7 @@ def run(
     rule=UpdateRule(UPDATE_RULES[update_rule], improve, published),
     callback=callback,
     max_iterations=max_iterations,
-    record=record,
+    record=bool(record),
   )
 
 

@@ -201,7 +201,7 @@ def run(
   keys: PRNGKey,
   cond: Cond,
   *,
-  record: bool = False,
+  record: bool | None = None,
 ) -> Samples:
   """Runs the steps of a solver sequentially; the sampling loop of a solver's own name.
 

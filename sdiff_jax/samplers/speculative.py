@@ -75,7 +75,7 @@ def run(
   max_iterations: Index = 0,
   sharding: NamedSharding | None = None,
   callback: Callback | None = None,
-  record: bool = False,
+  record: bool | None = None,
 ) -> Samples:
   """Draws from the distribution of `sequential.sample`; the error is 0.
 
@@ -141,7 +141,7 @@ def run(
     rule=UpdateRule(secant, improve),
     callback=callback,
     max_iterations=max_iterations,
-    record=record,
+    record=bool(record),
   )
 
 
