@@ -1,6 +1,6 @@
 """Classifier-free guidance as a map from network to network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -43,24 +43,27 @@ def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
   return (cond or {}) | {"guidance": scale}
 
 
-def without_text(empty: Array) -> Callable[[Cond], Cond]:
+def without_text(empty: Mapping[str, Array]) -> Callable[[Cond], Cond]:
   """Returns a map of conditions that replaces the text of each sample by one text.
 
   Args:
-    empty: embedding of the empty text or of a negative prompt, [L, E].
+    empty: what the empty text or a negative prompt is encoded as, by name, such as
+      "text" [L, E] and "pooled" [P].
 
   Returns:
-    Conditions with "text" [B, L, E] -> the same with the text `empty`.
+    Conditions with "text" [B, L, E], ... -> the same with the text `empty`.
 
   Example:
-    >>> free = without_text(jnp.zeros((4, 8)))
+    >>> free = without_text({"text": jnp.zeros((4, 8))})
     >>> free({"text": jnp.ones((2, 4, 8))})["text"].shape
     (2, 4, 8)
   """
 
   def free(cond: Cond) -> Cond:
-    shape = (cond or {})["text"].shape
-    return (cond or {}) | {"text": jnp.broadcast_to(empty[None], shape)}
+    shapes = {name: x.shape for name, x in (cond or {}).items()}
+    return (cond or {}) | {
+      name: jnp.broadcast_to(x[None], shapes[name]) for name, x in empty.items()
+    }
 
   return free
 

@@ -113,9 +113,8 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   params = sharding.device_put_global(model.params, where)
   has_text, fixed = model.text_encoder is not None, {}
   if has_text:
-    fixed = {
-      "negative_tokens": model.tokenizer.encode([config.generate.negative_prompt])
-    }
+    negative = [config.generate.negative_prompt]
+    fixed = text_to_image.tokens(model, negative, "negative_")
   rows = functools.partial(_rows_of_text, model)
   plain = text_to_image.pipeline(model, sampler, mesh)
   plans: dict[Key, Plan] = {}
@@ -229,7 +228,7 @@ def _rows_of_text(
   del labels
   rows = {"seeds": seeds}
   if model.text_encoder is not None:
-    rows["tokens"] = model.tokenizer.encode([*(prompts or [""] * len(seeds))])
+    rows |= text_to_image.tokens(model, [*(prompts or [""] * len(seeds))])
   return rows | _scale(guidance, len(seeds))
 
 

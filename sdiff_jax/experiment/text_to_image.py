@@ -52,6 +52,8 @@ def from_config(
   else:
     place = None if mesh is None else functools.partial(sharding.state, mesh=mesh)
     model = loading.load(folder, dtype=dtype, place=place)
+  if size := tuple(config.generate.size):
+    model = _with_size(model, size)
   if model.vae is None and model.unet.shape[-1] not in (1, 3):
     raise UserError(
       f"config.generate.folder={folder}: its unet makes latents of "
@@ -83,6 +85,18 @@ def with_sampler(
   return model._replace(schedule=schedule), sampler
 
 
+def _with_size(model: Model, size: tuple[int, ...]) -> Model:
+  """Returns a model whose images have a height and a width in pixels."""
+  factor = model.vae.factor if model.vae else 1
+  step = factor * model.unet.patch
+  if len(size) != 2 or any(side % step for side in size):
+    raise UserError(
+      f"config.generate.size={size}: must be height and width, multiples of {step}"
+    )
+  shape = (*(side // factor for side in size), model.unet.shape[-1])
+  return loading.with_shape(model, shape)
+
+
 def _trigflow_fields(section: Mapping[str, Json]) -> set[str]:
   """Returns the fields of `sampler` that only networks trained here have.
 
@@ -102,7 +116,8 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
   if not generate.folder:
     raise UserError(
       "config.generate.folder is empty: name a folder of the diffusers format, or "
-      "hf://organisation/name"
+      "hf://organisation/name; docs/guides/text-to-image.md lists models, where they come "
+      "from, and their licenses"
     )
   for field in sorted(_trigflow_fields(defaults)):
     if config.sampler[field] != defaults[field]:
@@ -158,16 +173,11 @@ def build_sampler(
   return schedule, samplers.from_tableau(name, tableau, **options)
 
 
-def encode_text(model: Model, params: dict[str, Params], tokens: Array) -> Array:
-  """Returns the text condition [B, L, E] of tokens int32 [B, L]."""
-  return model.text_encoder.apply(params["text_encoder"], tokens).hidden
-
-
 def denoiser(
   model: Model,
   sampler: Sampler,
   params: dict[str, Params],
-  empty: Array | None,
+  empty: Cond,
   guidance_scale: float | None,
 ) -> Denoiser:
   """Returns the denoiser of a model with classifier-free guidance.
@@ -176,16 +186,16 @@ def denoiser(
     model: with the schedule that `build_sampler` returned.
     sampler: gives the solver's tableau.
     params: of the model.
-    empty: the text [L, E] of the empty or negative prompt; None for a model without
-      text.
+    empty: conditions of the empty or negative prompt, without a batch axis; None for a
+      model without text.
     guidance_scale: of classifier-free guidance; 1 is none, and None is the scale of
       each sample, its condition "guidance" [N].
   """
   net = functools.partial(model.unet.apply, params["unet"])
   if guidance_scale is None:
-    net = guidance.at_sampled_scale(net, guidance.without_text(empty))
+    net = guidance.at_sampled_scale(net, guidance.without_text(empty or {}))
   elif guidance_scale != 1:
-    without = guidance.without_text(empty)
+    without = guidance.without_text(empty or {})
     net = guidance.classifier_free(net, guidance_scale, without)
   return scheduler.denoiser(net, model.schedule, sampler.tableau)
 
@@ -201,8 +211,27 @@ def decode_checked(
   if model.vae is None:
     return data.to_uint8(x), jnp.ones(len(x), bool)
   decode_latents = functools.partial(model.vae.decode, params["vae"])
-  images = sharding.map_one_per_device(mesh, decode_latents)(x / model.vae.scaling)
+  images = sharding.map_one_per_device(mesh, decode_latents)(
+    x / model.vae.scaling + model.vae.shift
+  )
   return data.to_uint8(images), pipelines.finite_samples(images)
+
+
+def tokens(
+  model: Model, texts: Sequence[str], prefix: str = ""
+) -> dict[str, np.ndarray]:
+  """Returns the inputs of a pipeline that texts are: "tokens", "tokens_2", ...
+
+  Args:
+    model: with tokenizers.
+    texts: prompts, B of them.
+    prefix: of the names; "negative_" for a negative prompt.
+  """
+  return {
+    f"{prefix}{name.replace('text_encoder', 'tokens')}": tokenizer.encode(texts)
+    for name, tokenizer in model.tokenizers.items()
+    if name in model.text_encoders
+  }
 
 
 def pipeline(
@@ -213,6 +242,7 @@ def pipeline(
   guidance_scale: float | None = 1.0,
   prompts: Sequence[str | None] = (None,),
   negative_prompt: str = "",
+  distilled_guidance: float = 1.0,
   seed: int = 0,
 ) -> Pipeline:
   """Returns the pipeline of a model; its parameters are an argument.
@@ -228,51 +258,58 @@ def pipeline(
       each image an input, "guidance" [B].
     prompts: image k has prompt k modulo their number; (None,) without text.
     negative_prompt: text that guidance leads away from.
+    distilled_guidance: scale that a network takes as an input, without a negative prompt.
     seed: of the first image.
   """
   dtype = jax.tree.leaves(model.params["unet"])[0].dtype.name
   over_samples = sharding.samples(mesh)
-  shardings = {"tokens": over_samples, "negative_tokens": sharding.replicated(mesh)}
-  shardings["guidance"] = over_samples
+  everywhere = sharding.replicated(mesh)
+  # The names of the tokens of each text encoder: tokens, tokens_2, ...
+  names = {name: name.replace("text_encoder", "tokens") for name in model.text_encoders}
+  shardings = {name: over_samples for name in (*names.values(), "guidance")}
+  shardings |= {f"negative_{name}": everywhere for name in names.values()}
+
+  def encoded(params: Params, inputs: Inputs, prefix: str = "") -> dict[str, Array]:
+    ids = {k: inputs[f"{prefix}{name}"] for k, name in names.items()}
+    cond = model.encode(params, ids)
+    return cond | _distilled(model, distilled_guidance, len(cond["text"]))
 
   def guided(params: Params, inputs: Inputs) -> tuple[Denoiser, Cond]:
     if not inputs:
       return denoiser(model, sampler, params, None, guidance_scale), None
-    cond = {"text": encode_text(model, params, inputs["tokens"])}
-    empty = encode_text(model, params, inputs["negative_tokens"])[0]
+    cond = encoded(params, inputs)
+    empty = {k: v[0] for k, v in encoded(params, inputs, "negative_").items()}
     if guidance_scale is None:
       cond = guidance.with_scale(cond, inputs["guidance"])
     return denoiser(model, sampler, params, empty, guidance_scale), cond
 
   def placeholder(params: Params, x: Array) -> Array:
     cond, empty = None, None
-    if model.text_encoder is not None:
-      empty = jnp.zeros((_length(model), model.unet.text))
-      cond = {"text": jnp.zeros((len(x), *empty.shape))}
+    if names:
+      shaped = jax.eval_shape(encoded, params, shapes(1))
+      empty = {k: jnp.zeros(v.shape[1:], v.dtype) for k, v in shaped.items()}
+      cond = {k: jnp.zeros((len(x), *v.shape), v.dtype) for k, v in empty.items()}
     if cond is not None and guidance_scale is None:
       cond = guidance.with_scale(cond, jnp.ones(len(x)))
     net = denoiser(model, sampler, params, empty, guidance_scale)
     return net(x, jnp.ones(len(x)), cond)
 
   def shapes(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    if model.text_encoder is None:
-      return {}
-    sizes = {"tokens": batch_size, "negative_tokens": 1}
     of_inputs = {
-      name: jax.ShapeDtypeStruct((size, _length(model)), jnp.int32)
-      for name, size in sizes.items()
+      f"{prefix}{names[name]}": jax.ShapeDtypeStruct((size, length), jnp.int32)
+      for prefix, size in (("", batch_size), ("negative_", 1))
+      for name, length in model.lengths.items()
     }
-    if guidance_scale is None:
+    if names and guidance_scale is None:
       of_inputs["guidance"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
     return of_inputs
 
   def requests(indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    seeds = np.asarray(indices, np.int32) + np.int32(seed)
-    if model.text_encoder is None:
-      return seeds, {}
-    encode = model.tokenizer.encode
-    tokens = encode([prompts[k % len(prompts)] for k in indices])
-    return seeds, {"tokens": tokens, "negative_tokens": encode([negative_prompt])}
+    seeds, inputs = np.asarray(indices, np.int32) + np.int32(seed), {}
+    if names:
+      inputs |= tokens(model, [prompts[k % len(prompts)] or "" for k in indices])
+      inputs |= tokens(model, [negative_prompt], "negative_")
+    return seeds, inputs
 
   return Pipeline(
     mesh=mesh,
@@ -296,6 +333,8 @@ def params_with_sharding(model: Model, mesh: Mesh) -> dict[str, Params]:
   )
 
 
-def _length(model: Model) -> int:
-  """Returns the number of tokens of a prompt."""
-  return model.tokenizer.length if model.tokenizer else model.text_encoder.length
+def _distilled(model: Model, scale: float, count: int) -> dict[str, Array]:
+  """Returns the guidance scale as a condition of a network that takes it."""
+  if not model.unet.guided:
+    return {}
+  return {"distilled_guidance": jnp.full(count, scale, jnp.float32)}

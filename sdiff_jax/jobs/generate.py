@@ -25,7 +25,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
-from sdiff_jax.fields import Choices
+from sdiff_jax.fields import Choices, Length, Range
 from sdiff_jax.io import file_io, image_io, records, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
@@ -103,6 +103,8 @@ class Generate:
     prompts: texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k
       modulo their number.
     negative_prompt: text that guidance leads away from.
+    size: (height, width) of the images in pixels; () for that of the training images.
+    distilled_guidance: scale that networks such as that of Flux take as an input.
     timestep_spacing: of the timesteps; "" for the model's own.
     dtype: of weights and hidden layers.
   """
@@ -110,6 +112,8 @@ class Generate:
   folder: str = ""
   prompts: str = ""
   negative_prompt: str = ""
+  size: Annotated[tuple[int, ...], Range(8, 16_384), Length(0, 2)] = ()
+  distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
   timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
   dtype: Annotated[str, Choices(text_to_image.DTYPES)] = "float32"
 
@@ -152,6 +156,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       guidance_scale=scale,
       prompts=prompts,
       negative_prompt=section.negative_prompt,
+      distilled_guidance=section.distilled_guidance,
       seed=config.sample.seed,
     )
     shape = (size, *pipeline.shape)
@@ -200,6 +205,10 @@ def _images(
   fields = {name: config.sampler[name] for name in STORED_FIELDS}
   generate = config.generate.to_dict()
   del generate["prompts"]
+  # Images of earlier versions do not have these fields.
+  for name in ("size", "distilled_guidance"):
+    if generate[name] == getattr(Generate, name):
+      del generate[name]
   common = resumable.flatten({"sampler": fields, "generate": generate})
   common |= {"sample.guidance": config.sample.guidance}
   settings = [

@@ -29,7 +29,7 @@ from sdiff_jax.io import resumable
 from sdiff_jax.metrics.features import classifier
 from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.pretrained import diffusion_policy, lerobot
-from sdiff_jax.pretrained.diffusers import loading, prompts, tokenizer
+from sdiff_jax.pretrained.diffusers import loading, prompts, t5_tokenizer, tokenizer
 from sdiff_jax.pretrained.files import sharded, state_dict
 from sdiff_jax.reports import loading as loading_of_runs
 from sdiff_jax.reports import results
@@ -568,6 +568,19 @@ READERS: dict[str, Reader] = {
       *("model_index.json", "unet/config.json", "vae/config.json"),
       *("text_encoder/config.json", "scheduler/scheduler_config.json"),
     ),
+  ),
+  "diffusers sd3 configs": Reader(
+    _tree("tiny-sd3", "safetensors", "expected"),
+    lambda folder: loading.abstract(loading.configs(folder)),
+    1,
+    (
+      *("model_index.json", "transformer/config.json", "vae/config.json"),
+      *("text_encoder_2/config.json", "text_encoder_3/config.json"),
+    ),
+  ),
+  "diffusers flux": Reader(_tree("tiny-flux", "expected"), loading.load, 1),
+  "t5 tokenizer": Reader(
+    _tree("tiny-flux/tokenizer_2"), lambda folder: t5_tokenizer.load(folder, 8), 4
   ),
   "diffusers church": Reader(_tree("tiny-ddpm-church", "expected"), loading.load, 1),
   "autoencoder": Reader(_tree("tiny-sd2/vae"), loading.autoencoder, 1),

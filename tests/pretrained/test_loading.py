@@ -36,7 +36,7 @@ def sd2() -> loading.Model:
 def guided_prediction(params, x, time, level, cond, empty, kind):
   """The denoised of guidance 7.5; level is (alpha, sigma)."""
   net = functools.partial(sd2().unet.apply, params)
-  net = guidance.classifier_free(net, 7.5, guidance.without_text(empty))
+  net = guidance.classifier_free(net, 7.5, guidance.without_text({"text": empty}))
   return parameterizations.denoiser(net, kind, lambda _: level)(x, time, cond)
 
 

@@ -3,6 +3,7 @@
 Its tokens are patches of 2 x 2 latents, which it makes itself.
 """
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -12,12 +13,14 @@ from msgspec import Meta
 
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
+from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
 PATCH = 2
+LONG_TEXT = 512  # tokens of T5's encoder
 SIDE = 128  # of the latents of an image, which the config does not tell
 THETA = 10_000.0  # of the rotary positions
 Depth = Annotated[int, Meta(ge=0, le=256)]
@@ -157,4 +160,10 @@ def from_config(
 
   shape, text = (SIDE, SIDE, channels), c["joint_attention_dim"]
   pooled = c["pooled_projection_dim"]
-  return Predictor(init, apply, shape, text, pooled, guided, PATCH)
+
+  def conditions(texts: Mapping[str, Text]) -> dict[str, Array]:
+    pooled, long = texts["text_encoder"].pooled, texts["text_encoder_2"].hidden
+    return {"text": long, "pooled": pooled}
+
+  options = {"conditions": conditions, "long_text": LONG_TEXT, "spacing": "trailing"}
+  return Predictor(init, apply, shape, text, pooled, guided, PATCH, **options)

@@ -6,16 +6,20 @@ its config and weights; a model with one network may have all in one folder.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
+  fit,
   flux_transformer,
+  hub,
   scheduler,
   sd3_transformer,
+  t5_text,
+  t5_tokenizer,
   unet2d,
   unet2d_condition,
   vae,
@@ -28,22 +32,29 @@ from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field
-from sdiff_jax.types import Json, Params, PyTree, UserError
+from sdiff_jax.types import Array, Cond, Json, Params, PyTree, UserError
 
-HUB = "hf://"
-MAX_MESSAGE = 470  # characters, of all problems of a folder
-PROBLEM = 100, 190  # least and most characters of one of several problems
 Class = Annotated[list[str | None], Meta(min_length=2, max_length=2)]
 INDEX = {  # model_index.json: part -> [library, class]
   name: Field(None, Class | None)
-  for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+  for name in (
+    *("unet", "transformer", "vae", "scheduler"),
+    *(
+      f"{kind}{suffix}"
+      for kind in ("text_encoder", "tokenizer")
+      for suffix in fit.SUFFIXES
+    ),
+  )
 }
 NAMES = {  # of config.json: what names the class of the network
   "_class_name": Field(None, str | None),
   "architectures": Field((), list[str] | None),
 }
-PARTS = ("unet", "vae", "text_encoder")  # with a network
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+PARTS = (*fit.PREDICTORS, "vae", *fit.ENCODERS)  # with a network
+TOKENIZERS = {
+  **dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), "clip"),
+  **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), "t5"),
+}
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
   "UNet2DModel": unet2d,
@@ -51,28 +62,66 @@ NETWORKS = {  # class -> module
   "FluxTransformer2DModel": flux_transformer,
   "AutoencoderKL": vae,
   "CLIPTextModel": clip_text,
+  "CLIPTextModelWithProjection": clip_text,
+  "T5EncoderModel": t5_text,
 }
-CLASSES = {"tokenizer": TOKENIZERS, "scheduler": scheduler.NAMES}
+CLASSES = {f"tokenizer{suffix}": tuple(TOKENIZERS) for suffix in fit.SUFFIXES}
+CLASSES["scheduler"] = scheduler.NAMES
 
 
 class Model(NamedTuple):
   """The parts of a folder; None for a missing part.
 
   Attributes:
-    unet: predicts the noise, v or x0.
+    unet: predicts the noise, v, x0 or a velocity: a U-Net or a transformer.
     vae: decodes latents to images.
-    text_encoder: maps tokens to the condition "text" of the U-Net.
-    params: of the networks, by the names of these fields.
-    tokenizer: maps texts to tokens.
-    schedule: the diffusion process of the U-Net, and its solver.
+    text_encoders: map tokens to what the network's conditions are made of, by the names
+      of their folders.
+    params: of the networks, by the names of their folders; those of a transformer are
+      under "unet", too.
+    tokenizers: map texts to tokens, by the names of their text encoders.
+    schedule: the diffusion process of the network, and its solver.
   """
 
   unet: Predictor
   vae: vae.Autoencoder | None
-  text_encoder: clip_text.TextEncoder | None
+  text_encoders: dict[str, clip_text.TextEncoder]
   params: dict[str, Params]
-  tokenizer: tokenizer_lib.Tokenizer | None
+  tokenizers: dict[str, tokenizer_lib.Tokenizer]
   schedule: Schedule | FlowSchedule
+
+  @property
+  def text_encoder(self) -> clip_text.TextEncoder | None:
+    """The first text encoder."""
+    return self.text_encoders.get(fit.ENCODERS[0])
+
+  @property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
+    """The tokenizer of the first text encoder."""
+    return self.tokenizers.get(fit.ENCODERS[0])
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """The number of tokens of every text, by the names of the text encoders."""
+    return {
+      name: self.tokenizers[name].length
+      if name in self.tokenizers
+      else encoder.length or self.unet.long_text
+      for name, encoder in self.text_encoders.items()
+    }
+
+  def encode(self, params: dict[str, Params], tokens: Mapping[str, Array]) -> Cond:
+    """Returns the conditions that texts are.
+
+    Args:
+      params: of the model.
+      tokens: ids int32 [B, L], by the names of the text encoders.
+    """
+    texts = {
+      name: encoder.apply(params[name], tokens[name])
+      for name, encoder in self.text_encoders.items()
+    }
+    return self.unet.conditions(texts)
 
 
 def load(
@@ -96,7 +145,7 @@ def load(
     UserError: a file is missing or damaged; or lists unknown fields, unsupported values,
       and weights that are missing or left over, of all parts.
   """
-  folder = _local(path)
+  folder = hub.local(path)
   classes = _classes(folder)
   parts = [name for name in PARTS if name in classes]
   problems, networks, params = [], {}, {}
@@ -116,14 +165,61 @@ def load(
       )
     except UserError as error:
       problems.append(str(error))
-  problems = _misfits(networks) + problems
+  problems = fit.misfits(networks) + problems
   if problems:
-    raise UserError(_listed(folder, problems))
-  tokenizer = None
-  if classes.get("tokenizer"):
-    tokenizer = _tokenizer(_part(folder, "tokenizer"), networks.get("text_encoder"))
-  networks = {name: networks.get(name) for name in PARTS}
-  return Model(**networks, params=params, tokenizer=tokenizer, schedule=process)
+    raise UserError(fit.listed(folder, problems))
+  model = _model(networks, params, process)
+  return model._replace(tokenizers=_tokenizers(folder, classes, model))
+
+
+def _model(
+  networks: dict[str, Any], params: dict[str, Params], process: Schedule | FlowSchedule
+) -> Model:
+  """Returns a model without tokenizers."""
+  name = next(name for name in fit.PREDICTORS if name in networks)
+  unet = networks[name]
+  params = {"unet" if k == name else k: v for k, v in params.items()}
+  encoders = {k: v for k, v in networks.items() if k in fit.ENCODERS}
+  if isinstance(process, FlowSchedule):
+    process = process._replace(spacing=unet.spacing or process.spacing)
+  model = Model(unet, networks.get("vae"), encoders, params, {}, process)
+  return with_shape(model, unet.shape)
+
+
+def with_shape(model: Model, shape: tuple[int, int, int]) -> Model:
+  """Returns a model that makes samples of another shape.
+
+  Args:
+    model: with any shape.
+    shape: (H, W, C) of the samples, latents for a model with an autoencoder.
+  """
+  unet, process = model.unet._replace(shape=shape), model.schedule
+  if isinstance(process, FlowSchedule):
+    process = process._replace(tokens=shape[0] * shape[1] // unet.patch**2)
+  return model._replace(unet=unet, schedule=process)
+
+
+def _tokenizers(
+  folder: str, classes: dict[str, str], model: Model
+) -> dict[str, tokenizer_lib.Tokenizer]:
+  """Returns the tokenizers of a folder, by the names of their text encoders."""
+  found = {}
+  for suffix in fit.SUFFIXES:
+    name, part = f"text_encoder{suffix}", f"tokenizer{suffix}"
+    if part not in classes or (suffix and name not in model.text_encoders):
+      continue
+    where, encoder = _part(folder, part), model.text_encoders.get(name)
+    if TOKENIZERS[classes[part]] == "t5":
+      found[name] = t5_tokenizer.load(where, model.unet.long_text or 512)
+    elif encoder is None or encoder.length is None:
+      found[name] = tokenizer_lib.load(where)
+    else:
+      found[name] = tokenizer_lib.load(where, encoder.length)
+    _check_tokenizer(where, found[name], encoder)
+  missing = [name for name in model.text_encoders if name not in found]
+  if missing and len(model.text_encoders) > 1:
+    raise UserError(f"{folder}: model_index.json names no tokenizer of {missing[0]}")
+  return found
 
 
 def configs(path: str) -> dict[str, dict[str, Json]]:
@@ -132,7 +228,7 @@ def configs(path: str) -> dict[str, dict[str, Json]]:
   Raises:
     UserError: a file is missing or damaged.
   """
-  folder = _local(path, weights=False)
+  folder = hub.local(path, weights=False)
   classes = _classes(folder)
   files = dict.fromkeys(PARTS, "config.json") | {"scheduler": "scheduler_config.json"}
   return {
@@ -148,8 +244,8 @@ def abstract(
   """Returns the model of its config files, with abstract weights.
 
   Args:
-    configs: contents of config.json for "unet" and optionally "vae" and
-      "text_encoder"; of scheduler_config.json for "scheduler".
+    configs: contents of config.json for "unet" or "transformer", and optionally "vae"
+      and text encoders; of scheduler_config.json for "scheduler".
     dtype: of the hidden layers and of the weights.
     remat: as in `load`.
 
@@ -168,8 +264,7 @@ def abstract(
     schedule = scheduler.from_config(configs["scheduler"])
   except ValueError as error:
     raise UserError(f"scheduler: {error}") from error
-  networks = {name: networks.get(name) for name in PARTS}
-  return Model(**networks, params=params, tokenizer=None, schedule=schedule)
+  return _model(networks, params, schedule)
 
 
 def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, Params]:
@@ -182,7 +277,7 @@ def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, 
   Raises:
     UserError: a file is missing or damaged, or the network is no autoencoder.
   """
-  folder = _part(_local(path), "vae")
+  folder = _part(hub.local(path), "vae")
   coder = network(folder, dtype=dtype)
   if not isinstance(coder, vae.Autoencoder):
     raise UserError(f"{folder}: holds no AutoencoderKL")
@@ -234,15 +329,15 @@ def _classes(folder: str) -> dict[str, str]:
   """
   path = os.path.join(folder, "model_index.json")
   index = config_fields.read_config(path)
-  for name in ("unet", "scheduler"):
-    if not isinstance(index.get(name), list):
-      raise UserError(f"{path}: names no unet, or no scheduler")
+  predictors = [name for name in fit.PREDICTORS if isinstance(index.get(name), list)]
+  if not predictors or not isinstance(index.get("scheduler"), list):
+    raise UserError(f"{path}: names no unet and no transformer, or no scheduler")
   try:
     parts = config_fields.validated_config(
       {name: index[name] for name in INDEX if name in index}, INDEX, {}
     )
     classes = {name: part[1] for name, part in parts.items() if part and part[1]}
-    for name in ("unet", "scheduler"):
+    for name in (predictors[0], "scheduler"):
       if name not in classes:
         raise ValueError(f"{name}={index[name]}: must name a class")
     for name, class_name in classes.items():
@@ -254,36 +349,6 @@ def _classes(folder: str) -> dict[str, str]:
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
   return classes
-
-
-def _listed(folder: str, problems: list[str]) -> str:
-  """Returns all problems of a folder in one line, each cut to its part of it."""
-  problems = [problem.removeprefix(f"{folder}/") for problem in problems]
-  left, parts = MAX_MESSAGE - len(folder), []
-  for problem, rest in zip(problems, reversed(range(len(problems))), strict=True):
-    room = max(min(PROBLEM[1], left - PROBLEM[0] * rest), PROBLEM[0] // 2)
-    parts.append(config_fields.quoted(problem, str, room))
-    left -= len(parts[-1])
-  return f"{folder}: " + "; ".join(parts)
-
-
-def _misfits(networks: dict[str, Any]) -> list[str]:
-  """Returns inconsistencies between the parts."""
-  unet, vae_, encoder = (networks.get(name) for name in PARTS)
-  problems = []
-  if (
-    unet is not None and encoder is not None and unet.text not in (None, encoder.width)
-  ):
-    problems.append(
-      f"the unet takes text embeddings of size {unet.text}, the text_encoder returns "
-      f"{encoder.width}"
-    )
-  if unet is not None and vae_ is not None and unet.shape[-1] != vae_.channels:
-    problems.append(
-      f"the unet has in_channels={unet.shape[-1]}, the vae latent_channels="
-      f"{vae_.channels}"
-    )
-  return problems
 
 
 def schedule(folder: str, class_name: str = "") -> Schedule | FlowSchedule:
@@ -312,49 +377,22 @@ def schedule(folder: str, class_name: str = "") -> Schedule | FlowSchedule:
   return process
 
 
-def _tokenizer(
-  folder: str, encoder: clip_text.TextEncoder | None
-) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer, checked against the encoder of its tokens."""
+def _check_tokenizer(
+  folder: str,
+  tokenizer: tokenizer_lib.Tokenizer,
+  encoder: clip_text.TextEncoder | None,
+) -> None:
+  """Raises a UserError unless a tokenizer fits the encoder of its tokens."""
   if encoder is None:
-    return tokenizer_lib.load(folder)
-  tokenizer = tokenizer_lib.load(folder, encoder.length)
+    return
   if tokenizer.size > encoder.vocabulary or tokenizer.last >= encoder.vocabulary:
     raise UserError(
       f"{folder} has {max(tokenizer.size, tokenizer.last + 1)} tokens, the text encoder "
       f"{encoder.vocabulary}: they do not belong together"
     )
-  return tokenizer
 
 
 def _part(folder: str, name: str) -> str:
   """Returns the subfolder of a part, or the folder itself if there is none."""
   part = os.path.join(folder, name)
   return part if os.path.isdir(part) else folder
-
-
-def _local(path: str, *, weights: bool = True) -> str:
-  """Returns a local folder, after downloading it from the Hub if need be.
-
-  Args:
-    path: of the folder, or hf://organization/name.
-    weights: whether to download weights: for each part the files that are read.
-  """
-  if path.startswith(HUB):
-    try:
-      import huggingface_hub
-    except ImportError:
-      raise UserError(
-        f"{path} needs the package huggingface_hub: pip install 'sdiff_jax[diffusers]'"
-      ) from None
-    name = path.removeprefix(HUB)
-    try:
-      files = huggingface_hub.list_repo_files(name)
-      patterns = [f for f in files if f.endswith((".json", ".txt"))]
-      patterns += weights_lib.to_fetch(files) if weights else []
-      return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:  # of the network, of the Hub, or a wrong name
-      raise UserError(f"{path}: the download failed: {error}") from error
-  if not os.path.isdir(path):
-    raise UserError(f"{path}: no such folder")
-  return path

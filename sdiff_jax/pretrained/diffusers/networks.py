@@ -1,7 +1,7 @@
 """Interface and weights of the networks of the diffusers format."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,12 @@ LEGACY = {  # names of attention layers in files of 2022 -> present names
 PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
 # What torch.compile puts anywhere into names, and DataParallel before them.
 COMPILED, PARALLEL = "_orig_mod", "module."
+TIED = "encoder.embed_tokens.weight"  # of T5, the same as shared.weight
+
+
+def _hidden(texts: Mapping[str, Any]) -> dict[str, Array]:
+  """Returns the condition of Stable Diffusion 1 and 2."""
+  return {"text": texts["text_encoder"].hidden}
 
 
 class Predictor(NamedTuple):
@@ -35,6 +41,10 @@ class Predictor(NamedTuple):
     pooled: P, size of the embedding of a whole text, or None.
     guided: whether the network takes a guidance scale as an input.
     patch: side of the square of latents that is one token of a transformer.
+    conditions: texts of the encoders, by the names of their folders -> what the network
+      takes of them, "text" and "pooled".
+    long_text: number of tokens of T5's encoder.
+    spacing: of the noise levels before their shift; "" for the scheduler's own.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -44,6 +54,9 @@ class Predictor(NamedTuple):
   pooled: int | None = None
   guided: bool = False
   patch: int = 1
+  conditions: Callable[[Mapping[str, Any]], dict[str, Array]] = _hidden
+  long_text: int = 0
+  spacing: str = ""
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:
@@ -82,7 +95,7 @@ def load_state_dict(
     present = present_name(name)
     if present in renamed:
       raise UserError(f"{path}: two tensors have the name {present}, with a prefix")
-    if present != POSITIONS:
+    if present != POSITIONS and not (present == TIED and "shared.weight" in tensors):
       renamed[present] = x
   return state_dict.match_params(
     renamed,

@@ -1,5 +1,6 @@
 """The transformer of Stable Diffusion 3, SD3Transformer2DModel of the diffusers format."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
@@ -8,11 +9,13 @@ from msgspec import Meta
 
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
+from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
+LONG_TEXT = 256  # tokens of T5's encoder
 Depth = Annotated[int, Meta(ge=1, le=256)]
 Side = Annotated[int, Meta(ge=1, le=1024)]
 Indices = Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=256)]
@@ -129,7 +132,20 @@ def from_config(
 
   shape = (c["sample_size"], c["sample_size"], channels)
   pooled = c["pooled_projection_dim"]
-  return Predictor(init, apply, shape, c["joint_attention_dim"], pooled, patch=patch)
+  width = c["joint_attention_dim"]
+
+  def conditions(texts: Mapping[str, Text]) -> dict[str, Array]:
+    clips = [texts[name] for name in ("text_encoder", "text_encoder_2")]
+    clip = jnp.concatenate([text.penultimate for text in clips], axis=-1)
+    clip = jnp.pad(clip, ((0, 0), (0, 0), (0, max(width - clip.shape[-1], 0))))
+    # The third encoder may be left out (arXiv:2403.03206, section 5.3.3).
+    zeros = jnp.zeros((len(clip), LONG_TEXT, width), clip.dtype)
+    long = texts["text_encoder_3"].hidden if "text_encoder_3" in texts else zeros
+    pooled = jnp.concatenate([text.projected for text in clips], axis=-1)
+    return {"text": jnp.concatenate([clip, long], axis=1), "pooled": pooled}
+
+  options = {"patch": patch, "conditions": conditions, "long_text": LONG_TEXT}
+  return Predictor(init, apply, shape, width, pooled, **options)
 
 
 def _check(c: dict[str, Json], width: int) -> None:

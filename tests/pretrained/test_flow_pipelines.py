@@ -1,0 +1,169 @@
+"""Whole folders of Stable Diffusion 3 and Flux: from a prompt to latents and pixels."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES
+
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import text_to_image
+from sdiff_jax.pretrained.diffusers import loading, scheduler
+from sdiff_jax.samplers import paradigms, sequential
+from sdiff_jax.types import UserError
+
+SD3, FLUX = FIXTURES / "tiny-sd3", FIXTURES / "tiny-flux"
+quickly = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@functools.cache
+def load(folder) -> loading.Model:
+  return loading.load(str(folder))
+
+
+@functools.cache
+def run(folder, file: str):
+  """Returns the peer's arrays, our last latents and pixels, and those in parallel."""
+  with np.load(folder / file) as stored:
+    arrays = dict(stored)
+  meta, model = json.loads(str(arrays["meta"])), load(folder)
+  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
+  model = loading.with_shape(model, x.shape[1:])
+  schedule, sampler = text_to_image.build_sampler(
+    model.schedule, name="paraddim", steps=meta["steps"], window=5, tolerance=0.0
+  )
+  model = model._replace(schedule=schedule)
+  scale = meta["guidance_scale"] if folder == SD3 else meta.get("true_cfg_scale", 1.0)
+  pipeline = text_to_image.pipeline(
+    model,
+    sampler,
+    sharding.make_mesh(devices=jax.devices()[:1]),
+    guidance_scale=scale,
+    prompts=[meta["prompt"]],
+    negative_prompt=meta["negative_prompt"],
+    distilled_guidance=meta["guidance_scale"],
+  )
+  _, inputs = pipeline.requests(np.arange(1))
+
+  @quickly
+  def sample(params, x, inputs):
+    denoise, cond = pipeline.denoiser(params, inputs)
+    keys = sequential.keys_from_seeds(np.arange(1))
+    args = denoise, sampler.tableau, x, keys, cond
+    one = sequential.sample(*args)
+    many = paradigms.run(*args, window=5, tolerance=0.0)
+    images = model.vae.decode(params["vae"], one / model.vae.scaling + model.vae.shift)
+    return one, many, images
+
+  one, many, images = sample(model.params, jnp.asarray(x), inputs)
+  return arrays, inputs, wanted, one, many, images
+
+
+CASES = pytest.mark.parametrize(
+  ("folder", "file"),
+  [(SD3, "expected.npz"), (FLUX, "expected.npz"), (FLUX, "expected_cfg.npz")],
+)
+
+
+@CASES
+def test_text_to_image(folder, file):
+  """Ten steps with guidance: a negative prompt, a distilled scale, and both."""
+  arrays, inputs, wanted, one, _, images = run(folder, file)
+  for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+    if name in arrays:
+      found = inputs[name.replace("tokenizer", "tokens")]
+      np.testing.assert_array_equal(found[:, :12], arrays[name])
+  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
+  pixels = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
+  np.testing.assert_allclose(pixels, arrays["image"], atol=1e-4)
+
+
+@CASES
+def test_in_parallel(folder, file):
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
+  _, _, _, one, many, _ = run(folder, file)
+  np.testing.assert_allclose(many.x, one, rtol=1e-5, atol=1e-5)
+  assert (many.num_iterations <= 10).all()
+
+
+def test_shift_by_resolution():
+  """More tokens, more noise."""
+  small = loading.with_shape(load(FLUX), (4, 4, 4)).schedule
+  large = loading.with_shape(load(FLUX), (16, 16, 4)).schedule
+  assert small.spacing == "trailing"
+  at = [scheduler.tableau(s, 4).time[1] for s in (small, large)]
+  assert at[0] < at[1]
+
+
+def test_without_the_third_encoder(tmp_path):
+  """Stable Diffusion 3 then takes zeros in its place."""
+  folder = shutil.copytree(SD3, tmp_path / "sd3")
+  index = json.loads((folder / "model_index.json").read_text())
+  index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+  (folder / "model_index.json").write_text(json.dumps(index))
+  model = loading.load(str(folder))
+  assert [*model.text_encoders] == ["text_encoder", "text_encoder_2"]
+  tokens = {name: jnp.zeros((1, 12), jnp.int32) for name in model.text_encoders}
+  cond = model.encode(model.params, tokens)
+  assert cond["text"].shape == (1, 12 + 256, 20)
+  np.testing.assert_array_equal(cond["text"][:, 12:], 0)
+
+
+def edit(path, **fields) -> None:
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (
+      lambda f: edit(f / "model_index.json", text_encoder_2=[None, None]),
+      "the transformer takes the texts of text_encoder_2, which is not there",
+    ),
+    (
+      lambda f: edit(f / "model_index.json", tokenizer_2=[None, None]),
+      "model_index.json names no tokenizer of text_encoder_2",
+    ),
+    (
+      lambda f: edit(f / "transformer" / "config.json", joint_attention_dim=16),
+      "the transformer takes text embeddings of size 16, the text_encoder, text_enc",
+    ),
+    (
+      lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(),
+      "tokenizer.json does not exist: the tokenizer of T5 is read from it",
+    ),
+    (
+      lambda f: (f / "tokenizer_2" / "tokenizer.json").write_text("{}"),
+      "holds no tokenizer of T5",
+    ),
+    (
+      lambda f: edit(f / "text_encoder_2" / "config.json", feed_forward_proj="silu"),
+      "feed_forward_proj='silu': must be one of relu, gated-gelu",
+    ),
+  ],
+)
+def test_damaged_folders(tmp_path, damage, message):
+  folder = shutil.copytree(FLUX, tmp_path / "flux")
+  damage(folder)
+  with pytest.raises(UserError, match=message):
+    loading.load(str(folder))
+
+
+def test_abstract_models():
+  """The config files alone give the shapes of all weights."""
+  model = loading.abstract(loading.configs(str(SD3)))
+  loaded = load(SD3).params
+  assert jax.tree.map(lambda x: x.shape, model.params) == jax.tree.map(
+    lambda x: x.shape, loaded
+  )
+  assert model.lengths == {
+    "text_encoder": 12,
+    "text_encoder_2": 12,
+    "text_encoder_3": 256,
+  }
