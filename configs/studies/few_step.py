@@ -42,6 +42,7 @@ METHODS = {
   "iMF": ("flow_map", (*AVERAGE, "loss.improved=True", "loss.c=0.01")),
   "LSD": ("flow_map", ("loss=lagrangian", FROM_DATA)),
   "FACM": ("consistency", ("loss=facm", "loss.c=0.001")),
+  "rCM": ("consistency", ("loss=rcm",)),
   "CMT": ("consistency", ("loss=cmt",)),
   "sCD after CMT": ("consistency", ()),
   "flow map after CMT": ("flow_map", (*FLOW_MAP, FROM_DATA)),

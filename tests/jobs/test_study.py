@@ -122,7 +122,8 @@ def test_the_tangent_of_every_checkpoint(tmp_path):
   names = ("velocity", "state", "grad_x", "d_t")
   for row in rows:
     sizes = [row[name] for name in names]
-    assert min(sizes) > 0
+    assert min(sizes[1:]) > 0
+    assert sizes[0] >= 0  # 0 as long as the student is its teacher to the bit
     # A norm of a sum.
     assert row["tangent"] < sum(sizes)
     assert row["tangent"] > 2 * max(sizes) - sum(sizes)
