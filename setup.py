@@ -66,6 +66,7 @@ setuptools.setup(
       "tokenizers>=0.22",
     ],
     "serve": SERVE,
+    "browser": ["playwright>=1.45"],  # and chromium, for the slow test of the page
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
     "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "numcodecs>=0.13"],
     "tpu": ["jax[tpu]>=0.10.1,<0.13"],

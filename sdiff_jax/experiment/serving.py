@@ -35,12 +35,14 @@ class Choice(NamedTuple):
   Attributes:
     samplers: "name/steps" each; () for those of a run's config.
     live: "name/steps" of the parallel sampler whose passes can be watched; "" for none.
+    live_window: its window, if the run's config has none.
     batch_sizes: samples of a batch on each device.
     max_passes: bounds of the passes of a policy's parallel sampler, beside none.
   """
 
   samplers: tuple[str, ...] = ()
   live: str = ""
+  live_window: int = 16
   batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
   max_passes: tuple[int, ...] = ()
 
@@ -77,7 +79,7 @@ def of_run(
   watched = None
   for text, sizes in _ladders(choice, pipeline, _samplers(config), live).items():
     sampler = sampling.build_sampler(config, text)
-    sampler = _with_window(sampler, pipeline, params, sizes)
+    sampler = _with_window(sampler, pipeline, params, sizes, text == live, choice)
     plans |= programs_lib.plans(_key(text), sampler, variants, params, rows, sizes)
     if text == live and pipeline.mesh.size == 1:
       watched = programs_lib.live(_key(text), sampler, variants, params, rows)
@@ -127,7 +129,8 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
     if has_text:
       guided = text_to_image.pipeline(planned, sampler, mesh, guidance_scale=None)
       variants[True] = guided
-    sampler = _with_window(sampler, variants[False], params, sizes)
+    is_live = text == choice.live
+    sampler = _with_window(sampler, variants[False], params, sizes, is_live, choice)
     plans |= programs_lib.plans(
       _key(text), sampler, variants, params, rows, sizes, fixed
     )
@@ -287,9 +290,16 @@ def _ladders(
 
 
 def _with_window(
-  sampler: Sampler, pipeline: Pipeline, params: Params, sizes: list[int]
+  sampler: Sampler,
+  pipeline: Pipeline,
+  params: Params,
+  sizes: list[int],
+  is_live: bool,
+  choice: Choice,
 ) -> Sampler:
-  """Returns a sampler with its window, by timings if it has none."""
+  """Returns a sampler with its window, by timings if it has none and is not live."""
+  if is_live and not sampler.window:
+    return sampler.replace(window=min(choice.live_window, sampler.num_steps))
   shape = (sizes[0], *pipeline.shape)
   return pipelines.with_window(
     pipeline.mesh, sampler, pipeline.placeholder, params, shape

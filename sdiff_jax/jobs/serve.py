@@ -38,6 +38,7 @@ class Serve:
     samplers: "name/steps" that are compiled for all batch sizes; () for the first one of
       each run, with those that it was evaluated with for single images.
     live: parallel sampler whose passes the page shows; "" for none.
+    live_window: its window, where the run's config has none.
     batch_sizes: images of a batch on each device.
     max_passes: of policies with a parallel sampler: bounds of the passes, which requests
       with a deadline choose from.
@@ -51,6 +52,7 @@ class Serve:
   port: Annotated[int, Range(0, 65_535)] = 8000
   samplers: Annotated[tuple[str, ...], Length(0, 100)] = ()
   live: str = "paraddim/64"
+  live_window: Annotated[int, Range(1, 100_000)] = 16
   batch_sizes: Annotated[tuple[int, ...], Range(1, 65_536), Length(1, 20)] = (
     *(1, 4, 16, 64),
   )
@@ -154,6 +156,7 @@ def _models(
   choice = models_lib.Choice(
     samplers=section.samplers,
     live=section.live,
+    live_window=section.live_window,
     batch_sizes=section.batch_sizes,
     max_passes=section.max_passes,
   )

@@ -70,8 +70,8 @@ def of_images(
     "Server-Timing": f"queue;dur={1e3 * answer.waited:.2f}, "
     f"batch;dur={1e3 * answer.seconds:.2f}",
     "X-Batch": str(answer.batch),
-    "X-Evaluations": f"{rows['evaluations'].mean():.4g}",
-    "X-Passes": f"{rows['passes'].mean():.4g}",
+    "X-Evaluations": _mean(rows["evaluations"]),
+    "X-Passes": _mean(rows["passes"]),
   }
   if form == "png":
     return Content(image_io.png(rows["images"][0]), TYPES[form], headers)
@@ -96,6 +96,10 @@ def of_images(
     )
   ]
   return Content(encode({"images": images, **cost(answer)}), JSON, headers)
+
+
+def _mean(counts: np.ndarray) -> str:
+  return f"{sum(counts.tolist()) / len(counts):.4g}"
 
 
 def of_actions(answer: Answer) -> Content:

@@ -102,11 +102,10 @@ class Service:
       "/v1/actions": self._actions,
       "/v1/watch": self._watch,
     }
-    routes = [
-      Route(path, self._answered(of), methods=["GET"]) for path, of in get.items()
-    ]
-    routes += [
-      Route(path, self._answered(of), methods=["POST"]) for path, of in post.items()
+    routes = [  # those of the load first, since they are tried one after the other
+      Route(path, self._answered(of), methods=[method])
+      for method, paths in (("POST", post), ("GET", get))
+      for path, of in paths.items()
     ]
     self.app = guard.Guard(
       Starlette(routes=routes), token, hosts, self.metrics.requests

@@ -73,7 +73,7 @@ function addColumn(all, index, steps) {
   const id = `column-${columns.length}`;
   const select = make("select", {id, "aria-label": "Model and sampler"});
   all.forEach((c, k) =>
-    select.append(make("option", {value: k}, `${c.model.name} (${c.model.title}): ${c.name}`)));
+    select.append(make("option", {value: k}, `${c.model.name}: ${c.name}`)));
   select.value = index;
   const range = make("input", {type: "range", id: `${id}-steps`, min: 0});
   const shown = make("output", {for: `${id}-steps`});

@@ -132,7 +132,10 @@ async function race() {
 async function replay({start, passes, done, alone}) {
   const factor = $("#speed").value === "1" ? 1
     : Math.max(1, (1e3 * SLOW_SECONDS) / done.sequential.ms);
-  for (const side of ["#parallel", "#sequential"]) delete $(side).dataset.finished;
+  for (const mode of ["parallel", "sequential"]) {
+    delete $(`#${mode}`).dataset.finished;
+    showPass(start, passes.find((pass) => pass.mode === mode));
+  }
   $("#verdict").textContent = factor > 1 ? `Slowed ${Math.round(factor)} times.` : "";
   const all = [...passes.map((pass) => [pass.ms, () => showPass(start, pass)]),
     ...Object.values(done).map((d) => [d.ms, () => showDone(start, d, alone[d.mode])])];
