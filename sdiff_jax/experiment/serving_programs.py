@@ -157,6 +157,10 @@ def live(
       audience.listener = lambda begin, denoised: None
     return {"images": np.asarray(images), "finite": np.asarray(finite), **cost(stats)}
 
+  for guided in variants:  # the first call of a program is slow
+    example = rows(np.zeros(1, np.int32), guidance=1.0 if guided else None)
+    for window in {sampler.window, 1}:
+      watch(window, example, lambda begin, denoised: None)
   pipeline = next(iter(variants.values()))
   shape = jax.ShapeDtypeStruct((1, *pipeline.shape), jnp.float32)
   pictures = jax.jit(pipeline.decode).lower(pipeline.constants, params, shape).compile()

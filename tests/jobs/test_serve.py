@@ -145,6 +145,31 @@ def test_a_prompt_and_guidance_are_rows(monkeypatch):
   assert made.shape == first.shape
 
 
+def test_a_policy_makes_the_actions_of_the_policy_itself(tmp_path):
+  """Alone and in a batch; a bound of the passes is a lane of its own."""
+  pytest.importorskip("gym_pusht")
+  from test_rollout import untrained
+
+  from sdiff_jax.experiment import policies
+
+  folder = untrained(tmp_path)
+  choice = serving.Choice(
+    samplers=("paraddpm/5",), batch_sizes=(1, 2), max_passes=(2, 9)
+  )
+  made = serving.of_run(workdir_lib.read(folder), folder, "robot", choice)
+  assert (made.makes, made.shape) == ("actions", (2, 5))
+  assert {key.max_passes for key in made.lanes} == {0, 2}
+  random = np.random.default_rng(1)
+  states = np.float32(random.uniform(100, 400, (2, 2, 5)))
+  rows = made.rows(np.array([3, 4], np.int32), states)
+  outputs = {key.max_passes: lane(rows) for key, lane in made.lanes.items()}
+  assert (outputs[2]["passes"] <= 2).all()
+  act = policies.load(folder, sampler="paraddpm/5")
+  for k, seed in enumerate((3, 4)):
+    wanted = act(states[k], seed)
+    np.testing.assert_allclose(outputs[0]["actions"][k], wanted, rtol=1e-4, atol=1e-2)
+
+
 def test_several_work_directories(tmp_path, run):
   (tmp_path / "runs").mkdir()
   parent = str(pathlib.Path(run).parent)
