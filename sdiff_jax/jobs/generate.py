@@ -209,6 +209,8 @@ def _images(
   for name in ("size", "distilled_guidance"):
     if generate[name] == getattr(Generate, name):
       del generate[name]
+    else:
+      generate[name] = file_io.as_json(generate[name])  # a list, as in a file
   common = resumable.flatten({"sampler": fields, "generate": generate})
   common |= {"sample.guidance": config.sample.guidance}
   settings = [

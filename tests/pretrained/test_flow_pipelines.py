@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
+from sdiff_jax import config as configs
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
+from sdiff_jax.io import image_io
+from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading, scheduler
 from sdiff_jax.samplers import paradigms, sequential
 from sdiff_jax.types import UserError
@@ -167,3 +170,33 @@ def test_abstract_models():
     "text_encoder_2": 12,
     "text_encoder_3": 256,
   }
+
+
+@pytest.mark.parametrize(
+  ("name", "million"),
+  [("stable_diffusion3.5_large", 8146.281), ("flux_dev", 11901.408)],
+)
+def test_published_sizes(name, million):
+  """Those of the models' pages; the first with its table of positions."""
+  folder = FIXTURES.parents[1] / "configs" / "published" / name
+  model = loading.abstract(loading.configs(str(folder)), dtype="bfloat16")
+  count = sum(x.size for x in jax.tree.leaves(model.params["unet"]))
+  assert count / 1e6 == pytest.approx(million, abs=1e-3)
+  assert model.schedule.tokens == 4096
+
+
+def test_images_of_a_size(tmp_path):
+  """The same command finds its images, and another size is refused."""
+  config = configs.base()
+  config.generate.update(folder=str(FLUX), prompts="a cat", size=(16, 8))
+  config.sampler.update(name="paraddim", steps=2, window=2, tolerance=0.1)
+  config.sample.update(num=1, batch_size=8)
+  assert "made 1 of 1" in generate.run(config, str(tmp_path))
+  assert image_io.about(tmp_path / "images" / "00000.png")
+  assert "made 0 of 1" in generate.run(config, str(tmp_path))
+  config.generate.size = (8, 8)
+  with pytest.raises(UserError, match="made with other settings: generate.size"):
+    generate.run(config, str(tmp_path))
+  config.generate.size = (6, 8)
+  with pytest.raises(UserError, match="size=.6, 8.: must be height and width, multip"):
+    generate.run(config, str(tmp_path))
