@@ -28,6 +28,9 @@ from sdiff_jax.serving.lanes import Rows
 from sdiff_jax.serving.models import Key, Model
 from sdiff_jax.types import Cond, Denoiser, Params
 
+# With 32, since 64 clients that wait for each other come in two halves.
+BATCH_SIZES = (1, 4, 16, 32, 64)
+
 
 class Choice(NamedTuple):
   """What is compiled of each model.
@@ -43,7 +46,7 @@ class Choice(NamedTuple):
   samplers: tuple[str, ...] = ()
   live: str = ""
   live_window: int = 16
-  batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+  batch_sizes: tuple[int, ...] = BATCH_SIZES
   max_passes: tuple[int, ...] = ()
 
 

@@ -54,7 +54,7 @@ class Serve:
   live: str = "paraddim/64"
   live_window: Annotated[int, Range(1, 100_000)] = 16
   batch_sizes: Annotated[tuple[int, ...], Range(1, 65_536), Length(1, 20)] = (
-    *(1, 4, 16, 64),
+    models_lib.BATCH_SIZES
   )
   max_passes: Annotated[tuple[int, ...], Range(1, 100_000), Length(0, 20)] = (4, 16)
   max_wait_ms: Annotated[float, Range(0, 1000)] = 3.0

@@ -2,9 +2,8 @@
 
 import json
 import os
-import resource
-import signal
 
+import full_disk
 import numpy as np
 import pytest
 
@@ -97,16 +96,6 @@ def test_the_settings_file_names_a_damaged_one(tmp_path):
     output.settings()
 
 
-@pytest.fixture
-def full_disk():
-  """Returns a function after which this process can write no more than 1000 bytes."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
-  signal.signal(signal.SIGXFSZ, handler)
-
-
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 AFFINE = normalizer.Affine(np.ones((9, 64), np.float32), np.ones((9, 64), np.float32))
 NORMALIZER = normalizer.Normalizer(AFFINE, AFFINE, 2, (4, 64), 1.0)
@@ -124,13 +113,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_on_a_full_disk_the_previous_file_stays_whole(kind, tmp_path, full_disk):
+def test_on_a_full_disk_the_previous_file_stays_whole(kind, tmp_path):
   path = tmp_path / "file"
   path.write_bytes(b"previous")
   WRITERS[kind](tmp_path / "larger")
   assert (tmp_path / "larger").stat().st_size > 1000
-  full_disk()
-  with pytest.raises(OSError, match="File too large"):
+  with pytest.raises(OSError, match="File too large"), full_disk.largest_file(1000):
     WRITERS[kind](path)
   assert path.read_bytes() == b"previous"
   assert {p.name for p in tmp_path.iterdir()} == {"file", "larger"}

@@ -128,7 +128,11 @@ def test_fields(without_weights, source, file):
 @pytest.mark.parametrize(
   ("file", "fields", "message"),
   [
-    ("model_index.json", {"scheduler": None}, "names no unet, or no scheduler"),
+    (
+      "model_index.json",
+      {"scheduler": None},
+      "names no unet and no transformer, or no sch",
+    ),
     (
       "model_index.json",
       {"scheduler": [None, None]},

@@ -1,15 +1,16 @@
 """Checkpoints: what comes back, on which mesh, and how many are kept."""
 
 import collections
+import contextlib
 import errno
 import gc
 import os
 import random
-import resource
 import shutil
 import sys
 import types
 
+import full_disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,14 +257,6 @@ def one_line(folder, needed):
   return False
 
 
-@pytest.fixture
-def small_files():
-  """Returns a function after which this process can write no large file."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def noise(step: int) -> state.TrainState:
   """Returns a state that does not compress."""
   w = jax.random.normal(jax.random.key(step), (512, 512))
@@ -273,14 +266,15 @@ def noise(step: int) -> state.TrainState:
 
 
 @pytest.mark.parametrize("surfaces", ["at the next save", "at the end"])
-def test_a_save_that_fails(tmp_path, small_files, surfaces):
+def test_a_save_that_fails(tmp_path, surfaces):
   passed = []
 
   def train():
-    with checkpoints_lib.Checkpoints(tmp_path) as checkpoints:
+    manager = checkpoints_lib.Checkpoints(tmp_path)
+    with contextlib.ExitStack() as limit, manager as checkpoints:  # closed under it
       checkpoints.save(1, noise(1))
       checkpoints.wait()
-      small_files()
+      limit.enter_context(full_disk.largest_file(200_000))
       checkpoints.save(2, noise(2))
       passed.append("the save itself")
       if surfaces == "at the next save":
