@@ -98,20 +98,20 @@ def _waves(t: Array, frequencies: np.ndarray) -> Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rms_norm(x: Array) -> Array:
+def rms_norm(x: Array, eps: float = EPS) -> Array:
   """Returns x / sqrt(mean(x^2) + eps) over the last axis, the pixel norm of PGGAN.
 
   eps is inside the square root, so that the tangent is finite at x = 0.
   """
   w = to_accumulation_dtype(x)
-  scale = jax.lax.rsqrt(jnp.mean(jnp.square(w), -1, keepdims=True) + EPS)
+  scale = jax.lax.rsqrt(jnp.mean(jnp.square(w), -1, keepdims=True) + eps)
   return (w * scale).astype(x.dtype)
 
 
-def layer_norm(x: Array) -> Array:
+def layer_norm(x: Array, eps: float = EPS) -> Array:
   """Returns (x - mean) / sqrt(var + eps) over the last axis, statistics in float32."""
   w = to_accumulation_dtype(x)
-  return rms_norm(w - jnp.mean(w, -1, keepdims=True)).astype(x.dtype)
+  return rms_norm(w - jnp.mean(w, -1, keepdims=True), eps).astype(x.dtype)
 
 
 class AdaptiveDoubleNorm(nn.Module):

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import (
   clip_text,
+  dit_transformer,
   fit,
   flux_transformer,
   hub,
@@ -60,6 +61,7 @@ NETWORKS = {  # class -> module
   "UNet2DModel": unet2d,
   "SD3Transformer2DModel": sd3_transformer,
   "FluxTransformer2DModel": flux_transformer,
+  **dict.fromkeys(dit_transformer.NAMES, dit_transformer),
   "AutoencoderKL": vae,
   "CLIPTextModel": clip_text,
   "CLIPTextModelWithProjection": clip_text,

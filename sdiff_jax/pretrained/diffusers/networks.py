@@ -34,8 +34,8 @@ class Predictor(NamedTuple):
   Attributes:
     init: (key) -> params.
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
-      float32 or wider; cond is None, or has "text" [B, L, E], "pooled" [B, P] and
-      "distilled_guidance" [B], as far as the network takes them.
+      float32 or wider; cond is None, or has "text" [B, L, E], "pooled" [B, P],
+      "distilled_guidance" [B] and "label" int [B], as far as the network takes them.
     shape: (H, W, C) of its training samples.
     text: E, size of the text embeddings, or None.
     pooled: P, size of the embedding of a whole text, or None.
@@ -45,6 +45,8 @@ class Predictor(NamedTuple):
       takes of them, "text" and "pooled".
     long_text: number of tokens of T5's encoder.
     spacing: of the noise levels before their shift; "" for the scheduler's own.
+    classes: number of classes, for a network that takes "label"; a negative one is no
+      class.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -57,6 +59,7 @@ class Predictor(NamedTuple):
   conditions: Callable[[Mapping[str, Any]], dict[str, Array]] = _hidden
   long_text: int = 0
   spacing: str = ""
+  classes: int = 0
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:

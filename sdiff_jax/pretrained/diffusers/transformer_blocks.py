@@ -47,20 +47,21 @@ def modulation(emb: Array, count: int, dtype: jnp.dtype, name: str) -> list[Arra
   return jnp.split(dense(nn.silu(emb))[:, None], count, axis=-1)
 
 
-def modulated(x: Array, shift: Array, scale: Array) -> Array:
+def modulated(x: Array, shift: Array, scale: Array, eps: float = common.EPS) -> Array:
   """Returns layer_norm(x) (1 + scale) + shift.
 
   Args:
     x: tokens, [B, L, C].
     shift: [B, 1, C].
     scale: [B, 1, C].
+    eps: of the norm.
 
   Example:
     >>> zero = jnp.zeros((1, 1, 2))
     >>> abs(modulated(jnp.array([[[1.0, 3.0]]]), zero, zero)).round(3).tolist()
     [[[1.0, 1.0]]]
   """
-  return common.layer_norm(x) * (1 + scale) + shift
+  return common.layer_norm(x, eps) * (1 + scale) + shift
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:

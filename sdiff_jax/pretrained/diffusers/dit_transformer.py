@@ -1,0 +1,218 @@
+"""The transformer of DiT, DiTTransformer2DModel of the diffusers format.
+
+It is conditioned on a class. Its published config files call it Transformer2DModel.
+"""
+
+from typing import Annotated
+
+import flax.linen as nn
+import jax.numpy as jnp
+from msgspec import Meta
+
+from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
+from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.unet import Time
+from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
+from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
+
+NAMES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
+FREQUENCY_SHIFT = 1.0  # of the embedded times; 0 in the files of DiT's authors
+Depth = Annotated[int, Meta(ge=1, le=256)]
+Side = Annotated[int, Meta(ge=1, le=1024)]
+FIELDS = {
+  "num_attention_heads": Field(16, Channels),
+  "attention_head_dim": Field(72, Channels),
+  "in_channels": Field(4, Channels),
+  "out_channels": Field(None, Channels | None),
+  "num_layers": Field(28, Depth),
+  "sample_size": Field(32, Side),
+  "patch_size": Field(2, Annotated[int, Meta(ge=1, le=16)]),
+  "num_embeds_ada_norm": Field(1000, Annotated[int, Meta(ge=1, le=1_000_000)]),
+  "norm_eps": Field(1e-5, Fraction),
+}
+UNSUPPORTED_FIELDS = (None, False)
+SUPPORTED_VALUES = {
+  "norm_type": ("ada_norm_zero",),
+  "activation_fn": ("gelu-approximate",),
+  "attention_bias": (True,),
+  "norm_elementwise_affine": (False,),
+  "attention_type": ("default",),
+  **{
+    name: UNSUPPORTED_FIELDS
+    for name in (
+      *("caption_channels", "cross_attention_dim", "double_self_attention"),
+      *("num_vector_embeds", "only_cross_attention"),
+    )
+  },
+}
+# There is no dropout in sampling, scores are always float32, and a linear layer is the
+# same as a 1x1 convolution. DiT has no group norm.
+IGNORED_FIELDS = ("dropout", "norm_num_groups", "upcast_attention")
+IGNORED_FIELDS += ("use_linear_projection",)
+
+
+class Embedding(nn.Module):
+  """Embeds time [B] and class [B], negative for no class; [B, width]."""
+
+  width: int
+  classes: int
+  shift: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, time: Array, label: Array) -> Array:
+    waves = Time(
+      blocks.TIME_FEATURES,
+      self.width,
+      self.shift,
+      cosines_first=True,
+      dtype=self.dtype,
+      name="timestep_embedder",
+    )
+    table = nn.Embed(
+      self.classes + 1,
+      self.width,
+      dtype=self.dtype,
+      name="class_embedder.embedding_table",
+    )
+    return waves(time) + table(jnp.where(label < 0, self.classes, label))
+
+
+class Block(nn.Module):
+  """A block of tokens [B, L, C] with an embedding of its own, which it returns, too."""
+
+  heads: int
+  classes: int
+  shift: float
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, time: Array, label: Array) -> tuple[Array, Array]:
+    embed = Embedding(
+      x.shape[-1], self.classes, self.shift, self.dtype, name="norm1.emb"
+    )
+    emb = embed(time, label)
+    shift, scale, gate, *mlp = blocks.modulation(emb, 6, self.dtype, "norm1")
+    attend = blocks.TokenAttention(self.heads, False, self.dtype, name="attn1")
+    x += gate * attend(blocks.modulated(x, shift, scale))[0]
+    shift, scale, gate = mlp
+    h = blocks.modulated(x, shift, scale, self.eps)
+    return x + gate * blocks.FeedForward(self.dtype, name="ff")(h), emb
+
+
+class Transformer(nn.Module):
+  """Predicts from (x [B, H, W, C], time [B], label [B])."""
+
+  width: int
+  heads: int
+  depth: int
+  patch: int
+  out: int
+  classes: int
+  base: int
+  shift: float
+  eps: float
+  remat: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array, time: Array, label: Array) -> Array:
+    size, rows = (self.patch, self.patch), x.shape[1] // self.patch
+    options = {"strides": size, "padding": "VALID", "dtype": self.dtype}
+    conv = common.Conv(self.width, size, name="pos_embed.proj", **options)
+    h = conv(x.astype(self.dtype)).reshape(len(x), -1, self.width)
+    at = blocks.sincos(self.width, rows, self.base)
+    h += jnp.asarray(at, self.dtype)[None]
+    block, embs = common.remat(Block, self.remat), []
+    for i in range(self.depth):
+      kind = self.heads, self.classes, self.shift, self.eps, self.dtype
+      h, emb = block(*kind, name=f"transformer_blocks.{i}")(h, time, label)
+      embs.append(emb)
+    dense = common.Dense(2 * self.width, dtype=self.dtype, name="proj_out_1")
+    shift, scale = jnp.split(dense(nn.silu(embs[0]))[:, None], 2, axis=-1)
+    h = blocks.modulated(h, shift, scale)
+    h = common.Dense(self.out * self.patch**2, dtype=self.dtype, name="proj_out_2")(h)
+    return blocks.from_patches(h, self.patch, rows, channels_last=True)
+
+
+def from_config(
+  config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
+) -> Predictor:
+  """Returns the network of a config.json (arXiv:2212.09748).
+
+  If it predicts variances beside the noise, they are left out.
+
+  Args:
+    config: its fields; missing ones have the defaults of diffusers.
+    dtype: type of the hidden layers.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+
+  Raises:
+    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  """
+  c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
+  return predictor(c, FREQUENCY_SHIFT, dtype=dtype, remat=remat)
+
+
+def predictor(
+  c: dict[str, Json], shift: float, *, dtype: str = "float32", remat: str = ""
+) -> Predictor:
+  """Returns the network of the fields of a config.
+
+  Args:
+    c: values of FIELDS.
+    shift: of the frequencies of the embedded times.
+    dtype: see `from_config`.
+    remat: see `from_config`.
+
+  Raises:
+    ValueError: sizes that do not fit.
+  """
+  width, patch = c["attention_head_dim"] * c["num_attention_heads"], c["patch_size"]
+  channels, side = c["in_channels"], c["sample_size"]
+  out = c["out_channels"] or channels
+  if width % 4:
+    raise ValueError(
+      f"attention_head_dim={c['attention_head_dim']}: must make with num_attention_heads="
+      f"{c['num_attention_heads']} a multiple of 4"
+    )
+  if side % patch:
+    raise ValueError(f"sample_size={side}: must be a multiple of patch_size={patch}")
+  if out not in (channels, 2 * channels):
+    raise ValueError(
+      f"out_channels={out}: must be in_channels={channels}, or twice as many with "
+      "variances"
+    )
+  module = Transformer(
+    width=width,
+    heads=c["num_attention_heads"],
+    depth=c["num_layers"],
+    patch=patch,
+    out=out,
+    classes=c["num_embeds_ada_norm"],
+    base=side // patch,
+    shift=shift,
+    eps=c["norm_eps"],
+    remat=remat,
+    dtype=jnp.dtype(dtype),
+  )
+
+  def init(key: PRNGKey) -> Params:
+    x = jnp.zeros((1, patch, patch, channels), module.dtype)
+    time, label = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
+    return module.init(key, x, time, label)["params"]
+
+  def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
+    blocks.check_sides(x, patch)
+    if x.shape[1] != x.shape[2]:
+      raise ValueError(f"x: height and width must be equal, got {x.shape}")
+    out = module.apply({"params": params}, x, time, (cond or {})["label"])
+    return common.to_accumulation_dtype(out)[..., :channels]
+
+  classes = c["num_embeds_ada_norm"]
+  shape = (side, side, channels)
+  return Predictor(init, apply, shape, None, patch=patch, classes=classes)
