@@ -1,11 +1,12 @@
 """Files of the weights of a network in the diffusers format."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.files import sharded, state_dict
+from sdiff_jax.pretrained.files.state_dict import Tensor
 from sdiff_jax.types import Params, PyTree, UserError
 
 STEMS = {  # of files of weights, by their ends
@@ -45,13 +46,28 @@ def parameters(
   Raises:
     UserError: the file is missing or damaged, or the weights do not fit the network.
   """
+  path, tensors = stored(folder)
+  return networks_lib.load_state_dict(
+    tensors, network.init, dtype=dtype, path=path, place=place
+  )
+
+
+def stored(folder: str) -> tuple[str, Mapping[str, Tensor]]:
+  """Returns the path of the weights of a folder, or of their index, and the tensors.
+
+  Those of .safetensors are not read yet.
+
+  Args:
+    folder: of the part.
+
+  Raises:
+    UserError: the file is missing or damaged.
+  """
   for name in FILES:
     path = os.path.join(folder, name)
     if os.path.exists(path):
       read = sharded.stored if name.endswith(INDEX_END) else state_dict.stored
-      return networks_lib.load_state_dict(
-        read(path), network.init, dtype=dtype, path=path, place=place
-      )
+      return path, read(path)
   plain = [f"{stem}.{end}" for end, stems in STEMS.items() for stem in stems]
   raise UserError(
     f"{folder} has no weights: there is none of {', '.join(plain)}, no index of shards, "

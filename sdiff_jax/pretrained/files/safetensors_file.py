@@ -1,4 +1,4 @@
-"""Reader of .safetensors files, with bounds on what their header claims.
+"""Reader of .safetensors files, with bounds on what their header claims, and writer.
 
 The format: the length of the header in 8 bytes, little-endian; the header, JSON that
 gives type, shape and place of each tensor; the tensors, one after another.
@@ -6,19 +6,22 @@ Source: https://github.com/huggingface/safetensors.
 """
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from typing import IO, Annotated
 
 import ml_dtypes
 import msgspec
 import numpy as np
 
-from sdiff_jax.io import bounded
-from sdiff_jax.types import Json
+from sdiff_jax.io import bounded, file_io
+from sdiff_jax.types import Array, Json
 
 MAX_HEADER = 100_000_000  # bytes, as in the original implementation
 MAX_TENSORS = 2**17
 METADATA = "__metadata__"
+ALIGNMENT = 8  # bytes of the first tensor's place
 DTYPES = {
   "BOOL": np.bool_,
   "U8": np.uint8,
@@ -39,6 +42,7 @@ DTYPES = {
   "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
   "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Size = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
@@ -127,6 +131,50 @@ def stored(file: IO[bytes], path: str) -> dict[str, StoredTensor]:
   if position != available:
     raise ValueError(f"{available - position} bytes follow the last tensor")
   return tensors
+
+
+def write(
+  path: file_io.Path,
+  tensors: Mapping[str, np.ndarray | Array],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes tensors to a file atomically, one after another.
+
+  Args:
+    path: of the file.
+    tensors: by name; an array of JAX is fetched when it is written.
+    metadata: texts by name, such as {"format": "pt"}, without which transformers refuses
+      a file.
+
+  Raises:
+    ValueError: a tensor has a type that the format does not have.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.safetensors")
+    >>> write(path, {"w": np.arange(3, dtype=np.int8)})
+    >>> with open(path, "rb") as file:
+    ...   read(file)
+    {'w': array([0, 1, 2], dtype=int8)}
+  """
+  header: dict[str, Json] = {METADATA: dict(metadata)} if metadata else {}
+  # Wide types first, so that every tensor is aligned.
+  names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+  position = 0
+  for name in names:
+    x = tensors[name]
+    if x.dtype not in NAMES:
+      raise ValueError(f"tensors: {name} has the type {x.dtype}, which is not stored")
+    end = position + math.prod(x.shape) * x.dtype.itemsize
+    entry = {"dtype": NAMES[x.dtype], "shape": [*x.shape]}
+    header[name] = entry | {"data_offsets": [position, end]}
+    position = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % ALIGNMENT)
+  with file_io.atomic(path) as temporary, open(temporary, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+      file.write(np.ascontiguousarray(tensors[name]).tobytes())
 
 
 def _read(file: IO[bytes], tensor: StoredTensor) -> np.ndarray:
