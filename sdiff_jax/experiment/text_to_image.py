@@ -279,6 +279,8 @@ def pipeline(
       return denoiser(model, sampler, params, None, guidance_scale), None
     cond = encoded(params, inputs)
     empty = {k: v[0] for k, v in encoded(params, inputs, "negative_").items()}
+    if model.force_zeros_for_empty_prompt and not negative_prompt:
+      empty |= {k: jnp.zeros_like(empty[k]) for k in ("text", "pooled") if k in empty}
     if guidance_scale is None:
       cond = guidance.with_scale(cond, inputs["guidance"])
     return denoiser(model, sampler, params, empty, guidance_scale), cond

@@ -578,6 +578,12 @@ READERS: dict[str, Reader] = {
       *("text_encoder_2/config.json", "text_encoder_3/config.json"),
     ),
   ),
+  "diffusers sdxl configs": Reader(
+    _tree("tiny-sdxl", "safetensors", "expected"),
+    lambda folder: loading.abstract(loading.configs(folder)),
+    1,
+    ("model_index.json", "unet/config.json", "text_encoder_2/config.json"),
+  ),
   "diffusers flux": Reader(_tree("tiny-flux", "expected"), loading.load, 1),
   "t5 tokenizer": Reader(
     _tree("tiny-flux/tokenizer_2"), lambda folder: t5_tokenizer.load(folder, 8), 4

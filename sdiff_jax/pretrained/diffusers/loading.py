@@ -6,8 +6,8 @@ its config and weights; a model with one network may have all in one folder.
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -29,11 +29,11 @@ from sdiff_jax.pretrained.diffusers import networks as networks_lib
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
-from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.model import Model, with_shape
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field
-from sdiff_jax.types import Array, Cond, Json, Params, PyTree, UserError
+from sdiff_jax.types import Json, Params, PyTree, UserError
 
 Class = Annotated[list[str | None], Meta(min_length=2, max_length=2)]
 INDEX = {  # model_index.json: part -> [library, class]
@@ -69,61 +69,6 @@ NETWORKS = {  # class -> module
 }
 CLASSES = {f"tokenizer{suffix}": tuple(TOKENIZERS) for suffix in fit.SUFFIXES}
 CLASSES["scheduler"] = scheduler.NAMES
-
-
-class Model(NamedTuple):
-  """The parts of a folder; None for a missing part.
-
-  Attributes:
-    unet: predicts the noise, v, x0 or a velocity: a U-Net or a transformer.
-    vae: decodes latents to images.
-    text_encoders: map tokens to what the network's conditions are made of, by the names
-      of their folders.
-    params: of the networks, by the names of their folders; those of a transformer are
-      under "unet", too.
-    tokenizers: map texts to tokens, by the names of their text encoders.
-    schedule: the diffusion process of the network, and its solver.
-  """
-
-  unet: Predictor
-  vae: vae.Autoencoder | None
-  text_encoders: dict[str, clip_text.TextEncoder]
-  params: dict[str, Params]
-  tokenizers: dict[str, tokenizer_lib.Tokenizer]
-  schedule: Schedule | FlowSchedule
-
-  @property
-  def text_encoder(self) -> clip_text.TextEncoder | None:
-    """The first text encoder."""
-    return self.text_encoders.get(fit.ENCODERS[0])
-
-  @property
-  def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
-    """The tokenizer of the first text encoder."""
-    return self.tokenizers.get(fit.ENCODERS[0])
-
-  @property
-  def lengths(self) -> dict[str, int]:
-    """The number of tokens of every text, by the names of the text encoders."""
-    return {
-      name: self.tokenizers[name].length
-      if name in self.tokenizers
-      else encoder.length or self.unet.long_text
-      for name, encoder in self.text_encoders.items()
-    }
-
-  def encode(self, params: dict[str, Params], tokens: Mapping[str, Array]) -> Cond:
-    """Returns the conditions that texts are.
-
-    Args:
-      params: of the model.
-      tokens: ids int32 [B, L], by the names of the text encoders.
-    """
-    texts = {
-      name: encoder.apply(params[name], tokens[name])
-      for name, encoder in self.text_encoders.items()
-    }
-    return self.unet.conditions(texts)
 
 
 def load(
@@ -171,7 +116,10 @@ def load(
   if problems:
     raise UserError(fit.listed(folder, problems))
   model = _model(networks, params, process)
-  return model._replace(tokenizers=_tokenizers(folder, classes, model))
+  return model._replace(
+    tokenizers=_tokenizers(folder, classes, model),
+    force_zeros_for_empty_prompt=_forces_zeros(folder),
+  )
 
 
 def _model(
@@ -186,19 +134,6 @@ def _model(
     process = process._replace(spacing=unet.spacing or process.spacing)
   model = Model(unet, networks.get("vae"), encoders, params, {}, process)
   return with_shape(model, unet.shape)
-
-
-def with_shape(model: Model, shape: tuple[int, int, int]) -> Model:
-  """Returns a model that makes samples of another shape.
-
-  Args:
-    model: with any shape.
-    shape: (H, W, C) of the samples, latents for a model with an autoencoder.
-  """
-  unet, process = model.unet._replace(shape=shape), model.schedule
-  if isinstance(process, FlowSchedule):
-    process = process._replace(tokens=shape[0] * shape[1] // unet.patch**2)
-  return model._replace(unet=unet, schedule=process)
 
 
 def _tokenizers(
@@ -351,6 +286,18 @@ def _classes(folder: str) -> dict[str, str]:
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
   return classes
+
+
+def _forces_zeros(folder: str) -> bool:
+  """Returns whether a folder of Stable Diffusion XL takes zeros for an empty prompt."""
+  path, name = os.path.join(folder, "model_index.json"), "force_zeros_for_empty_prompt"
+  index = config_fields.read_config(path)
+  try:
+    return config_fields.validated_config(
+      {name: index[name]} if name in index else {}, {name: Field(False, bool)}, {}
+    )[name]
+  except ValueError as error:
+    raise UserError(f"{path}: {error}") from error
 
 
 def schedule(folder: str, class_name: str = "") -> Schedule | FlowSchedule:

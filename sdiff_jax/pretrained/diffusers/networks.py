@@ -21,6 +21,9 @@ PREFIX, POSITIONS = "text_model.", "embeddings.position_ids"
 # What torch.compile puts anywhere into names, and DataParallel before them.
 COMPILED, PARALLEL = "_orig_mod", "module."
 TIED = "encoder.embed_tokens.weight"  # of T5, the same as shared.weight
+TIME_IDS = (
+  6  # heights and widths: of the original image, of the crop's corner, and ours
+)
 
 
 def _hidden(texts: Mapping[str, Any]) -> dict[str, Array]:
@@ -35,7 +38,8 @@ class Predictor(NamedTuple):
     init: (key) -> params.
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
       float32 or wider; cond is None, or has "text" [B, L, E], "pooled" [B, P],
-      "distilled_guidance" [B] and "label" int [B], as far as the network takes them.
+      "distilled_guidance" [B], "time_ids" [B, 6] and "label" int [B], as far as the
+      network takes them.
     shape: (H, W, C) of its training samples.
     text: E, size of the text embeddings, or None.
     pooled: P, size of the embedding of a whole text, or None.
@@ -47,6 +51,7 @@ class Predictor(NamedTuple):
     spacing: of the noise levels before their shift; "" for the scheduler's own.
     classes: number of classes, for a network that takes "label"; a negative one is no
       class.
+    sized: whether the network takes "time_ids", sizes of the image in pixels.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -60,6 +65,7 @@ class Predictor(NamedTuple):
   long_text: int = 0
   spacing: str = ""
   classes: int = 0
+  sized: bool = False
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:

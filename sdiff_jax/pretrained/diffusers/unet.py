@@ -1,7 +1,7 @@
 """The U-Net that DDPM and Stable Diffusion share, in the diffusers format."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -10,7 +10,8 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
-from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.clip_text import Text
+from sdiff_jax.pretrained.diffusers.networks import TIME_IDS, Predictor
 from sdiff_jax.pretrained.diffusers.unet_blocks import (
   Conv,
   Downsample,
@@ -34,6 +35,7 @@ from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 Side = Annotated[int, Meta(ge=1, le=1024)]  # of the samples
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
 MAX_BLOCKS = 1000  # resnets and transformer blocks of all levels
+GUIDANCE_UNIT = 1000  # the embedding of a guidance scale is that of 1000 (scale - 1)
 FIELDS = {  # of fields that both classes have
   "sample_size": Field(None, Side | Sides | None),
   "layers_per_block": Field(2, Layers | LayersOfLevels),
@@ -60,7 +62,8 @@ SUPPORTED_VALUES = {
 class Unet(nn.Module):
   """Predicts from (x [B, H, W, C], time [B], text [B, L, E] or None).
 
-  Levels are listed from the highest resolution on, also in `up`.
+  Levels are listed from the highest resolution on, also in `up`. A network may also take
+  a guidance scale [B], and pooled text [B, P] with the sizes of the image [B, 6].
   """
 
   channels: tuple[int, ...]
@@ -74,13 +77,24 @@ class Unet(nn.Module):
   groups: int
   eps: float
   time: dict[str, Json]
+  size_features: int | None  # of the embedding of each of the sizes
   padding: int
   remat: str
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, time: Array, text: Array | None) -> Array:
-    emb = Time(**self.time, dtype=self.dtype, name="time_embedding")(time)
+  def __call__(
+    self,
+    x: Array,
+    time: Array,
+    text: Array | None = None,
+    guidance: Array | None = None,
+    pooled: Array | None = None,
+    sizes: Array | None = None,
+  ) -> Array:
+    emb = Time(**self.time, dtype=self.dtype, name="time_embedding")(time, guidance)
+    if self.size_features:
+      emb += self._added(pooled, sizes)
     text = None if text is None else text.astype(self.dtype)
 
     def make(kind: type[nn.Module], *sizes: Any, name: str) -> nn.Module:
@@ -108,6 +122,16 @@ class Unet(nn.Module):
     h = nn.silu(norm(dtype=self.dtype, name="conv_norm_out")(h))
     return Conv(self.out, dtype=self.dtype, name="conv_out")(h)
 
+  def _added(self, pooled: Array, sizes: Array) -> Array:
+    """Returns the embedding of pooled text and of sizes (arXiv:2307.01952, 2.2)."""
+    form = self.time["shift"], self.time["cosines_first"]
+    each = waves(sizes.reshape(-1), self.size_features, *form)
+    both = [pooled.astype(each.dtype), each.reshape(len(sizes), -1)]
+    h = jnp.concatenate(both, axis=-1).astype(self.dtype)
+    dense = functools.partial(common.Dense, self.time["width"], dtype=self.dtype)
+    h = nn.silu(dense(name="add_embedding.linear_1")(h))
+    return dense(name="add_embedding.linear_2")(h)
+
   def _encode(self, h: Array, block: Callable) -> tuple[Array, list[Array]]:
     """Returns the last hidden state, and the list of all of them."""
     skips = [h]
@@ -131,10 +155,34 @@ class Unet(nn.Module):
     return h
 
 
+def waves(t: Array, features: int, shift: float, cosines_first: bool) -> Array:
+  """Returns sines and cosines of t at frequencies 10000^(-i / (features / 2 - shift)).
+
+  Args:
+    t: what to embed, [B].
+    features: number of sines and cosines, even.
+    shift: see the formula; below features / 2.
+    cosines_first: whether the cosines stand before the sines.
+
+  Returns:
+    [B, features].
+
+  Example:
+    >>> waves(jnp.zeros(1), 4, 0.0, True).tolist()
+    [[1.0, 1.0, 0.0, 0.0]]
+  """
+  half = features // 2
+  frequencies = 10_000.0 ** -(np.arange(half) / (half - shift))
+  angles = t[:, None] * frequencies.astype(t.dtype)[None]
+  both = [jnp.sin(angles), jnp.cos(angles)]
+  return jnp.concatenate(both[::-1] if cosines_first else both, axis=-1)
+
+
 class Time(nn.Module):
   """Embeds a timestep in [0, T), [B] -> [B, width].
 
-  Sines and cosines at frequencies 10000^(-i / (features / 2 - shift)).
+  A distilled network may add a linear map of its guidance scale [B] to the sines and
+  cosines (arXiv:2310.04378, section 4.2).
   """
 
   features: int
@@ -142,17 +190,18 @@ class Time(nn.Module):
   shift: float
   cosines_first: bool
   dtype: jnp.dtype
+  guidance_features: int | None = None
 
   @nn.compact
-  def __call__(self, t: Array) -> Array:
-    half = self.features // 2
-    frequencies = 10_000.0 ** -(np.arange(half) / (half - self.shift))
-    angles = t[:, None] * frequencies.astype(t.dtype)[None]
-    waves = [jnp.sin(angles), jnp.cos(angles)]
-    waves = jnp.concatenate(waves[::-1] if self.cosines_first else waves, axis=-1)
-    dense = functools.partial(common.Dense, self.width, dtype=self.dtype)
-    h = dense(name="linear_1")(waves.astype(self.dtype))
-    return dense(name="linear_2")(nn.silu(h))
+  def __call__(self, t: Array, guidance: Array | None = None) -> Array:
+    h = waves(t, self.features, self.shift, self.cosines_first).astype(self.dtype)
+    dense = functools.partial(common.Dense, dtype=self.dtype)
+    if self.guidance_features:
+      scale = GUIDANCE_UNIT * (guidance - 1)
+      scale = waves(scale, self.guidance_features, 1.0, False).astype(self.dtype)
+      h += dense(self.features, use_bias=False, name="cond_proj")(scale)
+    h = nn.silu(dense(self.width, name="linear_1")(h))
+    return dense(self.width, name="linear_2")(h)
 
 
 def predictor(
@@ -164,6 +213,7 @@ def predictor(
   text: int | None,
   dtype: str,
   remat: str,
+  pooled: int | None = None,
 ) -> Predictor:
   """Returns the U-Net of the fields of a config.
 
@@ -173,6 +223,8 @@ def predictor(
     mid: attention of the middle block.
     heads: number of heads of each level.
     text: size of the text embeddings, or None.
+    pooled: size of the embedding of a whole text, which comes with the sizes of the
+      image, or None.
     dtype: type of the hidden layers.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
@@ -234,12 +286,14 @@ def predictor(
       "width": c["time_embedding_dim"] or 4 * channels[0],
       "shift": c["freq_shift"],
       "cosines_first": c["flip_sin_to_cos"],
+      "guidance_features": c.get("time_cond_proj_dim"),
     },
+    size_features=c["addition_time_embed_dim"] if pooled else None,
     padding=c["downsample_padding"],
     remat=remat,
     dtype=jnp.dtype(dtype),
   )
-  return _of_module(module, (*size, c["in_channels"]), text, factor)
+  return _of_module(module, (*size, c["in_channels"]), text, pooled, factor)
 
 
 def _attention(
@@ -257,19 +311,44 @@ def _attention(
 
 
 def _of_module(
-  module: Unet, shape: tuple[int, int, int], text: int | None, factor: int
+  module: Unet,
+  shape: tuple[int, int, int],
+  text: int | None,
+  pooled: int | None,
+  factor: int,
 ) -> Predictor:
   """Returns the network of a module; `factor` must divide the sides of images."""
+  guided = bool(module.time["guidance_features"])
+
+  def inputs(cond: Cond) -> list[Array | None]:
+    names = {"text": text, "distilled_guidance": guided}
+    names |= {"pooled": pooled, "time_ids": pooled}
+    return [cond[name] if there else None for name, there in names.items()]
 
   def init(key: PRNGKey) -> Params:
     x = jnp.zeros((1, factor, factor, shape[-1]), module.dtype)
-    rows = None if text is None else jnp.zeros((1, 1, text), module.dtype)
-    return module.init(key, x, jnp.zeros((1,), jnp.float32), rows)["params"]
+    one = jnp.zeros((1,), jnp.float32)
+    cond = {"text": jnp.zeros((1, 1, text or 1)), "distilled_guidance": one}
+    cond |= {
+      "pooled": jnp.zeros((1, pooled or 1)),
+      "time_ids": jnp.zeros((1, TIME_IDS)),
+    }
+    return module.init(key, x, one, *inputs(cond))["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     if x.shape[1] % factor or x.shape[2] % factor:
       raise ValueError(f"x: {factor} must divide height and width, got {x.shape}")
-    rows = None if text is None else cond["text"]
-    return common.to_accumulation_dtype(module.apply({"params": params}, x, time, rows))
+    out = module.apply({"params": params}, x, time, *inputs(cond or {}))
+    return common.to_accumulation_dtype(out)
 
-  return Predictor(init, apply, shape, text)
+  if not pooled:
+    return Predictor(init, apply, shape, text, guided=guided)
+  options = {"conditions": _two_encoders, "sized": True, "guided": guided}
+  return Predictor(init, apply, shape, text, pooled, **options)
+
+
+def _two_encoders(texts: Mapping[str, Text]) -> dict[str, Array]:
+  """Returns the conditions of Stable Diffusion XL."""
+  both = [texts[name] for name in ("text_encoder", "text_encoder_2")]
+  rows = jnp.concatenate([text.penultimate for text in both], axis=-1)
+  return {"text": rows, "pooled": both[1].projected}

@@ -1,7 +1,9 @@
 """Stable Diffusion's U-Net, UNet2DConditionModel of the diffusers format."""
 
+from typing import Literal
+
 from sdiff_jax.pretrained.diffusers import unet
-from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.networks import TIME_IDS, Predictor
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import (
   Channels,
@@ -22,10 +24,12 @@ FIELDS = unet.FIELDS | {
   "attention_head_dim": Field(8, Channels | ChannelsOfLevels),
   "cross_attention_dim": Field(1280, Channels | ChannelsOfLevels),
   "transformer_layers_per_block": Field(1, Layers | LayersOfLevels),
+  "addition_embed_type": Field(None, Literal["text_time"] | None),
+  "addition_time_embed_dim": Field(None, Channels | None),
+  "projection_class_embeddings_input_dim": Field(None, Channels | None),
+  "time_cond_proj_dim": Field(None, Channels | None),
 }
 SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
-  "addition_embed_type": unet.UNSUPPORTED_FIELDS,
-  "addition_time_embed_dim": unet.UNSUPPORTED_FIELDS,
   "attention_type": ("default",),
   "class_embeddings_concat": unet.UNSUPPORTED_FIELDS,
   "conv_in_kernel": (3,),
@@ -38,11 +42,9 @@ SUPPORTED_VALUES = unet.SUPPORTED_VALUES | {
   "mid_block_type": ("UNetMidBlock2DCrossAttn",),
   "num_attention_heads": unet.UNSUPPORTED_FIELDS,
   "only_cross_attention": unet.UNSUPPORTED_FIELDS,
-  "projection_class_embeddings_input_dim": unet.UNSUPPORTED_FIELDS,
   "resnet_out_scale_factor": (1,),
   "resnet_skip_time_act": unet.UNSUPPORTED_FIELDS,
   "reverse_transformer_layers_per_block": unet.UNSUPPORTED_FIELDS,
-  "time_cond_proj_dim": unet.UNSUPPORTED_FIELDS,
   "time_embedding_act_fn": unet.UNSUPPORTED_FIELDS,
   "timestep_post_act": unet.UNSUPPORTED_FIELDS,
 }
@@ -55,7 +57,7 @@ IGNORED_FIELDS += ("addition_embed_type_num_heads",)
 def from_config(
   config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
 ) -> Predictor:
-  """Returns the network of a config.json (arXiv:2112.10752, appendix E.2.1).
+  """Returns the network of a config.json (arXiv:2112.10752, E.2.1; XL: 2307.01952).
 
   Args:
     config: its fields; missing ones have the defaults of diffusers.
@@ -79,6 +81,23 @@ def from_config(
     mid="text",
     heads=heads,
     text=width,
+    pooled=_pooled(c),
     dtype=dtype,
     remat=remat,
   )
+
+
+def _pooled(c: dict[str, Json]) -> int | None:
+  """Returns the size of the pooled text that is embedded with sizes, or None."""
+  if c["addition_embed_type"] is None:
+    return None
+  whole, features = (
+    c[name] or 0
+    for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+  )
+  if features < 2 or features % 2 or whole <= TIME_IDS * features:
+    raise ValueError(
+      f"projection_class_embeddings_input_dim={whole}: must be above {TIME_IDS} "
+      f"addition_time_embed_dim={features}, which must be even"
+    )
+  return whole - TIME_IDS * features
