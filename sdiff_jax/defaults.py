@@ -25,9 +25,11 @@ Devices = Annotated[int, Range(-1, 1_000_000)]
 PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losses"}
 # Sections and fields outside of jobs that may change between two runs in one work
 # directory: they do not change what is trained.
-RUNTIME = ("checkpoint", "init_from", "job", "mesh", "model.remat", "plugins")
+RUNTIME = ("checkpoint", "init_from", "job", "mesh", "plugins")
+RUNTIME += ("model.folder", "model.remat")
 RUNTIME += ("reference", "sample", "sampler", "vae")
-RUNTIME += ("teacher.config", "teacher.weak_workdir", "teacher.workdir")
+RUNTIME += ("teacher.config", "teacher.folder", "teacher.weak_workdir")
+RUNTIME += ("teacher.workdir",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class General:
     seed: of the parameters, of the order of the data and of the noise of training.
     sigma_d: standard deviation that the data are scaled to.
     class_conditional: whether the classes, if the data have some, are conditions.
-    init_from: work directory whose averaged weights the network starts from; "" for
-      random ones.
+    init_from: work directory whose averaged weights the network starts from, or a folder
+      in the diffusers format, or hf://organization/name; "" for random ones.
     vae: autoencoder in the diffusers format, a folder or hf://organization/name:
       `encode` computes latents by it, and samples of networks trained on latents become
       images.
@@ -62,6 +64,8 @@ class Teacher:
 
   Attributes:
     workdir: trained run to distill, for losses that need a teacher.
+    folder: published model to distill in place of a run, a folder in the diffusers format
+      or hf://organization/name; "" for none.
     config: config file that trains the teacher, or the run of init_from, for messages.
     weak_workdir: a worse network of the same data (smaller, or less trained), by which the
       teacher is guided (autoguidance); "" for none.
@@ -72,6 +76,7 @@ class Teacher:
   """
 
   workdir: str = ""
+  folder: str = ""
   config: str = ""
   weak_workdir: str = ""
   weak_checkpoint: Index = 0

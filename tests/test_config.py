@@ -11,7 +11,7 @@ import pytest
 
 from sdiff_jax import config, main, registry, renamed
 from sdiff_jax.data import digits
-from sdiff_jax.experiment import build, sampling, training, workdir
+from sdiff_jax.experiment import build, sampling, teachers, training, workdir
 from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
@@ -80,7 +80,7 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
     "cond": {k: spec.batch(size) for k, spec in built.dataset.cond.items()},
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
-  frozen = frozen if training.needs_teacher(c) else None
+  frozen = frozen if teachers.needs_teacher(c) else None
   value, aux = jax.eval_shape(loss, params, batch, jax.random.key(0), step, frozen)
   assert value.shape == ()
   assert "mse" in aux
@@ -354,6 +354,9 @@ def test_a_section_is_a_runtime_field_by_its_exact_name(tmp_path):
 
 
 def test_runtime_fields_exist():
-  known = resumable.flatten(config.base().to_dict()).keys() | {"model.remat"}
+  known = resumable.flatten(config.base().to_dict()).keys() | {
+    "model.folder",
+    "model.remat",
+  }
   known |= {name.partition(".")[0] for name in known}
   assert config.runtime_fields() <= known

@@ -64,6 +64,10 @@ def fits(value: object, field: fields.Field) -> bool:
   return True
 
 
+def no_folder(folder: str, **options: str) -> None:
+  raise ValueError(f"folder={folder}: has no network")
+
+
 @pytest.mark.parametrize(("kind", "name"), pieces("losses", "models"))
 def test_a_piece_refuses_in_one_line_what_it_does_not_allow(kind, name):
   """Allowed values build, or are refused for their relation to other fields."""
@@ -71,9 +75,9 @@ def test_a_piece_refuses_in_one_line_what_it_does_not_allow(kind, name):
   small = {k: v for k, v in facts.get("minimal", {}).items() if k != "shape"}
   given = {"sigma_d": 0.5, "network": NETWORK, "teacher": NETWORK.apply}
   given |= {"shape": facts.get("minimal", {}).get("shape", ())}
-  given |= {"cond": {"label": CondSpec((), np.int32, 3)}}
+  given |= {"cond": {"label": CondSpec((), np.int32, 3)}, "reader": no_folder}
   if kind == "losses":
-    given = {k: v for k, v in given.items() if k not in ("shape", "cond")}
+    given = {k: v for k, v in given.items() if k not in ("shape", "cond", "reader")}
   for field, declared in registry.declarations(kind, name).items():
 
     def call(value: object, field=field) -> None:

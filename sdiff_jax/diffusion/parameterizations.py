@@ -1,4 +1,4 @@
-"""Denoisers from what a network predicts: noise, v, data or the velocity of a flow.
+"""Denoisers and TrigFlow networks from what a network predicts: eps, v, x0 or a flow.
 
 `trigflow.denoiser` is that of a TrigFlow network; networks of EDM are denoisers D(x,
 sigma) already.
@@ -9,12 +9,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.diffusion import noise_schedules
+from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.diffusion.trigflow import expand
-from sdiff_jax.types import Array, Cond, Denoiser
+from sdiff_jax.types import Array, Cond, Denoiser, NetFn
 
 # time [N] -> (alpha [N], sigma [N])
 LevelFn = Callable[[Array], tuple[Array, Array]]
+# (x [N, ...], time [N], cond) -> prediction [N, ...]: a network in its own process.
+PredictFn = Callable[[Array, Array, Cond], Array]
 # What a network predicts -> (prediction, x, alpha, sigma) -> estimate of x0.
 PARAMETERIZATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
   "x0": lambda y, x, alpha, sigma: y,
@@ -97,7 +99,7 @@ def flow(time: Array) -> tuple[Array, Array]:
 
 
 def denoiser(
-  predict: Callable[[Array, Array, Cond], Array],
+  predict: PredictFn,
   kind: str,
   level: LevelFn,
   *,
@@ -149,3 +151,71 @@ def denoiser(
     return clipped + expand(excess(time), d) * (clipped - d)
 
   return denoise
+
+
+def trigflow_from_vp(
+  predict: PredictFn, kind: str, abar: np.ndarray, data_std: float
+) -> NetFn:
+  """Returns the TrigFlow network of a discrete variance-preserving process.
+
+  With x' = alpha x0' + sigma eps, x0' of standard deviation s, the time is
+  t = arctan(sigma / (s alpha)) and F = (cos t x_t - x0) / (sigma_d sin t) (see
+  `trigflow.from_vp`); sigma_d of the TrigFlow process cancels out. Between timesteps the
+  timestep is linear in t, which is finite at a zero terminal SNR too. Beyond the first
+  and the last one F is that of the first and of the last, since the network was trained
+  at no other noise level, and takes pure noise at the last.
+
+  Args:
+    predict: the network; its time is the timestep, which need not be whole.
+    kind: what it predicts: "eps", "v" or "x0".
+    abar: alpha^2 at each timestep, float64 [T].
+    data_std: standard deviation s of the data in the unit of the network.
+
+  Returns:
+    An exact NetFn. The timestep is a function of t inside it, so a jvp is complete.
+
+  Example:
+    >>> predict = lambda x, time, cond: x * expand(time, x)
+    >>> net = trigflow_from_vp(predict, "eps", np.array([0.8, 0.5, 0.2]), data_std=1.0)
+    >>> F = net(jnp.ones((1, 2)), jnp.array([jnp.pi / 4]), None)  # timestep 1
+    >>> round(float(F[0, 0]), 4)
+    0.4142
+  """
+  angles = np.arctan2((1 - abar) ** 0.5, data_std * abar**0.5)
+
+  def net(x: Array, t: Array, cond: Cond) -> Array:
+    grid = jnp.asarray(angles, t.dtype)
+    t = jnp.clip(t, grid[0], grid[-1])
+    time = jnp.interp(t, grid, jnp.arange(len(grid), dtype=t.dtype))
+
+    def raw(x: Array, t: Array, cond: Cond) -> Array:
+      del t  # which is alpha
+      return predict(x, time, cond)
+
+    return trigflow.from_vp(raw, kind, lambda alpha: alpha, data_std)(x, t, cond)
+
+  return net
+
+
+def trigflow_from_flow(predict: PredictFn, train_steps: int, data_std: float) -> NetFn:
+  """Returns the TrigFlow network of rectified flow, x' = (1 - u) x0' + u eps.
+
+  A shift of the noise levels only changes which u are trained and sampled, not the
+  network. With x0' of standard deviation s, u = s tan t / (1 + s tan t); see
+  `trigflow.from_flow`, which is exact and finite for all t in [0, pi/2].
+
+  Args:
+    predict: the network of eps - x0'; its time is the timestep T u.
+    train_steps: T, the timestep of pure noise.
+    data_std: standard deviation s of the data in the unit of the network.
+
+  Example:
+    >>> net = trigflow_from_flow(lambda x, time, cond: -x, 1000, data_std=1.0)
+    >>> net(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
+    [[0.0, 0.0]]
+  """
+
+  def raw(x: Array, t: Array, cond: Cond) -> Array:
+    return predict(x, train_steps * t, cond)  # where t is u
+
+  return trigflow.from_flow(raw, data_std)

@@ -1,16 +1,18 @@
 """The pieces that a config names: data set, network, mesh, autoencoder."""
 
 import dataclasses
+import os
 
 import ml_collections
 from jax.sharding import Mesh
 
 from sdiff_jax import losses, registry
-from sdiff_jax.data import Dataset, LatentCodec
+from sdiff_jax.data import Dataset, LatentCodec, PixelCodec
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.models.pretrained import Pretrained, Reader
+from sdiff_jax.pretrained.diffusers import hub, loading, saving, trigflow_network
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Network, Params, UserError
 
@@ -142,7 +144,45 @@ def network(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
     )
   cond |= losses.facts(config.loss).cond
   given = {"shape": dataset.shape, "cond": cond, "sigma_d": config.sigma_d}
+  if "reader" in registry.required("models", config.model.name):
+    given["reader"] = _reader(dataset)
   return registry.build("models", config.model.to_dict(), "config.model", **given)
+
+
+def _reader(dataset: Dataset) -> Reader:
+  """Returns the reader of networks in the diffusers format for samples of a data set."""
+
+  def read(folder: str, **options: str) -> Pretrained:
+    codec = dataset.codec
+    if not isinstance(codec, LatentCodec | PixelCodec):
+      raise ValueError(f"folder={folder}: needs images or their latents as data")
+    latents = isinstance(codec, LatentCodec)
+    moments = {"mean": codec.mean, "std": codec.std}
+    return trigflow_network.network(folder, latents=latents, **moments, **options)
+
+  return read
+
+
+def published(folder: str, dataset: Dataset, *, label: str, **options: str) -> Network:
+  """Returns the network of a folder in the diffusers format for samples of a data set.
+
+  Args:
+    folder: of the network.
+    dataset: the data.
+    label: name of the section of a config that names the folder, for messages.
+    **options: fields of models/pretrained.
+
+  Raises:
+    UserError: it is for other data.
+  """
+  given = {"shape": dataset.shape, "cond": dataset.cond, "reader": _reader(dataset)}
+  section = {"name": "pretrained", "folder": folder, **options}
+  return registry.build("models", section, label, **given)
+
+
+def is_folder(path: str) -> bool:
+  """Returns whether a path is a folder in the diffusers format, and no work directory."""
+  return path.startswith(hub.HUB) or os.path.exists(os.path.join(path, saving.INDEX))
 
 
 def model_variant(

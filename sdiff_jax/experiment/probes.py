@@ -10,7 +10,7 @@ import numpy as np
 from sdiff_jax import data
 from sdiff_jax.diffusion import time_grids, trigflow
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import sampling, training
+from sdiff_jax.experiment import sampling, teachers
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.losses import _velocity, scm, tangent_norm
@@ -31,7 +31,7 @@ def tangent_terms(config: ml_collections.ConfigDict, workdir: str) -> dict[str, 
   stored = workdir_lib.read(workdir)
   stored.teacher = config.teacher
   loss, sigma_d = stored.loss, experiment.sigma_d
-  teacher, frozen = training.load_teacher(stored, experiment)
+  teacher, frozen = teachers.load_teacher(stored, experiment)
   velocity_of = _velocity.ode_field(teacher.apply, sigma_d=sigma_d)
   size, over_batch = stored.train.batch_size, sharding.batch(experiment.mesh)
   with config_errors("config.train"):

@@ -20,7 +20,7 @@ from sdiff_jax.data import Dataset, PixelCodec, class_cond
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, text_to_image
+from sdiff_jax.experiment import pipelines, teachers, text_to_image
 from sdiff_jax.experiment import sampling as sampling_lib
 from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -109,15 +109,18 @@ def abstract_teacher(
   Raises:
     UserError: there is neither a run of the teacher nor its config file.
   """
-  teacher_config = _teacher_config(config)
-  if teacher_config is None:
-    return None, None
-  network = experiments.network(teacher_config, dataset)
+  if config.teacher.folder:
+    network = teachers.published_teacher(config, dataset)
+  else:
+    teacher_config = _teacher_config(config)
+    if teacher_config is None:
+      return None, None
+    network = experiments.network(teacher_config, dataset)
   if config.teacher.weak_workdir:
     stored = workdir_lib.read(config.teacher.weak_workdir)
     weak = experiments.network(experiments.model_variant(stored, "unrolled"), dataset)
     scale = config.teacher.autoguidance
-    network = training_lib.autoguided_teacher(network, weak, scale)
+    network = teachers.autoguided_teacher(network, weak, scale)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return network, jax.eval_shape(network.init, key)
 
@@ -130,7 +133,7 @@ def _teacher_config(
   The dtype of a teacher from a file is that of the student.
   """
   file, workdir = config.teacher.config, config.teacher.workdir
-  if not training_lib.needs_teacher(config):
+  if not teachers.needs_teacher(config):
     return None
   if os.path.exists(os.path.join(workdir, "config.json")):
     return experiments.model_variant(workdir_lib.read(workdir), "unrolled")

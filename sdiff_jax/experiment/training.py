@@ -1,7 +1,5 @@
-"""From a config to a Trainer: optimizer, loss, teacher, initial weights, FLOPs."""
+"""From a config to a Trainer: optimizer, loss, FLOPs."""
 
-import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -11,10 +9,10 @@ import optax
 
 from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset, teacher_trajectories
-from sdiff_jax.data.episodes import normalizer
-from sdiff_jax.diffusion import guidance, trigflow
+from sdiff_jax.diffusion import trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import teachers
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
@@ -25,8 +23,6 @@ from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import (
-  Array,
-  Cond,
   Json,
   LossFn,
   Network,
@@ -34,9 +30,6 @@ from sdiff_jax.types import (
   PRNGKey,
   UserError,
 )
-
-# Parameters of an autoguided teacher: those of its two networks.
-TEACHER, WEAK = "teacher", "weak"
 
 
 class Optimization(NamedTuple):
@@ -168,128 +161,6 @@ def trajectory_flops(config: ml_collections.ConfigDict) -> float:
   return teacher_trajectories.about(folder)["flops"] if folder else 0.0
 
 
-def needs_teacher(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether the loss of a config distills a teacher."""
-  return losses.facts(config.loss).needs_teacher
-
-
-def load_teacher(
-  config: ml_collections.ConfigDict, experiment: Experiment
-) -> tuple[Network | None, Params]:
-  """Returns the network and the averaged parameters of config.teacher.workdir.
-
-  Returns:
-    (None, None) for a loss without a teacher. With teacher.weak_workdir those of
-    `autoguided_teacher`.
-
-  Raises:
-    UserError: the loss needs a teacher and there is none, it needs none and there is
-      one, or the teacher was trained on other data.
-  """
-  workdir, file = config.teacher.workdir, config.teacher.config
-  section = config.teacher
-  if section.autoguidance != 1 and not section.weak_workdir:
-    raise UserError(
-      f"config.teacher.autoguidance={section.autoguidance}: needs the worse network of "
-      "config.teacher.weak_workdir"
-    )
-  if not needs_teacher(config):
-    if workdir:
-      raise UserError(
-        f"config.teacher.workdir={workdir}: config.loss distills no teacher; to start "
-        "from the weights of that run, use config.init_from instead"
-      )
-    return None, None
-  if not workdir:
-    command = _command(file or "configs/..._diffusion.py", "DIR")
-    raise UserError(
-      f"config.teacher.workdir is empty: name the run to distill, trained by: {command}"
-    )
-  teacher, params = _load("teacher.workdir", workdir, file, config, experiment)
-  if not section.weak_workdir:
-    return teacher, params
-  weak, weak_params = _load(
-    "teacher.weak_workdir",
-    section.weak_workdir,
-    "",
-    config,
-    experiment,
-    section.weak_checkpoint,
-  )
-  params = {TEACHER: params, WEAK: weak_params}
-  return autoguided_teacher(teacher, weak, section.autoguidance), params
-
-
-def autoguided_teacher(teacher: Network, weak: Network, scale: float) -> Network:
-  """Returns the network F_weak + scale (F - F_weak), see `guidance.autoguided`.
-
-  Its parameters are {TEACHER: ..., WEAK: ...}, those of both networks.
-  """
-
-  def init(key: PRNGKey) -> Params:
-    return {TEACHER: teacher.init(key), WEAK: weak.init(key)}
-
-  def apply(
-    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
-  ) -> Array:
-    net = functools.partial(teacher.apply, params[TEACHER], key=key)
-    other = functools.partial(weak.apply, params[WEAK], key=key)
-    return guidance.autoguided(net, other, scale)(x, t, cond)
-
-  return teacher._replace(init=init, apply=apply)
-
-
-def load_init(
-  config: ml_collections.ConfigDict, experiment: Experiment
-) -> Params | None:
-  """Returns the averaged parameters of config.init_from, None if it is empty.
-
-  Raises:
-    UserError: there is no such run, or it was trained on other data.
-  """
-  if not config.init_from:
-    return None
-  return _load(
-    "init_from", config.init_from, config.teacher.config, config, experiment
-  )[1]
-
-
-def _load(
-  field: str,
-  workdir: str,
-  file: str,
-  config: ml_collections.ConfigDict,
-  experiment: Experiment,
-  step: int = 0,
-) -> tuple[Network, Params]:
-  """Returns the network and the averaged parameters of another run on the same data."""
-  command = _command(file or "configs/..._diffusion.py", workdir)
-  if not os.path.exists(os.path.join(workdir, "config.json")):
-    raise UserError(
-      f"config.{field}={workdir}: no run there; train it first: {command}"
-    )
-  stored = workdir_lib.read(workdir)
-  same_data = stored.data.to_dict() == config.data.to_dict()
-  if not same_data or stored.sigma_d != config.sigma_d:
-    raise UserError(f"config.{field}={workdir}: trained on other data")
-  scales = workdir_lib.stored_normalizer(workdir), experiment.dataset.normalizer
-  if scales[0] and not normalizer.allclose(*scales):
-    raise UserError(
-      f"config.{field}={workdir}: its {workdir_lib.NORMALIZER} is not that of the "
-      f"episodes in {config.data.path}"
-    )
-  network = experiments.network(stored, experiment.dataset)
-  profile = stored.ema.profiles[0]
-  averages = workdir_lib.restore_ema(
-    stored, network, experiment.mesh, workdir, command, step, profiles=(profile,)
-  )
-  return network, averages[profile]
-
-
-def _command(file: str, workdir: str) -> str:
-  return f"python -m sdiff_jax.main --config={file} --workdir={workdir}"
-
-
 def step_flops(
   config: ml_collections.ConfigDict,
   dataset: Dataset,
@@ -336,18 +207,21 @@ def run_flops(config: ml_collections.ConfigDict, experiment: Experiment) -> floa
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   teacher = frozen = None
-  if needs_teacher(config):
+  if teachers.needs_teacher(config):
     section = config.teacher
-    teacher, *weak = (
+    networks = [
       experiments.network(
         experiments.model_variant(workdir_lib.read(workdir), "unrolled"),
         experiment.dataset,
       )
       for workdir in (section.workdir, section.weak_workdir)
       if workdir
-    )
+    ]
+    if section.folder:
+      networks.insert(0, teachers.published_teacher(config, experiment.dataset))
+    teacher, *weak = networks
     if weak:
-      teacher = autoguided_teacher(teacher, *weak, section.autoguidance)
+      teacher = teachers.autoguided_teacher(teacher, *weak, section.autoguidance)
     frozen = jax.eval_shape(teacher.init, key)
   trainer = build_trainer(config, experiment.network, teacher, experiment.mesh)
   state = trainer.abstract_state()

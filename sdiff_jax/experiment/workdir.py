@@ -20,6 +20,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import stored_config
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import file_io, resumable
+from sdiff_jax.pretrained.diffusers import hub, loading, trigflow_network
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import finite
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -38,7 +39,8 @@ REMEDIES = {
   "free memory": (errno.ENOMEM,),
   "check the disk": (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
 }
-OUTPUT_FOLDERS = (checkpoints_lib.FOLDER, "images", "samples", "samples.parts")
+NETWORK = "network"  # folder of the config files of a published network
+OUTPUT_FOLDERS = (checkpoints_lib.FOLDER, NETWORK, "images", "samples", "samples.parts")
 OUTPUT_FOLDERS += ("tensorboard",)
 OUTPUT_FILES = (stored_config.CONFIG, "command.txt", "images.json", "images.png")
 OUTPUT_FILES += ("metrics.jsonl", "parameters.txt", "samples.npz", "samples.png")
@@ -51,7 +53,7 @@ def save_or_check_config(
   """Writes config.json and command.txt, or checks that the stored config is the same.
 
   The normalizer of a data set of trajectories is stored as well, so that a policy can
-  be used without its data.
+  be used without its data, and so are the config files of a published network.
 
   Raises:
     UserError: the directory holds another experiment; the message lists the fields
@@ -65,6 +67,7 @@ def save_or_check_config(
         f"{workdir} holds another experiment: {', '.join(different)}; use another "
         "--workdir, or the same values"
       )
+  _store_network(config, workdir)
   if jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     file_io.write_json(path, _with_absolute_paths(config.to_dict()))
@@ -87,15 +90,38 @@ def _identity(config: dict[str, Json]) -> dict[str, Json]:
 
 def _with_absolute_paths(config: dict[str, Json]) -> dict[str, Json]:
   """Returns the config with absolute paths of the work directories of other runs."""
-  if config["teacher"]["workdir"]:
-    config["teacher"]["workdir"] = os.path.abspath(config["teacher"]["workdir"])
-  if config["init_from"]:
-    config["init_from"] = os.path.abspath(config["init_from"])
+  sections = (config["teacher"], "workdir"), (config["teacher"], "folder")
+  for section, name in (*sections, (config["model"], "folder"), (config, "init_from")):
+    path = section.get(name)
+    if path and not path.startswith(hub.HUB):
+      section[name] = os.path.abspath(path)
   return config
+
+
+def _store_network(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Copies the config files of a published network into a work directory.
+
+  Raises:
+    UserError: the directory has those of another network.
+  """
+  folder = config.model.get("folder")
+  target = os.path.join(workdir, NETWORK)
+  if not folder or os.path.abspath(folder) == os.path.abspath(target):
+    return
+  if not experiments.is_folder(target):
+    if jax.process_index() == 0:
+      trigflow_network.copy_configs(folder, target)
+  elif loading.configs(folder) != loading.configs(target):
+    raise UserError(
+      f"{workdir} holds another experiment: config.model.folder={folder} has other "
+      "networks; use another --workdir, or the same folder"
+    )
 
 
 def read(workdir: str) -> ml_collections.ConfigDict:
   """Returns the config that a work directory was trained with.
+
+  A published network is that whose config files are stored in the directory.
 
   Args:
     workdir: of the run.
@@ -103,12 +129,20 @@ def read(workdir: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is no config, or it is damaged.
   """
-  return stored_config.read(workdir)
+  config = stored_config.read(workdir)
+  network = os.path.join(workdir, NETWORK)
+  if config.model.get("folder") and experiments.is_folder(network):
+    config.model.folder = network
+  return config
 
 
 def parent(config: ml_collections.ConfigDict) -> str:
-  """Returns the work directory that a run was distilled or started from, or ""."""
-  return config.teacher.workdir or config.init_from
+  """Returns the work directory that a run was distilled or started from, or "".
+
+  Of a run that started from a published model it is "".
+  """
+  path = config.teacher.workdir or config.init_from
+  return "" if experiments.is_folder(path) else path
 
 
 def restore_ema(

@@ -14,7 +14,7 @@ from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
 from sdiff_jax.distributed import processes, sharding, signals
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, sampling, training
+from sdiff_jax.experiment import pipelines, sampling, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Count, Index, Positive
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   _check_conditions(config, dataset)
   source = training.training_data(config, experiment)
   sample = _sample_fn(config, experiment)
-  teacher, frozen = training.load_teacher(config, experiment)
+  teacher, frozen = teachers.load_teacher(config, experiment)
   trainer = training.build_trainer(config, experiment.network, teacher, mesh)
   init_from = None
   if checkpoints_lib.newest(workdir) is None:
@@ -143,12 +143,12 @@ def _init_from(
   frozen: Params,
 ) -> Params | None:
   """Returns the parameters that the network starts from, None for random ones."""
-  paths = config.init_from, config.teacher.workdir
+  paths = config.init_from, config.teacher.workdir or config.teacher.folder
   if config.init_from and len({os.path.abspath(p) for p in paths}) == 1:
     # The teacher, which is already in memory.
-    init_from = frozen[training.TEACHER] if config.teacher.weak_workdir else frozen
+    init_from = frozen[teachers.TEACHER] if config.teacher.weak_workdir else frozen
   else:
-    init_from = training.load_init(config, experiment)
+    init_from = teachers.load_init(config, experiment)
   try:
     jax.eval_shape(trainer.create_state, jax.random.key(0), init_from)
   except ValueError as error:

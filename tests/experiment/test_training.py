@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.experiment import build, training
+from sdiff_jax.experiment import build, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import train
 from sdiff_jax.types import UserError
@@ -70,15 +70,15 @@ def test_an_autoguided_teacher_moves_away_from_a_worse_network(teacher, tmp_path
   config = small("flow_map", velocity="teacher")
   config.teacher.workdir = config.init_from = teacher
   experiment = build.build(config)
-  plain, plain_params = training.load_teacher(config, experiment)
+  plain, plain_params = teachers.load_teacher(config, experiment)
   step = training.run_flops(config, experiment)
   config.teacher.update(weak_workdir=str(tmp_path / "weak"), autoguidance=3.0)
-  network, params = training.load_teacher(config, experiment)
+  network, params = teachers.load_teacher(config, experiment)
   worse = build.build(weak).network
   x, t = np.ones((2, 8, 8, 1), np.float32), np.array([0.3, 1.2], np.float32)
   label = {"label": np.array([1, 7])}
   F = plain.apply(plain_params, x, t, label)
-  F_weak = worse.apply(params[training.WEAK], x, t, label)
+  F_weak = worse.apply(params[teachers.WEAK], x, t, label)
   expected = 3 * F - 2 * F_weak
   np.testing.assert_allclose(network.apply(params, x, t, label), expected, atol=1e-5)
   assert np.abs(expected - F).max() > 0.01

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sdiff_jax import config as configs
 from sdiff_jax import main, registry
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling, training
+from sdiff_jax.experiment import sampling, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import resumable
 
@@ -174,6 +174,6 @@ def _build(config: ml_collections.ConfigDict) -> None:
   """Builds network, sampler, loss and optimizer on the digits, without weights."""
   experiment = experiments.build(config)
   sampling.pipeline(config, experiment)
-  teacher, _ = training.load_teacher(config, experiment)
+  teacher, _ = teachers.load_teacher(config, experiment)
   trainer = training.build_trainer(config, experiment.network, teacher, experiment.mesh)
   trainer.abstract_state()

@@ -15,7 +15,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.data import trajectories
 from sdiff_jax.diffusion import noise_schedules, trigflow
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import sampling, training
+from sdiff_jax.experiment import sampling, teachers
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import convert
 from sdiff_jax.pretrained import diffusion_policy
@@ -87,7 +87,7 @@ def test_it_is_a_teacher(converted, files):
   config.init_from = config.teacher.workdir = str(converted)
   config.loss = configs.component("losses", "scm")
   student = experiments.build(config)
-  network, frozen = training.load_teacher(config, student)
+  network, frozen = teachers.load_teacher(config, student)
   assert network is not None
   shapes = jax.eval_shape(student.network.init, jax.random.key(0))
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -14,7 +14,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import samplers
 from sdiff_jax.data import digits
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import training
+from sdiff_jax.experiment import teachers
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import evaluate, generate, sample
 from sdiff_jax.pretrained.diffusers import loading
@@ -144,11 +144,11 @@ def test_checkpoints_that_are_not_finite(tmp_path):
       job.run(config, str(workdir))
   config.init_from = str(workdir)
   with pytest.raises(UserError, match=message):
-    training.load_init(config, experiments.build(config))
+    teachers.load_init(config, experiments.build(config))
   config.loss = configs.component("losses", "scm")
   config.teacher.workdir = str(workdir)
   with pytest.raises(UserError, match=message):
-    training.load_teacher(config, experiments.build(config))
+    teachers.load_teacher(config, experiments.build(config))
 
 
 def settings(**changed):

@@ -1,0 +1,136 @@
+"""A network of a folder in the diffusers format, as a TrigFlow network.
+
+Its process is mapped to TrigFlow by an exact change of variables, so the weights of the
+folder are those of the network here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sdiff_jax import registry
+from sdiff_jax.fields import DType
+from sdiff_jax.models.layers import common
+from sdiff_jax.types import Array, Cond, CondSpecs, Network, Params, PRNGKey
+
+
+class Pretrained(NamedTuple):
+  """What is known of a network in a folder.
+
+  Attributes:
+    init: (key) -> params.
+    apply: (params, x [B, H, W, C], t [B], cond) -> F [B, H, W, C].
+    channels: C.
+    cond: conditions that it takes, arrays of floats -> sizes of their last axes.
+    classes: number of classes of its condition "label"; 0 for none.
+  """
+
+  init: Callable[[PRNGKey], Params]
+  apply: Callable[[Params, Array, Array, Cond], Array]
+  channels: int
+  cond: Mapping[str, int]
+  classes: int = 0
+
+
+class Reader(Protocol):
+  """A function that reads the network of a folder."""
+
+  def __call__(self, folder: str, *, dtype: str, remat: str) -> Pretrained:
+    """Returns the network of a folder for the data of an experiment.
+
+    Args:
+      folder: in the diffusers format.
+      dtype: of the hidden layers.
+      remat: what a block recomputes in the backward pass.
+    """
+    ...
+
+
+@registry.register("models", "pretrained", without_remat=lambda fields: {"remat": ""})
+def build(
+  *,
+  shape: tuple[int, ...],
+  cond: CondSpecs,
+  reader: Reader,
+  folder: str = "",
+  remat: common.Remat = "",
+  dtype: DType = "float32",
+) -> Network:
+  """Returns the network of a folder, with a head for the adaptive weight.
+
+  The time enters as in the folder: the timestep, a function of t, is embedded in float32,
+  also where the hidden layers are narrower. There is no dropout.
+
+  Args:
+    shape: (H, W, C) of one sample.
+    cond: conditions of one sample by name, as the data set declares them.
+    reader: supplied by the caller, returns the network of the folder.
+    folder: in the diffusers format, or hf://organization/name. A run keeps a copy of its
+      config files, so that only its first start needs the folder.
+    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+      but matrix products and convolutions, "full" everything.
+    dtype: dtype of the hidden layers; parameters are float32.
+
+  Raises:
+    ValueError: there is no folder, or its network is for other data or conditions.
+
+  Example:
+    >>> source = Pretrained(lambda key: {}, lambda params, x, t, cond: x, 1, {})
+    >>> network = build(
+    ...   shape=(4, 4, 1), cond={}, reader=lambda folder, **_: source, folder="church"
+    ... )
+    >>> network.apply({"net": {}}, jnp.ones((2, 4, 4, 1)), jnp.ones(2), None).shape
+    (2, 4, 4, 1)
+  """
+  if not folder:
+    raise ValueError(
+      "folder='': name a folder in the diffusers format, or hf://ORG/NAME"
+    )
+  source = reader(folder, dtype=dtype, remat=remat)
+  if len(shape) != 3 or shape[-1] != source.channels:
+    raise ValueError(
+      f"folder={folder}: its samples have {source.channels} channels, those of the data "
+      f"the shape {tuple(shape)}"
+    )
+  _check_conditions(folder, source, cond)
+  head = common.LogVar()
+
+  def init(key: PRNGKey) -> Params:
+    key_net, key_head = jax.random.split(key)
+    net = source.init(key_net)
+    return {"net": net, "logvar": head.init(key_head, jnp.ones((1,)))["params"]}
+
+  def apply(
+    params: Params, x: Array, t: Array, cond: Cond, *, key: PRNGKey | None = None
+  ) -> Array:
+    del key
+    return source.apply(params["net"], x, t, cond)
+
+  def logvar(params: Params, t: Array) -> Array:
+    return head.apply({"params": params["logvar"]}, t)
+
+  return Network(init, apply, logvar)
+
+
+def _check_conditions(folder: str, source: Pretrained, cond: CondSpecs) -> None:
+  """Raises a ValueError unless the conditions are those that the network takes."""
+  wanted = {name: f"size {size}" for name, size in source.cond.items()}
+  found = {k: f"size {spec.shape[-1]}" for k, spec in cond.items() if spec.shape}
+  if source.classes:
+    wanted["label"] = f"{source.classes} classes"
+  found |= {
+    k: f"{spec.num_classes} classes" for k, spec in cond.items() if not spec.shape
+  }
+  for name, kind in wanted.items():
+    if found.get(name) != kind:
+      raise ValueError(
+        f"folder={folder}: its network takes the condition {name!r} of {kind}, and that of "
+        f"the data is {found.get(name, 'missing')}"
+      )
+  if unknown := sorted(found.keys() - wanted.keys()):
+    raise ValueError(
+      f"folder={folder}: its network does not take {', '.join(unknown)}, which the data "
+      "or the loss have"
+    )
