@@ -43,6 +43,7 @@ setuptools.setup(
     "test": [
       *DOCS,  # a test builds the site
       *SERVE,
+      "flatbuffers>=24",  # of jax.export
       "gym-pusht==0.1.8",
       "h5py>=3.11",
       "httpx>=0.27",  # asks the service
@@ -65,6 +66,7 @@ setuptools.setup(
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",
     ],
+    "export": ["flatbuffers>=24"],  # which jax.export needs to write programs
     "serve": SERVE,
     "browser": ["playwright>=1.45"],  # and chromium, for the slow test of the page
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.

@@ -94,7 +94,7 @@ def classifier_free(
   def guided(x: Array, t: Array, cond: Cond) -> Array:
     # Each sample beside its twin, so that a batch over devices stays where it is.
     F = net(_pair(x, x), _pair(t, t), jax.tree.map(_pair, cond, free(cond)))
-    F_c, F_u = jnp.moveaxis(F.reshape(len(x), 2, *F.shape[1:]), 1, 0)
+    F_c, F_u = jnp.moveaxis(F.reshape(x.shape[0], 2, *F.shape[1:]), 1, 0)
     s = jnp.broadcast_to(jnp.asarray(scale, F.dtype), t.shape)
     return F_u + expand(s, F_u) * (F_c - F_u)
 

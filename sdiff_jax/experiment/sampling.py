@@ -289,7 +289,7 @@ def decode_checked(
   """
   dataset, sigma_d = experiment.dataset, experiment.sigma_d
   if experiment.vae is None:
-    return dataset.codec.to_images(x0, sigma_d), jnp.ones(len(x0), bool)
+    return dataset.codec.to_images(x0, sigma_d), jnp.ones(x0.shape[:1], bool)
   decode_latents = functools.partial(experiment.vae[0].decode, vae_params)
   one_per_device = sharding.map_one_per_device(experiment.mesh, decode_latents)
   outputs = []

@@ -15,7 +15,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
-from sdiff_jax.pretrained.files import state_dict
+from sdiff_jax.pretrained.files import state_dict, to_tensors
 from sdiff_jax.types import Json, Params, UserError
 
 
@@ -72,14 +72,16 @@ def _network(
     UserError: no reader is registered for the network, or the file does not fit it.
   """
   section, file = config.model.to_dict(), config.convert.file
+  tensors, settings = state_dict.read_with_settings(file)
+  state_dict.check_finite(tensors, file)
+  if all(to_tensors.SEPARATOR in name for name in tensors):
+    return _exported(config, tensors)
   readers = registry.names("pretrained")
   if section["name"] not in readers:
     raise UserError(
       f"config.model.name={section['name']!r}: pretrained weights can be read for "
       f"{', '.join(readers)}"
     )
-  tensors, settings = state_dict.read_with_settings(file)
-  state_dict.check_finite(tensors, file)
   config = _with_settings(config, settings)
   section = config.model.to_dict()
   experiment = experiments.build(config)
@@ -93,6 +95,26 @@ def _network(
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
   return config, experiment, params
+
+
+def _exported(
+  config: ml_collections.ConfigDict, tensors: dict[str, np.ndarray]
+) -> tuple[ml_collections.ConfigDict, experiments.Experiment, Params]:
+  """Returns config, experiment and parameters of a file of `--job=export`.
+
+  Raises:
+    UserError: the file does not fit the network of the config.
+  """
+  experiment = experiments.build(config)
+  like = jax.eval_shape(experiment.network.init, jax.random.key(0))
+  shapes = {name: x.shape for name, x in to_tensors.flat(like).items()}
+  found = {name: x.shape for name, x in tensors.items()}
+  if different := sorted(dict(shapes.items() ^ found.items())):
+    raise UserError(
+      f"{config.convert.file}: the tensors do not fit config.model: {len(different)} are "
+      f"missing, left over or of another shape, such as {different[0]}"
+    )
+  return config, experiment, to_tensors.unflat(tensors, like)
 
 
 def _with_settings(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.pretrained.files import state_dict
+from sdiff_jax.pretrained.files import state_dict, to_tensors
 from sdiff_jax.types import Json, Params
 
 # Names of this package -> names of EDM2's files, replaced in this order.
@@ -24,6 +24,9 @@ RENAMED = {
   "/skip/": ".conv_skip.",
   "/": ".",
 }
+
+# Ends of names of 1x1 convolutions, which are matrices here.
+CONVOLUTIONS = (".conv_skip.weight", ".attn_qkv.weight", ".attn_proj.weight")
 
 
 def _attribute(name: str) -> Callable[[dict[str, Json]], Json]:
@@ -81,6 +84,27 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """
   first = re.compile(r"unet\.enc\.(\d+)x\d+_conv\.weight")
   height = next((int(m[1]) for m in map(first.fullmatch, tensors) if m), 0)
+  return state_dict.match_params(tensors, like, _names(height), finite=False)
+
+
+def to_state_dict(params: Params, height: int) -> dict[str, np.ndarray]:
+  """Returns parameters of `models.edm2` as the state dict of EDM2's `Precond`.
+
+  This is the inverse of `from_state_dict`.
+
+  Args:
+    params: of the network.
+    height: of its samples, which is part of the names.
+  """
+  tensors = to_tensors.from_params(params, _names(height))
+  return {
+    name: x[..., None, None] if name.endswith(CONVOLUTIONS) else x
+    for name, x in tensors.items()
+  }
+
+
+def _names(height: int) -> Callable[[tuple[str, ...]], str]:
+  """Returns keys of a parameter -> EDM2's name of it, for samples of a height."""
 
   def name_of(keys: tuple[str, ...]) -> str:
     path = "".join(f"/{key}" for key in keys)
@@ -95,4 +119,4 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
 
     return re.sub(r"(enc|dec)_(\d+)_", side, path)
 
-  return state_dict.match_params(tensors, like, name_of, finite=False)
+  return name_of

@@ -166,7 +166,8 @@ def states(
     (5, 3, 2, 2)
   """
   # A time for each sample, as in a parallel sampler, where they differ.
-  times = jnp.repeat(jnp.asarray(tableau.time, x.dtype)[:, None], len(x), axis=1)
+  times = jnp.asarray(tableau.time, x.dtype)[:, None]
+  times = jnp.broadcast_to(times, (tableau.evaluations, x.shape[0]))
   steps = jnp.arange(tableau.evaluations)
   shape = x.shape[1:]
 
@@ -213,7 +214,8 @@ def run(
     cond: see `sample`.
     record: whether all states are returned.
   """
-  count, zero = jnp.full(len(x), tableau.evaluations, jnp.int32), jnp.zeros(len(x))
+  count = jnp.full(x.shape[:1], tableau.evaluations, jnp.int32)
+  zero = jnp.zeros(x.shape[:1])
   all_states = states(denoiser, tableau, x, keys, cond, only_last=not record)
   zero = zero.astype(x.dtype)
   recorded = jnp.moveaxis(all_states, 0, 1) if record else None

@@ -226,6 +226,20 @@ def test_forced_normalization(name, fixture):
     np.testing.assert_allclose(found, arrays[key], rtol=1e-6, atol=1e-7)
 
 
+@peers
+def test_the_state_dict_comes_back_to_the_bit(name, fixture):
+  arrays = fixture(name)
+  _, params = peer(arrays, "float32")
+  height = json.loads(str(arrays["meta"]))["cfg"]["img_resolution"]
+  found = edm2_weights.to_state_dict(params, height)
+  expected = {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}
+  assert {k: x.shape for k, x in found.items()} == {
+    k: x.shape for k, x in expected.items()
+  }
+  for key, x in found.items():
+    np.testing.assert_array_equal(x, expected[key])
+
+
 def test_parameters_of_another_network_are_listed(fixture):
   arrays = fixture("edm2_cond")
   net, _ = peer(arrays, "float32")

@@ -1,11 +1,14 @@
-"""Trees of parameters as tensors in PyTorch's layout, to write them to files."""
+"""Trees of parameters as tensors by name, to write them to files."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from sdiff_jax.types import Params
+from sdiff_jax.types import Params, PyTree
+
+SEPARATOR = "/"  # of the keys in a name of our own layout
 
 
 def from_params(
@@ -41,3 +44,34 @@ def from_params(
       raise ValueError(f"shapes: {at} is {x.shape}, which is not {shape}")
     tensors[at] = x.reshape(shape)
   return tensors
+
+
+def flat(params: Params) -> dict[str, Any]:
+  """Returns the leaves of a tree as they are, by their keys, "net/out/kernel".
+
+  Args:
+    params: nested dict of arrays or of their shapes; None is no leaf.
+
+  Example:
+    >>> flat({"net": {"out": {"bias": 1}}, "vae": None})
+    {'net/out/bias': 1}
+  """
+  return {
+    SEPARATOR.join(str(k.key) for k in where): leaf
+    for where, leaf in jax.tree.leaves_with_path(params)
+  }
+
+
+def unflat(tensors: Mapping[str, Any], like: PyTree) -> Params:
+  """Returns the tree of leaves by their keys: the inverse of `flat`.
+
+  Args:
+    tensors: by name.
+    like: a tree with the same keys.
+
+  Example:
+    >>> unflat({"net/bias": 2}, {"net": {"bias": 1}})
+    {'net': {'bias': 2}}
+  """
+  leaves = [tensors[name] for name in flat(like)]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
