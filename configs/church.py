@@ -21,6 +21,7 @@ def get_config(variant: str = ""):
   name, steps, window, tolerance = SAMPLERS[sampler]
   c = config.base()
   c.job = "generate"
+  c.generate.published = "google/ddpm-church-256"
   c.sampler.update(name=name, steps=steps, window=window, tolerance=tolerance)
   c.sample.update(num=16, batch_size=1)
   c.rehearse.program = "sample"

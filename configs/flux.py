@@ -12,15 +12,18 @@ classifier-free guidance. For sequential sampling use --config.sampler.name=ddim
 from sdiff_jax import config
 from sdiff_jax.experiment import variants
 
-STEPS = {"dev": 28, "schnell": 4}
+# Steps, and the folder on the Hugging Face Hub.
+MODELS = {"dev": (28, "FLUX.1-dev"), "schnell": (4, "FLUX.1-schnell")}
 
 
 def get_config(variant: str = ""):
-  (size,) = variants.parse(variant, STEPS)
+  (size,) = variants.parse(variant, MODELS)
+  steps, name = MODELS[size]
   c = config.base()
   c.job = "generate"
+  c.generate.update(published=f"black-forest-labs/{name}")
   c.generate.update(dtype="bfloat16", distilled_guidance=3.5)
-  c.sampler.update(name="paraddim", steps=STEPS[size], window=8, tolerance=0.1)
+  c.sampler.update(name="paraddim", steps=steps, window=8, tolerance=0.1)
   if size == "schnell":
     c.sampler.window = 4
   c.sample.update(num=4, batch_size=1)

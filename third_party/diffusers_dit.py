@@ -8,6 +8,7 @@ Weights are random, of float16. Outputs and tangents of the network are of float
 times embedded in float64, too; latents of ten steps are of float32.
 """
 
+import copy
 import json
 import math
 import pathlib
@@ -87,7 +88,7 @@ def folder() -> None:
     kept = []
     decode = vae.decode
     vae.decode = lambda z, decode=decode, kept=kept: (kept.append(z), decode(z))[1]
-    image = pipe([2, 0], guidance_scale=4.0, num_inference_steps=10, output_type="np")
+    image = pipe([2, 0], guidance_scale=2.0, num_inference_steps=10, output_type="np")
     vae.decode = decode
     for hook in hooks:
       hook.remove()
@@ -97,8 +98,8 @@ def folder() -> None:
       pipe.save_pretrained(where)
       for part, module in (("transformer", net), ("vae", vae)):
         shutil.rmtree(where / part)
-        module.half().save_pretrained(where / part, variant="fp16")
-        module.float()
+        half = copy.deepcopy(module).half()  # which would round the positions, too
+        half.save_pretrained(where / part, variant="fp16")
   # As the published folder has it.
   for file, edit in (
     ("transformer/config.json", {"_class_name": "Transformer2DModel"}),

@@ -44,14 +44,14 @@ def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
 
 
 def without_text(empty: Mapping[str, Array]) -> Callable[[Cond], Cond]:
-  """Returns a map of conditions that replaces the text of each sample by one text.
+  """Returns a map of conditions that gives all samples the same text, or no class.
 
   Args:
     empty: what the empty text or a negative prompt is encoded as, by name, such as
-      "text" [L, E] and "pooled" [P].
+      "text" [L, E] and "pooled" [P]; or "label" [].
 
   Returns:
-    Conditions with "text" [B, L, E], ... -> the same with the text `empty`.
+    Conditions with "text" [B, L, E], ... -> the same with `empty`.
 
   Example:
     >>> free = without_text({"text": jnp.zeros((4, 8))})

@@ -14,7 +14,13 @@ from sdiff_jax import config as configs
 from sdiff_jax import losses, samplers
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, policies, sampling, text_to_image
+from sdiff_jax.experiment import (
+  conditions,
+  pipelines,
+  policies,
+  sampling,
+  text_to_image,
+)
 from sdiff_jax.experiment import serving_programs as programs_lib
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
@@ -102,7 +108,7 @@ def of_run(
 
 
 def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -> Model:
-  """Returns a pretrained model in the diffusers format, with or without text.
+  """Returns a pretrained model in the diffusers format, of texts, classes or neither.
 
   Args:
     config: of the job `generate`.
@@ -119,8 +125,8 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   has_text, fixed = model.text_encoder is not None, {}
   if has_text:
     negative = [config.generate.negative_prompt]
-    fixed = text_to_image.tokens(model, negative, "negative_")
-  rows = functools.partial(_rows_of_text, model)
+    fixed = conditions.tokens(model, negative, "negative_")
+  rows = functools.partial(_rows_of_diffusers, model)
   plain = text_to_image.pipeline(model, sampler, mesh)
   plans: dict[Key, Plan] = {}
   watched = None
@@ -129,7 +135,7 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   ).items():
     planned, sampler = text_to_image.with_sampler(_switched(config, text), model)
     variants = {False: text_to_image.pipeline(planned, sampler, mesh)}
-    if has_text:
+    if has_text or model.unet.classes:
       guided = text_to_image.pipeline(planned, sampler, mesh, guidance_scale=None)
       variants[True] = guided
     is_live = text == choice.live
@@ -146,6 +152,7 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
     lanes=programs_lib.compiled(name, plans),
     rows=rows,
     takes_prompt=has_text,
+    num_classes=model.unet.classes,
     shape=jax.eval_shape(
       lambda x: plain.decode(None, params, x), jnp.zeros((1, *plain.shape))
     ).shape[1:],
@@ -223,18 +230,21 @@ def _rows_of_run(
   return {"seeds": seeds, **rows, **_scale(guidance, len(seeds))}
 
 
-def _rows_of_text(
+def _rows_of_diffusers(
   model: LoadedModel,
   seeds: np.ndarray,
   labels: np.ndarray | None = None,
   prompts: Sequence[str] | None = None,
   guidance: float | None = None,
 ) -> Rows:
-  """Returns the inputs of a lane of a model in the diffusers format."""
-  del labels
+  """Returns the inputs of a lane; without labels, all classes in turn."""
   rows = {"seeds": seeds}
+  if model.unet.classes:
+    rows |= conditions.of_classes(
+      seeds % model.unet.classes if labels is None else labels
+    ).rows(np.arange(len(seeds)))
   if model.text_encoder is not None:
-    rows |= text_to_image.tokens(model, [*(prompts or [""] * len(seeds))])
+    rows |= conditions.tokens(model, [*(prompts or [""] * len(seeds))])
   return rows | _scale(guidance, len(seeds))
 
 

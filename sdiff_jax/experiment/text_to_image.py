@@ -1,4 +1,4 @@
-"""The pipeline of a model in the diffusers format, with or without text."""
+"""The pipeline of a model in the diffusers format: of texts, of classes or of neither."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from sdiff_jax import config as configs
 from sdiff_jax import data, registry, samplers
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import conditions as conditions_lib
 from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
@@ -114,10 +115,11 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError for a field that is wrong whatever the folder holds."""
   generate, defaults = config.generate, configs.base().sampler
   if not generate.folder:
+    name = generate.published or "organization/name"
     raise UserError(
-      "config.generate.folder is empty: name a folder of the diffusers format, or "
-      "hf://organisation/name; docs/guides/text-to-image.md lists models, where they come "
-      "from, and their licenses"
+      f"config.generate.folder is empty: set it to hf://{name}, which downloads it, or to "
+      f"a copy of https://huggingface.co/{name}; docs/guides/text-to-image.md lists models "
+      "and their licenses"
     )
   for field in sorted(_trigflow_fields(defaults)):
     if config.sampler[field] != defaults[field]:
@@ -186,8 +188,8 @@ def denoiser(
     model: with the schedule that `build_sampler` returned.
     sampler: gives the solver's tableau.
     params: of the model.
-    empty: conditions of the empty or negative prompt, without a batch axis; None for a
-      model without text.
+    empty: conditions of the empty or negative prompt, or of no class, without a batch
+      axis; None for a model without conditions.
     guidance_scale: of classifier-free guidance; 1 is none, and None is the scale of
       each sample, its condition "guidance" [N].
   """
@@ -217,23 +219,6 @@ def decode_checked(
   return data.to_uint8(images), pipelines.finite_samples(images)
 
 
-def tokens(
-  model: Model, texts: Sequence[str], prefix: str = ""
-) -> dict[str, np.ndarray]:
-  """Returns the inputs of a pipeline that texts are: "tokens", "tokens_2", ...
-
-  Args:
-    model: with tokenizers.
-    texts: prompts, B of them.
-    prefix: of the names; "negative_" for a negative prompt.
-  """
-  return {
-    f"{prefix}{name.replace('text_encoder', 'tokens')}": tokenizer.encode(texts)
-    for name, tokenizer in model.tokenizers.items()
-    if name in model.text_encoders
-  }
-
-
 def pipeline(
   model: Model,
   sampler: Sampler,
@@ -243,6 +228,7 @@ def pipeline(
   prompts: Sequence[str | None] = (None,),
   negative_prompt: str = "",
   distilled_guidance: float = 1.0,
+  labels: Sequence[int] = (),
   seed: int = 0,
 ) -> Pipeline:
   """Returns the pipeline of a model; its parameters are an argument.
@@ -259,59 +245,42 @@ def pipeline(
     prompts: image k has prompt k modulo their number; (None,) without text.
     negative_prompt: text that guidance leads away from.
     distilled_guidance: scale that a network takes as an input, without a negative prompt.
+    labels: image k has class k modulo their number; () for all classes in turn.
     seed: of the first image.
   """
   dtype = jax.tree.leaves(model.params["unet"])[0].dtype.name
-  over_samples = sharding.samples(mesh)
-  everywhere = sharding.replicated(mesh)
-  # The names of the tokens of each text encoder: tokens, tokens_2, ...
-  names = {name: name.replace("text_encoder", "tokens") for name in model.text_encoders}
-  shardings = {name: over_samples for name in (*names.values(), "guidance")}
-  shardings |= {f"negative_{name}": everywhere for name in names.values()}
+  conditions = conditions_lib.of_model(
+    model,
+    prompts=prompts,
+    negative_prompt=negative_prompt,
+    distilled_guidance=distilled_guidance,
+    labels=labels,
+  )
+  by_scale = guidance_scale is None and bool(conditions.shapes(1))
+  by_sample, everywhere = sharding.samples(mesh), sharding.replicated(mesh)
 
-  def encoded(params: Params, inputs: Inputs, prefix: str = "") -> dict[str, Array]:
-    ids = {k: inputs[f"{prefix}{name}"] for k, name in names.items()}
-    cond = model.encode(params, ids)
-    return cond | _distilled(model, distilled_guidance, len(cond["text"]))
+  def with_scale(cond: Cond, scale: Array) -> Cond:
+    return guidance.with_scale(cond, scale) if by_scale else cond
 
   def guided(params: Params, inputs: Inputs) -> tuple[Denoiser, Cond]:
-    if not inputs:
-      return denoiser(model, sampler, params, None, guidance_scale), None
-    cond = encoded(params, inputs)
-    empty = {k: v[0] for k, v in encoded(params, inputs, "negative_").items()}
-    if model.force_zeros_for_empty_prompt and not negative_prompt:
-      empty |= {k: jnp.zeros_like(empty[k]) for k in ("text", "pooled") if k in empty}
-    if guidance_scale is None:
-      cond = guidance.with_scale(cond, inputs["guidance"])
-    return denoiser(model, sampler, params, empty, guidance_scale), cond
+    cond, empty = conditions.encode(params, inputs)
+    net = denoiser(model, sampler, params, empty, guidance_scale)
+    return net, with_scale(cond, inputs.get("guidance"))
 
   def placeholder(params: Params, x: Array) -> Array:
-    cond, empty = None, None
-    if names:
-      shaped = jax.eval_shape(encoded, params, shapes(1))
-      empty = {k: jnp.zeros(v.shape[1:], v.dtype) for k, v in shaped.items()}
-      cond = {k: jnp.zeros((len(x), *v.shape), v.dtype) for k, v in empty.items()}
-    if cond is not None and guidance_scale is None:
-      cond = guidance.with_scale(cond, jnp.ones(len(x)))
+    shaped = jax.eval_shape(conditions.encode, params, shapes(len(x)))
+    cond, empty = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shaped)
     net = denoiser(model, sampler, params, empty, guidance_scale)
-    return net(x, jnp.ones(len(x)), cond)
+    return net(x, jnp.ones(len(x)), with_scale(cond, jnp.ones(len(x))))
 
   def shapes(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    of_inputs = {
-      f"{prefix}{names[name]}": jax.ShapeDtypeStruct((size, length), jnp.int32)
-      for prefix, size in (("", batch_size), ("negative_", 1))
-      for name, length in model.lengths.items()
-    }
-    if names and guidance_scale is None:
-      of_inputs["guidance"] = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    of_inputs = conditions.shapes(batch_size)
+    if by_scale:
+      of_inputs |= {"guidance": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
     return of_inputs
 
   def requests(indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    seeds, inputs = np.asarray(indices, np.int32) + np.int32(seed), {}
-    if names:
-      inputs |= tokens(model, [prompts[k % len(prompts)] or "" for k in indices])
-      inputs |= tokens(model, [negative_prompt], "negative_")
-    return seeds, inputs
+    return np.asarray(indices, np.int32) + np.int32(seed), conditions.rows(indices)
 
   return Pipeline(
     mesh=mesh,
@@ -320,7 +289,9 @@ def pipeline(
     placeholder=placeholder,
     decode_checked=lambda _, params, x: decode_checked(model, params, x, mesh),
     inputs=shapes,
-    input_shardings={name: shardings[name] for name in shapes(1)},
+    input_shardings={
+      name: everywhere if name in conditions.shared else by_sample for name in shapes(1)
+    },
     requests=requests,
     dtype=dtype,
   )
@@ -333,10 +304,3 @@ def params_with_sharding(model: Model, mesh: Mesh) -> dict[str, Params]:
     model.params,
     sharding.state(model.params, mesh),
   )
-
-
-def _distilled(model: Model, scale: float, count: int) -> dict[str, Array]:
-  """Returns the guidance scale as a condition of a network that takes it."""
-  if not model.unet.guided:
-    return {}
-  return {"distilled_guidance": jnp.full(count, scale, jnp.float32)}

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import jax
@@ -22,14 +22,13 @@ from sdiff_jax import registry, renamed
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, text_to_image
+from sdiff_jax.experiment import conditions, pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.fields import Choices, Length, Range
 from sdiff_jax.io import file_io, image_io, records, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
-from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.types import Json, Params, UserError
 
@@ -96,13 +95,17 @@ class Images(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-  """A pretrained model in the diffusers format, and its prompts.
+  """A pretrained model in the diffusers format, and its prompts or classes.
 
   Attributes:
     folder: the model: a folder, or hf://organization/name.
+    published: the model that a config is for, organization/name on the Hugging Face Hub;
+      the message about a missing folder names it.
     prompts: texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k
       modulo their number.
     negative_prompt: text that guidance leads away from.
+    labels: classes, "white shark;207"; image k takes class k modulo their number, "" all
+      classes in turn.
     size: (height, width) of the images in pixels; () for that of the training images.
     distilled_guidance: scale that networks such as that of Flux take as an input.
     timestep_spacing: of the timesteps; "" for the model's own.
@@ -110,8 +113,10 @@ class Generate:
   """
 
   folder: str = ""
+  published: str = ""
   prompts: str = ""
   negative_prompt: str = ""
+  labels: str = ""
   size: Annotated[tuple[int, ...], Range(8, 16_384), Length(0, 2)] = ()
   distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
   timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
@@ -141,8 +146,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(mesh))
   model, sampler = text_to_image.from_config(config, mesh=mesh)
-  prompts = _check_prompts(model, section, prompts, scale)
-  images = _images(config, prompts, os.path.join(workdir, "images"))
+  prompts, labels = conditions.from_config(config, model, prompts)
+  images = _images(config, prompts, labels, os.path.join(workdir, "images"))
   descriptions = images.descriptions()
   sampler = _stored_window(sampler, descriptions, images.folder)
   missing = [k for k, stored in enumerate(descriptions) if not stored]
@@ -157,6 +162,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       prompts=prompts,
       negative_prompt=section.negative_prompt,
       distilled_guidance=section.distilled_guidance,
+      labels=labels,
       seed=config.sample.seed,
     )
     shape = (size, *pipeline.shape)
@@ -199,12 +205,16 @@ def _check_paths(workdir: str, num: int) -> None:
 
 
 def _images(
-  config: ml_collections.ConfigDict, prompts: list[str | None], folder: str
+  config: ml_collections.ConfigDict,
+  prompts: list[str | None],
+  labels: Sequence[int],
+  folder: str,
 ) -> Images:
   """Returns the images of a config, each with what determines it."""
   fields = {name: config.sampler[name] for name in STORED_FIELDS}
   generate = config.generate.to_dict()
-  del generate["prompts"]
+  for name in ("prompts", "labels", "published"):
+    del generate[name]
   # Images of earlier versions do not have these fields.
   for name in ("size", "distilled_guidance"):
     if generate[name] == getattr(Generate, name):
@@ -217,6 +227,8 @@ def _images(
     {"prompt": prompts[k % len(prompts)], "seed": config.sample.seed + k} | common
     for k in range(config.sample.num)
   ]
+  for k, of_image in enumerate(settings if labels else ()):
+    of_image["label"] = labels[k % len(labels)]
   return Images(folder, settings)
 
 
@@ -239,27 +251,6 @@ def _stored_window(
       f"{sampler.window}; use another --workdir, or the same value"
     )
   return sampler
-
-
-def _check_prompts(
-  model: Model, section: ml_collections.ConfigDict, prompts: list[str], scale: float
-) -> list[str | None]:
-  """Returns the prompts, [None] for a model without text."""
-  if model.unet.text is None:
-    if prompts or section.negative_prompt or scale != 1:
-      raise UserError(
-        f"{section.folder} takes no text: leave config.generate.prompts and "
-        "negative_prompt empty, and config.sample.guidance 1"
-      )
-    return [None]
-  if model.text_encoder is None or model.tokenizer is None:
-    raise UserError(f"{section.folder} has no text encoder, or no tokenizer")
-  if section.negative_prompt and scale == 1:
-    raise UserError(
-      "config.generate.negative_prompt: has no effect with config.sample.guidance=1"
-    )
-  with config_errors("config.generate"):
-    return prompts or prompts_lib.read(section.prompts)
 
 
 def _description(path: str) -> Description:

@@ -300,7 +300,10 @@ def test_damaged_folders(monkeypatch, capsys, tmp_path, file, damage, message):
 @pytest.mark.parametrize(
   ("changed", "message"),
   [
-    ({"generate__folder": ""}, "config.generate.folder is empty: name a folder"),
+    (
+      {"generate__folder": ""},
+      "config.generate.folder is empty: set it to hf://google/ddpm-church-256",
+    ),
     ({"generate__folder": "/none"}, "/none: no such folder"),
     ({"generate__prompts": ""}, "config.generate.prompts='': must have texts"),
     ({"generate__prompts": "none.json"}, "none.json does not exist"),

@@ -7,9 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import one_at_a_time
 from conftest import FIXTURES
 
-from sdiff_jax.pretrained.diffusers import dit_transformer, networks
+from sdiff_jax import config as configs
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import text_to_image
+from sdiff_jax.jobs import generate
+from sdiff_jax.pretrained.diffusers import (
+  dit_transformer,
+  loading,
+  networks,
+  scheduler,
+)
+from sdiff_jax.samplers import paradigms, sequential
+from sdiff_jax.types import UserError
 
 DIT = FIXTURES / "tiny-dit"
 quickly = functools.partial(
@@ -77,11 +89,91 @@ def test_wrong_fields(fields, message):
     dit_transformer.from_config(fields)
 
 
-def test_sides_that_do_not_fit(fixture):
+def test_any_height_and_width(fixture):
   net, params = network(fixture("diffusers_dit"), "float32")
-  for shape, message in (
-    ((1, 7, 7, 4), "2 must divide"),
-    ((1, 8, 6, 4), "must be equal"),
+  with pytest.raises(ValueError, match="2 must divide"):
+    net.apply(params, jnp.zeros((1, 7, 8, 4)), jnp.zeros(1), {})
+  out = net.apply(
+    params, jnp.zeros((1, 6, 8, 4)), jnp.zeros(1), {"label": jnp.zeros(1, int)}
+  )
+  assert out.shape == (1, 6, 8, 4)
+
+
+@functools.cache
+def load() -> loading.Model:
+  return loading.load(str(DIT))
+
+
+def run(name: str, solver: str):
+  """Returns the peer's latents and pixels, ours, and our latents in parallel."""
+  with np.load(DIT / "expected.npz") as stored:
+    arrays = dict(stored)
+  x = jnp.asarray(np.moveaxis(arrays["latents_in"], 1, -1))
+  process = scheduler.from_config({"_class_name": f"{name}Scheduler"})
+  schedule, sampler = text_to_image.build_sampler(
+    load().schedule if name == "DDIM" else process, name=f"para{solver}", steps=10
+  )
+  model = load()._replace(schedule=schedule)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  options = {"guidance_scale": 2.0, "labels": [2, 0]}
+  pipeline = text_to_image.pipeline(model, sampler, mesh, **options)
+  _, inputs = pipeline.requests(np.arange(2))
+
+  @quickly
+  def sample(params, x, inputs):
+    denoise, cond = pipeline.denoiser(params, inputs)
+    keys = sequential.keys_from_seeds(np.arange(2))
+    args = one_at_a_time(denoise), sampler.tableau, x, keys, cond
+    one = sequential.sample(*args)
+    many = paradigms.run(*args, window=5, tolerance=0.0)
+    images = model.vae.decode(params["vae"], one / model.vae.scaling)
+    return one, many, images
+
+  kind = {"DDIM": "ddim"}.get(name, "dpmsolver")
+  wanted = np.moveaxis(arrays[f"{kind}_latents"], 1, -1), arrays[f"{kind}_image"]
+  return *wanted, *sample(model.params, x, inputs)
+
+
+@pytest.mark.parametrize(
+  ("name", "solver"), [("DDIM", "ddim"), ("DPMSolverMultistep", "dpmpp2m")]
+)
+def test_pipeline(name, solver, monkeypatch):
+  """Ten steps with guidance 2, whose class is none; variances are left out.
+
+  At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit.
+  """
+  monkeypatch.setattr(paradigms, "ULPS", 0)
+  wanted, pixels, one, many, images = run(name, solver)
+  assert error(one, wanted) < 1e-5
+  images = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
+  np.testing.assert_allclose(images, pixels, atol=1e-4)
+  np.testing.assert_array_equal(many.x, one)
+  assert (many.num_iterations <= 10).all()
+
+
+def test_job(tmp_path):
+  """Classes by name and by number, and every PNG says its class."""
+  config = configs.base()
+  config.generate.update(folder=str(DIT), labels="white shark; 0")
+  config.sampler.update(name="ddim", steps=2)
+  config.sample.update(num=3, batch_size=8, guidance=4.0)
+  assert "made 3 of 3" in generate.run(config, str(tmp_path))
+  rows = json.loads((tmp_path / "images.json").read_text())["images"]
+  assert [(row["prompt"], row["label"]) for row in rows] == [
+    (None, 2),
+    (None, 0),
+    (None, 2),
+  ]
+  assert "made 0 of 3" in generate.run(config, str(tmp_path))
+  config.generate.labels = "white shark"
+  with pytest.raises(UserError, match=r"label \(0 there, 2 now\)"):
+    generate.run(config, str(tmp_path))
+  for field, value, message in (
+    ("labels", "shark", "config.generate.labels='shark': must be a class, 0 to 2"),
+    ("labels", "3", "labels='3': must be a class, 0 to 2"),
+    ("prompts", "a cat", "takes no text"),
   ):
-    with pytest.raises(ValueError, match=message):
-      net.apply(params, jnp.zeros(shape), jnp.zeros(1), {})
+    wrong = config.copy_and_resolve_references()
+    wrong.generate[field] = value
+    with pytest.raises(UserError, match=message):
+      generate.run(wrong, str(tmp_path / "other"))

@@ -123,9 +123,9 @@ class Transformer(nn.Module):
     size, rows = (self.patch, self.patch), x.shape[1] // self.patch
     options = {"strides": size, "padding": "VALID", "dtype": self.dtype}
     conv = common.Conv(self.width, size, name="pos_embed.proj", **options)
-    h = conv(x.astype(self.dtype)).reshape(len(x), -1, self.width)
-    at = blocks.sincos(self.width, rows, self.base)
-    h += jnp.asarray(at, self.dtype)[None]
+    h = conv(x.astype(self.dtype))
+    at = blocks.sincos(self.width, *h.shape[1:3], self.base)
+    h = h.reshape(len(x), -1, self.width) + jnp.asarray(at, self.dtype)[None]
     block, embs = common.remat(Block, self.remat), []
     for i in range(self.depth):
       kind = self.heads, self.classes, self.shift, self.eps, self.dtype
@@ -208,8 +208,6 @@ def predictor(
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     blocks.check_sides(x, patch)
-    if x.shape[1] != x.shape[2]:
-      raise ValueError(f"x: height and width must be equal, got {x.shape}")
     out = module.apply({"params": params}, x, time, (cond or {})["label"])
     return common.to_accumulation_dtype(out)[..., :channels]
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import (
+  class_labels,
   clip_text,
   dit_transformer,
   fit,
@@ -117,6 +118,7 @@ def load(
     raise UserError(fit.listed(folder, problems))
   model = _model(networks, params, process)
   return model._replace(
+    labels=class_labels.names(os.path.join(folder, "model_index.json")),
     tokenizers=_tokenizers(folder, classes, model),
     force_zeros_for_empty_prompt=_forces_zeros(folder),
   )

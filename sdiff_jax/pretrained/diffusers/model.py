@@ -1,5 +1,6 @@
 """A model of several networks in the diffusers format."""
 
+import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Model(NamedTuple):
     tokenizers: map texts to tokens, by the names of their text encoders.
     schedule: the diffusion process of the network, and its solver.
     force_zeros_for_empty_prompt: whether zeros are the conditions without text.
+    labels: the class of each name of a class.
   """
 
   unet: Predictor
@@ -35,6 +37,7 @@ class Model(NamedTuple):
   tokenizers: dict[str, tokenizer_lib.Tokenizer]
   schedule: Schedule | FlowSchedule
   force_zeros_for_empty_prompt: bool = False
+  labels: Mapping[str, int] = types.MappingProxyType({})
 
   @property
   def text_encoder(self) -> clip_text.TextEncoder | None:

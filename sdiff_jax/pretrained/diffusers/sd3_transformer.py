@@ -75,7 +75,7 @@ class Transformer(nn.Module):
     grid = self.grid
 
     def init(key: PRNGKey, shape: tuple[int, ...]) -> Array:
-      values = blocks.sincos(self.width, grid, self.base)
+      values = blocks.sincos(self.width, grid, grid, self.base)
       return jnp.asarray(values.T[..., None], jnp.float32)
 
     table = self.param("pos_embed.pos_embed", init, (self.width, grid**2, 1))

@@ -245,27 +245,32 @@ class Output(nn.Module):
     return common.Dense(self.out, dtype=self.dtype, name="proj_out")(h)
 
 
-def sincos(width: int, grid: int, base: float) -> np.ndarray:
-  """Returns the fixed positions of a square grid of tokens, float64 [grid^2, width].
+def sincos(width: int, rows: int, columns: int, base: float) -> np.ndarray:
+  """Returns the fixed positions of a grid of tokens, float64 [rows * columns, width].
 
-  Half of the channels are sines and cosines of the column, half of the row, both in
-  units of grid / base.
+  Half of the channels are sines and cosines of the column, half of the row, in units of
+  columns / base and rows / base.
 
   Args:
     width: number of channels, a multiple of 4.
-    grid: number of rows.
-    base: number of rows that the unit belongs to.
+    rows: number of rows of the grid.
+    columns: number of its columns.
+    base: number of rows and columns that the units belong to.
 
   Example:
-    >>> sincos(4, 2, 2)[1].round(2).tolist()
+    >>> sincos(4, 2, 2, 2)[1].round(2).tolist()
     [0.84, 0.54, 0.0, 1.0]
   """
-  at = np.arange(grid) / (grid / base)
-  angles = at[:, None] * 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-  waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-  columns = np.broadcast_to(waves[None], (grid, grid, width // 2))
-  both = np.concatenate([columns, columns.swapaxes(0, 1)], axis=-1)
-  return both.reshape(grid * grid, width)
+
+  def waves(count: int) -> np.ndarray:
+    at = np.arange(count) / (count / base)
+    angles = at[:, None] * 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+  shape = (rows, columns, width // 2)
+  parts = waves(columns)[None], waves(rows)[:, None]
+  both = np.concatenate([np.broadcast_to(part, shape) for part in parts], axis=-1)
+  return both.reshape(rows * columns, width)
 
 
 def patches(x: Array, size: int) -> Array:
