@@ -9,7 +9,8 @@ usage() {
 launch/tpu_pod.sh COMMAND OPTIONS... [-- ARGUMENTS OF python -m sdiff_jax.main]
 
 Commands:
-  all      create, setup, run, delete; after a preemption it creates a pod again and resumes
+  all      create, setup, run, delete; after a preemption it creates a pod again and
+           resumes, and after a failure as well if the job had got on since its start
   create   ask for the pod (a queued resource) and wait until it is there
   setup    install this working tree (or --git) on all hosts, mount the bucket as runs/
   run      start the job on all hosts, follow it and return its code
@@ -24,11 +25,12 @@ Options:
   --bucket=NAME      for setup: bucket for runs and compiled programs, without gs://
   --name=NAME        of the pod; sdiff unless given
   --project=PROJECT  gcloud's own unless given
+  --slices=N         of that type, in one job (1)
   --spot             cheaper, and may be taken away at any time
   --git=URL          install from there, at --ref=BRANCH, TAG or COMMIT (main)
   --runtime=VERSION  of the hosts' image; found from the type unless given
   --wait=HOURS       until the request is withdrawn (24)
-  --restarts=N       after preemptions (100)
+  --restarts=N       after preemptions and failures (100)
   --keep             all: do not delete the pod at the end
   --worker=N         logs: of host N
   --create-flag=FLAG one more for `gcloud ... queued-resources create`; may be repeated
@@ -41,7 +43,7 @@ EOF
 }
 
 name=sdiff zone='' type='' bucket='' project='' spot='' git='' ref=main runtime=''
-hours=24 restarts=100 keep='' worker=0 dry='' create_flags=()
+hours=24 restarts=100 slices=1 keep='' worker=0 dry='' create_flags=()
 poll=${SDIFF_POLL:-30} # seconds between two questions to Google
 remote='bash sdiff_jax/launch/worker.sh'
 tree=${TMPDIR:-/tmp}/sdiff_jax.tgz
@@ -62,14 +64,24 @@ run() { if [[ $dry ]]; then quoted "$@" >&3; else "$@"; fi; }
 
 tpus() { run gcloud compute tpus "$@" --zone="$zone" ${project:+"--project=$project"} --quiet; }
 
-on() { tpus tpu-vm ssh "$name" --worker="$1" --command="$2"; }
+# The names of the slices.
+nodes() { if ((slices == 1)); then echo "$name"; else seq -f "$name-%g" 0 $((slices - 1)); fi; }
 
-# state KIND FIELD ASSUMED: what Google says of the pod, NOT_FOUND, or UNKNOWN where it
+# on WORKER COMMAND: on all hosts of all slices, or on one host of the first.
+on() {
+  local node
+  for node in $(nodes); do
+    tpus tpu-vm ssh "$node" --worker="$1" --command="$2" || return
+    [[ $1 == all ]] || break
+  done
+}
+
+# state KIND NAME FIELD ASSUMED: what Google says of it, NOT_FOUND, or UNKNOWN where it
 # cannot be asked; ASSUMED in a dry run.
 state() {
   local said
-  if said=$(tpus "$1" describe "$name" --format="value($2)" 2>"$errors"); then
-    echo "${said:-$3}"
+  if said=$(tpus "$1" describe "$2" --format="value($3)" 2>"$errors"); then
+    echo "${said:-$4}"
   elif grep -q NOT_FOUND "$errors"; then
     echo NOT_FOUND
   else
@@ -78,18 +90,23 @@ state() {
   fi
 }
 
-request_state() { state queued-resources state.state "$1"; }
+request_state() { state queued-resources "$name" state.state "$1"; }
 
 is_lost() {
+  local node
   case $(request_state ACTIVE) in SUSPENDING | SUSPENDED | FAILED | NOT_FOUND) return 0 ;; esac
-  case $(state tpu-vm state READY) in
-    PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | NOT_FOUND) return 0 ;;
-  esac
+  for node in $(nodes); do
+    case $(state tpu-vm "$node" state READY) in
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | NOT_FOUND) return 0 ;;
+    esac
+  done
   return 1
 }
 
 request() {
-  tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+  local names=(--node-id="$name")
+  ((slices == 1)) || names=(--node-count="$slices" --node-prefix="$name")
+  tpus queued-resources create "$name" "${names[@]}" --accelerator-type="$type" \
     --runtime-version="$runtime" --valid-until-duration="${hours}h" ${spot:+--spot} \
     ${create_flags[@]+"${create_flags[@]}"} || die "gcloud refused the request, see above"
 }
@@ -122,15 +139,18 @@ await() {
 }
 
 setup() {
-  local install
+  local install node
   install="bash launch/worker.sh setup $(quoted "$bucket")"
   if [[ $git ]]; then
     on all "mkdir -p sdiff_jax && cd sdiff_jax && git init --quiet &&\
  git fetch --quiet --depth=1 $(quoted "$git" "$ref") && git checkout --quiet --force FETCH_HEAD && $install"
   else
-    run tar -czf "$tree" --exclude=./.git --exclude='./.venv*' --exclude=./runs . &&
-      tpus tpu-vm scp "$tree" "$name:sdiff_jax.tgz" --worker=all &&
-      on all "mkdir -p sdiff_jax && tar -xzf sdiff_jax.tgz -C sdiff_jax && cd sdiff_jax && $install"
+    run tar -czf "$tree" --exclude=./.git --exclude='./.venv*' --exclude=./runs \
+      --exclude=./data . || return
+    for node in $(nodes); do
+      tpus tpu-vm scp "$tree" "$node:sdiff_jax.tgz" --worker=all || return
+    done
+    on all "mkdir -p sdiff_jax && tar -xzf sdiff_jax.tgz -C sdiff_jax && cd sdiff_jax && $install"
   fi
 }
 
@@ -143,6 +163,8 @@ follow() {
   while true; do
     if on 0 "$remote follow" && codes=$(on all "$remote code"); then
       code=$(sed -n 's/^ended //p' <<<"$codes" | sort -n | tail -n 1)
+      # Where one host says that the command is wrong, the others fail otherwise.
+      ! grep -qx 'ended 2' <<<"$codes" || code=2
       code=${code:-0} # a dry run
       ((code == 0)) || on all "tail -n 20 sdiff_job/log" >&2 || true
       return "$code"
@@ -157,19 +179,27 @@ follow() {
 
 delete() { tpus queued-resources delete "$name" --force; }
 
+# What the job has finished so far, as a number; "" where that cannot be asked.
+made() { on 0 "$remote made $(quoted "$@")" 2>/dev/null | sed -n 's/^made //p' || true; }
+
 all() {
-  local code=0 try
+  local code=0 try before why=''
   for ((try = 0; try <= restarts; try++)); do
-    if ((try > 0)); then
-      say "lost, restart $try of $restarts"
+    if [[ $why ]]; then
+      say "$why, restart $try of $restarts"
       sleep "$poll"
     fi
-    code=0
-    { create && setup && start "$@" && follow; } || code=$?
-    ((code != 0)) || break
+    code=0 before=''
+    { create && setup && before=$(made "$@") && start "$@" && follow; } || code=$?
+    ((code != 0 && code != 2)) || break
     # The hosts die, or end their jobs, before Google says that they are gone.
     [[ $code == 75 ]] || sleep "$poll"
-    [[ $code == 75 ]] || is_lost || break
+    why=lost
+    if [[ $code != 75 ]] && ! is_lost; then
+      # The job itself failed: again, unless it has finished nothing since its start.
+      [[ $(made "$@") != "$before" ]] || break
+      why="failed with code $code"
+    fi
   done
   if [[ $keep ]]; then
     say "kept, and paid for until: launch/tpu_pod.sh delete --name=$name --zone=$zone"
@@ -190,6 +220,7 @@ runtime_of() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    tpu7x* | v7x*) die "--type=$1: the Cloud TPU API does not have it; use GKE, see README.md" ;;
     *) die "--type=$1: unknown; give its --runtime as well" ;;
   esac
 }
@@ -207,6 +238,7 @@ while (($#)); do
     --bucket=*) bucket=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --project=*) project=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
     --spot) spot=1 ;;
     --git=*) git=${1#*=} ;;
     --ref=*) ref=${1#*=} ;;
@@ -225,7 +257,8 @@ while (($#)); do
 done
 
 [[ $zone ]] || die "--zone is missing: where the pod stands, as --zone=europe-west4-b"
-[[ $hours$restarts =~ ^[0-9]+$ ]] || die "--wait and --restarts take whole numbers"
+[[ $hours$restarts$slices =~ ^[0-9]+$ ]] || die "--wait, --restarts and --slices take whole numbers"
+[[ $slices != 0 ]] || die "--slices=0: must be at least 1"
 case $command in all | create)
   [[ $type ]] || die "--type is missing: the kind and size of the pod, as --type=v5p-256"
   [[ $runtime ]] || runtime=$(runtime_of "$type")

@@ -5,6 +5,7 @@
 #   start ARGUMENTS  starts the job
 #   follow           prints the log until the job has ended
 #   code             prints `ended CODE` when the job has ended; 0 after `stop`
+#   made ARGUMENTS   prints `made NUMBER`, which changes with what the job has finished
 #   stop             SIGTERM: the job saves and ends
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,16 +16,32 @@ setup() {
   local bucket=$1
   export PATH=$HOME/.local/bin:$PATH
   # The hosts' own Python may be too old (3.10), and may hold other frameworks.
-  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-  [[ -x .venv/bin/python ]] || uv venv --quiet --python 3.12 .venv
-  uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
-  command -v gcsfuse >/dev/null || install_gcsfuse
+  command -v uv >/dev/null || retry install_uv
+  [[ -x .venv/bin/python ]] || retry uv venv --quiet --python 3.12 .venv
+  retry uv pip install --quiet --python .venv/bin/python --requirement launch/lock/tpu.txt
+  uv pip install --quiet --python .venv/bin/python --no-deps --editable .
+  command -v gcsfuse >/dev/null || retry install_gcsfuse
+  # JAX asks for it on v5e and newer: it starts and ends faster.
+  echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null ||
+    echo "transparent huge pages stay off" >&2
   mkdir -p runs
   # Without caches of names: what one host writes the others must find at once.
   mountpoint --quiet runs || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
     --metadata-cache-negative-ttl-secs=0 "$bucket" "$PWD/runs"
   .venv/bin/python -c 'import jax; print("jax", jax.__version__)'
 }
+
+# retry COMMAND...: up to five times, since all hosts of a pod ask at once.
+retry() {
+  local try
+  for ((try = 1; try < 5; try++)); do
+    ! "$@" || return 0
+    sleep "${SDIFF_POLL:-$((10 * try + RANDOM % 10))}"
+  done
+  "$@"
+}
+
+install_uv() { curl -LsSf https://astral.sh/uv/install.sh | sh; }
 
 install_gcsfuse() {
   local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
@@ -46,11 +63,34 @@ start() {
 }
 
 _job() {
-  local code=0
+  local code=0 kept uploads
+  kept=runs/.logs/$(date +%Y%m%d-%H%M%S)-$(hostname).log
   echo $$ >"$job/pid.new" && mv "$job/pid.new" "$job/pid"
+  mkdir -p runs/.logs
+  # The log outlives the host: in the bucket each minute, and at the end.
+  while sleep "${SDIFF_POLL:-60}"; do cp "$job/log" "$kept"; done &
+  uploads=$!
   bash launch/job.sh tpu "$@" &
   supervise $! || code=$?
+  kill "$uploads"
+  cp "$job/log" "$kept" || true
   echo "$code" >"$job/code"
+}
+
+made() {
+  local folder='' argument words
+  for argument in "$@"; do
+    case $argument in
+      --workdir=*) folder=${argument#*=} && break ;;
+      --config=*) # runs/X_words of configs/X.py:words
+        folder=$(basename "${argument#*=}")
+        words=${folder#*.py}
+        words=${words#:}
+        folder=runs/${folder%%.py*}${words:+_${words//,/_}}
+        ;;
+    esac
+  done
+  echo "made $(find "$folder"/{checkpoints,samples.parts,images} -maxdepth 1 2>/dev/null | sort | cksum)"
 }
 
 follow() {
@@ -74,6 +114,6 @@ stop() {
 }
 
 case ${1:-} in
-  setup | start | follow | code | stop | _job) "$@" ;;
-  *) die "give setup, start, follow, code or stop" ;;
+  setup | start | follow | code | made | stop | _job) "$@" ;;
+  *) die "give setup, start, follow, code, made or stop" ;;
 esac

@@ -186,8 +186,10 @@ def devices(pod: Pod) -> np.ndarray:
       )
     else:
       _, _, size = pod.name.partition(":")
+      # The two cores of a v4 chip are one device on Google Cloud.
+      cores = {"chip_config_name": "megacore"} if pod.chip == "v4" else {}
       topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{pod.chip}:{size}"
+        platform="tpu", topology_name=f"{pod.chip}:{size}", **cores
       )
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     known = ", ".join(_name(pod.chip, size) for size in CHIPS[pod.chip].sizes)

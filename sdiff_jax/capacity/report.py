@@ -136,7 +136,7 @@ ROOFS = ("overlapped", "serial")
 _BOTH = "overlapped / serial"
 COLUMNS = (  # header, description
   ("Pod", "name of the topology"),
-  ("Chips", "number of chips; a v4 or tpu7x chip is two devices"),
+  ("Chips", "number of chips; a tpu7x chip is two devices"),
   ("Changed", "config fields that were changed so that the program fits"),
   ("Fits", "memory that is used and memory of a device, GB"),
   ("TFLOP", "operations of one device in a step, including rematerialization"),

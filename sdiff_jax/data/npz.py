@@ -1,11 +1,11 @@
-"""Images in an .npz file, such as the samples.npz that the job `sample` writes."""
+"""Images in .npz files, such as those that the job `sample` writes."""
 
 import os
 
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import _image_files
+from sdiff_jax.data import _image_files, image_shards
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.fields import Means, Scales
@@ -24,7 +24,8 @@ def build(
 
   Args:
     path: .npz with images uint8 [N, H, W, C] (arr_0 or images) and, if they have
-      classes, integers [N] (arr_1 or labels).
+      classes, integers [N] (arr_1 or labels); or the folder samples.parts that the job
+      `sample` of several processes leaves.
     mean: mean of the pixels in [-1, 1], one for all or one for each channel.
     std: standard deviation of the pixels in [-1, 1], likewise.
 
@@ -33,6 +34,8 @@ def build(
   """
   if not path:
     raise ValueError("path='': name an .npz of uint8 NHWC images")
+  if isinstance(path, str) and os.path.isdir(path):
+    return _sharded(path, mean, std)
   images, labels = _load(path)
   if images is None:
     raise UserError(f"{path} has no images: save them as arr_0 or images")
@@ -40,11 +43,7 @@ def build(
     raise UserError(
       f"{path}: images are {images.dtype} {images.shape}; save uint8 [N, H, W, C]"
     )
-  if images.shape[-1] not in (1, 3):
-    raise UserError(
-      f"{path}: images {images.shape} have {images.shape[-1]} channels; save 1 or 3, "
-      "as the last axis"
-    )
+  _check_channels(path, images.shape)
   if labels is None:
     num_classes, labels = 0, np.full(len(images), -1)
   elif labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -62,6 +61,35 @@ def build(
 
   codec = PixelCodec(images.shape[1:], mean, std)
   return Dataset(read, len(images), class_cond(num_classes), codec)
+
+
+def _sharded(path: str, mean: Means, std: Scales) -> Dataset:
+  """Returns the images of a folder of many .npz files."""
+  index = image_shards.read(path)
+  _check_channels(path, index.shape)
+  labels, num_classes = index.labels.astype(np.int32), 0
+  if labels.max() >= 0:
+    num_classes = _image_files.check_num_classes(labels, path)
+  images = image_shards.reader(path, index)
+
+  def read(indices: np.ndarray) -> Samples:
+    return images(indices), {"label": labels[indices]} if num_classes else {}
+
+  return Dataset(
+    read,
+    len(labels),
+    class_cond(num_classes),
+    PixelCodec(index.shape, mean, std),
+    lambda: image_shards.fingerprint(path, index),
+  )
+
+
+def _check_channels(path: str, shape: tuple[int, ...]) -> None:
+  """Raises a UserError for images that are neither gray nor in color."""
+  if shape[-1] not in (1, 3):
+    raise UserError(
+      f"{path}: images {shape} have {shape[-1]} channels; save 1 or 3, as the last axis"
+    )
 
 
 def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -16,7 +16,10 @@ from jax.experimental import multihost_utils
 from sdiff_jax.distributed import handshake, peers, signals
 from sdiff_jax.types import Json, UserError
 
-HEARTBEAT = 30  # seconds without a heartbeat until a process counts as dead
+HEARTBEAT = 45  # seconds without a heartbeat until a process counts as dead
+# Longest time that a process which has finished waits for the others, s: process 0 may
+# still write for hours. One that dies meanwhile is noticed by its heartbeat.
+SHUTDOWN = 24 * 3600
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIMIT = 300.0  # seconds to wait for the other processes, unless told otherwise
 
@@ -102,7 +105,7 @@ def _initialize(own: handshake.Place | None, limit: float) -> None:
       **options,
       initialization_timeout=max(1, int(limit)),
       heartbeat_timeout_seconds=HEARTBEAT,
-      shutdown_timeout_seconds=HEARTBEAT,
+      shutdown_timeout_seconds=SHUTDOWN,
     )
   except (ValueError, IndexError) as error:  # IndexError: an address without a port
     if address is not None:

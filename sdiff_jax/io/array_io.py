@@ -82,6 +82,18 @@ def npz_headers(path: Path) -> dict[str, Header]:
     return headers
 
 
+def checksum(path: Path, name: str) -> int:
+  """Returns the checksum that an .npz file holds of an array, without reading it.
+
+  Raises:
+    UserError: see `read_npz`; or there is no such array.
+  """
+  with _npz(path) as (archive, headers):
+    if name not in headers:
+      raise UserError(f"{path} has no {name}")
+    return archive.getinfo(f"{name}.npy").CRC
+
+
 def read_npy(path: Path) -> np.ndarray:
   """Returns the array of an .npy file.
 

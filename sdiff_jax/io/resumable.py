@@ -118,8 +118,10 @@ class Output:
     """Writes one part, an .npz file, atomically."""
     file_io.write_npz(os.path.join(self.folder, name), **arrays)
 
-  def read_parts(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the named arrays of each part.
+  def read_parts(
+    self, names: Sequence[str]
+  ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yields the path and the named arrays of each part.
 
     A part that cannot be read is reported on stderr and removed, so that the job makes
     it again.
@@ -133,7 +135,7 @@ class Output:
         print(f"{path} is damaged, making it again: {reason}", file=sys.stderr)
         os.remove(path)
         continue
-      yield arrays
+      yield path, arrays
 
   def remove(self) -> None:
     """Removes the folder with all parts."""

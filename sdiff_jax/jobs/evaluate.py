@@ -12,7 +12,7 @@ import numpy as np
 
 from sdiff_jax import fields, losses, registry
 from sdiff_jax.data import folder as folder_lib
-from sdiff_jax.data import npz
+from sdiff_jax.data import image_shards, npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -43,7 +43,8 @@ class Evaluate:
     folder: folder of the results, in the work directory.
     num: samples of each sampler.
     batch_size: samples of a batch, over all devices.
-    images: an .npz or a folder of images to evaluate instead of samples.
+    images: an .npz, a folder of images, or the folder samples.parts of a large job
+      `sample` to evaluate instead of samples.
     features: the classifier of a data set (digits, fashion, or a path to an .npz), or
       pretrained networks: inception:PATH for FID (pytorch-fid:PATH resizes as that
       package does), dinov2:PATH for FD-DINOv2; several separated by commas.
@@ -147,7 +148,7 @@ def _evaluate_images(
     )
   real = evaluation.real(config) if section.features else None
   try:
-    if path.endswith(".npz"):
+    if path.endswith(".npz") or image_shards.exists(path):
       dataset = npz.build(path=path)
     else:
       side, channels = (*real.shape[1:],) if real else (folder_lib.side(path), 3)

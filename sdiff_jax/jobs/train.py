@@ -76,6 +76,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with config_errors("config.train"):
     sharding.check_batch(size, sharding.batch(mesh), parts)
   _check_conditions(config, dataset)
+  _check_dtype(config, mesh.devices.flat[0].platform)
   source = training.training_data(config, experiment)
   sample = _sample_fn(config, experiment)
   teacher, frozen = teachers.load_teacher(config, experiment)
@@ -269,6 +270,23 @@ def _check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> No
       raise UserError(
         f"config.{field}={value}: needs images, but config.data are trajectories"
       )
+
+
+def _check_dtype(config: ml_collections.ConfigDict, platform: str) -> None:
+  """Checks that the devices compute in the dtype of the network.
+
+  Args:
+    config: of the run.
+    platform: of the devices: "cpu", "gpu" or "tpu".
+
+  Raises:
+    UserError: they do not.
+  """
+  if platform == "tpu" and config.model.get("dtype") == "float16":
+    raise UserError(
+      "config.model.dtype=float16: TPUs have no float16 units; use "
+      "--config.model.dtype=bfloat16 --config.train.loss_scale=1"
+    )
 
 
 def _write_summary(

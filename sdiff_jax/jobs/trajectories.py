@@ -177,7 +177,7 @@ def _missing(
   complete = np.ones(len(firsts), bool)
   if jax.process_index() == 0:
     exist = np.zeros(len(firsts) * size, bool)
-    for part in output.read_parts(COST):
+    for _, part in output.read_parts(COST):
       exist[part["indices"][part["indices"] < len(exist)]] = True
     wanted = np.arange(len(exist)) < num
     complete = (exist | ~wanted).reshape(-1, size).all(axis=1)
@@ -238,7 +238,7 @@ def _held(x: jax.Array, rows: np.ndarray) -> np.ndarray:
 def _cost(output: resumable.Output, num: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns evaluations and iterations of the trajectories, int [num] each."""
   evaluations, iterations = np.zeros((2, num), np.int64)
-  for part in output.read_parts(COST):
+  for _, part in output.read_parts(COST):
     inside = part["indices"] < num
     at = part["indices"][inside]
     evaluations[at] = part["num_evaluations"][inside]

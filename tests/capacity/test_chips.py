@@ -1,5 +1,7 @@
 """Pods by name, and the chips' numbers against each other."""
 
+import types
+
 import pytest
 
 from sdiff_jax.capacity import chips as chips_lib
@@ -55,3 +57,20 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     chips_lib.devices(chips_lib.parse("v5e:2x2"))
   with pytest.raises(ValueError, match=r"pip install -e '.\[cuda\]'"):
     chips_lib.devices(chips_lib.parse("h100x8"))
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1"])
+def test_the_cores_of_a_v4_chip_are_one_device(monkeypatch, name):
+  """Otherwise JAX refuses to make a mesh of TPUs above v3."""
+  asked = {}
+
+  def describe(**options):
+    asked.update(options)
+    return types.SimpleNamespace(devices=[0, 1, 2, 3])
+
+  monkeypatch.setattr(chips_lib, "_is_installed", lambda module: True)
+  monkeypatch.setattr(chips_lib.topologies, "get_topology_desc", describe)
+  assert len(chips_lib.devices(chips_lib.parse(name))) == 4
+  assert asked.get("chip_config_name") == (
+    "megacore" if name.startswith("v4") else None
+  )

@@ -88,5 +88,5 @@ def test_a_missing_file_is_named(tmp_path):
     npz.build()
   with pytest.raises(ValueError, match=r"path='.*a.npz': does not exist"):
     npz.build(path=str(tmp_path / "a.npz"))
-  with pytest.raises(UserError, match="is no .npz, or damaged .*Is a directory"):
+  with pytest.raises(UserError, match="is a folder without index.npz: name an .npz"):
     npz.build(path=str(tmp_path))

@@ -18,12 +18,16 @@ from sdiff_jax.types import UserError
 CONFIG = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
 
 
-def start(cache, *args: str, more=((), ())) -> list[subprocess.Popen]:
-  """Starts a command as two processes, each with some arguments of its own."""
+def free_address() -> str:
+  """Returns an address of this machine at which nobody listens."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(cache, *args: str, more=((), ())) -> list[subprocess.Popen]:
+  """Starts a command as two processes, each with some arguments of its own."""
+  names = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
   return [
     subprocess.Popen(
       command(*args, *more[i]),

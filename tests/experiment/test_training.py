@@ -183,3 +183,12 @@ def test_a_variant_of_a_network_is_registered_with_it():
   assert (config.model.unroll, config.model.remat) == (1, "full")  # unchanged
   config.model = config_lib.component("models", "unet1d")
   assert build.model_variant(config, *names).model == config.model
+
+
+def test_float16_is_refused_on_a_tpu():
+  config = small("diffusion")
+  train._check_dtype(config, "tpu")
+  config.model = config_lib.component("models", "edm2", dtype="float16")
+  train._check_dtype(config, "gpu")
+  with pytest.raises(UserError, match="dtype=float16: TPUs have no float16 units; use"):
+    train._check_dtype(config, "tpu")

@@ -514,6 +514,20 @@ READERS: dict[str, Reader] = {
     _take("npz", "path", "x.npz"),
     8,
   ),
+  "data npz in parts": Reader(
+    lambda: {
+      "x/0.npz": _npz(images=_images()[:4]),
+      "x/1.npz": _npz(images=_images()[4:]),
+      "x/index.npz": _npz(
+        names=["0.npz", "1.npz"],
+        shard=np.arange(6) // 4,
+        row=np.arange(6) % 4,
+        labels=np.arange(6),
+        shape=_images().shape[1:],
+      ),
+    },
+    _take("npz", "path", "x"),
+  ),
   "data npz compressed": Reader(
     lambda: {"x.npz": _npz(True, images=_images(), labels=np.arange(6))},
     _take("npz", "path", "x.npz"),

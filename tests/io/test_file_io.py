@@ -84,7 +84,7 @@ def test_a_damaged_part_is_removed(tmp_path, capsys):
   (tmp_path / "2.npz").write_bytes((tmp_path / "1.npz").read_bytes()[:50])
   output.write_part("3.npz", y=np.zeros(1))
   parts = list(output.read_parts(["x"]))
-  assert [float(p["x"][0]) for p in parts] == [0, 1]
+  assert [float(p["x"][0]) for _, p in parts] == [0, 1]
   assert len(output.parts()) == 2
   assert "2.npz is damaged, making it again" in capsys.readouterr().err
 

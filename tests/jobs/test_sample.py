@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from sdiff_jax import config as configs
-from sdiff_jax.data import digits
+from sdiff_jax.data import digits, npz
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.pipelines import CompiledSampler
@@ -280,6 +280,25 @@ def test_a_part_is_written_whole_or_not_at_all(copy, watch, monkeypatch):
       run(workdir)
   assert parts(workdir) == []
   assert run(workdir) == run(copy("whole"))
+
+
+def test_images_of_a_large_job_stay_in_their_parts(copy, monkeypatch):
+  whole, large = copy("whole"), copy("large")
+  run(whole)
+  monkeypatch.setattr(sample, "_stay_in_parts", lambda size: True)
+  config = workdir_lib.read(str(large))
+  for num in (20, 30):  # the second time the images of the first are there
+    config.sample.num = num
+    line = sample.run(config, str(large))
+    assert line.endswith(f": {large}/samples.parts")
+    dataset = npz.build(path=f"{large}/samples.parts")
+    pixels, cond = dataset[np.arange(num)]
+    np.testing.assert_array_equal(pixels, images(whole)[:num])
+    np.testing.assert_array_equal(cond["label"], np.arange(num) % 10)
+    assert dataset.size == num
+  assert not (large / "samples.npz").exists()
+  grids = [(folder / "samples.png").read_bytes() for folder in (whole, large)]
+  assert grids[0] == grids[1]
 
 
 def test_lost_parts_do_not_become_samples(copy, monkeypatch):

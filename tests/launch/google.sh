@@ -10,6 +10,11 @@ for word in "$@"; do
   esac
 done
 [[ ${worker:-0} == all ]] && hosts=(0 1) || hosts=("${worker:-0}")
+slice=${5:-}
+[[ $4 != scp ]] || slice=${6%%:*}
+case $slice in
+  *-[1-9]) hosts=("${hosts[@]/#/${slice##*-}}") ;; # hosts 10 and 11 are those of slice 1
+esac
 
 answer() {
   [[ -f $1 ]] || { echo "ERROR: NOT_FOUND: no such pod" >&2; exit 1; }

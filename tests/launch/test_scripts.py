@@ -76,7 +76,7 @@ def test_jaxlib_knows_the_flags_of_gpus():
       ("slurm.sh",),
       "submit from the root of the checkout: sbatch launch/slurm.sh --co",
     ),
-    (("worker.sh",), "give setup, start, follow, code or stop"),
+    (("worker.sh",), "give setup, start, follow, code, made or stop"),
   ],
 )
 def test_mistakes_are_one_line_and_code_2(tmp_path, args, message):

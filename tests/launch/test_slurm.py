@@ -10,7 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOOLS = {
-  "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+  "srun": """echo "$SRUN_CPUS_PER_TASK" "$@" >"$SLURM_SUBMIT_DIR/steps"
+  while [[ $1 == --* ]]; do shift; done; exec "$@\"""",
   "scontrol": 'echo "$@" >>$SLURM_SUBMIT_DIR/requeued',
   "job": """trap 'kill $!; exit 0' TERM
   cd "$SLURM_SUBMIT_DIR"; source ./job; echo "$@" >ran; sleep 60 & wait""",
@@ -50,6 +51,22 @@ def test_the_job_runs_with_its_arguments_and_code(submit, tmp_path):
   assert submit('echo "$@" "$JAX_PLATFORMS" >ran; exit 3').wait(30) == 3
   assert (tmp_path / "ran").read_text() == "-m sdiff_jax.main --config=x cpu\n"
   assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("image", ["", "sdiff.sqsh"])
+def test_tasks_get_their_cores_labels_and_container(
+  submit, tmp_path, monkeypatch, image
+):
+  monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+  monkeypatch.setenv("SDIFF_IMAGE", image)
+  assert submit("exit 0").wait(30) == 0
+  cores, *options = (tmp_path / "steps").read_text().split()
+  assert cores == "12"  # srun does not take it over from sbatch since 22.05
+  assert "--label" in options
+  inside = [option for option in options if option.startswith("--container")]
+  mounts = [f"--container-mounts={tmp_path}:{tmp_path}"]
+  mounts += [f"--container-workdir={tmp_path}"]
+  assert inside == ([f"--container-image={image}", *mounts] if image else [])
 
 
 @pytest.mark.parametrize(

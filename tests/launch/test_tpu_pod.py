@@ -14,9 +14,12 @@ POD = ("--zone=z", "--type=v5p-16", "--bucket=gs://b/")
 JOB = ("--", "--config=configs/x.py", "--config.sampler.timesteps=(1.5, 1.1)", "it's")
 # The tools of the hosts. What the job does is in $GOOGLE/job.
 TOOLS = {
-  "uv": """[[ $1 == venv ]] || exit 0
+  "uv": """echo "$@" >>$GOOGLE/installed
+  [[ $* != *--requirement* || ! -f $GOOGLE/flaky ]] || { rm $GOOGLE/flaky; exit 1; }
+  [[ $1 == venv ]] || exit 0
   mkdir -p .venv/bin
   cp $GOOGLE/bin/job .venv/bin/python""",
+  "sudo": "cat >>$GOOGLE/root",
   "gcsfuse": """echo "$@" >>$GOOGLE/mounts
   rm -rf "${@: -1}"
   ln -s $GOOGLE/bucket "${@: -1}\"""",
@@ -107,7 +110,7 @@ def test_from_nothing_to_a_finished_run(google):
   google.write("job", "sleep 0.3; echo done > runs/$HOST; echo trained")
   said, progress = google.call("all", *POD, *JOB)
   assert google.verbs() == (
-    "describe create describe describe describe scp ssh ssh ssh ssh delete"
+    "describe create describe describe describe scp ssh ssh ssh ssh ssh delete"
   )
   assert "sdiff: WAITING_FOR_RESOURCES, 0 of 1440 minutes" in progress
   cache = google.folder / "host0" / "sdiff_jax" / "runs" / ".xla"
@@ -116,7 +119,8 @@ def test_from_nothing_to_a_finished_run(google):
   job = "<-m><sdiff_jax.main><--config=configs/x.py>"
   assert f"{job}<--config.sampler.timesteps=(1.5, 1.1)><it's>\ntrained\n" in said
   assert google.lines("started") == ["0", "1"]
-  assert sorted(p.name for p in (google.folder / "bucket").iterdir()) == ["0", "1"]
+  made = sorted(p.name for p in (google.folder / "bucket").iterdir())
+  assert made == [".logs", "0", "1"]
   assert google.lines("mounts")[0].startswith("--implicit-dirs --metadata-cache-ttl-s")
 
 
@@ -153,6 +157,77 @@ def test_a_job_that_fails_gives_its_code_and_shows_the_logs_of_all(google):
   assert google.verbs().endswith("delete")
   google.call("all", *POD, "--keep", *JOB, code=3)
   assert not google.verbs().endswith("delete")
+
+
+def test_a_job_that_fails_after_a_checkpoint_goes_on(google):
+  google.write(
+    "job",
+    """mkdir -p runs/x_S_tiny/checkpoints/$(wc -l <$GOOGLE/started)
+    sleep 0.3
+    exit $(($(wc -l <$GOOGLE/started) < 6 ? 1 : 0))""",
+  )
+  job = ("--", "--config=configs/x.py:S,tiny")
+  _, progress = google.call("all", *POD, *job)
+  assert "failed with code 1, restart 2 of 100" in progress
+  assert google.verbs().split().count("create") == 1  # the pod was well
+  google.write("started", "")
+  google.write("job", "exit 1")  # of which the bucket holds checkpoints, but no new one
+  _, progress = google.call("all", *POD, *job, code=1)
+  assert "restart" not in progress
+
+
+def test_a_mistake_is_not_repeated(google):
+  google.write("job", "mkdir -p runs/x/checkpoints/$RANDOM; exit $((HOST ? 134 : 2))")
+  google.call("all", *POD, *JOB, code=2)
+  assert google.lines("started") == ["0", "1"]
+
+
+def test_logs_of_all_hosts_stay_in_the_bucket(google):
+  google.write("job", "echo of host $HOST; sleep 0.3")
+  google.call("all", *POD, *JOB)
+  logs = [p.read_text() for p in (google.folder / "bucket" / ".logs").iterdir()]
+  assert logs  # the stand-ins share a name, which real hosts do not
+  assert all("of host" in log for log in logs)
+
+
+def test_the_data_are_not_sent(google):
+  tree = google.folder / "tree"
+  for name in ("data/imagenet/x.jpg", "sdiff_jax/data/npz.py", ".venv/y", "runs/z"):
+    (tree / name).parent.mkdir(parents=True, exist_ok=True)
+    (tree / name).write_text("")
+  for command in ("create", "setup"):
+    google.call(command, *POD)
+  host = google.folder / "host0" / "sdiff_jax"
+  assert (host / "sdiff_jax" / "data" / "npz.py").exists()
+  assert not (host / "data").exists()
+
+
+def test_hosts_install_the_lock_and_try_again(google):
+  google.write("flaky", "")
+  for command in ("create", "setup"):
+    google.call(command, *POD)
+  locked = [x for x in google.lines("installed") if "launch/lock/tpu.txt" in x]
+  assert len(locked) == 3  # two hosts, of which one failed once
+  assert google.lines("root") == ["always", "always"]  # transparent huge pages
+
+
+def test_several_slices_are_one_job(google):
+  google.write("job", "echo trained")
+  google.call("all", *POD, "--slices=2", *JOB)
+  create, scp, start, code = (
+    [line for line in google.lines("calls") if word in line]
+    for word in (" create ", " scp ", "worker.sh start", "worker.sh code")
+  )
+  assert "--node-count=2 --node-prefix=sdiff " in create[0]
+  assert "--node-id" not in create[0]
+  for lines in (scp, start, code):
+    assert [
+      line.split()[4].partition(":")[0] for line in lines if "tgz" not in line
+    ] in (
+      [],
+      ["sdiff-0", "sdiff-1"],
+    )
+  assert len(scp) == 2
 
 
 def test_a_broken_connection_does_not_end_the_job(google):
@@ -196,9 +271,14 @@ def test_a_pod_that_does_not_come_is_withdrawn(google):
     (("delete",), "--zone is missing"),
     (("create", "--zone=z"), "--type is missing"),
     (("create", "--zone=z", "--type=v99-8"), "--type=v99-8: unknown"),
+    (
+      ("create", "--zone=z", "--type=tpu7x-128"),
+      "--type=tpu7x-128: the Cloud TPU API does not have it; use GKE",
+    ),
+    (("create", *POD, "--slices=0"), "--slices=0: must be at least 1"),
     (("setup", "--zone=z"), "--bucket is missing"),
     (("all", *POD), "the job's arguments are missing"),
-    (("create", *POD, "--wait=long"), "--wait and --restarts take whole numbers"),
+    (("create", *POD, "--wait=long"), "--wait, --restarts and --slices take whole"),
   ],
 )
 def test_mistakes_are_one_line_and_code_2(google, args, message):
