@@ -1,7 +1,7 @@
 """The pipeline of a model in the diffusers format: of texts, of classes or of neither."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.samplers import Sampler
-from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, UserError
+from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, PyTree, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
@@ -53,12 +53,14 @@ def from_config(
   else:
     place = None if mesh is None else functools.partial(sharding.state, mesh=mesh)
     model = loading.load(folder, dtype=dtype, place=place)
+  if config.vae and not abstract:
+    model = _with_vae(config, model, place)
   if size := tuple(config.generate.size):
     model = _with_size(model, size)
   if model.vae is None and model.unet.shape[-1] not in (1, 3):
     raise UserError(
-      f"config.generate.folder={folder}: its unet makes latents of "
-      f"{model.unet.shape[-1]} channels, and model_index.json names no vae to decode them"
+      f"config.generate.folder={folder}: makes latents of {model.unet.shape[-1]} channels, "
+      "and has no vae to decode them; name one in config.vae"
     )
   return with_sampler(config, model)
 
@@ -84,6 +86,28 @@ def with_sampler(
       **{k: v for k, v in options.items() if k not in _trigflow_fields(defaults)},
     )
   return model._replace(schedule=schedule), sampler
+
+
+def _with_vae(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  place: Callable[[Params], PyTree] | None,
+) -> Model:
+  """Returns a model with the autoencoder that a config names."""
+  if model.vae is not None or model.unet.shape[-1] in (1, 3):
+    raise UserError(
+      f"config.vae={config.vae}: must be empty, since {config.generate.folder} has a vae, "
+      "or makes pixels"
+    )
+  coder, params = loading.autoencoder(config.vae, dtype=config.generate.dtype)
+  if coder.channels != model.unet.shape[-1]:
+    raise UserError(
+      f"config.vae={config.vae}: has latents of {coder.channels} channels, "
+      f"{config.generate.folder} of {model.unet.shape[-1]}"
+    )
+  if place is not None:
+    params = sharding.device_put_global(params, place(params))
+  return model._replace(vae=coder, params=model.params | {"vae": params})
 
 
 def _with_size(model: Model, size: tuple[int, ...]) -> Model:
@@ -132,7 +156,6 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
   others = {
     "sample.label": config.sample.label != -1,
     "sample.checkpoint": config.sample.checkpoint != 0,
-    "vae": bool(config.vae),
   }
   for field, is_set in others.items():
     if is_set:

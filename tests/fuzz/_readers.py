@@ -29,7 +29,13 @@ from sdiff_jax.io import resumable
 from sdiff_jax.metrics.features import classifier
 from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.pretrained import diffusion_policy, lerobot
-from sdiff_jax.pretrained.diffusers import loading, prompts, t5_tokenizer, tokenizer
+from sdiff_jax.pretrained.diffusers import (
+  dit_checkpoint,
+  loading,
+  prompts,
+  t5_tokenizer,
+  tokenizer,
+)
 from sdiff_jax.pretrained.files import sharded, state_dict
 from sdiff_jax.reports import loading as loading_of_runs
 from sdiff_jax.reports import results
@@ -562,6 +568,11 @@ READERS: dict[str, Reader] = {
   "weights old pt": Reader(_fixture("weights/old.pt"), _tensors("old.pt"), 10),
   "weights zip pt": Reader(_fixture("weights/zip.pt"), _tensors("zip.pt"), 10),
   "weights edm": Reader(_fixture("weights/edm.pkl"), _tensors("edm.pkl"), 10),
+  "weights dit": Reader(
+    _fixture("weights/dit.pt"),
+    lambda folder: dit_checkpoint.load(os.path.join(folder, "dit.pt")),
+    3,
+  ),
   "weights npz": Reader(
     lambda: {"x.npz": _npz(a=np.ones((3, 2)), b=np.zeros(4))}, _tensors("x.npz"), 6
   ),

@@ -210,7 +210,7 @@ def test_a_decoder_of_float16_that_overflows():
     ({"sample.seed": 2**31}, "config.sample.seed=2147483648: must be an integer"),
     ({"sample.num": 10**7}, "config.sample.num=10000000: must be at most 1000000"),
     ({"sample.label": 3}, "config.sample.label: only for networks trained here"),
-    ({"vae": "x"}, "config.vae: only for networks trained here"),
+    ({"vae": "x"}, "config.vae=x: must be empty, since .* makes pixels"),
     ({"sample.checkpoint": 3}, "config.sample.checkpoint: only for networks trained"),
     (
       {"sampler.name": "consistency"},

@@ -14,6 +14,7 @@ from msgspec import Meta
 from sdiff_jax.pretrained.diffusers import (
   class_labels,
   clip_text,
+  dit_checkpoint,
   dit_transformer,
   fit,
   flux_transformer,
@@ -83,6 +84,7 @@ def load(
 
   Args:
     path: of the folder; hf://organization/name is downloaded from the Hugging Face Hub.
+      Or a checkpoint of DiT or of SiT, whose model has no autoencoder.
     dtype: of the hidden layers and of the weights.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
@@ -93,6 +95,8 @@ def load(
     UserError: a file is missing or damaged; or lists unknown fields, unsupported values,
       and weights that are missing or left over, of all parts.
   """
+  if os.path.isfile(path):
+    return dit_checkpoint.load(path, dtype=dtype, remat=remat, place=place)
   folder = hub.local(path)
   classes = _classes(folder)
   parts = [name for name in PARTS if name in classes]

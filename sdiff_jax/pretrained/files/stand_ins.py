@@ -212,6 +212,7 @@ STAND_INS: dict[tuple[str, str], Unpickled] = {
   ("collections", "OrderedDict"): Dict,
   ("dnnlib.util", "EasyDict"): Dict,
   ("dnnlib", "EasyDict"): Dict,
+  ("argparse", "Namespace"): Module,
   ("builtins", "set"): Function(_set),
   ("__builtin__", "set"): Function(_set),
   ("_codecs", "encode"): Function(_encoded),

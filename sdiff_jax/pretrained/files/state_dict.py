@@ -25,6 +25,7 @@ MAX_MODULES = 2**14  # in a pickled network
 MAX_NAME = 1000  # characters
 MAX_SETTING = 64  # numbers of one setting
 NUMBERS = {bool, int, float, type(None)}  # types of settings
+ENTRIES = ("ema", "model_ema", "state_dict", "model")  # of a checkpoint: the network
 Tensor = np.ndarray | StoredTensor
 
 
@@ -32,8 +33,8 @@ def read(path: str) -> dict[str, np.ndarray]:
   """Returns the tensors of a file by name.
 
   Args:
-    path: of the file. If it holds a dict with the entry "ema" or "state_dict", the
-      tensors are those of the entry; if it holds a module, those of its state dict.
+    path: of the file. If it holds a dict with one of `ENTRIES`, the tensors are those of
+      the entry; if it holds a module, those of its state dict.
 
   Returns:
     name -> array, in the layout of the file.
@@ -48,13 +49,14 @@ def read_with_settings(path: str) -> tuple[dict[str, np.ndarray], dict[str, Json
   """Returns the tensors of a file by name, and the settings of its modules.
 
   A pickled module of EDM or EDM2 has its constants as attributes, such as
-  "unet.label_balance"; other files have no settings.
+  "unet.label_balance", and a checkpoint of DiT's training what it was started with, such
+  as "args.model"; other files have no settings.
 
   Args:
     path: see `read`.
 
   Returns:
-    name -> array, and name -> number, or list of numbers.
+    name -> array, and name -> number, list of numbers, or text.
 
   Raises:
     UserError: see `read`.
@@ -275,7 +277,7 @@ def _network(
 ) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
   """Returns the tensors and settings of the network in a pickle."""
   tensors = _state_dict(content, budget)  # bounds the number of modules
-  return tensors, dict(_settings(_entry(content)))
+  return tensors, dict(_settings(_entry(content))) | _arguments(content)
 
 
 def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
@@ -297,7 +299,7 @@ def _torch_zip(archive: zipfile.ZipFile, prefix: str, budget: Budget) -> Json:
 
 def _entry(content: Json) -> Json:
   """Returns the entry of a file's content that holds the network."""
-  for entry in ("ema", "state_dict"):
+  for entry in ENTRIES:
     if isinstance(content, dict) and entry in content:
       content = content[entry]
   return content
@@ -313,6 +315,17 @@ def _settings(module: Json, prefix: str = "") -> Iterator[tuple[str, Json]]:
       yield f"{prefix}{name}", value
   for name, inner in module.state.get("_modules", {}).items():
     yield from _settings(inner, f"{prefix}{name}.")
+
+
+def _arguments(content: Json) -> dict[str, Json]:
+  """Returns the texts and numbers among the arguments that a training was started with."""
+  args = content.get("args") if isinstance(content, dict) else None
+  state = args.state if isinstance(args, safe_pickle.Module) else args
+  return {
+    f"args.{name}": value
+    for name, value in (state.items() if isinstance(state, dict) else ())
+    if type(value) in NUMBERS | {str}
+  }
 
 
 def _state_dict(content: Json, budget: Budget) -> dict[str, np.ndarray]:
