@@ -27,7 +27,7 @@ PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losse
 # directory: they do not change what is trained.
 RUNTIME = ("checkpoint", "init_from", "job", "mesh", "plugins")
 RUNTIME += ("model.folder", "model.remat")
-RUNTIME += ("reference", "sample", "sampler", "vae")
+RUNTIME += ("reference", "sample", "sampler", "text_encoder", "vae")
 RUNTIME += ("teacher.config", "teacher.folder", "teacher.weak_workdir")
 RUNTIME += ("teacher.workdir",)
 
@@ -46,6 +46,8 @@ class General:
     vae: autoencoder in the diffusers format, a folder or hf://organization/name:
       `encode` computes latents by it, and samples of networks trained on latents become
       images.
+    text_encoder: folder in the diffusers format, or hf://organization/name, whose text
+      encoders turn captions and prompts into conditions.
     plugins: modules outside this package that register components or jobs.
   """
 
@@ -55,6 +57,7 @@ class General:
   class_conditional: bool = True
   init_from: str = ""
   vae: str = ""
+  text_encoder: str = ""
   plugins: tuple[str, ...] = ()
 
 

@@ -33,6 +33,7 @@ class Dataset:
     codec: the map from raw samples to x0.
     fingerprint: () -> a digest of all that `read` returns, or of the files behind it
       (names, sizes and times of modification); None to compute it from all samples.
+    captions: indices int [n] -> texts of samples; None for a data set without.
   """
 
   read: Callable[[np.ndarray], Samples]
@@ -40,6 +41,7 @@ class Dataset:
   cond: CondSpecs
   codec: Codec
   fingerprint: Callable[[], bytes] | None = None
+  captions: Callable[[np.ndarray], list[str]] | None = None
 
   def __getitem__(self, indices: np.ndarray) -> Samples:
     """Returns raw samples [n, ...] and their conditions.
@@ -87,11 +89,13 @@ class Dataset:
     def fingerprint() -> bytes:
       return hashlib.sha256(whole.digest() + indices.tobytes()).digest()
 
+    captions = self.captions
     return dataclasses.replace(
       self,
       read=lambda k: whole[indices[k]],
       size=len(indices),
       fingerprint=fingerprint,
+      captions=None if captions is None else lambda k: captions(indices[k]),
     )
 
   def digest(self) -> bytes:

@@ -1,26 +1,27 @@
 """Latents of images: what an autoencoder's encoder made of them, in ArrayRecord files.
 
 A folder has latents.json, which says what they are, and files of records, each the
-label of an image, int32, and the means and standard deviations, float16 [H, W, 2C].
+label of an image, int32, and the means and standard deviations, float16 [H, W, 2C]. In
+place of its label an image may have the number of its caption, see `_text_table`. Images
+of networks without an autoencoder are stored as they are, uint8 [H, W, C].
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Callable
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import _image_files
-from sdiff_jax.data._codecs import LatentCodec
+from sdiff_jax.data import _array_records, _image_files
+from sdiff_jax.data._codecs import Codec, LatentCodec, PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.io import bounded, file_io, records
-from sdiff_jax.types import Json, UserError
+from sdiff_jax.data._text_table import Shapes, TextTable
+from sdiff_jax.io import bounded, records
+from sdiff_jax.types import CondSpecs, Json, UserError
 
-WRITER_OPTIONS = "group_size:1,uncompressed"  # of array_record
 ABOUT = "latents.json"
 MAX_ABOUT = 2**24  # bytes
 LABEL, MOMENTS = np.dtype("<i4"), np.dtype("<f2")
@@ -47,6 +48,9 @@ class About(TypedDict):
     scale: see `build`.
     shard_size: number of latents in a file.
     classes: number of classes of the images; 0 for images without.
+    texts: number of different captions, the empty one first; none for images without.
+    text: conditions that a caption is -> their shapes.
+    moments: mean and standard deviation of all latents, for the scale "vae".
   """
 
   size: Count
@@ -54,11 +58,16 @@ class About(TypedDict):
   scale: str
   shard_size: Count
   classes: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+  texts: NotRequired[Count]
+  text: NotRequired[dict[str, Annotated[list[Side], msgspec.Meta(max_length=4)]]]
+  moments: NotRequired[tuple[float, Annotated[float, msgspec.Meta(gt=0)]]]
 
 
+CAPTION = "caption"
+PIXELS = "pixels"  # the scale of images that are not encoded
+Scale = Literal["scm", "edm2", "vae", "pixels"]
 # Lowest pixel of the images that the encoder was given; the highest is 1.
-Scale = Literal["scm", "edm2"]
-VAE_MIN_PIXEL = {"scm": -1.0, "edm2": 0.0}
+VAE_MIN_PIXEL = {"scm": -1.0, "edm2": 0.0, "vae": -1.0}
 
 
 @registry.register("data", "latents")
@@ -70,7 +79,9 @@ def build(*, dir: str = "", scale: Scale = "scm") -> Dataset:
   Args:
     dir: folder that the job `encode` wrote. It is read record by record.
     scale: statistics by which latents are scaled to standard deviation sigma_d: "scm",
-      for an encoder of pixels in [-1, 1], or "edm2", of pixels in [0, 1].
+      for an encoder of pixels in [-1, 1], or "edm2", of pixels in [0, 1], of ImageNet;
+      "vae" for the factor and the shift of the autoencoder, which the networks of its
+      folder are trained on; "pixels" for images that are not encoded, in [-1, 1].
 
   Raises:
     ValueError: the scale is unknown or not that of the files, or there are none.
@@ -83,47 +94,81 @@ def build(*, dir: str = "", scale: Scale = "scm") -> Dataset:
       f"scale={scale!r}: the latents in {dir} are {about['scale']!r}, encoded from "
       "other pixels"
     )
-  shape, size = tuple(about["shape"]), about["size"]
-  if shape[-1] != 2 * len(SCALES[scale][0]):
-    raise UserError(
-      f"{dir}: latents of {shape[-1] // 2} channels; those of {scale!r} have "
-      f"{len(SCALES[scale][0])}"
-    )
-  records = _records(dir, about)
-  width = LABEL.itemsize + math.prod(shape) * MOMENTS.itemsize
-  classes = about["classes"]
+  shape, size = about["shape"], about["size"]
+  codec = _codec(dir, about)
+  dtype = np.dtype(np.uint8) if scale == PIXELS else MOMENTS
+  files = paths(dir, about)
+  bytes_each = math.prod(shape) * dtype.itemsize
+  stored_records = _array_records.reader(dir, files, size, bytes_each)
+  width, classes = LABEL.itemsize + bytes_each, about["classes"]
+  texts = _texts(dir, about)
 
   def read(indices: np.ndarray) -> Samples:
     try:
-      stored = records(indices.tolist())
+      stored = stored_records(indices.tolist())
       if any(len(record) != width for record in stored):
         raise ValueError(f"a record has not the {width} bytes of its shape")
       rows = np.stack([np.frombuffer(record, np.uint8) for record in stored])
-      moments = rows[:, LABEL.itemsize :].view(MOMENTS).reshape(len(rows), *shape)
+      values = rows[:, LABEL.itemsize :].view(dtype).reshape(len(rows), *shape)
       labels = rows[:, : LABEL.itemsize].copy().view(LABEL)[:, 0]
-      _check_records(indices, moments, labels, classes)
+      if scale != PIXELS:
+        _check_moments(indices, values)
+        values = values.astype(np.float32)
+      if texts is not None:
+        return values, texts[labels]
+      _check_labels(indices, labels, classes)
     # The first is that of array_record.
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
       reason = bounded.short(error)
       raise UserError(f"{dir} cannot be read: {reason}; encode it again") from error
-    cond = {"label": labels.astype(np.int32)} if classes else {}
-    return moments.astype(np.float32), cond
+    return values, {"label": labels.astype(np.int32)} if classes else {}
 
   read(np.array([0, size - 1]))  # files of another format are refused now
-  latents = (*shape[:2], shape[2] // 2)
-  codec = LatentCodec(latents, *SCALES[scale], VAE_MIN_PIXEL[scale])
+  all_files = [os.path.join(dir, ABOUT), *files, *(texts.paths if texts else [])]
 
   def fingerprint() -> bytes:
-    files = [os.stat(path) for path in (os.path.join(dir, ABOUT), *paths(dir, about))]
-    sizes = [(status.st_size, status.st_mtime_ns) for status in files]
+    stats = [os.stat(path) for path in all_files]
+    sizes = [(status.st_size, status.st_mtime_ns) for status in stats]
     return hashlib.sha256(repr((sizes, scale)).encode()).digest()
 
-  return Dataset(read, size, class_cond(classes), codec, fingerprint)
+  cond: CondSpecs = class_cond(classes) if texts is None else texts.specs()
+  return Dataset(read, size, cond, codec, fingerprint)
 
 
-def _check_records(
-  indices: np.ndarray, moments: np.ndarray, labels: np.ndarray, classes: int
-) -> None:
+def _codec(folder: str, about: dict[str, Json]) -> Codec:
+  """Returns the codec of the latents of a folder, or of its images."""
+  scale, (height, width, depth) = about["scale"], about["shape"]
+  if scale == PIXELS:
+    return PixelCodec((height, width, depth))
+  if depth % 2:
+    raise UserError(f"{folder}: latents of {depth} / 2 channels")
+  if scale == "vae":
+    if "moments" not in about:
+      raise UserError(
+        f"{os.path.join(folder, ABOUT)}: has no `moments`; encode it again"
+      )
+    mean, std = ((value,) for value in about["moments"])
+  else:
+    mean, std = SCALES[scale]
+    if depth != 2 * len(mean):
+      raise UserError(
+        f"{folder}: latents of {depth // 2} channels; those of {scale!r} have {len(mean)}"
+      )
+  return LatentCodec((height, width, depth // 2), mean, std, VAE_MIN_PIXEL[scale])
+
+
+def _texts(folder: str, about: dict[str, Json]) -> TextTable | None:
+  """Returns the captions of a folder, None for images without."""
+  if "texts" not in about:
+    return None
+  shapes: Shapes = about.get("text", {})
+  try:
+    return TextTable(folder, shapes, about["texts"], about["shard_size"])
+  except ValueError as error:
+    raise UserError(f"{folder} cannot be read: {error}; encode it again") from error
+
+
+def _check_moments(indices: np.ndarray, moments: np.ndarray) -> None:
   """Raises a ValueError for records whose numbers are no latents."""
   axes = tuple(range(1, moments.ndim))
   finite = np.isfinite(moments).all(axes)
@@ -132,6 +177,10 @@ def _check_records(
   negative = (moments[..., moments.shape[-1] // 2 :] < 0).any(axes)
   if negative.any():
     raise ValueError(f"record {indices[negative][0]} has a negative standard deviation")
+
+
+def _check_labels(indices: np.ndarray, labels: np.ndarray, classes: int) -> None:
+  """Raises a ValueError for records with a class beyond the classes."""
   outside = (labels < -1) | (labels >= classes)  # -1 is no class
   if classes and outside.any():
     raise ValueError(
@@ -142,36 +191,25 @@ def _check_records(
 
 def paths(folder: str, about: dict[str, Json]) -> list[str]:
   """Returns the files of a folder, by the `size` and `shard_size` of its latents."""
-  count = -(-about["size"] // about["shard_size"])
-  names = (f"latents-{k:05d}-of-{count:05d}.array_record" for k in range(count))
-  return [os.path.join(folder, name) for name in names]
+  return _array_records.paths(folder, "latents", about["size"], about["shard_size"])
 
 
-def write(path: str, moments: np.ndarray, cond: dict[str, np.ndarray]) -> None:
+def write(path: str, values: np.ndarray, cond: dict[str, np.ndarray]) -> None:
   """Writes a file of records, whole or not at all.
 
   Args:
     path: of the file.
-    moments: means before standard deviations, [n, H, W, 2C].
-    cond: conditions of the images; of them the label, int [n], is stored.
+    values: means before standard deviations, [n, H, W, 2C], or images uint8.
+    cond: conditions of the images; of them "caption", the number of its caption, or else
+      the label, int [n], is stored.
 
   Raises:
     UserError: the file could not be written.
   """
-  from array_record.python import array_record_module
-
-  labels = cond.get("label", np.full(len(moments), -1))
-  if not os.path.isdir(os.path.dirname(path)):  # which `atomic` would create
-    raise UserError(f"{path} was not written: its folder does not exist")
-  try:
-    with file_io.atomic(path) as temporary:
-      writer = array_record_module.ArrayRecordWriter(temporary, WRITER_OPTIONS)
-      for row, label in zip(moments.astype(MOMENTS), labels, strict=True):
-        writer.write(np.asarray(label, LABEL).tobytes() + row.tobytes())
-      writer.close()
-  except RuntimeError as error:  # a full disk, for one
-    reason = " ".join(str(error).split())
-    raise UserError(f"{path} was not written: {reason[:200]}") from error
+  labels = cond.get(CAPTION, cond.get("label", np.full(len(values), -1)))
+  rows = values if values.dtype == np.uint8 else values.astype(MOMENTS)
+  pairs = zip(rows, labels.astype(LABEL), strict=True)
+  _array_records.write(path, (label.tobytes() + row.tobytes() for row, label in pairs))
 
 
 def _about(folder: str) -> dict[str, Json]:
@@ -189,34 +227,3 @@ def _about(folder: str) -> dict[str, Json]:
       f"{path}: classes={about['classes']}: {about['size']} latents have at most {limit}"
     )
   return about | {"shape": tuple(about["shape"])}
-
-
-def _records(folder: str, about: dict[str, Json]) -> Callable[[list[int]], list[bytes]]:
-  """Returns (indices) -> records of all files."""
-  from array_record.python import array_record_data_source  # slow
-
-  count = -(-about["size"] // about["shard_size"])
-  if count > 10**6:
-    raise UserError(f"{os.path.join(folder, ABOUT)}: claims {count} files of records")
-  files = paths(folder, about)
-  missing = [path for path in files if not os.path.exists(path)]
-  if missing:
-    raise UserError(
-      f"{missing[0]} is missing, and {len(missing) - 1} more: --job=encode has not "
-      "finished; repeat the command to resume it"
-    )
-  stored = 0
-  try:
-    for path in files:
-      with bounded.open_regular(path) as file:
-        stored += bounded.stored_size(file)
-    needed = about["size"] * math.prod(about["shape"]) * MOMENTS.itemsize
-    if needed > bounded.MIN_EXPANDED + bounded.MAX_EXPANSION * stored:
-      raise ValueError(f"{needed} bytes of latents in {stored} bytes of records")
-    source = array_record_data_source.ArrayRecordDataSource(files)
-  except (RuntimeError, ValueError, OSError) as error:
-    reason = bounded.short(error)
-    raise UserError(f"{folder} cannot be read: {reason}; encode it again") from error
-  if len(source) != about["size"]:
-    raise UserError(f"{folder} has {len(source)} latents, not {about['size']}")
-  return source.__getitems__

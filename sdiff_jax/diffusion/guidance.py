@@ -11,22 +11,66 @@ from sdiff_jax.types import Array, Cond, NetFn, PRNGKey
 NO_LABEL = -1
 
 
-def unlabeled(cond: Cond) -> Cond:
-  """Returns the conditions with the label that stands for no class.
+def empty_name(name: str) -> str:
+  """Returns the name of the condition that holds what stands for no `name`.
 
   Args:
-    cond: conditions by name, with "label" [B].
+    name: of a condition without classes, such as "text".
+
+  Example:
+    >>> empty_name("text")
+    'empty_text'
+  """
+  return f"empty_{name}"
+
+
+def is_empty_name(name: str) -> bool:
+  """Returns whether a condition holds what stands for the lack of another one.
+
+  Networks do not take such conditions; `unlabeled` and `drop_labels` use them.
+
+  Args:
+    name: of a condition.
+
+  Example:
+    >>> is_empty_name("empty_text"), is_empty_name("text")
+    (True, False)
+  """
+  return name.startswith(empty_name(""))
+
+
+def unlabeled(cond: Cond) -> Cond:
+  """Returns the conditions with what stands for no class and for no text.
+
+  The label becomes -1, and every condition X for which there is one "empty_X", such as
+  the embedding of the empty caption, becomes that.
+
+  Args:
+    cond: conditions by name, with "label" [B], or others beside their empty ones.
 
   Raises:
-    ValueError: there is no label.
+    ValueError: there is neither.
 
   Example:
     >>> unlabeled({"label": jnp.array([3, 7])})["label"].tolist()
     [-1, -1]
+    >>> text = {"text": jnp.ones((1, 2)), "empty_text": jnp.zeros((1, 2))}
+    >>> unlabeled(text)["text"].tolist()
+    [[0.0, 0.0]]
   """
-  if not cond or "label" not in cond:
-    raise ValueError("guidance: needs data with classes, to compare with no class")
-  return cond | {"label": jnp.full_like(cond["label"], NO_LABEL)}
+  free = _free(cond)
+  if not free:
+    raise ValueError("guidance: needs data with classes or texts, to compare with none")
+  return (cond or {}) | free
+
+
+def _free(cond: Cond) -> dict[str, Array]:
+  """Returns the conditions that can be left out -> what stands for their lack."""
+  given = cond or {}
+  free = {k: given[empty_name(k)] for k in given if empty_name(k) in given}
+  if "label" in given:
+    free["label"] = jnp.full_like(given["label"], NO_LABEL)
+  return free
 
 
 def with_scale(cond: Cond, scale: Array) -> dict[str, Array]:
@@ -127,11 +171,11 @@ def _pair(a: Array, b: Array) -> Array:
 
 
 def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
-  """Returns the conditions with each label replaced by -1 with probability `rate`.
+  """Returns the conditions of `unlabeled` for each sample with probability `rate`.
 
   Args:
     key: random key.
-    cond: conditions by name; without "label" they are returned unchanged.
+    cond: conditions by name; those that cannot be left out are returned unchanged.
     rate: probability, in [0, 1].
 
   Example:
@@ -139,10 +183,14 @@ def drop_labels(key: PRNGKey, cond: Cond, rate: float) -> Cond:
     >>> drop_labels(jax.random.key(0), cond, 1.0)["label"].tolist()
     [-1, -1]
   """
-  if cond is None or rate == 0 or "label" not in cond:
+  free = _free(cond)
+  if cond is None or rate == 0 or not free:
     return cond
-  drop = jax.random.bernoulli(key, rate, cond["label"].shape)
-  return cond | {"label": jnp.where(drop, NO_LABEL, cond["label"])}
+  drop = jax.random.bernoulli(key, rate, next(iter(free.values())).shape[:1])
+  return cond | {
+    name: jnp.where(expand(drop, cond[name]), without, cond[name])
+    for name, without in free.items()
+  }
 
 
 def sample_scale(key: PRNGKey, t: Array, cond: Cond, scales: tuple[float, ...]) -> Cond:

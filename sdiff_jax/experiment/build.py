@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset, LatentCodec, PixelCodec
-from sdiff_jax.diffusion import trigflow
+from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.models.pretrained import Pretrained, Reader
@@ -135,7 +135,8 @@ def network(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
   cond = {
     name: spec
     for name, spec in dataset.cond.items()
-    if config.class_conditional or not spec.num_classes
+    if not guidance.is_empty_name(name)
+    and (config.class_conditional or not spec.num_classes)
   }
   if cond and "cond" not in registry.required("models", config.model.name):
     raise UserError(
@@ -175,7 +176,8 @@ def published(folder: str, dataset: Dataset, *, label: str, **options: str) -> N
   Raises:
     UserError: it is for other data.
   """
-  given = {"shape": dataset.shape, "cond": dataset.cond, "reader": _reader(dataset)}
+  cond = {k: v for k, v in dataset.cond.items() if not guidance.is_empty_name(k)}
+  given = {"shape": dataset.shape, "cond": cond, "reader": _reader(dataset)}
   section = {"name": "pretrained", "folder": folder, **options}
   return registry.build("models", section, label, **given)
 

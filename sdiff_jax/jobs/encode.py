@@ -1,4 +1,4 @@
-"""Job `encode`: encodes the images of config.data as latents of an autoencoder.
+"""Job `encode`: encodes the images of config.data as latents, and captions as text.
 
 Each process writes its own files with its own devices. Files are written atomically and
 finished ones are not written again, so that the job resumes where it was stopped.
@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import Dataset, latents
+from sdiff_jax.data import Dataset, _text_table, latents
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
@@ -25,7 +25,8 @@ from sdiff_jax.fields import Count, Range
 from sdiff_jax.io import file_io, records, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
-from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.pretrained.diffusers import loading, text_encoding
+from sdiff_jax.pretrained.diffusers.text_encoding import EncodeTexts
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Array, Json, Params, UserError
 
@@ -38,8 +39,9 @@ class Encoding:
   """How images become latents.
 
   Attributes:
-    scale: "scm" for pixels in [-1, 1], "edm2" for pixels in [0, 1] (see
-      data/latents.py).
+    scale: "scm" for pixels in [-1, 1], "edm2" for pixels in [0, 1], "vae" for the factor
+      of the autoencoder, which its networks are trained on, "pixels" for images as they
+      are, without an autoencoder (see data/latents.py).
     batch_size: images of a batch, over the devices of a process.
     shard_size: number of images in a file.
   """
@@ -65,18 +67,21 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   section = config.encode
   source = registry.build("data", config.data.to_dict(), "config.data")
   experiments.check_images(source)
-  if not config.vae:
-    raise UserError("config.vae is empty: name the folder of an autoencoder")
   mesh, local = experiments.mesh(config), sharding.local()
   with config_errors("config.encode"):
     sharding.check_batch(section.batch_size, local)
-  vae, params = loading.autoencoder(config.vae)
-  about = _about(config, source, vae)
+  vae, params = _autoencoder(config)
+  captions, encode_texts, shapes = _captions(config, source)
+  about = _about(config, source, vae, len(captions), shapes)
   files = latents.paths(workdir, about)
   _claim(workdir, about)
+  if captions:
+    _write_texts(workdir, captions, encode_texts, section.shard_size)
   mine = range(jax.process_index(), len(files), jax.process_count())
   missing = [k for k in mine if not os.path.exists(files[k])]
-  encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[section.scale], local)
+  encode: Encode = lambda images: images  # noqa: E731
+  if vae is not None:
+    encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[section.scale], local)
   rows = {k: _rows(source, k, section.shard_size) for k in mine}
   num_encoded = sum(len(rows[k]) for k in missing)
   total, active = sum(map(len, rows.values())), jax.process_index() == 0
@@ -87,8 +92,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     for k in missing:
       partial = os.path.join(workdir, f"encode-{k}.partial.npz")
       snapshot = Snapshot(partial, {**about, "file": k})
-      shard = _shard(source, encode, rows[k], section.batch_size, progress, snapshot)
-      latents.write(files[k], *shard)
+      moments, cond = _shard(
+        source, encode, rows[k], section.batch_size, progress, snapshot
+      )
+      if captions:
+        texts = [*map(_normalized, source.captions(np.array(rows[k])))]
+        cond = {latents.CAPTION: np.searchsorted(captions, texts)}
+      latents.write(files[k], moments, cond)
       snapshot.remove()
   sharding.all_processes(np.ones(1, bool), mesh)
   rate = num_encoded / (time.perf_counter() - start)
@@ -96,29 +106,111 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   return f"encoded {source.size} images in {len(files)} files{speed}: {workdir}"
 
 
+def _autoencoder(
+  config: ml_collections.ConfigDict,
+) -> tuple[Autoencoder | None, Params]:
+  """Returns the autoencoder and its weights, None for images that are not encoded.
+
+  Raises:
+    UserError: there is none, or there is one for images that are not encoded.
+  """
+  if config.encode.scale == latents.PIXELS:
+    if config.vae:
+      raise UserError(
+        f"config.vae={config.vae}: leave it empty for config.encode.scale='pixels'"
+      )
+    return None, None
+  if not config.vae:
+    raise UserError("config.vae is empty: name the folder of an autoencoder")
+  return loading.autoencoder(config.vae)
+
+
+def _normalized(text: str) -> str:
+  """Returns a caption without spaces at its ends, of which several are one."""
+  return " ".join(text.split())
+
+
+def _captions(
+  config: ml_collections.ConfigDict, source: Dataset
+) -> tuple[list[str], EncodeTexts, dict[str, tuple[int, ...]]]:
+  """Returns the different captions, sorted, the encoder of texts, and its shapes.
+
+  Returns:
+    [] for images without captions.
+
+  Raises:
+    UserError: there is no text encoder for the captions, or it is not needed.
+  """
+  folder = config.text_encoder
+  if source.captions is None:
+    if folder:
+      raise UserError(
+        f"config.text_encoder={folder}: config.data has no captions; use the data set "
+        "captions, or leave it empty"
+      )
+    return [], lambda texts: {}, {}
+  if not folder:
+    raise UserError(
+      "config.text_encoder is empty: name a folder in the diffusers format, whose text "
+      "encoders encode the captions of config.data"
+    )
+  texts = {_normalized(text) for text in source.captions(np.arange(source.size))}
+  encode, shapes = text_encoding.load(folder, config.encode.batch_size)
+  return sorted(texts | {""}), encode, shapes
+
+
+def _write_texts(
+  workdir: str, captions: list[str], encode: EncodeTexts, shard_size: int
+) -> None:
+  """Writes the files of the captions that are missing, those of this process.
+
+  Raises:
+    UserError: a file could not be written, or a caption is not finite in float16.
+  """
+  files = _text_table.paths(workdir, len(captions), shard_size)
+  for k in range(jax.process_index(), len(files), jax.process_count()):
+    if not os.path.exists(files[k]):
+      texts = encode(captions[k * shard_size : (k + 1) * shard_size])
+      halves = {name: x.astype(_text_table.FLOAT) for name, x in texts.items()}
+      if not all(np.isfinite(x).all() for x in halves.values()):
+        raise UserError("the text encoder returned values that float16 does not hold")
+      _text_table.write(files[k], halves)
+
+
 def _about(
-  config: ml_collections.ConfigDict, source: Dataset, vae: Autoencoder
+  config: ml_collections.ConfigDict,
+  source: Dataset,
+  vae: Autoencoder | None,
+  texts: int,
+  shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, Json]:
   """Returns the content of latents.json.
 
   Raises:
     UserError: the factor of the autoencoder does not divide the sides of the images.
   """
-  height, width, _ = source.shape
-  if height % vae.factor or width % vae.factor:
+  height, width, channels = source.shape
+  if vae is not None and (height % vae.factor or width % vae.factor):
     raise UserError(
       f"config.data: images of {height} x {width}; {vae.factor}, the autoencoder's "
       "factor, must divide their sides"
     )
+  shape = [height, width, channels]
+  if vae is not None:
+    shape = [height // vae.factor, width // vae.factor, 2 * vae.channels]
   about = {
     "size": source.size,
-    "shape": [height // vae.factor, width // vae.factor, 2 * vae.channels],
+    "shape": shape,
     "classes": source.num_classes,
     "scale": config.encode.scale,
     "shard_size": config.encode.shard_size,
     "vae": config.vae,
     "data": config.data.to_dict(),
   }
+  if vae is not None and config.encode.scale == "vae":
+    about["moments"] = [vae.shift, 1 / vae.scaling]
+  if texts:
+    about |= {"texts": texts, "text": shapes, "text_encoder": config.text_encoder}
   return file_io.as_json(about)
 
 
@@ -184,7 +276,9 @@ def _shard(
     indices = np.array(rows[first : first + batch_size])
     filled = np.resize(indices, batch_size)
     images, cond = source[filled]
-    moments.append(encode(images)[: len(indices)].astype(latents.MOMENTS))
+    encoded = encode(images)[: len(indices)]
+    pixels = encoded.dtype == np.uint8
+    moments.append(encoded if pixels else encoded.astype(latents.MOMENTS))
     conds.append({name: x[: len(indices)] for name, x in cond.items()})
     progress.add(len(indices))
     if not np.isfinite(moments[-1]).all():

@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import struct
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -178,6 +179,36 @@ def _write_latents(folder: str) -> None:
   for k, path in enumerate(latents.paths(folder, about)):
     rows = slice(4 * k, 4 * k + 4)
     latents.write(path, moments[rows], {"label": np.arange(7)[rows] % 3})
+
+
+def _write_text_latents(folder: str) -> None:
+  """Writes latents with the numbers of their captions, and the captions."""
+  from sdiff_jax.data import _text_table, latents
+
+  about = {"size": 7, "shape": [4, 6, 8], "scale": "vae", "classes": 0, "shard_size": 4}
+  about |= {"texts": 3, "text": {"text": [5, 2]}, "moments": [0.0, 5.0]}
+  pathlib.Path(folder, "latents.json").write_text(json.dumps(about))
+  moments = np.abs(_rng().standard_normal((7, 4, 6, 8))).astype(np.float16)
+  for k, path in enumerate(latents.paths(folder, about)):
+    rows = slice(4 * k, 4 * k + 4)
+    latents.write(path, moments[rows], {"caption": np.arange(7)[rows] % 3})
+  texts = {"text": _rng().standard_normal((3, 5, 2))}
+  _text_table.write(*_text_table.paths(folder, 3, 4), texts)
+
+
+def _captioned() -> Files:
+  """Returns images with a list of captions, and the same in a tar."""
+  images = {k: v for k, v in _folder().items() if k.endswith(".png")}
+  names = [f"{k}.png" for k in range(len(images))]
+  files = dict(zip(names, images.values(), strict=True))
+  lines = [json.dumps({"file_name": name, "text": "a cat"}) for name in names]
+  tar = io.BytesIO()
+  with tarfile.open(fileobj=tar, mode="w") as archive:
+    for name, data in (*files.items(), *((f"{n[:-4]}.txt", b"a dog") for n in names)):
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      archive.addfile(info, io.BytesIO(data))
+  return files | {"m.jsonl": "\n".join(lines).encode(), "x.tar": tar.getvalue()}
 
 
 def _trajectories() -> Files:
@@ -547,6 +578,10 @@ READERS: dict[str, Reader] = {
   "data latents": Reader(
     lambda: _stored(_write_latents), _take("latents", "dir", scale="scm"), 8
   ),
+  "data latents with texts": Reader(
+    lambda: _stored(_write_text_latents), _take("latents", "dir", scale="vae"), 8
+  ),
+  "data captions": Reader(_captioned, _take("captions", "dir", image_size=8), 8),
   "data teacher_trajectories": Reader(_trajectories, _read_trajectories, 8),
   "data tfds": Reader(
     lambda: _stored(_write_tfds), _take("tfds", "dir", tfds_name="tiny"), 4

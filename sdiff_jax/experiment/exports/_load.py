@@ -9,7 +9,7 @@ import jax.export
 import numpy as np
 
 
-def load(folder=pathlib.Path(__file__).parent):  # noqa: B008
+def load(folder=pathlib.Path(__file__).parent):
   """Returns the function (seeds [B], **conditions [B, ...]) -> images uint8."""
   program = jax.export.deserialize((folder / "program.bin").read_bytes())
   with open(folder / "params.safetensors", "rb") as file:

@@ -123,7 +123,7 @@ def load(
   model = _model(networks, params, process)
   return model._replace(
     labels=class_labels.names(os.path.join(folder, "model_index.json")),
-    tokenizers=_tokenizers(folder, classes, model),
+    tokenizers=tokenizers(folder, model),
     force_zeros_for_empty_prompt=_forces_zeros(folder),
   )
 
@@ -142,11 +142,17 @@ def _model(
   return with_shape(model, unet.shape)
 
 
-def _tokenizers(
-  folder: str, classes: dict[str, str], model: Model
-) -> dict[str, tokenizer_lib.Tokenizer]:
-  """Returns the tokenizers of a folder, by the names of their text encoders."""
-  found = {}
+def tokenizers(folder: str, model: Model) -> dict[str, tokenizer_lib.Tokenizer]:
+  """Returns the tokenizers of a folder, by the names of their text encoders.
+
+  Args:
+    folder: of the model.
+    model: with its text encoders.
+
+  Raises:
+    UserError: one is missing or damaged, or does not fit its text encoder.
+  """
+  classes, found = _classes(folder), {}
   for suffix in fit.SUFFIXES:
     name, part = f"text_encoder{suffix}", f"tokenizer{suffix}"
     if part not in classes or (suffix and name not in model.text_encoders):
