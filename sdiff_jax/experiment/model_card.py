@@ -26,7 +26,7 @@ def card(
   data, shape = run.stored.data.name, run.experiment.dataset.shape
   about = loading.description(found.config["loss"])
   lines = [
-    *_header({"license": license} | written.fields),
+    *_header(dict(written.fields) | ({"license": license} if license else {})),
     f"# {name}",
     "",
     f"{found.kind}, trained on {data} with sdiff_jax"
@@ -50,7 +50,7 @@ def _header(fields: Mapping[str, str]) -> list[str]:
 
 def _teacher(run: Run) -> list[str]:
   """Returns what the run was distilled from."""
-  source = run.stored.teacher.workdir
+  source = run.stored.teacher.workdir or run.stored.teacher.folder
   return [f"Teacher: `{source}`.", ""] if source else []
 
 

@@ -23,7 +23,8 @@ class Export:
   """What is written, and where.
 
   Attributes:
-    format: "stablehlo" (the sampler as a program), "safetensors" or "edm2" (weights).
+    format: "stablehlo" (the sampler as a program), "diffusers" (a folder of that
+      library), "safetensors" or "edm2" (weights).
     folder: of the files; "" for export/FORMAT in the work directory.
     license: of the weights, for the card, as the Hugging Face Hub names it.
   """

@@ -1,0 +1,120 @@
+"""Format `diffusers`: a folder that diffusers loads and samples in a few steps."""
+
+import os
+import re
+
+from sdiff_jax import losses, registry
+from sdiff_jax.diffusion import trigflow
+from sdiff_jax.experiment.exports import Run, Written
+from sdiff_jax.io import file_io
+from sdiff_jax.pretrained.diffusers import consistency, fit, hub, loading, saving
+from sdiff_jax.pretrained.diffusers.saving import Part
+from sdiff_jax.types import Json, UserError
+
+STEPS = (1, 2, 4)
+# Pipelines that replace their scheduler -> those that do the same by any scheduler.
+PIPELINES = {"DDIMPipeline": "DDPMPipeline"}
+
+
+@registry.register("experiment.exports", "diffusers")
+def write(run: Run, folder: str) -> Written:
+  """Writes the network in the place of the one that it was distilled from.
+
+  Autoencoder, text encoders and tokenizers are copies of the published folder's, and
+  the scheduler is one that makes the steps of the sampler `consistency`.
+
+  Args:
+    run: the run, whose network is `pretrained`.
+    folder: where.
+
+  Raises:
+    UserError: the network is none of diffusers', or the published folder is missing.
+  """
+  if run.stored.model.name != "pretrained":
+    raise UserError(
+      f"config.export.format='diffusers': the run has the network "
+      f"{run.stored.model.name!r}, which diffusers does not have; it has those of runs "
+      "with model='pretrained'. Use the format 'stablehlo'"
+    )
+  if trigflow.END_TIME in losses.facts(run.stored.loss).cond:
+    raise UserError(
+      "config.export.format='diffusers': the run is a flow map, whose end time the "
+      "network of the folder does not take; use the format 'stablehlo'"
+    )
+  source = hub.local(run.config.model.folder)
+  configs = loading.configs(source)
+  index, parts = saving.read(source)
+  name = next(part for part in fit.PREDICTORS if part in parts)
+  shapes = saving.shapes(parts[name].folder)
+  parts[name] = saving.network(configs[name], run.params["net"], shapes=shapes)
+  process = consistency.scheduler_config(configs["scheduler"])
+  parts["scheduler"] = saving.scheduler(process)
+  pipeline = index.get("_class_name", "DiffusionPipeline")
+  index["_class_name"] = PIPELINES.get(pipeline, pipeline)
+  saving.save(folder, index, parts)
+  fields = {"library_name": "diffusers", "license": _license(source)}
+  if run.config.model.folder.startswith(hub.HUB):
+    fields["base_model"] = run.config.model.folder.removeprefix(hub.HUB)
+  usage = _usage(times(run, configs), parts, process["_class_name"])
+  return Written("a folder of diffusers", usage, fields)
+
+
+def times(
+  run: Run, configs: dict[str, dict[str, Json]]
+) -> dict[int, tuple[float, ...]]:
+  """Returns number of steps -> TrigFlow times at which the steps of diffusers start.
+
+  Args:
+    run: the run.
+    configs: of the published folder, see `loading.configs`.
+  """
+  model = loading.abstract(configs)
+  model = loading.with_shape(model, run.experiment.dataset.shape)
+  scaling = 1.0 if model.vae is None else model.vae.scaling
+  data_std = run.experiment.dataset.codec.std[0] * scaling
+  return {steps: consistency.times(model.schedule, steps, data_std) for steps in STEPS}
+
+
+def _license(folder: str) -> str:
+  """Returns the license that the card of a folder names, "" for none."""
+  path = os.path.join(folder, "README.md")
+  text = file_io.read_text(path) if os.path.exists(path) else ""
+  header = text.split("---")[1] if text.startswith("---") else ""
+  found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
+  return found[1] if found else ""
+
+
+def _usage(
+  grids: dict[int, tuple[float, ...]], parts: dict[str, Part], scheduler: str
+) -> str:
+  """Returns how the folder is used.
+
+  Args:
+    grids: number of steps -> times of its steps.
+    parts: of the folder.
+    scheduler: name of its class.
+  """
+  given = "batch_size=4, num_inference_steps=2"
+  if any(name in parts for name in fit.ENCODERS):
+    given = '"a prompt", num_inference_steps=2, guidance_scale=1.0'
+  elif "transformer" in parts:
+    given = "class_labels=[0], num_inference_steps=2, guidance_scale=1.0"
+  lines = [
+    f"* {steps}: `--config.sampler.name=consistency --config.sampler.steps={steps} "
+    f'--config.sampler.timesteps="{grid}"`'
+    for steps, grid in grids.items()
+  ]
+  rows = "\n".join(lines)
+  return f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
+images = pipe({given}).images
+```
+
+In 1, 2 or 4 steps, without guidance: what guidance the model has is in its weights. A step
+of {scheduler} jumps to data and adds fresh noise. The same steps by sdiff_jax:
+
+{rows}
+"""

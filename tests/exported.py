@@ -1,0 +1,111 @@
+"""Students of the small folders of the fixtures, exported for diffusers, and their images.
+
+  PYTHONPATH=tests python tests/exported.py FOLDER     # writes a folder for each of them
+
+`third_party/diffusers_export.py` then samples these folders by diffusers.
+"""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdiff_jax import config as configs
+from sdiff_jax import samplers
+from sdiff_jax.data import Dataset, LatentCodec, PixelCodec, class_cond
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import sampling
+from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.experiment.exports import Run
+from sdiff_jax.experiment.exports import diffusers as diffusers_format
+from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.samplers import sequential
+from sdiff_jax.types import CondSpec
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+PROMPT = "a cat on the mat"
+SIDES = {"ddpm-church": 8, "sd2": 8, "sd3": 8, "dit": 8}
+
+
+class Student(NamedTuple):
+  """A student that was not trained: the weights of a folder, changed a little."""
+
+  run: Run
+  model: loading.Model
+  cond: dict
+
+
+def student(name: str) -> Student:
+  folder = str(FIXTURES / f"tiny-{name}")
+  model = loading.load(folder)
+  shape = (SIDES[name], SIDES[name], model.unet.shape[-1])
+  if model.vae is None:
+    codec = PixelCodec(shape, (0.0,), (0.5,))
+  else:
+    mean, std = [
+      (value,) * shape[-1] for value in (model.vae.shift, 1 / model.vae.scaling)
+    ]
+    codec = LatentCodec(shape, mean, std, -1.0)
+  cond, specs = {}, {}
+  if model.text_encoders:
+    tokens = {k: t.encode([PROMPT]) for k, t in model.tokenizers.items()}
+    cond = model.encode(model.params, tokens)
+    specs = {k: CondSpec(v.shape[1:], np.float32) for k, v in cond.items()}
+  elif model.unet.classes:
+    specs, cond = class_cond(model.unet.classes), {"label": jnp.array([1])}
+  dataset = Dataset(lambda k: None, 0, specs, codec)
+  config = configs.base()
+  config.model = configs.component("models", "pretrained", folder=folder)
+  network = experiments.network(config, dataset)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  vae = None if model.vae is None else (model.vae, model.params["vae"])
+  experiment = Experiment(dataset, network, mesh, config.sigma_d, vae=vae)
+  net = jax.tree.map(lambda x: np.asarray(1.02 * x, x.dtype), model.params["unet"])
+  return Student(Run(config, config, experiment, {"net": net}), model, cond)
+
+
+def images(
+  made: Student, steps: int, noise: np.ndarray, monkeypatch, *, same_start: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns samples in the unit of the network, and images, by the steps of diffusers.
+
+  Args:
+    made: the student.
+    steps: number of steps N of the sampler `consistency`.
+    noise: of the first state and after each step, [N, 1, H, W, C].
+    monkeypatch: of pytest.
+    same_start: whether the first state is that of diffusers, or has our variance.
+  """
+  run, experiment = made.run, made.run.experiment
+  sigma_d, codec = experiment.sigma_d, experiment.dataset.codec
+  grid = diffusers_format.times(run, loading.configs(run.config.model.folder))[steps]
+  sampler = samplers.build("consistency", sigma_d=sigma_d, steps=steps, timesteps=grid)
+  # The first state of diffusers has the variance of data and noise, ours that of the
+  # noise alone: sin^2 t of it.
+  first = noise[:1] / np.float32(np.sin(grid[0]) if same_start else 1)
+  zero = np.zeros_like(first)  # after the last step
+  given = jnp.asarray(np.concatenate([first, noise[1:], zero]))
+  monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: given[i + 1])
+  denoiser = sampling.denoiser(experiment, run.params)
+  shape = experiment.dataset.shape
+  x = jax.jit(
+    lambda cond: samplers.sample(sampler, denoiser, jnp.array([0]), shape, cond).x
+  )(made.cond or None)
+  vae = experiment.vae
+  scaling = vae[0].scaling if vae else 1.0
+  sample = np.asarray(x) * codec.std[0] * scaling / sigma_d
+  return sample, np.asarray(sampling.decode(experiment, vae and vae[1], x))
+
+
+def main(folder: str) -> None:
+  for name in SIDES:
+    written = diffusers_format.write(student(name).run, f"{folder}/{name}")
+    print(name, written.about)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

@@ -1,0 +1,147 @@
+"""Exported folders: diffusers makes the images of our sampler of them."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+from exported import SIDES, images, student
+
+from sdiff_jax import config as configs
+from sdiff_jax.experiment import build as experiments
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.experiment.exports import Run
+from sdiff_jax.experiment.exports import diffusers as diffusers_format
+from sdiff_jax.jobs import export
+from sdiff_jax.pretrained.diffusers import (
+  consistency,
+  loading,
+  saving,
+  scheduler,
+  unet2d,
+  weights,
+)
+from sdiff_jax.training import state
+from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.types import UserError
+
+STEPS = diffusers_format.STEPS
+CASES = [pytest.param(name, STEPS, marks=pytest.mark.slow) for name in SIDES]
+UNET = {  # of one level
+  "_class_name": "UNet2DModel",
+  "sample_size": 8,
+  "block_out_channels": [8],
+  "down_block_types": ["DownBlock2D"],
+  "up_block_types": ["UpBlock2D"],
+  "layers_per_block": 1,
+  "norm_num_groups": 4,
+  "add_attention": False,
+}
+
+
+@pytest.mark.parametrize(("name", "all_steps"), [("sd2", (2,)), *CASES])
+def test_diffusers_makes_the_same_images(
+  name, all_steps, fixture, monkeypatch, tmp_path
+):
+  """In 1, 2 and 4 steps with the same noise, to 2 of 255 levels.
+
+  The folder that diffusers sampled has the scheduler and the pipeline of this one.
+  """
+  arrays, made = fixture("diffusers_export"), student(name)
+  diffusers_format.write(made.run, str(tmp_path))
+  written = (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+  assert json.loads(written) == json.loads(str(arrays[f"{name}/scheduler"]))
+  index = json.loads((tmp_path / "model_index.json").read_text())
+  assert index["_class_name"] == arrays[f"{name}/pipeline"]
+  for steps in all_steps:
+    at = f"{name}/{steps}"
+    noise, expected = arrays[f"{at}/noise"], arrays[f"{at}/sample"]
+    x, pixels = images(made, steps, noise, monkeypatch, same_start=True)
+    assert np.abs(x[0] - expected).max() < 1e-4 * np.abs(expected).max(), at
+    image = arrays[f"{at}/image"].astype(int)
+    assert np.abs(pixels[0].astype(int) - image).max() <= 2, at
+    assert image.std() > 10
+
+
+def test_timesteps_are_those_of_lcm():
+  """Evenly spaced indices of all timesteps, from the last one on."""
+  schedule = scheduler.from_config({"_class_name": "DDIMScheduler"})
+  assert consistency.timesteps(schedule, 1).tolist() == [999]
+  assert consistency.timesteps(schedule, 3).tolist() == [999, 666, 333]
+  with pytest.raises(ValueError, match="steps=1001: must be in 1 to 1000"):
+    consistency.timesteps(schedule, 1001)
+
+
+def test_the_scalings_of_lcm_are_those_of_a_consistency_model():
+  """c_skip and 1 - c_out of the timesteps of up to four steps are below 1e-7."""
+  config = consistency.scheduler_config({"_class_name": "DDIMScheduler"})
+  schedule = scheduler.from_config({"_class_name": "DDIMScheduler"})
+  for steps in STEPS:
+    scaled = config["timestep_scaling"] * consistency.timesteps(schedule, steps)
+    skip = 0.25 / (scaled**2 + 0.25)
+    out = scaled / (scaled**2 + 0.25) ** 0.5
+    assert max(*skip, *(1 - out)) < 1e-7
+
+
+def published(path: pathlib.Path) -> str:
+  """Writes a model with random weights and a license; returns its folder."""
+  params = unet2d.from_config(UNET).init(jax.random.key(0))
+  process = {"_class_name": "DDIMScheduler", "clip_sample": False}
+  parts = {"unet": saving.network(UNET, params), "scheduler": saving.scheduler(process)}
+  saving.save(str(path), {"_class_name": "DDIMPipeline"}, parts)
+  (path / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# church\n")
+  return str(path)
+
+
+def trained(folder: str, tmp_path: pathlib.Path):
+  """Saves a run of the network of a folder at step 1; returns its config."""
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  np.savez(tmp_path / "images.npz", images=pixels)
+  config = configs.base()
+  path = str(tmp_path / "images.npz")
+  config.data = configs.component("data", "npz", path=path)
+  config.model = configs.component("models", "pretrained", folder=folder)
+  config.sampler.update(name="consistency", steps=2)
+  built = experiments.build(config)
+  params = jax.jit(built.network.init)(jax.random.key(1))
+  workdir_lib.save_or_check_config(config, str(tmp_path / "run"), built.dataset)
+  with Checkpoints(str(tmp_path / "run")) as checkpoints:
+    created = state.create(params, optax.identity(), tuple(config.ema.profiles))
+    checkpoints.save(1, created)
+  return config
+
+
+def test_the_job_writes_a_folder_and_its_card(tmp_path):
+  folder = published(tmp_path / "church")
+  config = trained(folder, tmp_path)
+  config.export.format = "diffusers"
+  out = tmp_path / "run" / "export" / "diffusers"
+  line = export.run(config, str(tmp_path / "run"))
+  assert line == f"exported a folder of diffusers: {out}"
+  _, params = workdir_lib.trained(config, str(tmp_path / "run"))
+  net = loading.network(str(out / "unet"))
+  restored = weights.parameters(str(out / "unet"), net)
+  jax.tree.map(np.testing.assert_array_equal, restored, params["net"])
+  index = json.loads((out / "model_index.json").read_text())
+  assert index["_class_name"] == "DDPMPipeline"  # the other one replaces schedulers
+  assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+  card = (out / "README.md").read_text()
+  assert card.startswith("---\nlibrary_name: diffusers\nlicense: mit\n---\n")
+  for text in ("pipe(batch_size=4, num_inference_steps=2)", "sampler.steps=4"):
+    assert text in card, text
+
+
+def test_networks_that_diffusers_does_not_have(tmp_path):
+  config = configs.base()
+  run = Run(config, config, None, None)
+  with pytest.raises(UserError, match="the network 'mlp', which diffusers does not"):
+    diffusers_format.write(run, str(tmp_path))
+  config.model = configs.component("models", "pretrained", folder="church")
+  config.loss = configs.component("losses", "flow_map")
+  with pytest.raises(UserError, match="a flow map, whose end time the network"):
+    diffusers_format.write(run, str(tmp_path))
+  config.loss = configs.component("losses", "scm")
+  with pytest.raises(UserError, match="church: no such folder"):
+    diffusers_format.write(run, str(tmp_path))
