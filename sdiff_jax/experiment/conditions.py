@@ -162,8 +162,11 @@ def of_texts(
   def shapes(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
       f"{prefix}{names[name]}": jax.ShapeDtypeStruct((size, length), jnp.int32)
-      for prefix, size in (("", batch_size), (NEGATIVE, 1))
-      for name, length in model.lengths.items()
+      for prefix, size, lengths in (
+        ("", batch_size, model.lengths),
+        (NEGATIVE, 1, model.negative_lengths),
+      )
+      for name, length in lengths.items()
     }
 
   def rows(indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -184,8 +187,11 @@ def tokens(
     texts: prompts, B of them.
     prefix: of the names; "negative_" for a negative prompt.
   """
+  tokenizers = dict(model.tokenizers)
+  if not prefix:
+    tokenizers |= model.instructed
   return {
     f"{prefix}{name.replace('text_encoder', 'tokens')}": tokenizer.encode(texts)
-    for name, tokenizer in model.tokenizers.items()
+    for name, tokenizer in tokenizers.items()
     if name in model.text_encoders
   }

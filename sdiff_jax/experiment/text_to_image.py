@@ -18,6 +18,7 @@ from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
 from sdiff_jax.pretrained.diffusers import loading, scheduler
+from sdiff_jax.pretrained.diffusers import model as model_lib
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.loading import Model
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
@@ -57,6 +58,9 @@ def from_config(
     model = _with_vae(config, model, place)
   if size := tuple(config.generate.size):
     model = _with_size(model, size)
+  if (text := config.generate.instruction) and not abstract:
+    with config_errors("config.generate"):
+      model = model_lib.with_instruction(model, text)
   if model.vae is None and model.unet.shape[-1] not in (1, 3):
     raise UserError(
       f"config.generate.folder={folder}: makes latents of {model.unet.shape[-1]} channels, "

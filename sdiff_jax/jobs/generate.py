@@ -104,6 +104,7 @@ class Generate:
     prompts: texts, "a cat;a dog", or a .json of COCO's captions; image k takes text k
       modulo their number.
     negative_prompt: text that guidance leads away from.
+    instruction: text that stands before every prompt, for a network such as SANA.
     labels: classes, "white shark;207"; image k takes class k modulo their number, "" all
       classes in turn.
     size: (height, width) of the images in pixels; () for that of the training images.
@@ -116,6 +117,7 @@ class Generate:
   published: str = ""
   prompts: str = ""
   negative_prompt: str = ""
+  instruction: str = ""
   labels: str = ""
   size: Annotated[tuple[int, ...], Range(8, 16_384), Length(0, 2)] = ()
   distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
@@ -216,7 +218,7 @@ def _images(
   for name in ("prompts", "labels", "published"):
     del generate[name]
   # Images of earlier versions do not have these fields.
-  for name in ("size", "distilled_guidance"):
+  for name in ("size", "distilled_guidance", "instruction"):
     if generate[name] == getattr(Generate, name):
       del generate[name]
     else:

@@ -32,9 +32,9 @@ from sdiff_jax.metrics.statistics import reference_statistics
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.diffusers import (
   dit_checkpoint,
+  json_tokenizer,
   loading,
   prompts,
-  t5_tokenizer,
   tokenizer,
 )
 from sdiff_jax.pretrained.files import sharded, state_dict
@@ -644,9 +644,18 @@ READERS: dict[str, Reader] = {
     1,
     ("model_index.json", "unet/config.json", "text_encoder_2/config.json"),
   ),
+  "diffusers sana configs": Reader(
+    _tree("tiny-sana", "safetensors", "expected"),
+    lambda folder: loading.abstract(loading.configs(folder)),
+    1,
+    (
+      *("model_index.json", "transformer/config.json", "vae/config.json"),
+      *("text_encoder/config.json", "scheduler/scheduler_config.json"),
+    ),
+  ),
   "diffusers flux": Reader(_tree("tiny-flux", "expected"), loading.load, 1),
   "t5 tokenizer": Reader(
-    _tree("tiny-flux/tokenizer_2"), lambda folder: t5_tokenizer.load(folder, 8), 4
+    _tree("tiny-flux/tokenizer_2"), lambda folder: json_tokenizer.load(folder, 8), 4
   ),
   "diffusers church": Reader(_tree("tiny-ddpm-church", "expected"), loading.load, 1),
   "autoencoder": Reader(_tree("tiny-sd2/vae"), loading.autoencoder, 1),

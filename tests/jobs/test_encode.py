@@ -109,7 +109,7 @@ def test_grey_images(tmp_path):
   [
     ({"vae": ""}, "config.vae is empty: name the folder of an autoencoder"),
     ({"vae": "/none"}, "/none: no such folder"),
-    ({"vae": str(SD2 / "unet")}, "unet: holds no AutoencoderKL"),
+    ({"vae": str(SD2 / "unet")}, "unet: holds no AutoencoderKL or AutoencoderDC"),
     ({"encode__scale": "sd"}, "config.encode.scale='sd': must be one of scm, edm2"),
     ({"encode__batch_size": 9}, "config.encode.batch_size=9: does not divide over 8"),
   ],

@@ -139,7 +139,7 @@ def edit(path, **fields) -> None:
     ),
     (
       lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(),
-      "tokenizer.json does not exist: the tokenizer of T5 is read from it",
+      "tokenizer.json does not exist: the tokenizers of T5 and Gemma are read from it",
     ),
     (
       lambda f: (f / "tokenizer_2" / "tokenizer.json").write_text("{}"),

@@ -1,4 +1,4 @@
-"""GroupNorm and LayerNorm with a learned scale and bias.
+"""GroupNorm, LayerNorm and RMSNorm with a learned scale, and a bias.
 
 Statistics are computed in float32 or wider whatever the type of the layer, with the
 variance as the mean of squared differences, as PyTorch does. `flax.linen`'s norms
@@ -38,6 +38,23 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     return _affine(self, _norm(common.to_accumulation_dtype(x), (-1,), self.epsilon))
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) over the last axis, then scale, and bias if asked."""
+
+  dtype: jnp.dtype
+  epsilon: float = 1e-6
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    w = common.to_accumulation_dtype(x)
+    w *= jax.lax.rsqrt(jnp.mean(jnp.square(w), -1, keepdims=True) + self.epsilon)
+    if self.bias:
+      return _affine(self, w)
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(w.dtype)
+    return (w * scale.reshape(*(1,) * (x.ndim - 1), -1)).astype(self.dtype)
 
 
 def _norm(w: Array, axes: tuple[int, ...], eps: float) -> Array:

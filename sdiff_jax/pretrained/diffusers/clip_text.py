@@ -54,12 +54,14 @@ class Text(NamedTuple):
     pooled: the hidden state at the end token of each text, [B, width]; None for T5.
     penultimate: states before the last block, [B, L, width]; None for T5.
     projected: a linear map of `pooled`, [B, P]; None for an encoder without one.
+    mask: which tokens are no padding, bool [B, L]; None if all are attended to.
   """
 
   hidden: Array
   pooled: Array | None = None
   penultimate: Array | None = None
   projected: Array | None = None
+  mask: Array | None = None
 
 
 class TextEncoder(NamedTuple):
@@ -67,17 +69,20 @@ class TextEncoder(NamedTuple):
 
   Attributes:
     init: (key) -> params.
-    apply: (params, ids int32 [B, L]) -> Text, in float32 or wider.
+    apply: (params, ids int32 [B, L], mask) -> Text, in float32 or wider; the mask, bool
+      [B, L], of tokens that are attended to may be left out, and CLIP has none.
     vocabulary: its size.
     length: largest L; None for any.
     width: of the hidden states.
+    padding: id of the token that fills texts up.
   """
 
   init: Callable[[PRNGKey], Params]
-  apply: Callable[[Params, Array], Text]
+  apply: Callable[..., Text]
   vocabulary: int
   length: int | None
   width: int
+  padding: int = 0
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.files import config_fields
+from sdiff_jax.types import Array, Params
 
 MAX_MESSAGE = 470  # characters, of all problems of a folder
 PROBLEM = 100, 190  # least and most characters of one of several problems
@@ -56,12 +57,26 @@ def misfits(networks: dict[str, Any]) -> list[str]:
   return problems
 
 
+def text(unet: Predictor, encoder: Any, params: Params, ids: Array) -> Any:
+  """Returns what an encoder makes of texts for a network.
+
+  Args:
+    unet: the network, which says whether padding is left out.
+    encoder: a text encoder.
+    params: of the encoder.
+    ids: of the tokens, int32 [B, L].
+  """
+  if not unet.masked:
+    return encoder.apply(params, ids)
+  return encoder.apply(params, ids, ids != encoder.padding)
+
+
 def _text_misfits(part: str, unet: Predictor, encoders: dict[str, Any]) -> list[str]:
   """Returns what of the text encoders does not fit the network."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   texts = {
-    name: jax.eval_shape(lambda k, ids, e=e: e.apply(e.init(k), ids), key, ids)
+    name: jax.eval_shape(lambda k, ids, e=e: text(unet, e, e.init(k), ids), key, ids)
     for name, e in encoders.items()
   }
   names = f"{', '.join(encoders)} return{'s' if len(encoders) == 1 else ''}"
@@ -76,5 +91,5 @@ def _text_misfits(part: str, unet: Predictor, encoders: dict[str, Any]) -> list[
     f"the {part} takes {name} embeddings of size {wanted[name]}, the {names} "
     f"{x.shape[-1]}"
     for name, x in found.items()
-    if x.shape[-1] != wanted[name]
+    if name in wanted and x.shape[-1] != wanted[name]
   ]

@@ -3,12 +3,14 @@
 The process is x = (1 - sigma) x0 + sigma eps; the network is given the timestep
 T sigma and predicts eps - x0. Levels between 1 and 0 are shifted towards noise, by a
 constant or by the number of tokens of the image (arXiv:2403.03206, section 5.3.2).
+DPMSolverMultistepScheduler with use_flow_sigmas has the same process.
 """
 
 import math
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from msgspec import Meta
 
@@ -22,6 +24,7 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
 SPACINGS = ("linspace", "trailing")
 RHO = 7.0  # of Karras et al.
+ROUNDING = 1e-3  # a whole timestep may be less by an error of float32
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Number = Annotated[float, Meta(ge=-100, le=100)]
 FIELDS = {
@@ -44,6 +47,36 @@ SUPPORTED_VALUES = {
 }
 
 
+DPM_FIELDS = {
+  "num_train_timesteps": FIELDS["num_train_timesteps"],
+  "flow_shift": Field(1.0, Positive),
+  "prediction_type": Field("epsilon", Literal["flow_prediction"]),
+  "solver_order": Field(2, Literal[2, 3]),
+}
+UNSUPPORTED_FIELDS = (None, False)
+DPM_SUPPORTED_VALUES = {
+  "use_flow_sigmas": (True,),
+  "algorithm_type": ("dpmsolver++",),
+  "solver_type": ("midpoint",),
+  "lower_order_final": (True,),
+  "final_sigmas_type": ("zero",),
+  "lambda_min_clipped": (-np.inf,),
+  **{
+    name: UNSUPPORTED_FIELDS
+    for name in (
+      *("thresholding", "variance_type", "euler_at_final", "use_dynamic_shifting"),
+      *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+      *("use_lu_lambdas", "rescale_betas_zero_snr"),
+    )
+  },
+}
+DPM_IGNORED_FIELDS = (  # of a process with betas
+  *("beta_start", "beta_end", "beta_schedule", "trained_betas", "timestep_spacing"),
+  *("steps_offset", "dynamic_thresholding_ratio", "sample_max_value"),
+  "time_shift_type",
+)
+
+
 class FlowSchedule(NamedTuple):
   """The process of a flow-matching model, and how it is meant to be solved.
 
@@ -58,6 +91,8 @@ class FlowSchedule(NamedTuple):
     spacing: of the levels before the shift: "linspace" from the first to the last
       training level, or "trailing" from 1 to 1 / N.
     smallest: the last training level.
+    first: level at which sampling begins, before the shift.
+    whole: whether timesteps are rounded down to whole ones.
   """
 
   shift: Callable[[int], Callable[[np.ndarray], np.ndarray]]
@@ -68,6 +103,8 @@ class FlowSchedule(NamedTuple):
   tokens: int = 4096
   solver: str = "ddim"
   spacing: str = "linspace"
+  first: float = 1.0
+  whole: bool = False
 
 
 def from_config(config: dict[str, Json]) -> FlowSchedule:
@@ -99,6 +136,41 @@ def from_config(config: dict[str, Json]) -> FlowSchedule:
     smallest = float(_shifted(np.array(smallest), c["shift"]))
   terminal, train_steps = c["shift_terminal"] or 0.0, c["num_train_timesteps"]
   return FlowSchedule(_shift(c), terminal, "".join(grids), train_steps, smallest)
+
+
+def from_dpm_config(config: dict[str, Json]) -> FlowSchedule:
+  """Returns the schedule of a DPMSolverMultistepScheduler with use_flow_sigmas.
+
+  Args:
+    config: content of a scheduler_config.json.
+
+  Raises:
+    ValueError: fields or values that are not supported; all of them are listed.
+
+  Example:
+    >>> fields = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    >>> sigmas(from_dpm_config(fields), 2)
+    array([0.999 , 0.4995])
+  """
+  c = config_fields.validated_config(
+    config,
+    DPM_FIELDS,
+    DPM_SUPPORTED_VALUES,
+    DPM_IGNORED_FIELDS,
+    required=("prediction_type",),
+  )
+  shift, smallest = c["flow_shift"], 1 / c["num_train_timesteps"]
+  return FlowSchedule(
+    lambda tokens: lambda sigma: _shifted(sigma, shift),
+    terminal=0.0,
+    grid="",
+    train_steps=c["num_train_timesteps"],
+    smallest=smallest,
+    solver=f"dpmpp{c['solver_order']}m",
+    spacing="trailing",
+    first=1 - smallest,
+    whole=True,
+  )
 
 
 def _shift(c: dict[str, Json]) -> Callable[[int], Callable[[np.ndarray], np.ndarray]]:
@@ -144,8 +216,9 @@ def sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
       f"timestep_spacing={schedule.spacing!r}: must be one of {', '.join(SPACINGS)} for "
       f"{CLASS_NAME}"
     )
-  last = schedule.smallest if schedule.spacing == "linspace" else 1 / steps
-  levels = schedule.shift(schedule.tokens)(np.linspace(1.0, last, steps))
+  first = schedule.first
+  last = schedule.smallest if schedule.spacing == "linspace" else first / steps
+  levels = schedule.shift(schedule.tokens)(np.linspace(first, last, steps))
   if schedule.terminal:
     if steps == 1:
       raise ValueError(
@@ -206,6 +279,9 @@ def denoiser(
   """
 
   def call(x: Array, time: Array, cond: Cond) -> Array:
-    return predict(x, schedule.train_steps * time, cond)
+    timestep = schedule.train_steps * time
+    if schedule.whole:
+      timestep = jnp.floor(timestep + ROUNDING)
+    return predict(x, timestep, cond)
 
   return parameterizations.denoiser(call, "flow", parameterizations.flow)

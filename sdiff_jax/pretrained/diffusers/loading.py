@@ -12,17 +12,20 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from sdiff_jax.pretrained.diffusers import (
+  autoencoder_dc,
   class_labels,
   clip_text,
   dit_checkpoint,
   dit_transformer,
   fit,
   flux_transformer,
+  gemma_text,
   hub,
+  json_tokenizer,
+  sana_transformer,
   scheduler,
   sd3_transformer,
   t5_text,
-  t5_tokenizer,
   unet2d,
   unet2d_condition,
   vae,
@@ -56,7 +59,8 @@ NAMES = {  # of config.json: what names the class of the network
 PARTS = (*fit.PREDICTORS, "vae", *fit.ENCODERS)  # with a network
 TOKENIZERS = {
   **dict.fromkeys(("CLIPTokenizer", "CLIPTokenizerFast"), "clip"),
-  **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), "t5"),
+  **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), "json"),
+  **dict.fromkeys(("GemmaTokenizer", "GemmaTokenizerFast"), "json"),
 }
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
@@ -64,10 +68,13 @@ NETWORKS = {  # class -> module
   "SD3Transformer2DModel": sd3_transformer,
   "FluxTransformer2DModel": flux_transformer,
   **dict.fromkeys(dit_transformer.NAMES, dit_transformer),
+  "SanaTransformer2DModel": sana_transformer,
   "AutoencoderKL": vae,
+  "AutoencoderDC": autoencoder_dc,
   "CLIPTextModel": clip_text,
   "CLIPTextModelWithProjection": clip_text,
   "T5EncoderModel": t5_text,
+  "Gemma2Model": gemma_text,
 }
 CLASSES = {f"tokenizer{suffix}": tuple(TOKENIZERS) for suffix in fit.SUFFIXES}
 CLASSES["scheduler"] = scheduler.NAMES
@@ -158,8 +165,9 @@ def tokenizers(folder: str, model: Model) -> dict[str, tokenizer_lib.Tokenizer]:
     if part not in classes or (suffix and name not in model.text_encoders):
       continue
     where, encoder = _part(folder, part), model.text_encoders.get(name)
-    if TOKENIZERS[classes[part]] == "t5":
-      found[name] = t5_tokenizer.load(where, model.unet.long_text or 512)
+    if TOKENIZERS[classes[part]] == "json":
+      length, lower = model.unet.long_text or 512, model.unet.masked
+      found[name] = json_tokenizer.load(where, length, lower=lower)
     elif encoder is None or encoder.length is None:
       found[name] = tokenizer_lib.load(where)
     else:
@@ -229,7 +237,7 @@ def autoencoder(path: str, *, dtype: str = "float32") -> tuple[vae.Autoencoder, 
   folder = _part(hub.local(path), "vae")
   coder = network(folder, dtype=dtype)
   if not isinstance(coder, vae.Autoencoder):
-    raise UserError(f"{folder}: holds no AutoencoderKL")
+    raise UserError(f"{folder}: holds no AutoencoderKL or AutoencoderDC")
   return coder, weights_lib.parameters(folder, coder, dtype=dtype)
 
 

@@ -28,6 +28,8 @@ class Model(NamedTuple):
     schedule: the diffusion process of the network, and its solver.
     force_zeros_for_empty_prompt: whether zeros are the conditions without text.
     labels: the class of each name of a class.
+    instructed: tokenizers of prompts with an instruction before them, by the names of
+      their text encoders; a negative prompt has none.
   """
 
   unet: Predictor
@@ -38,6 +40,7 @@ class Model(NamedTuple):
   schedule: Schedule | FlowSchedule
   force_zeros_for_empty_prompt: bool = False
   labels: Mapping[str, int] = types.MappingProxyType({})
+  instructed: Mapping[str, tokenizer_lib.Tokenizer] = types.MappingProxyType({})
 
   @property
   def text_encoder(self) -> clip_text.TextEncoder | None:
@@ -57,7 +60,13 @@ class Model(NamedTuple):
 
   @property
   def lengths(self) -> dict[str, int]:
-    """The number of tokens of every text, by the names of the text encoders."""
+    """The number of tokens of every prompt, by the names of the text encoders."""
+    own = {name: tokenizer.length for name, tokenizer in self.instructed.items()}
+    return self.negative_lengths | own
+
+  @property
+  def negative_lengths(self) -> dict[str, int]:
+    """The number of tokens of a negative prompt."""
     return {
       name: self.tokenizers[name].length
       if name in self.tokenizers
@@ -73,7 +82,7 @@ class Model(NamedTuple):
       tokens: ids int32 [B, L], by the names of the text encoders.
     """
     texts = {
-      name: encoder.apply(params[name], tokens[name])
+      name: fit.text(self.unet, encoder, params[name], tokens[name])
       for name, encoder in self.text_encoders.items()
     }
     cond = self.unet.conditions(texts)
@@ -97,3 +106,25 @@ def with_shape(model: Model, shape: tuple[int, int, int]) -> Model:
   if isinstance(process, FlowSchedule):
     process = process._replace(tokens=shape[0] * shape[1] // unet.patch**2)
   return model._replace(unet=unet, schedule=process)
+
+
+def with_instruction(model: Model, text: str) -> Model:
+  """Returns a model whose prompts stand behind an instruction, as those of SANA.
+
+  Args:
+    model: with tokenizers.
+    text: of the instruction.
+
+  Raises:
+    ValueError: no tokenizer takes one.
+  """
+  instructed = {
+    name: tokenizer.instructed(text)
+    for name, tokenizer in model.tokenizers.items()
+    if tokenizer.instructed is not None
+  }
+  if not instructed:
+    raise ValueError(
+      "instruction: only for a network such as SANA, which leaves padding out"
+    )
+  return model._replace(instructed=instructed)

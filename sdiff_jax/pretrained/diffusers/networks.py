@@ -47,7 +47,9 @@ class Predictor(NamedTuple):
     patch: side of the square of latents that is one token of a transformer.
     conditions: texts of the encoders, by the names of their folders -> what the network
       takes of them, "text" and "pooled".
-    long_text: number of tokens of T5's encoder.
+    long_text: number of tokens of T5's or Gemma's encoder.
+    masked: whether padding of texts is not attended to ("mask" bool [B, L] is one more
+      condition), and texts are in lower case.
     spacing: of the noise levels before their shift; "" for the scheduler's own.
     classes: number of classes, for a network that takes "label"; a negative one is no
       class.
@@ -63,6 +65,7 @@ class Predictor(NamedTuple):
   patch: int = 1
   conditions: Callable[[Mapping[str, Any]], dict[str, Array]] = _hidden
   long_text: int = 0
+  masked: bool = False
   spacing: str = ""
   classes: int = 0
   sized: bool = False

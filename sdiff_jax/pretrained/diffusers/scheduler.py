@@ -167,6 +167,8 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
   name = config.get("_class_name", "")
   if name == flow_scheduler.CLASS_NAME:
     return flow_scheduler.from_config(config)
+  if name == "DPMSolverMultistepScheduler" and config.get("use_flow_sigmas") is True:
+    return flow_scheduler.from_dpm_config(config)
   if not isinstance(name, str) or name not in CLASS_NAMES:
     raise ValueError(
       f"_class_name={config_fields.quoted(name)}: must be one of {', '.join(NAMES)}"

@@ -11,8 +11,8 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
+from sdiff_jax.models.layers.normalization import RMSNorm
 from sdiff_jax.pretrained.diffusers.clip_text import Text, TextEncoder
-from sdiff_jax.pretrained.diffusers.transformer_blocks import RMSNorm
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Json, Params, PRNGKey
@@ -27,6 +27,7 @@ FIELDS = {
   "num_heads": Field(8, Channels),
   "relative_attention_num_buckets": Field(32, Buckets),
   "relative_attention_max_distance": Field(128, Annotated[int, Meta(ge=8, le=65_536)]),
+  "pad_token_id": Field(0, Annotated[int, Meta(ge=0, le=1_000_000)]),
   "feed_forward_proj": Field("relu", Literal["relu", "gated-gelu"]),
 }
 SUPPORTED_VALUES = {"model_type": ("t5",), "layer_norm_epsilon": (1e-6,)}
@@ -38,7 +39,7 @@ IGNORED_FIELDS = (
     "dropout_rate",
     "initializer_factor",
   ),
-  *("eos_token_id", "pad_token_id", "decoder_start_token_id", "is_encoder_decoder"),
+  *("eos_token_id", "decoder_start_token_id", "is_encoder_decoder"),
   *(
     "n_positions",
     "num_decoder_layers",
@@ -97,7 +98,7 @@ class Block(nn.Module):
     )
     # Without the usual factor size^-0.5, which the weights hold.
     scores = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=bias.dtype)
-    weights = jax.nn.softmax(scores + bias[None]).astype(self.dtype)
+    weights = jax.nn.softmax(scores + bias).astype(self.dtype)
     h = jnp.einsum("bhlm,bmhd->blhd", weights, v).reshape(B, L, -1)
     x += dense(C, name="layer.0.SelfAttention.o")(h)
     h = RMSNorm(self.dtype, name="layer.1.layer_norm")(x)
@@ -121,13 +122,15 @@ class Encoder(nn.Module):
   remat: str
 
   @nn.compact
-  def __call__(self, ids: Array) -> Array:
+  def __call__(self, ids: Array, mask: Array | None) -> Array:
     dtype, heads = self.block["dtype"], self.block["heads"]
     h = nn.Embed(self.vocabulary, self.width, dtype=dtype, name="shared")(ids)
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     table = nn.Embed(self.positions[0], heads, dtype=dtype, name=name)
     bias = table(jnp.asarray(buckets(ids.shape[1], *self.positions)))
-    bias = common.to_accumulation_dtype(jnp.moveaxis(bias, -1, 0))
+    bias = common.to_accumulation_dtype(jnp.moveaxis(bias, -1, 0))[None]
+    if mask is not None:
+      bias = jnp.where(mask[:, None, None], bias, jnp.finfo(bias.dtype).min)
     kind = common.remat(Block, self.remat)
     for i in range(self.depth):
       h = kind(**self.block, name=f"encoder.block.{i}")(h, bias)
@@ -161,10 +164,10 @@ def from_config(
   module = Encoder(c["vocab_size"], width, depth, positions, block, remat)
 
   def init(key: PRNGKey) -> Params:
-    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return module.init(key, jnp.zeros((1, 1), jnp.int32), None)["params"]
 
-  def apply(params: Params, ids: Array) -> Text:
-    hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids))
-    return Text(hidden)
+  def apply(params: Params, ids: Array, mask: Array | None = None) -> Text:
+    hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids, mask))
+    return Text(hidden, mask=mask)
 
-  return TextEncoder(init, apply, c["vocab_size"], None, width)
+  return TextEncoder(init, apply, c["vocab_size"], None, width, c["pad_token_id"])

@@ -33,12 +33,15 @@ class Tokenizer(NamedTuple):
     length: number of tokens of every text.
     size: of the vocabulary.
     last: largest token id.
+    instructed: instruction -> a tokenizer that sets it before every text; None if the
+      network takes none.
   """
 
   encode: Callable[[Sequence[str]], np.ndarray]
   length: int
   size: int
   last: int
+  instructed: "Callable[[str], Tokenizer] | None" = None
 
 
 def load(folder: str, length: int = 77) -> Tokenizer:

@@ -13,25 +13,13 @@ import numpy as np
 
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
+from sdiff_jax.models.layers.normalization import RMSNorm
 from sdiff_jax.pretrained.diffusers.unet import Time
 from sdiff_jax.types import Array
 
 TIME_FEATURES = 256
 GUIDANCE_UNIT = 1000  # the embedding of a guidance scale is that of 1000 scale
 Rotation = tuple[Array, Array]  # cosines and sines, [L, size / 2] each
-
-
-class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + 1e-6) over the last axis, times a scale."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    y = common.rms_norm(common.to_accumulation_dtype(x))
-    ones = (1,) * (x.ndim - 1)
-    return (y * scale.astype(y.dtype).reshape(*ones, -1)).astype(self.dtype)
 
 
 def modulation(emb: Array, count: int, dtype: jnp.dtype, name: str) -> list[Array]:

@@ -1,0 +1,221 @@
+"""SANA against the numbers of diffusers: its networks, and whole folders."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES
+
+from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import text_to_image
+from sdiff_jax.pretrained.diffusers import (
+  autoencoder_dc,
+  clip_text,
+  gemma_text,
+  loading,
+  networks,
+  sana_transformer,
+  scheduler,
+)
+from sdiff_jax.pretrained.diffusers import model as model_lib
+from sdiff_jax.samplers import paradigms, sequential
+
+SANA, SPRINT = FIXTURES / "tiny-sana", FIXTURES / "tiny-sana-sprint"
+
+quickly = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@pytest.fixture
+def peer(fixture):
+  """Returns a network with its parameters, and arrays, images as NHWC."""
+  modules = {"dc": autoencoder_dc, "deep": autoencoder_dc, "gemma": gemma_text}
+
+  def load(name: str, dtype: str = "float32") -> tuple:
+    arrays = fixture("diffusers_sana")
+    config = json.loads(str(arrays["configs"]))[name]
+    start = f"{name}/"
+    own = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+    weights = {k[2:]: v for k, v in own.items() if k.startswith("w/")}
+    rest = {k: v for k, v in own.items() if not k.startswith("w/")}
+    images = {k: np.moveaxis(v, 1, -1) for k, v in rest.items() if v.ndim == 4}
+    net = modules.get(name, sana_transformer).from_config(config, dtype=dtype)
+    params = networks.load_state_dict(weights, net.init, dtype=dtype, path="")
+    return net, params, rest | images
+
+  return load
+
+
+def both(net, params, arrays, dtype: str):
+  """Returns the prediction and its tangent in x and t."""
+  names = ("x", "time", "dx", "dt", "text", "distilled_guidance")
+  a = {k: jnp.asarray(arrays[k], dtype) for k in names}
+  cond = {k: a[k] for k in ("text", "distilled_guidance")}
+  cond["mask"] = jnp.asarray(arrays["mask"], bool)
+
+  @quickly
+  def run(params, x, time, dx, dt):
+    call = lambda x, time: net.apply(params, x, time, cond)  # noqa: E731
+    return jax.jvp(call, (x, time), (dx, dt))
+
+  return run(params, *(a[k] for k in names[:4]))
+
+
+def error(found, wanted) -> float:
+  found = np.asarray(found, np.float64)
+  assert found.shape == wanted.shape
+  return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["sana", "sprint", "large"])
+def test_outputs_and_tangents(peer, name):
+  """Sprint has a guidance scale and norms of queries, the large one has positions."""
+  net, params, arrays = peer(name)
+  out, tangent = both(net, params, arrays, "float32")
+  assert error(out, arrays["out"]) < 1e-5
+  assert error(tangent, arrays["tangent"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["dc", "deep"])
+def test_autoencoder(peer, name):
+  """With convolutions of stride 2, and with pixels moved into channels."""
+  net, params, arrays = peer(name)
+  mean, std = quickly(net.encode)(params, jnp.asarray(arrays["images"], jnp.float32))
+  assert error(mean, arrays["latents"]) < 1e-5
+  assert not std.any()
+  images = quickly(net.decode)(params, jnp.asarray(arrays["latents"], jnp.float32))
+  assert error(images, arrays["decoded"]) < 1e-5
+
+
+def test_text_encoder(peer):
+  """Padding is not attended to."""
+  net, params, arrays = peer("gemma")
+  ids = jnp.asarray(arrays["ids"], jnp.int32)
+  text = quickly(net.apply)(params, ids, ids != net.padding)
+  assert error(text.hidden, arrays["hidden"]) < 1e-5
+
+
+@functools.cache
+def load(folder) -> loading.Model:
+  return loading.load(str(folder))
+
+
+@functools.cache
+def run():
+  """Returns the peer's arrays, our inputs, latents and image, and those in parallel."""
+  with np.load(SANA / "expected_10.npz") as stored:
+    arrays = dict(stored)
+  meta = json.loads(str(arrays["meta"]))
+  model = model_lib.with_instruction(load(SANA), meta["instruction"])
+  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
+  model = loading.with_shape(model, x.shape[1:])
+  schedule, sampler = text_to_image.build_sampler(
+    model.schedule, name="paradpmpp2m", steps=10, window=5, tolerance=0.0
+  )
+  model = model._replace(schedule=schedule)
+  pipeline = text_to_image.pipeline(
+    model,
+    sampler,
+    sharding.make_mesh(devices=jax.devices()[:1]),
+    guidance_scale=meta["guidance_scale"],
+    prompts=[meta["prompt"]],
+    negative_prompt=meta["negative_prompt"],
+  )
+  _, inputs = pipeline.requests(np.arange(1))
+
+  @quickly
+  def sample(params, x, inputs):
+    denoise, cond = pipeline.denoiser(params, inputs)
+    keys = sequential.keys_from_seeds(np.arange(1))
+    args = denoise, sampler.tableau, x, keys, cond
+    one = sequential.sample(*args)
+    many = paradigms.run(*args, window=5, tolerance=0.0)
+    return one, many, model.vae.decode(params["vae"], one / model.vae.scaling)
+
+  return arrays, inputs, wanted, *sample(model.params, jnp.asarray(x), inputs)
+
+
+def test_tokens():
+  """The instruction stands before a prompt, not before a negative one."""
+  arrays, inputs, *_ = run()
+  for name, ids in (("tokens", "ids"), ("negative_tokens", "negative_ids")):
+    count = len(arrays[ids])
+    np.testing.assert_array_equal(inputs[name][0, :count], arrays[ids])
+    assert not inputs[name][0, count:].any()
+
+
+def test_text_to_image():
+  """Ten steps of DPM-Solver++ for flow models, with guidance."""
+  arrays, _, wanted, one, _, image = run()
+  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
+  pixels = np.clip(np.asarray(image) / 2 + 0.5, 0, 1)
+  np.testing.assert_allclose(pixels, arrays["image"], atol=1e-4)
+
+
+def test_in_parallel():
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
+  *_, one, many, _ = run()
+  np.testing.assert_allclose(many.x, one, rtol=0, atol=2e-6 * np.abs(one).max())
+  assert (many.num_iterations <= 10).all()
+
+
+def test_instructions():
+  """Only what leaves padding out takes one, and the first and last tokens are kept."""
+  with pytest.raises(ValueError, match="instruction: only for a network such as SANA"):
+    model_lib.with_instruction(load(FIXTURES / "tiny-sdxl"), "Draw:")
+  model = model_lib.with_instruction(load(SANA), "a cat on the mat")
+  count = model.lengths["text_encoder"]
+  assert (count, model.negative_lengths["text_encoder"]) == (304, 300)  # of 6 tokens
+  text = clip_text.Text(
+    jnp.arange(count)[None, :, None], mask=jnp.ones((1, count), bool)
+  )
+  rows = model.unet.conditions({"text_encoder": text})["text"][0, :, 0]
+  np.testing.assert_array_equal(rows, [0, *range(count - 299, count)])
+
+
+@pytest.mark.parametrize(
+  ("module", "fields", "message"),
+  [
+    (sana_transformer, {"qk_norm": "l2"}, "must be 'rms_norm_across_heads' or null"),
+    (
+      sana_transformer,
+      {"cross_attention_dim": 1},
+      "cross_attention_dim=1: must be att",
+    ),
+    (
+      sana_transformer,
+      {"patch_size": 3},
+      "sample_size=32: must be a multiple of patch",
+    ),
+    (autoencoder_dc, {"in_channels": 4}, "in_channels=4: must be 3"),
+    (
+      autoencoder_dc,
+      {"latent_channels": 3},
+      "last one a multiple of latent_channels=3",
+    ),
+    (autoencoder_dc, {"encoder_layers_per_block": [2]}, "must have 6 values, one for"),
+    (gemma_text, {"num_key_value_heads": 3}, "num_key_value_heads=3: must divide"),
+    (gemma_text, {"rms_norm_eps": 1e-5}, "values not supported: rms_norm_eps=1e-05"),
+  ],
+)
+def test_wrong_fields(module, fields, message):
+  with pytest.raises(ValueError, match=message):
+    module.from_config(fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"prediction_type": "epsilon"}, "must be one of flow_prediction"),
+    ({"algorithm_type": "sde-dpmsolver++"}, "values not supported: algorithm_type="),
+  ],
+)
+def test_wrong_schedules(fields, message):
+  path = SANA / "scheduler" / "scheduler_config.json"
+  config = json.loads(path.read_text())
+  with pytest.raises(ValueError, match=message):
+    scheduler.from_config(config | fields)
