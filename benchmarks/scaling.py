@@ -22,6 +22,7 @@ from sdiff_jax import samplers
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity import roofline
 from sdiff_jax.capacity.hlo import Collective
+from sdiff_jax.capacity.kernels import Kernel
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import programs
 from sdiff_jax.samplers import autotune
@@ -110,12 +111,22 @@ def step(chip: chips_lib.Chip, chips: int, ops: float, count: int, width: int):
     return None
   sums = [Collective("all-reduce", "f32", state, chips, 1, False)]
   memory = images * width * TRAFFIC + TOUCHED * state
-  time = roofline.time(chip, chips, flops=ops * images, memory=memory, collectives=sums)
-  return time, parts
+  return modeled(chip, chips, ops * images, memory, sums), parts
+
+
+def modeled(
+  chip: chips_lib.Chip, chips: int, ops: float, memory: float, sums: list[Collective]
+) -> float:
+  """Returns the seconds of a program as if it were one kernel, at the peak rates."""
+  pod = chips_lib.Pod("", "", chips)
+  kernel = Kernel("product", ops, int(memory), 1, "")
+  return roofline.time(
+    chip, pod, chips_lib.IDEAL, kernels=[kernel], collectives=sums
+  ).estimate
 
 
 def training(name: str, found: dict) -> str:
-  """Returns a table of sCD's steps; in each cell ms overlapped / in turn, and parts."""
+  """Returns a table of sCD's steps; in each cell ms, and parts."""
   chip = chips_lib.CHIPS[name]
   lines = [f"| size | {' | '.join(map(str, CHIPS))} | pays up to |"]
   lines += ["|---" * (len(CHIPS) + 2) + "|"]
@@ -125,11 +136,10 @@ def training(name: str, found: dict) -> str:
     row = [
       "does not fit"
       if t is None
-      else f"{t[0].overlapped * 1e3:.0f} / {t[0].serial * 1e3:.0f}"
-      + (f" ({t[1]} parts)" if t[1] > 1 else "")
+      else f"{t[0] * 1e3:.0f}" + (f" ({t[1]} parts)" if t[1] > 1 else "")
       for t in times
     ]
-    known = [(n, t[0].serial) for n, t in zip(CHIPS, times, strict=True) if t]
+    known = [(n, t[0]) for n, t in zip(CHIPS, times, strict=True) if t]
     pays = known[0][0] if known else "-"
     for (_, before), (n, after) in itertools.pairwise(known):
       if before / after < PAYS:
@@ -139,16 +149,16 @@ def training(name: str, found: dict) -> str:
   return "\n".join(lines)
 
 
-def iteration(chip: chips_lib.Chip, chips: int, window: int) -> roofline.Time:
-  """Returns the modeled time of an iteration over a window of solver steps."""
+def iteration(chip: chips_lib.Chip, chips: int, window: int) -> float:
+  """Returns the modeled seconds of an iteration over a window of solver steps."""
   each = math.ceil(window / chips)
   edges = [Collective("collective-permute", "f32", SENT, chips, 1, False)]
-  return roofline.time(
+  return modeled(
     chip,
     chips,
-    flops=each * STEP_FLOPS,
-    memory=WEIGHTS + each * STEP_TRAFFIC,
-    collectives=edges if chips > 1 else [],
+    each * STEP_FLOPS,
+    WEIGHTS + each * STEP_TRAFFIC,
+    edges if chips > 1 else [],
   )
 
 
@@ -167,28 +177,19 @@ def windows(name: str) -> str:
     cells = []
     for chips in (1, 4, 8):
       time = iteration(chip, chips, window)
-      gains = [
-        [STEPS * getattr(alone, roof) / (n * getattr(time, roof)) for n in counts]
-        for roof in ("overlapped", "serial")
-      ]
-      low, high = (sorted(g) for g in zip(*gains, strict=True))
-      cells.append(f"{_range(low)}; {_range(high)}")
+      cells.append("; ".join(f"{STEPS * alone / (n * time):.2g}x" for n in counts))
     numbers = " | ".join(f"{n:.1f}" for n in counts)
     lines.append(f"| {window} | {numbers} | {' | '.join(cells)} |")
     say(lines[-1])
   return "\n".join(lines)
 
 
-def _range(pair: list[float]) -> str:
-  return " to ".join(dict.fromkeys(f"{x:.2g}" for x in pair)) + "x"
-
-
 PAGE = """# The gain of more chips: modeled, not measured
 
 `{command}`
 
-Overlapped: max(F / peak, M / memory rate, R / link rate); serial: their sum; with F
-operations, M bytes of memory traffic and R bytes sent, of one chip.
+max(F / peak, M / memory rate) + R / link rate, with F operations, M bytes of memory traffic
+and R bytes sent, of one chip, at the rates of its data sheet.
 
 ## Operations of a step of sCD, divided by those of its teacher's
 
@@ -197,7 +198,7 @@ operations, M bytes of memory traffic and R bytes sent, of one chip.
 Without rematerialization. Guided: the teacher is evaluated with and without the label, as
 in configs/imagenet512_scd.py.
 
-## A step of guided sCD, batch {batch}, on {chip}: ms, overlapped / serial
+## A step of guided sCD, batch {batch}, on {chip}: ms
 
 {training}
 
@@ -205,7 +206,7 @@ Every chip holds the whole state, {held} float32 arrays for each parameter, and 
 gradients are summed in float32: R = 2 (n - 1) / n times 4 P bytes. M is {traffic:.3g}
 bytes for each image and channel of the first level and {touched} passes over the state.
 In parts: activations ({kept:.3g} bytes for each image and channel) would not fit at
-once. More chips are worthwhile up to the number whose doubling makes a step (serial) less
+once. More chips are worthwhile up to the number whose doubling makes a step less
 than {pays} times as fast.
 
 ## A window of ParaDiGMS, DDPM-{steps}, EDM2-S, batch 1, on v5e: speed-up
@@ -213,7 +214,7 @@ than {pays} times as fast.
 {windows}
 
 Over sequential sampling on one chip, with the iterations of the published rule; of the
-secant rule. A range spans overlapped to serial. Iterations are those of a mixture of
+secant rule.  Iterations are those of a mixture of
 Gaussians in 16 dimensions at tolerance 0.1. The latency of messages is left out. A single
 evaluation is bound by memory: each call reads {weights:.3g} bytes for weights, which it
 normalizes and casts to bfloat16 again. Doing that once before the loop would make the

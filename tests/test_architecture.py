@@ -40,6 +40,8 @@ UNSTABLE_IMPORTS = {
   "distributed/sharding.py": ("jax.experimental.mesh_utils",),
   # devices that this machine does not have,
   "capacity/chips.py": ("jax.experimental.topologies",),
+  # the order of an array's axes in memory,
+  "kernels/layout.py": ("jax.experimental.layout",),
   # kernels,
   "kernels/_pallas_gpu.py": ("jax.experimental.pallas",),
   "kernels/_pallas_tpu.py": ("jax.experimental.pallas",),

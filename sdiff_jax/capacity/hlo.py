@@ -10,6 +10,11 @@ OPERATION = re.compile(rf" = (.*?) ({KINDS})(-start)?\(")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# A send of XLA's runtime for several slices.
+MEGASCALE = re.compile(
+  r" = \(([a-z]+\d+\w*|pred)\[([\d,]*)\].*? send\(.*_xla_megascale_target=\"\{([\d,]+)\}.*"
+  r"_xla_megascale_transfer_type=\"(\w+)\""
+)
 
 
 class Collective(NamedTuple):
@@ -24,6 +29,7 @@ class Collective(NamedTuple):
     calls: how often one run of the program executes it. A loop of unknown length counts
       as one iteration.
     in_loop: whether it is inside a loop.
+    between_slices: whether a network between slices carries it.
   """
 
   kind: str
@@ -32,6 +38,7 @@ class Collective(NamedTuple):
   group_size: int
   calls: int
   in_loop: bool
+  between_slices: bool = False
 
   @property
   def ring_bytes(self) -> float:
@@ -48,7 +55,7 @@ def read(text: str) -> list[Collective]:
   Args:
     text: `compiled.as_text()`, with compiled a `jax.stages.Compiled`.
   """
-  blocks, entry = _computations(text)
+  blocks, entry = computations(text)
   devices = re.search(r"num_partitions=(\d+)", text)
   collectives, chains = [], set()
 
@@ -61,7 +68,8 @@ def read(text: str) -> list[Collective]:
         for kind, dtype, size in _arrays(line, name, group):
           collectives.append(Collective(kind, dtype, size, group, calls, in_loop))
           chains.update(chain.groups() if chain else ())
-      trips = _trip_count(line, blocks) if "body=" in line else 1
+        collectives.extend(_between_slices(line, calls, in_loop))
+      trips = trip_count(line, blocks) if "body=" in line else 1
       for how, called in CALLED.findall(line):
         walk(called, calls * trips, in_loop or how in ("body", "condition"))
       if branches := re.search(r"branch_computations=\{(.*?)\}", line):
@@ -82,7 +90,7 @@ def total(collectives: list[Collective]) -> dict[tuple[str, str], tuple]:
   return sums
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
   """Returns computation -> its lines, and the name of the entry computation."""
   blocks, lines, entry = {}, [], ""
   for line in text.splitlines():
@@ -94,7 +102,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return blocks, entry
 
 
-def _trip_count(line: str, blocks: dict[str, list[str]]) -> int:
+def trip_count(line: str, blocks: dict[str, list[str]]) -> int:
   """Returns the trip count of a `while`, as annotated or from `i < constant`."""
   if annotation := TRIPS.search(line):
     return int(annotation[1])
@@ -120,13 +128,29 @@ def _arrays(line: str, inside: str, group: int) -> Iterator[tuple[str, str, int]
   scatters = inside.startswith("all-reduce-scatter")
   sizes = {}
   for dtype, shape in arrays:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     count = math.prod(int(n) for n in shape.split(",") if n)
-    sizes[dtype] = sizes.get(dtype, 0) + count * bits // 8
+    sizes[dtype] = sizes.get(dtype, 0) + count * bits(dtype) // 8
   for dtype, size in sizes.items():
     if kind == "reduce-scatter":
       size *= group
     yield "reduce-scatter" if scatters else kind, dtype, size
+
+
+def _between_slices(line: str, calls: int, in_loop: bool) -> Iterator[Collective]:
+  """Yields the collective between slices of a TPU that sends to the host stand for."""
+  if not (found := MEGASCALE.search(line)):
+    return
+  dtype, shape, slices, kind = found.groups()
+  size = math.prod(int(n) for n in shape.split(",") if n) * bits(dtype) // 8
+  kind, group = kind.lower().replace("_", "-"), len(slices.split(","))
+  if kind in ("all-gather",):
+    size *= group
+  yield Collective(kind, dtype, size, group, calls, in_loop, between_slices=True)
+
+
+def bits(dtype: str) -> int:
+  """Returns the bits of an element of one of XLA's types."""
+  return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
 
 
 def _group(line: str, devices: int) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax.capacity import hlo
+from sdiff_jax.capacity import kernels as kernels_lib
+from sdiff_jax.capacity.kernels import Kernel
 from sdiff_jax.distributed import sharding
 from sdiff_jax.samplers import Sampler, autotune
 from sdiff_jax.training import flops as flops_lib
@@ -32,6 +34,7 @@ class Program(NamedTuple):
       of a batch).
     calls_per_batch: runs of the program for one batch (evaluations of a sampler, or the
       expected number of parallel iterations).
+    checkpoint_bytes: of a checkpoint of the training, 0 for samples.
   """
 
   lower: Callable[[], jax.stages.Lowered]
@@ -41,10 +44,11 @@ class Program(NamedTuple):
   num_images: int
   trip_count: int
   calls_per_batch: float
+  checkpoint_bytes: int = 0
 
   def summary(self) -> dict[str, Json]:
     """Returns the numbers of a program that need no compiler."""
-    names = ("num_parameters", "num_images", "calls_per_batch")
+    names = ("num_parameters", "num_images", "calls_per_batch", "checkpoint_bytes")
     return {name: getattr(self, name) for name in names}
 
 
@@ -83,6 +87,7 @@ def training_step(
     num_images=batch["x0"].shape[0],
     trip_count=trainer.grad_accum_steps,
     calls_per_batch=1.0,
+    checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
   )
 
 
@@ -155,9 +160,9 @@ def analyze(
 
   Returns:
     For one device: `memory` (bytes of arguments, temporaries, outputs, program, peak),
-    `flops`, `bytes` of memory traffic (None if the compiler does not report it),
-    `collectives`. For all devices: `model_flops`. If the program does not fit, `error`
-    is the compiler's message instead.
+    `flops`, `kernels` (each different one, see `kernels.distinct`), `collectives`. For
+    all devices: `model_flops`. If the program does not fit, `error` is the compiler's
+    message instead.
   """
   begin, cpu = time.monotonic(), time.process_time()
   facts = {"model_flops": program.flops(False)}
@@ -171,8 +176,10 @@ def analyze(
   facts |= read(compiled)
   if facts["flops"] is None or program.trip_count > 1:
     facts["flops"] = program.flops(True) / num_devices
-  if facts["bytes"] is not None:
-    facts["bytes"] *= program.trip_count
+  found = [Kernel(**k) for k in facts["kernels"]]
+  if any(k.kind == "custom" for k in found):
+    found = kernels_lib.with_custom(found, program.flops(True) / num_devices)
+  facts["kernels"] = [k._asdict() for k in found]
   facts["compile_seconds"] = time.monotonic() - begin
   facts["compile_cpu_seconds"] = time.process_time() - cpu
   return facts
@@ -181,7 +188,7 @@ def analyze(
 def read(compiled: jax.stages.Compiled) -> dict[str, Json]:
   """Returns the compiler's analysis of a program, see `analyze`."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  collectives = hlo.read(compiled.as_text())
+  text = compiled.as_text()
   return {
     "memory": {
       "arguments": memory.argument_size_in_bytes,
@@ -191,6 +198,6 @@ def read(compiled: jax.stages.Compiled) -> dict[str, Json]:
       "peak": memory.peak_memory_in_bytes,
     },
     "flops": cost.get("flops"),
-    "bytes": cost.get("bytes accessed"),
-    "collectives": [c._asdict() for c in collectives],
+    "kernels": [k._asdict() for k in kernels_lib.distinct(kernels_lib.read(text))],
+    "collectives": [c._asdict() for c in hlo.read(text)],
   }

@@ -1,63 +1,80 @@
-"""Roofline model of the time of a program.
+"""Model of the time of a program on chips that are not here.
 
-Nothing here is measured. With F operations, M bytes of memory traffic and R bytes sent
-on a ring, for each device,
+With kernels k of F_k operations and M_k bytes of memory traffic, and R bytes sent on
+rings, one device needs
 
-  t_compute = F / peak,   t_memory = M / memory rate,   t_link = R / link rate,
+  t = sum_k [ launch + max(F_k / (e_k peak), M_k / (e_m memory rate)) ] + R / link rate,
 
-  overlapped: t = max(t_compute, t_memory, t_link),
-  serial:     t = t_compute + t_memory + t_link.
+with the efficiencies e of `chips.EFFICIENCIES`: kernels of a device run one after
+another, and communication is not overlapped with them. The ideal is
 
-The first is a lower bound for every schedule, the second the time without any overlap;
-a device is between the two. Peak rates are those of the data sheets, which no device
-reaches.
+  max(sum F / peak, sum M / memory rate, R / link rate),
+
+below which no schedule of the same kernels gets.
 """
 
 from typing import NamedTuple
 
-from sdiff_jax.capacity.chips import Chip
+from sdiff_jax.capacity.chips import Chip, Efficiency, Pod
 from sdiff_jax.capacity.hlo import Collective
+from sdiff_jax.capacity.kernels import KINDS, Kernel
 
-FORMULA = "max(F / peak, M / memory rate, R / link rate); serial: their sum"
+FORMULA = "sum over kernels of [launch + max(F / (e peak), M / (e memory rate))] + R / link rate"
+IDEAL = "max(sum F / peak, sum M / memory rate, R / link rate)"
 
 
 class Time(NamedTuple):
-  """Modeled seconds of one run of a program on one device."""
+  """Modeled seconds of one run of a program on one device.
 
-  compute: float
+  Attributes:
+    convolution: of the kernels with convolutions, without launches.
+    product: of the kernels with other products.
+    custom: of the kernels of Pallas, which are as efficient as products here.
+    memory: of the kernels with none of them.
+    launch: of the starts of all kernels.
+    link: of the collectives.
+    ideal: lower bound, see above.
+  """
+
+  convolution: float
+  product: float
+  custom: float
   memory: float
+  launch: float
   link: float
+  ideal: float
 
   @property
-  def overlapped(self) -> float:
-    """Returns the time if all three overlap completely."""
-    return max(self)
-
-  @property
-  def serial(self) -> float:
-    """Returns the time if nothing overlaps."""
-    return sum(self)
+  def estimate(self) -> float:
+    """The sum of the terms."""
+    return sum(self[:-1])
 
 
-def link_rate(chip: Chip, chips: int, cores: int = 1) -> float:
-  """Returns the rate at which a device sends on a ring, bytes per second.
+def link_rates(chip: Chip, pod: Pod, cores: int = 1) -> tuple[float, float]:
+  """Returns the rates at which a device sends, bytes per second.
 
-  If a pod is larger than an island, every ring is assumed to leave it.
+  If a slice is larger than an island, every ring in it is assumed to leave the island.
 
   Args:
     chip: a value of chips.CHIPS.
-    chips: number of chips of the pod.
+    pod: the pod.
     cores: number of devices of a chip, which share its links.
+
+  Returns:
+    The rates inside a slice and between slices.
   """
-  return (chip.link * chip.links if chips <= chip.island else chip.network) / cores
+  inside = chip.network
+  if pod.chips // pod.slices <= chip.island:
+    inside = chip.link * chip.links
+  return inside / cores, chip.network / cores
 
 
 def time(
   chip: Chip,
-  chips: int,
+  pod: Pod,
+  efficiency: Efficiency,
   *,
-  flops: float,
-  memory: float,
+  kernels: list[Kernel],
   collectives: list[Collective],
   cores: int = 1,
 ) -> Time:
@@ -65,16 +82,31 @@ def time(
 
   Args:
     chip: a value of chips.CHIPS.
-    chips: number of chips of the pod.
-    flops: operations of one device.
-    memory: bytes that one device reads and writes.
+    pod: the pod.
+    efficiency: a value of chips.EFFICIENCIES.
+    kernels: of one device.
     collectives: communication of one device.
     cores: number of devices of a chip; each has that fraction of its rates.
   """
-  links = sum(c.calls * c.ring_bytes for c in collectives) / link_rate(
-    chip, chips, cores
+  peak, rate = chip.peak / cores, chip.memory_rate / cores
+  inside, between = link_rates(chip, pod, cores)
+  terms = dict.fromkeys(KINDS, 0.0)
+  shares = {"convolution": efficiency.convolution}
+  for k in kernels:
+    share = shares.get(k.kind, efficiency.product)
+    busy = max(k.flops / (share * peak), k.bytes / (efficiency.memory * rate))
+    terms[k.kind] += k.calls * busy
+  link = sum(
+    c.calls * c.ring_bytes / (between if c.between_slices else inside)
+    for c in collectives
   )
-  return Time(flops * cores / chip.peak, memory * cores / chip.memory_rate, links)
+  ideal = max(
+    sum(k.calls * k.flops for k in kernels) / peak,
+    sum(k.calls * k.bytes for k in kernels) / rate,
+    link,
+  )
+  launch = efficiency.launch * sum(k.calls for k in kernels)
+  return Time(**terms, launch=launch, link=link, ideal=ideal)
 
 
 def utilization(flops: float, seconds: float, chip: Chip, chips: int) -> float:

@@ -5,10 +5,13 @@ needed: arrays are abstract, and no data are read. Facts of compiled programs ar
 in ~/.cache/sdiff_jax/rehearsals.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -16,9 +19,10 @@ import jax
 import ml_collections
 
 from sdiff_jax import registry
-from sdiff_jax.capacity import cache, lowering, report
+from sdiff_jax.capacity import cache, lowering, page, report
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity.chips import Pod
+from sdiff_jax.capacity.report import Job
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import programs
 from sdiff_jax.experiment.errors import config_errors
@@ -30,6 +34,7 @@ from sdiff_jax.types import Json
 # same.
 LEVEL = "O0"
 MAX_FSDP = 64  # devices that the state is sharded over: most arrays divide by it
+PROGRESS_SECONDS = 30  # between two lines of progress
 GRAD_ACCUM_STEPS = (2, 4, 8, 16, 32)  # that are tried
 
 
@@ -38,13 +43,14 @@ class Rehearse:
   """The devices and the program that are planned for.
 
   Attributes:
-    topology: devices to compile for: v5e:16x16, v5p:4x4x8, h100x64, ...; several,
-      separated by commas, are compared in one table.
+    topology: devices to compile for: v5e:16x16, v5p:4x4x8, v6e-256, 2xv5e:16x16 (two
+      slices), h100x64, ...; several, separated by commas, are compared in one table.
     program: "train" is a training step, "sample" a batch of samples or its inner
       iteration.
     fit: whether changes that save memory are tried if the step does not fit.
     shape: (H, W, C) of the data, if they are not available.
     classes: number of classes of the data, if they are not available.
+    dollars_per_chip_hour: price, of which the report makes that of the run.
   """
 
   topology: str = ""
@@ -52,6 +58,7 @@ class Rehearse:
   fit: bool = True
   shape: Annotated[tuple[int, ...], Range(1, 65_536), Length(0, 3)] = ()
   classes: Annotated[int, Range(0, 1_000_000)] = 0
+  dollars_per_chip_hour: Annotated[float, Range(0, 1_000_000)] = 0.0
 
 
 @registry.register(
@@ -83,8 +90,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     file_io.write_json(path, reports[-1])
   name = _file(pods[0].name) if len(pods) == 1 else "pods"
   path = os.path.join(folder, f"{name}{_suffix(config)}.html")
-  file_io.write_text(path, report.html(reports, sys.argv[1:]))
-  print(report.table(reports))
+  file_io.write_text(path, page.html(reports, sys.argv[1:]))
+  print(page.table(reports))
   return f"rehearsed: {path}"
 
 
@@ -109,7 +116,10 @@ def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Json]:
       break
   if not fits:
     _say(f"{pod.name}: does not fit with any of the changes")
-  return report.model(config.rehearse.program, config.train.steps, program, attempts)
+  job = Job(
+    config.rehearse.program, config.train.steps, config.rehearse.dollars_per_chip_hour
+  )
+  return report.model(job, program, attempts)
 
 
 def _attempts(
@@ -160,11 +170,30 @@ def _attempt(
   lowered = program.lower()
   key = cache.key(lowered, pod.name, level)
   if (analysis := cache.load(key)) is None:
-    with report.progress(f"{pod.name}, {_text(changes)}", _say):
+    with _progress(f"{pod.name}, {_text(changes)}"):
       jax.config.update("jax_optimization_level", level or "UNKNOWN")
       analysis = lowering.analyze(program, lowered, len(devices), gpu=gpu)
     cache.save(key, analysis)
   return program.summary(), facts | analysis
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[None]:
+  """Reports every PROGRESS_SECONDS that a compilation is running."""
+  done, begin = threading.Event(), time.monotonic()
+
+  def tick() -> None:
+    while not done.wait(PROGRESS_SECONDS):
+      _say(f"compiling for {name}, {time.monotonic() - begin:.0f} s")
+
+  _say(f"compiling for {name}; a large network needs minutes")
+  thread = threading.Thread(target=tick, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def _text(changes: dict[str, Json]) -> str:

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from sdiff_jax.distributed import sharding
+from sdiff_jax.kernels.layout import row_major
 from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Array, Batch, LossFn, Metrics, Params, PRNGKey, PyTree
@@ -71,6 +72,7 @@ def build(
     key = jax.random.fold_in(key, state.step)
     (value, aux), grads = gradient_of(state.params, batch, key, state.step, frozen)
     value, grads = jax.tree.map(lambda x: x / loss_scale, (value, grads))
+    grads = row_major(grads)
     # optax raises floats to integer powers, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

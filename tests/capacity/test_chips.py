@@ -8,20 +8,54 @@ from sdiff_jax.capacity import chips as chips_lib
 
 
 @pytest.mark.parametrize(
-  ("name", "chips"),
-  [("v5e:16x16", 256), ("v5p:4x4x8", 128), ("tpu7x:4x4x4", 64), ("h100x64", 64)],
+  ("name", "pod"),
+  [
+    ("v5e:16x16", ("v5e:16x16", "v5e", 256, 1)),
+    ("v5p:4x4x8", ("v5p:4x4x8", "v5p", 128, 1)),
+    ("tpu7x:4x4x4", ("tpu7x:4x4x4", "tpu7x", 64, 1)),
+    ("h100x64", ("h100x64", "h100", 64, 1)),
+    ("2xv5e:16x16", ("2xv5e:16x16", "v5e", 512, 2)),
+    ("1xv5e:2x2", ("v5e:2x2", "v5e", 4, 1)),
+    # Accelerator types: v4 and v5p count cores, of which a chip has two.
+    ("v5litepod-256", ("v5e:16x16", "v5e", 256, 1)),
+    ("v6e-256", ("v6e:16x16", "v6e", 256, 1)),
+    ("v4-8", ("v4:2x2x1", "v4", 4, 1)),
+    ("v5p-128", ("v5p:4x4x4", "v5p", 64, 1)),
+    ("4xv6e-16", ("4xv6e:4x4", "v6e", 64, 4)),
+  ],
 )
-def test_names(name, chips):
-  assert chips_lib.parse(name) == chips_lib.Pod(
-    name, name[: -len(name)] or _chip(name), chips
-  )
+def test_names(name, pod):
+  assert chips_lib.parse(name) == pod
 
 
-def _chip(name):
-  return "h100" if name.startswith("h100") else name.split(":")[0]
+def test_a_larger_pod_has_as_many_slices():
+  assert chips_lib.larger(chips_lib.parse("2xv5e:8x16")).name == "2xv5e:16x16"
+  assert chips_lib.larger(chips_lib.parse("2xv5e:16x16")) is None
 
 
-@pytest.mark.parametrize("name", ["", "v7x:2x2", "v5e", "v5e:4", "v5p:4x4", "h100x0"])
+@pytest.mark.parametrize("chip", chips_lib.CHIPS)
+def test_efficiencies_are_fractions_with_a_source(chip):
+  efficiency = chips_lib.EFFICIENCIES[chip]
+  assert 0 <= efficiency.launch < 1e-5
+  assert all(0 < x <= 1 for x in efficiency[1:4])
+  assert efficiency.is_calibrated == (chip == "h100")
+  assert ("measured on" in efficiency.source) == efficiency.is_calibrated
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "",
+    "v7x:2x2",
+    "v5e",
+    "v5e:4",
+    "v5p:4x4",
+    "h100x0",
+    "v6e-7",
+    "2xh100x8",
+    "0xv5e:2x2",
+  ],
+)
 def test_other_names_are_refused_in_a_line_that_lists_some(name):
   with pytest.raises(ValueError, match=r"^topology=.*such as") as error:
     chips_lib.parse(name)

@@ -40,7 +40,7 @@ def test_a_gather_and_a_scatter_in_a_loop():
   found = {c.kind: c for c in hlo.read(text)}
   whole = 64 * 64
   scatter = found["reduce-scatter"]
-  assert scatter[3:] == (4, 5, True)
+  assert scatter[3:] == (4, 5, True, False)
   wide = 4 if scatter.dtype == "f32" else 2
   assert scatter.bytes == wide * whole
   assert scatter.ring_bytes == wide * whole * 3 / 4
@@ -65,7 +65,7 @@ def test_a_gather_and_a_scatter_in_a_loop():
 )
 def test_groups_in_every_spelling(groups, size):
   (one,) = spelled(f"f32[8]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%a")
-  assert one == ("all-reduce", "f32", 32, size, 1, False)
+  assert one == ("all-reduce", "f32", 32, size, 1, False, False)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,23 @@ ENTRY %main (x: bf16[16]) -> bf16[4] {
 }
 """
   assert hlo.read(text) == [
-    ("all-gather", "bf16", 32, 4, 3, True),
-    ("reduce-scatter", "bf16", 32, 4, 1, False),
+    ("all-gather", "bf16", 32, 4, 3, True, False),
+    ("reduce-scatter", "bf16", 32, 4, 1, False, False),
   ]
+
+
+@pytest.mark.parametrize(
+  ("kind", "size"),
+  [("ALL_REDUCE", 4096), ("REDUCE_SCATTER", 4096), ("ALL_GATHER", 8192)],
+)
+def test_what_is_sent_between_slices(kind, size):
+  """Through the hosts: a send whose attributes say what it is a part of."""
+  line = (
+    "(f32[4,8,32]{2,1,0}, u32[], token[]) send(%x, %t), is_host_transfer=true, "
+    'frontend_attributes={_xla_megascale_reduce_operation="SUM",'
+    '_xla_megascale_target="{1,2}x{0:3}",'
+    f'_xla_megascale_transfer_type="{kind}"}}'
+  )
+  (one,) = spelled(line)
+  name = kind.lower().replace("_", "-")
+  assert one == (name, "f32", size, 2, 1, False, True)

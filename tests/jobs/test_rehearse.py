@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from conftest import FIXTURES
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.capacity import cache, chips, lowering, report
+from sdiff_jax.capacity import cache, chips, kernels, lowering, measured, page, report
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import programs, training
@@ -154,35 +155,62 @@ def test_every_block_counts():
 def test_what_is_modeled_follows_from_the_facts(found):
   program, facts = found
   summary, chip = program.summary(), chips.CHIPS["v5e"]
-  out = report.model("train", 1000, summary, [facts])
+  out = report.model(report.Job("train", 1000, 2.0), summary, [facts])
   assert out["fits"]
-  assert out["seconds"]["compute"] == pytest.approx(facts["flops"] / chip.peak)
-  for roof in report.ROOFS:
-    t = out["seconds"][roof]
-    assert out["images_per_second"][roof] == pytest.approx(16 / t)
-    assert out["days"][roof] == pytest.approx(1000 * t / 86400)
+  # The counts of the compiler and of the kernels are of the same products.
+  assert sum(k["flops"] for k in out["kernels"].values()) <= facts["flops"]
+  for name, t in out["seconds"].items():
+    assert out["images_per_second"][name] == pytest.approx(16 / t)
+    assert out["days"][name] == pytest.approx(1000 * t / 86400)
     share = facts["model_flops"] / (t * 8 * chip.peak)
-    assert out["utilization"][roof] == pytest.approx(share)
-  assert out["seconds"]["overlapped"] <= out["seconds"]["serial"]
+    assert out["utilization"][name] == pytest.approx(share)
+  estimate = out["seconds"]["estimate"]
+  assert out["seconds"]["ideal"] <= estimate
+  assert estimate == pytest.approx(sum(out["terms"].values()) - out["terms"]["ideal"])
+  assert out["dollars"] == pytest.approx(8 * 2.0 * 1000 * estimate / 3600)
+  assert out["hosts"] == 2
+  assert out["images_read_per_host"] == pytest.approx(16 / estimate / 2)
+  held = facts["persistent_bytes"]
+  state = held["parameters"] + held["optimizer"] + held["EMA"]
+  assert state < out["checkpoint"]["bytes"] < state + 100  # and numbers of steps
+  assert out["checkpoint"]["seconds"] == pytest.approx(4 * state / 1e9)
+  text = page.verdict(out)
+  assert "Fits v5e:2x4" in text
+  assert "(estimated, uncalibrated), 1,000 steps" in text
+  assert text.endswith("dollars.")
+
+
+def test_a_measured_time_is_taken_before_an_estimate(found, monkeypatch):
+  program, facts = found
+  known = measured.Measurement(
+    "train", "v5e", program.num_parameters, 2, 1, 0.5, "here"
+  )
+  monkeypatch.setattr(measured, "MEASUREMENTS", (known,))
+  out = report.model(report.Job("train", 10), program.summary(), [facts])
+  assert out["seconds"]["measured"] == 0.5
+  assert page.cells(out)[6] == "500 ms"
+  assert page.cells(out)[9] == "5 s"
+  assert "A step takes 500 ms (measured), 10 steps 5 s." in page.verdict(out)
 
 
 def test_the_second_run_compiles_nothing(tmp_path, monkeypatch, capsys, teacher):
   config = config_of(teacher)
   line = rehearse.run(config, str(tmp_path))
-  page = tmp_path / "rehearsal/v5e_2x4.html"
-  assert line == f"rehearsed: {page}"
+  html = tmp_path / "rehearsal/v5e_2x4.html"
+  assert line == f"rehearsed: {html}"
   assert "compiling for v5e:2x4" in capsys.readouterr().err
-  text, numbers = page.read_text(), page.with_suffix(".json").read_text()
+  text, numbers = html.read_text(), html.with_suffix(".json").read_text()
   found = json.loads(numbers)
   assert "src=" not in text
-  for cell in report.cells(found):
+  for cell in page.cells(found):
     assert cell in text
   for value in found["persistent_bytes"].values():
-    assert f"{value:,}" in text
+    assert page.size(value) in text
+  assert escape(page.verdict(found)) in text
   assert "modeled, not measured" in text
   monkeypatch.setattr(lowering, "analyze", None)
   rehearse.run(config, str(tmp_path))
-  assert page.with_suffix(".json").read_text() == numbers
+  assert html.with_suffix(".json").read_text() == numbers
   config.optim.b1 = 0.5  # another program
   with pytest.raises(TypeError):
     rehearse.run(config, str(tmp_path))
@@ -197,7 +225,8 @@ def invented(monkeypatch):
     tried.append(program)
     memory = dict.fromkeys(("arguments", "outputs", "program"), 1)
     memory["temporaries"] = 10**9 if len(tried) > 1 else 10**11
-    facts = {"memory": memory, "flops": 1.0, "bytes": 1.0, "collectives": []}
+    kernel = kernels.Kernel("product", 1.0, 1, 1, "")._asdict()
+    facts = {"memory": memory, "flops": 1.0, "kernels": [kernel], "collectives": []}
     return facts | {"model_flops": 8.0, "compile_seconds": 0.0}
 
   monkeypatch.setattr(lowering, "analyze", analyze)
@@ -208,7 +237,7 @@ def test_what_makes_it_fit_is_named(tmp_path, invented, teacher):
   found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
   assert [t["fits"] for t in found["attempts"]] == [False, True]
   assert found["attempts"][1]["changes"] == {"mesh.fsdp": 8}
-  assert "mesh.fsdp=8" in report.cells(found)
+  assert "mesh.fsdp=8" in page.cells(found)
 
 
 def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
@@ -217,7 +246,7 @@ def test_nothing_is_changed_unless_wanted(tmp_path, invented, teacher):
   rehearse.run(config, str(tmp_path))
   found = json.loads((tmp_path / "rehearsal/v5e_2x4.json").read_text())
   assert not found["fits"]
-  assert report.cells(found)[3].startswith("no, 100.00 of 16.0")
+  assert page.cells(found)[3].startswith("no, 100 GB of 16 GB")
 
 
 def test_a_table_of_pods(tmp_path, capsys, invented, teacher):
