@@ -28,7 +28,8 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json, Params, PyTree, UserErr
 DTYPES = ("float32", "bfloat16", "float16")
 SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
 # Solvers of networks trained here alone.
-TRIGFLOW_SOLVERS = ("consistency", "edm_stochastic")
+TRIGFLOW_SOLVERS = ("edm_stochastic",)
+CONSISTENCY = "consistency"  # the solver of consistency models
 
 
 def from_config(
@@ -197,6 +198,11 @@ def build_sampler(
     ValueError: an unknown name, or a value that does not fit.
   """
   solver = samplers.solver_of(name)
+  if solver != schedule.solver and CONSISTENCY in (solver, schedule.solver):
+    raise ValueError(
+      f"name={name!r}: among models in the diffusers format, {CONSISTENCY!r} is only for "
+      "one with an SCMScheduler, which takes no other solver"
+    )
   schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
   tableau = scheduler.tableau(schedule, steps)
   return schedule, samplers.from_tableau(name, tableau, **options)

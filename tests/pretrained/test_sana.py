@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import run_recurrence
 from conftest import FIXTURES
 
+from sdiff_jax import config as configs
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
+from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import (
   autoencoder_dc,
   clip_text,
@@ -71,7 +74,9 @@ def error(found, wanted) -> float:
   return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("name", ["sana", "sprint", "large"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("sana", marks=pytest.mark.slow), "sprint", "large"]
+)
 def test_outputs_and_tangents(peer, name):
   """Sprint has a guidance scale and norms of queries, the large one has positions."""
   net, params, arrays = peer(name)
@@ -219,3 +224,65 @@ def test_wrong_schedules(fields, message):
   config = json.loads(path.read_text())
   with pytest.raises(ValueError, match=message):
     scheduler.from_config(config | fields)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_sprint(steps):
+  """All noises are the peer's; an image is the last estimate of x0."""
+  with np.load(SPRINT / f"expected_{steps}.npz") as stored:
+    arrays = dict(stored)
+  meta = json.loads(str(arrays["meta"]))
+  model = model_lib.with_instruction(load(SPRINT), meta["instruction"])
+  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
+  noise = np.moveaxis(arrays["noise"], 2, -1)
+  tableau = scheduler.tableau(model.schedule, steps)
+  predict, cond = sprint(meta["prompt"], meta["guidance_scale"])
+  denoise = scheduler.denoiser(
+    lambda x, time, cond: predict(model.params["unet"], x, time, cond),
+    model.schedule,
+    tableau,
+  )
+
+  def estimate(x, time) -> np.ndarray:
+    return np.asarray(denoise(jnp.asarray(x), jnp.full(1, time, jnp.float32), cond))
+
+  first = (tableau.init_std * x).astype(np.float32)
+  found = run_recurrence(tableau, first, estimate, noise.astype(np.float32))
+  assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@functools.cache
+def sprint(prompt: str, scale: float):
+  """Returns the compiled network of Sprint, and its conditions."""
+  meta = json.loads(str(np.load(SPRINT / "expected_1.npz")["meta"]))
+  model = model_lib.with_instruction(load(SPRINT), meta["instruction"])
+  ids = {"text_encoder": model.instructed["text_encoder"].encode([prompt])}
+  cond = dict(quickly(model.encode)(model.params, ids))
+  cond["distilled_guidance"] = jnp.full(1, scale)
+  return quickly(model.unet.apply), cond
+
+
+def test_solvers_of_sprint():
+  """Only its own, and it is for no other model."""
+  schedule = load(SPRINT).schedule
+  with pytest.raises(ValueError, match="name='ddim': .* takes no other solver"):
+    text_to_image.build_sampler(schedule, name="ddim", steps=2)
+  with pytest.raises(ValueError, match="timestep_spacing='trailing': SCMScheduler"):
+    text_to_image.build_sampler(
+      schedule, name="consistency", steps=2, spacing="trailing"
+    )
+  for folder in (SANA, FIXTURES / "tiny-sdxl"):
+    with pytest.raises(ValueError, match="name='consistency': .* SCMScheduler"):
+      text_to_image.build_sampler(load(folder).schedule, name="consistency", steps=2)
+
+
+@pytest.mark.slow
+def test_job(tmp_path):
+  """From a prompt to files, by the sampler of the config; speculation, too."""
+  config = configs.load(str(FIXTURES.parents[1] / "configs/sana_sprint.py"), "missing")
+  config.generate.update(folder=str(SPRINT), prompts="a cat", size=(8, 12))
+  config.generate.update(dtype="float32", instruction="Draw:")
+  config.sample.update(num=1, batch_size=8)
+  assert "made 1 of 1" in generate.run(config, str(tmp_path / "a"))
+  config.sampler.update(name="specconsistency", steps=4, window=2)
+  assert "made 1 of 1" in generate.run(config, str(tmp_path / "b"))

@@ -11,6 +11,7 @@ import pytest
 from conftest import FIXTURES
 
 from sdiff_jax import config as configs
+from sdiff_jax import samplers
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
 from sdiff_jax.io import image_io
@@ -64,7 +65,7 @@ def error(found, wanted) -> float:
   return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("name", ["sdxl", "lcm"])
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("lcm", marks=pytest.mark.slow)])
 def test_outputs_and_tangents(peer, name):
   """With sizes of the image, and with a distilled guidance scale."""
   config, weights, arrays = peer(name)
@@ -91,8 +92,8 @@ def load() -> loading.Model:
 
 
 @functools.cache
-def run(file: str):
-  """Returns the peer's latents and image, ours, and the latents in parallel."""
+def run(file: str, *, in_parallel: bool = False):
+  """Returns the peer's image and latents, and our latents and image, or `Samples`."""
   with np.load(SDXL / file) as stored:
     arrays = dict(stored)
   meta, model = json.loads(str(arrays["meta"])), load()
@@ -116,10 +117,11 @@ def run(file: str):
   def sample(params, x, inputs):
     denoise, cond = pipeline.denoiser(params, inputs)
     keys = sequential.keys_from_seeds(np.arange(1))
-    args = denoise, sampler.tableau, x * sampler.tableau.init_std, keys
-    one = sequential.sample(*args, cond)
-    many = paradigms.run(*args, cond, window=5, tolerance=0.0)
-    return one, many, model.vae.decode(params["vae"], one / model.vae.scaling)
+    args = denoise, sampler.tableau, x * sampler.tableau.init_std, keys, cond
+    if in_parallel:
+      return paradigms.run(*args, window=5, tolerance=0.0)
+    one = sequential.sample(*args)
+    return one, model.vae.decode(params["vae"], one / model.vae.scaling)
 
   return arrays["image"], wanted, *sample(model.params, jnp.asarray(x), inputs)
 
@@ -133,16 +135,19 @@ FILES = pytest.mark.parametrize(
 @FILES
 def test_text_to_image(file):
   """Ten steps with guidance: from zeros, and from a negative prompt."""
-  image, wanted, one, _, pixels = run(file)
+  image, wanted, one, pixels = run(file)
   assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
   pixels = np.clip(np.asarray(pixels) / 2 + 0.5, 0, 1)
   np.testing.assert_allclose(pixels, image, atol=1e-4)
 
 
+@pytest.mark.slow
 @FILES
 def test_in_parallel(file):
   """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
-  _, _, one, many, _ = run(file)
+  _, _, one, _ = run(file)
+  _, _, *many = run(file, in_parallel=True)
+  many = samplers.Samples(*many)
   np.testing.assert_allclose(many.x, one, rtol=0, atol=2e-6 * np.abs(one).max())
   assert (many.num_iterations <= 10).all()
 
@@ -156,6 +161,7 @@ def test_sizes_of_images():
   assert (cond["text"].shape, cond["pooled"].shape) == ((3, 12, 20), (3, 6))
 
 
+@pytest.mark.slow
 def test_published_size():
   """That of the model's page."""
   folder = FIXTURES.parents[1] / "configs" / "published" / "stable_diffusion_xl"

@@ -3,7 +3,9 @@
 The process is x = (1 - sigma) x0 + sigma eps; the network is given the timestep
 T sigma and predicts eps - x0. Levels between 1 and 0 are shifted towards noise, by a
 constant or by the number of tokens of the image (arXiv:2403.03206, section 5.3.2).
-DPMSolverMultistepScheduler with use_flow_sigmas has the same process.
+DPMSolverMultistepScheduler with use_flow_sigmas has the same process, and so has
+SCMScheduler, whose states are those of flow matching divided by the length of
+(1 - sigma, sigma).
 """
 
 import math
@@ -47,6 +49,11 @@ SUPPORTED_VALUES = {
 }
 
 
+SCM_NAME = "SCMScheduler"
+SCM_TIMES = 1.5708, 1.3  # of TrigFlow: the first one, and the second of two steps
+SCM_FIELDS = {"prediction_type": Field("trigflow", Literal["trigflow"])}
+# The standard deviation of the data cancels, and steps are given.
+SCM_IGNORED_FIELDS = ("num_train_timesteps", "sigma_data")
 DPM_FIELDS = {
   "num_train_timesteps": FIELDS["num_train_timesteps"],
   "flow_shift": Field(1.0, Positive),
@@ -93,6 +100,7 @@ class FlowSchedule(NamedTuple):
     smallest: the last training level.
     first: level at which sampling begins, before the shift.
     whole: whether timesteps are rounded down to whole ones.
+    levels: number of steps -> all levels, for a scheduler with a grid of its own.
   """
 
   shift: Callable[[int], Callable[[np.ndarray], np.ndarray]]
@@ -105,6 +113,7 @@ class FlowSchedule(NamedTuple):
   spacing: str = "linspace"
   first: float = 1.0
   whole: bool = False
+  levels: Callable[[int], np.ndarray] | None = None
 
 
 def from_config(config: dict[str, Json]) -> FlowSchedule:
@@ -173,6 +182,42 @@ def from_dpm_config(config: dict[str, Json]) -> FlowSchedule:
   )
 
 
+def from_scm_config(config: dict[str, Json]) -> FlowSchedule:
+  """Returns the schedule of an SCMScheduler, for SANA-Sprint (arXiv:2503.09641).
+
+  In its network's variables, a step from x with the estimate d of x0 to the level s is
+  (1 - s) d + s eps: multistep sampling of a consistency model.
+
+  Args:
+    config: content of a scheduler_config.json.
+
+  Raises:
+    ValueError: fields or values that are not supported; all of them are listed.
+
+  Example:
+    >>> sigmas(from_scm_config({}), 2).round(3)
+    array([1.   , 0.783])
+  """
+  config_fields.validated_config(config, SCM_FIELDS, {}, SCM_IGNORED_FIELDS)
+  return FlowSchedule(
+    lambda tokens: lambda sigma: sigma,
+    terminal=0.0,
+    grid="",
+    train_steps=1,
+    smallest=0.0,
+    solver="consistency",
+    levels=_scm_levels,
+  )
+
+
+def _scm_levels(steps: int) -> np.ndarray:
+  """Returns tan(t) / (1 + tan(t)) at the times of TrigFlow of an SCMScheduler."""
+  first, second = SCM_TIMES
+  times = np.linspace(first, 0, steps + 1)[:-1]
+  times = np.array([first, second]) if steps == 2 else times
+  return np.sin(times) / (np.cos(times) + np.sin(times))
+
+
 def _shift(c: dict[str, Json]) -> Callable[[int], Callable[[np.ndarray], np.ndarray]]:
   """Returns `FlowSchedule.shift` of the fields of a config."""
 
@@ -216,6 +261,12 @@ def sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
       f"timestep_spacing={schedule.spacing!r}: must be one of {', '.join(SPACINGS)} for "
       f"{CLASS_NAME}"
     )
+  if schedule.levels is not None:
+    if schedule.spacing != FlowSchedule._field_defaults["spacing"]:
+      raise ValueError(
+        f"timestep_spacing={schedule.spacing!r}: {SCM_NAME} has a grid of its own"
+      )
+    return schedule.levels(steps)
   first = schedule.first
   last = schedule.smallest if schedule.spacing == "linspace" else first / steps
   levels = schedule.shift(schedule.tokens)(np.linspace(first, last, steps))

@@ -22,6 +22,7 @@ from sdiff_jax.pretrained.diffusers import (
   gemma_text,
   hub,
   json_tokenizer,
+  pixart_transformer,
   sana_transformer,
   scheduler,
   sd3_transformer,
@@ -62,12 +63,14 @@ TOKENIZERS = {
   **dict.fromkeys(("T5Tokenizer", "T5TokenizerFast"), "json"),
   **dict.fromkeys(("GemmaTokenizer", "GemmaTokenizerFast"), "json"),
 }
+PIXART = "PixArtTransformer2DModel"
 NETWORKS = {  # class -> module
   "UNet2DConditionModel": unet2d_condition,
   "UNet2DModel": unet2d,
   "SD3Transformer2DModel": sd3_transformer,
   "FluxTransformer2DModel": flux_transformer,
   **dict.fromkeys(dit_transformer.NAMES, dit_transformer),
+  PIXART: pixart_transformer,
   "SanaTransformer2DModel": sana_transformer,
   "AutoencoderKL": vae,
   "AutoencoderDC": autoencoder_dc,
@@ -267,6 +270,8 @@ def _network_from_config(
   except ValueError as error:
     raise UserError(f"{path}: {error}") from error
   names = [names["_class_name"], *(names["architectures"] or ())]
+  if config.get("norm_type") == pixart_transformer.NORM_TYPE:  # of both names
+    names = [PIXART if name in dit_transformer.NAMES else name for name in names]
   modules = [NETWORKS[name] for name in names if name in NETWORKS]
   if not modules:
     raise UserError(

@@ -105,7 +105,7 @@ CLASSES: dict[str, tuple[Fields, Mapping[str, tuple]]] = {
 }
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
-NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME)
+NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME, flow_scheduler.SCM_NAME)
 IGNORED_FIELDS = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
 IGNORED_FIELDS |= {"time_shift_type"}
 # (algorithm, order) -> solver
@@ -169,6 +169,8 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
     return flow_scheduler.from_config(config)
   if name == "DPMSolverMultistepScheduler" and config.get("use_flow_sigmas") is True:
     return flow_scheduler.from_dpm_config(config)
+  if name == flow_scheduler.SCM_NAME:
+    return flow_scheduler.from_scm_config(config)
   if not isinstance(name, str) or name not in CLASS_NAMES:
     raise ValueError(
       f"_class_name={config_fields.quoted(name)}: must be one of {', '.join(NAMES)}"
