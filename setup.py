@@ -66,7 +66,10 @@ setuptools.setup(
       "huggingface-hub>=1.0",  # only for paths that start with hf://
       "tokenizers>=0.22",
     ],
-    "export": ["flatbuffers>=24"],  # which jax.export needs to write programs
+    "export": [
+      "flatbuffers>=24",
+      "huggingface-hub>=1.0",
+    ],  # jax.export needs flatbuffers
     "serve": SERVE,
     "browser": ["playwright>=1.45"],  # and chromium, for the slow test of the page
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.

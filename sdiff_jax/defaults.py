@@ -88,6 +88,22 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+  """Low-rank adapters, which are trained in place of the weights of the network.
+
+  Attributes:
+    rank: of the adapters; 0 trains the weights.
+    alpha: the adapters are multiplied by alpha / rank; 0 for rank, a factor of 1.
+    targets: regular expression of the names of the weights that get adapters, such as
+      "mid_block.attentions.0.transformer_blocks.0.attn1/to_q/kernel".
+  """
+
+  rank: Annotated[int, Range(0, 4096)] = 0
+  alpha: NotNegative = 0.0
+  targets: str = r"to_[qkv]|to_out|query|key|value|attn|attention"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
   """The optimizer and its learning rate.
 
@@ -208,6 +224,7 @@ class Mesh:
 SECTIONS = {
   "": General,
   "teacher": Teacher,
+  "lora": Lora,
   "optim": Optim,
   "ema": Ema,
   "checkpoint": Checkpoint,

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import jax
 import ml_collections
 from jax.sharding import Mesh
 
@@ -11,6 +12,7 @@ from sdiff_jax.data import Dataset, LatentCodec, PixelCodec
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.models.layers import lora
 from sdiff_jax.models.pretrained import Pretrained, Reader
 from sdiff_jax.pretrained.diffusers import hub, loading, saving, trigflow_network
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
@@ -147,7 +149,29 @@ def network(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
   given = {"shape": dataset.shape, "cond": cond, "sigma_d": config.sigma_d}
   if "reader" in registry.required("models", config.model.name):
     given["reader"] = _reader(dataset)
-  return registry.build("models", config.model.to_dict(), "config.model", **given)
+  built = registry.build("models", config.model.to_dict(), "config.model", **given)
+  if not config.lora.rank:
+    return built
+  options = {"rank": config.lora.rank, "targets": config.lora.targets}
+  with config_errors("config.lora"):
+    adapted = lora.with_adapters(built, scale=lora_scale(config), **options)
+    jax.eval_shape(adapted.init, jax.random.key(0))  # which checks the names
+  return adapted
+
+
+def lora_scale(config: ml_collections.ConfigDict) -> float:
+  """Returns the factor alpha / rank of the adapters of a config."""
+  return (config.lora.alpha or config.lora.rank) / config.lora.rank
+
+
+def merged(config: ml_collections.ConfigDict, params: Params) -> Params:
+  """Returns the parameters of a run without adapters, which are merged into weights.
+
+  Args:
+    config: of the run.
+    params: of its network.
+  """
+  return lora.merged(params, lora_scale(config)) if config.lora.rank else params
 
 
 def _reader(dataset: Dataset) -> Reader:

@@ -150,9 +150,10 @@ def load_init(
     return None
   if experiments.is_folder(config.init_from):
     return _published_params("init_from", config.init_from, experiment)
-  return _load(
+  params = _load(
     "init_from", config.init_from, config.teacher.config, config, experiment
   )[1]
+  return experiments.merged(workdir_lib.read(config.init_from), params)
 
 
 def _load(

@@ -17,7 +17,8 @@ from sdiff_jax.experiment import conditions as conditions_lib
 from sdiff_jax.experiment import pipelines, sampling
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
-from sdiff_jax.pretrained.diffusers import loading, scheduler
+from sdiff_jax.models.layers import lora
+from sdiff_jax.pretrained.diffusers import fit, loading, lora_file, scheduler
 from sdiff_jax.pretrained.diffusers import model as model_lib
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.loading import Model
@@ -57,6 +58,8 @@ def from_config(
     model = loading.load(folder, dtype=dtype, place=place)
   if config.vae and not abstract:
     model = _with_vae(config, model, place)
+  if config.generate.lora and not abstract:
+    model = _with_lora(config, model)
   if size := tuple(config.generate.size):
     model = _with_size(model, size)
   if (text := config.generate.instruction) and not abstract:
@@ -68,6 +71,19 @@ def from_config(
       "and has no vae to decode them; name one in config.vae"
     )
   return with_sampler(config, model)
+
+
+def _with_lora(config: ml_collections.ConfigDict, model: Model) -> Model:
+  """Returns a model with the adapters of a file added to the weights of its network.
+
+  Raises:
+    UserError: the file is missing or damaged, or its adapters are of another network.
+  """
+  parts, net = loading.configs(config.generate.folder), model.params["unet"]
+  part = next(name for name in fit.PREDICTORS if name in parts)
+  adapters = lora_file.load(config.generate.lora, net, part=part)
+  params = model.params | {"unet": lora.merge(net, adapters, 1.0)}
+  return model._replace(params=params)
 
 
 def with_sampler(

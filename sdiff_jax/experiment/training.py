@@ -17,6 +17,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import file_io
+from sdiff_jax.models.layers import lora
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import ema, flops, optimizers, state
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -65,6 +66,8 @@ def optimization(config: ml_collections.ConfigDict) -> Optimization:
     )
     names = ("name", "b1", "b2", "eps", "weight_decay", "clip")
     optimizer = optimizers.build(rate, **{k: section[k] for k in names})
+  if config.lora.rank:
+    optimizer = optax.masked(optimizer, lora.trainable)
   with config_errors("config.ema"):
     decays = ema.betas(config.ema.profiles, train.batch_size)
   return Optimization(rate, optimizer, decays)
@@ -116,6 +119,7 @@ def build_trainer(
     loss_scale=config.train.loss_scale,
     grad_accum_steps=config.train.grad_accum_steps,
     init_extra_params=losses.facts(config.loss).init_extra_params,
+    trainable=lora.trainable if config.lora.rank else lambda params: None,
   )
 
 

@@ -13,6 +13,7 @@ from sdiff_jax.experiment import exports, model_card, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.exports import Run
 from sdiff_jax.io import file_io
+from sdiff_jax.pretrained.diffusers import hub
 from sdiff_jax.types import UserError
 
 CARD = "README.md"
@@ -24,14 +25,24 @@ class Export:
 
   Attributes:
     format: "stablehlo" (the sampler as a program), "diffusers" (a folder of that
-      library), "safetensors" or "edm2" (weights).
+      library), "lora" (adapters), "safetensors" or "edm2" (weights).
     folder: of the files; "" for export/FORMAT in the work directory.
-    license: of the weights, for the card, as the Hugging Face Hub names it.
+    license: of the weights, for the card, as the Hugging Face Hub names it; "" for that
+      of the published folder that the run was distilled from, if there is one.
+    push: hf://ORG/NAME, to which the folder is uploaded; "" for none.
   """
 
   format: str = "stablehlo"
   folder: str = ""
   license: str = ""
+  push: str = ""
+
+  def __post_init__(self) -> None:
+    if self.push:
+      try:
+        hub.check_name(self.push)
+      except ValueError as error:
+        raise ValueError(f"push={error}") from None
 
 
 @registry.register(
@@ -65,7 +76,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     license=section.license,
   )
   file_io.write_text(os.path.join(folder, CARD), card)
-  return f"exported {written.about}: {folder}"
+  pushed = f", {hub.push(folder, section.push)}" if section.push else ""
+  return f"exported {written.about}: {folder}{pushed}"
 
 
 def _load(config: ml_collections.ConfigDict, workdir: str) -> Run:

@@ -109,6 +109,8 @@ class Generate:
       classes in turn.
     size: (height, width) of the images in pixels; () for that of the training images.
     distilled_guidance: scale that networks such as that of Flux take as an input.
+    lora: file of adapters in the layout of peft and diffusers, which are added to the
+      network's weights; "" for none.
     timestep_spacing: of the timesteps; "" for the model's own.
     dtype: of weights and hidden layers.
   """
@@ -121,6 +123,7 @@ class Generate:
   labels: str = ""
   size: Annotated[tuple[int, ...], Range(8, 16_384), Length(0, 2)] = ()
   distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
+  lora: str = ""
   timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
   dtype: Annotated[str, Choices(text_to_image.DTYPES)] = "float32"
 
@@ -218,7 +221,7 @@ def _images(
   for name in ("prompts", "labels", "published"):
     del generate[name]
   # Images of earlier versions do not have these fields.
-  for name in ("size", "distilled_guidance", "instruction"):
+  for name in ("size", "distilled_guidance", "instruction", "lora"):
     if generate[name] == getattr(Generate, name):
       del generate[name]
     else:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.types import Array, Params
+from sdiff_jax.types import Array, Params, PyTree
 
 RAMPUP = 0.05  # a half-life is at most this fraction of the images seen (EDM)
 
@@ -148,6 +148,7 @@ def update(
   params: Params,
   n: Array,
   betas: Mapping[str, Callable[[Array], Array]],
+  trainable: PyTree = None,
 ) -> dict[str, Params]:
   """Returns beta_n average + (1 - beta_n) params of every profile.
 
@@ -156,6 +157,8 @@ def update(
     params: parameters after the update.
     n: number of the update, from 1.
     betas: profile -> (n -> beta_n).
+    trainable: which parameters are trained; the average of the others is what they are.
+      None for all.
 
   Example:
     >>> averages = {"a": {"w": jnp.zeros(1)}}
@@ -165,10 +168,13 @@ def update(
   """
   n = n.astype(jnp.float32)
 
-  def mix(beta: Array) -> Callable[[Array, Array], Array]:
-    return lambda a, p: beta * a + (1 - beta) * p
+  def mix(beta: Array) -> Callable[..., Array]:
+    return lambda a, p, trained=True: beta * a + (1 - beta) * p if trained else p
 
-  return {k: jax.tree.map(mix(betas[k](n)), averages[k], params) for k in averages}
+  others = () if trainable is None else (trainable,)
+  return {
+    k: jax.tree.map(mix(betas[k](n)), averages[k], params, *others) for k in averages
+  }
 
 
 def posthoc(

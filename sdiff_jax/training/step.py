@@ -28,6 +28,7 @@ def build(
   normalize: Callable[[Params], Params] = lambda params: params,
   loss_scale: float = 1.0,
   grad_accum_steps: int = 1,
+  trainable: Callable[[Params], PyTree] = lambda params: None,
 ) -> Step:
   """Returns the step (state, batch, key, frozen) -> (state, metrics).
 
@@ -40,6 +41,7 @@ def build(
     loss_scale: the loss is multiplied by it, and its gradient divided, so that the
       gradient does not underflow in float16.
     grad_accum_steps: number of parts in which a batch is processed, see `accumulated`.
+    trainable: parameters -> which of them the optimizer updates, bools; None for all.
 
   Returns:
     A pure function. `key` is the key of the run; the number of the step is folded into
@@ -78,7 +80,7 @@ def build(
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = normalize(optax.apply_updates(state.params, updates))
     n = state.step + 1
-    averages = ema_lib.update(state.ema, params, n, decays)
+    averages = ema_lib.update(state.ema, params, n, decays, trainable(params))
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     new = TrainState(n, params, opt_state, averages)

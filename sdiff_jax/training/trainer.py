@@ -29,6 +29,10 @@ def _identity(params: Params) -> Params:
   return params
 
 
+def _all(params: Params) -> PyTree:
+  del params
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
   """A loss, a network and an optimizer as a step of training.
@@ -49,6 +53,8 @@ class Trainer:
     grad_accum_steps: number of equal parts in which the network processes a batch.
     init_extra_params: maps the parameters of the network to those that are trained, for
       losses with further networks (`losses.Facts`).
+    trainable: maps parameters to which of them the optimizer updates, bools; None for
+      all.
 
   Example:
     >>> import optax
@@ -78,6 +84,7 @@ class Trainer:
   loss_scale: float = 1.0
   grad_accum_steps: int = 1
   init_extra_params: Callable[[Params], Params] = _identity
+  trainable: Callable[[Params], PyTree] = _all
 
   @functools.cached_property
   def update(self) -> step_lib.Step:
@@ -93,6 +100,7 @@ class Trainer:
       normalize=self.network.normalize,
       loss_scale=self.loss_scale,
       grad_accum_steps=self.grad_accum_steps,
+      trainable=self.trainable,
     )
 
   def create_state(self, key: PRNGKey, init_from: Params | None = None) -> TrainState:
@@ -217,7 +225,8 @@ def initialize_from(source: Params, fresh: Params) -> Params:
 
   Args:
     source: parameters of the trained network, {"net": ..., ...}.
-    fresh: initial parameters of the new network, {"net": ..., "logvar": ...}.
+    fresh: initial parameters of the new network, {"net": ..., "logvar": ...}, and
+      "lora" for one with adapters.
 
   Returns:
     Parameters with the structure of `fresh`; the arrays are copies.
@@ -246,4 +255,4 @@ def initialize_from(source: Params, fresh: Params) -> Params:
   if remaining:
     name = jax.tree_util.keystr(next(iter(remaining)))
     raise ValueError(f"init_from: another network: this one has no {name}")
-  return {"net": net, "logvar": fresh["logvar"]}
+  return fresh | {"net": net}

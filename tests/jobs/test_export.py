@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -200,3 +201,42 @@ def test_a_network_of_another_form_than_edm2s(tmp_path):
   config.export.format = "edm2"
   with pytest.raises(UserError, match="model.process='trigflow'; EDM2's code has only"):
     export.run(config, str(tmp_path))
+
+
+class Hub:
+  """A stand-in for the Hub's interface, which keeps what is uploaded."""
+
+  uploaded: ClassVar[dict] = {}
+
+  def create_repo(self, repo_id: str, *, exist_ok: bool) -> str:
+    assert exist_ok
+    return f"https://huggingface.co/{repo_id}"
+
+  def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
+    if repo_id == "me/forbidden":
+      raise PermissionError("403 Forbidden\nno write access")
+    files = {p.name: p.read_bytes() for p in pathlib.Path(folder_path).iterdir()}
+    self.uploaded[repo_id] = files
+
+
+def test_push_uploads_all_files(run, monkeypatch):
+  monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+  config, workdir = run[0].copy_and_resolve_references(), run[1]
+  config.export.update(format="safetensors", push="hf://me/digits")
+  line = export.run(config, str(workdir))
+  assert line.endswith("export/safetensors, https://huggingface.co/me/digits")
+  files = Hub.uploaded["me/digits"]
+  assert files.keys() == {"README.md", "config.json", "params.safetensors"}
+  assert len(original.load(files["params.safetensors"])) > 4
+  config.export.push = "hf://me/forbidden"
+  with pytest.raises(
+    UserError, match="403 Forbidden no write access; the files are in"
+  ):
+    export.run(config, str(workdir))
+
+
+def test_push_is_checked_before_any_work():
+  config = configs.base()
+  config.export.push = "me/digits"
+  with pytest.raises(UserError, match="export.push='me/digits': must be hf://ORG/NAME"):
+    configs.validate(config)

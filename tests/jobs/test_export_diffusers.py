@@ -14,10 +14,13 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.exports import Run
 from sdiff_jax.experiment.exports import diffusers as diffusers_format
+from sdiff_jax.experiment.exports import lora as lora_format
 from sdiff_jax.jobs import export
+from sdiff_jax.models.layers import lora
 from sdiff_jax.pretrained.diffusers import (
   consistency,
   loading,
+  lora_file,
   saving,
   scheduler,
   unet2d,
@@ -95,7 +98,7 @@ def published(path: pathlib.Path) -> str:
   return str(path)
 
 
-def trained(folder: str, tmp_path: pathlib.Path):
+def trained(folder: str, tmp_path: pathlib.Path, **adapters):
   """Saves a run of the network of a folder at step 1; returns its config."""
   pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
   np.savez(tmp_path / "images.npz", images=pixels)
@@ -103,9 +106,14 @@ def trained(folder: str, tmp_path: pathlib.Path):
   path = str(tmp_path / "images.npz")
   config.data = configs.component("data", "npz", path=path)
   config.model = configs.component("models", "pretrained", folder=folder)
+  config.lora.update(**adapters)
   config.sampler.update(name="consistency", steps=2)
   built = experiments.build(config)
-  params = jax.jit(built.network.init)(jax.random.key(1))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: np.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
+    jax.eval_shape(built.network.init, jax.random.key(1)),
+  )
   workdir_lib.save_or_check_config(config, str(tmp_path / "run"), built.dataset)
   with Checkpoints(str(tmp_path / "run")) as checkpoints:
     created = state.create(params, optax.identity(), tuple(config.ema.profiles))
@@ -131,6 +139,37 @@ def test_the_job_writes_a_folder_and_its_card(tmp_path):
   assert card.startswith("---\nlibrary_name: diffusers\nlicense: mit\n---\n")
   for text in ("pipe(batch_size=4, num_inference_steps=2)", "sampler.steps=4"):
     assert text in card, text
+
+
+def test_adapters_are_written_apart_and_merged(tmp_path):
+  """Read back, they add to the published weights what the merged folder has."""
+  folder = published(tmp_path / "church")
+  config = trained(folder, tmp_path, rank=2, alpha=3.0, targets="conv1")
+  _, params = workdir_lib.trained(config, str(tmp_path / "run"))
+  out = {}
+  for name in ("lora", "diffusers"):
+    config.export.update(format=name, folder=str(tmp_path / name))
+    out[name] = export.run(config, str(tmp_path / "run"))
+  assert out["lora"] == f"exported adapters of diffusers: {tmp_path / 'lora'}"
+  net = loading.network(str(tmp_path / "diffusers" / "unet"))
+  merged = weights.parameters(str(tmp_path / "diffusers" / "unet"), net)
+  file = str(tmp_path / "lora" / lora_file.FILE)
+  adapters = lora_file.load(file, merged, part="unet")
+  apart = lora.merge(params["net"], adapters, 1.0)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), apart, merged
+  )
+  change = jax.tree.map(lambda a, b: np.abs(a - b).max(), merged, params["net"])
+  assert (
+    sum(x > 0 for x in jax.tree.leaves(change)) == len(jax.tree.leaves(adapters)) / 2
+  )
+  assert "load_lora_weights" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_run_without_adapters_has_none_to_write(tmp_path):
+  config = configs.base()
+  with pytest.raises(UserError, match=r"needs a run with lora.rank above 0"):
+    lora_format.write(Run(config, config, None, None), str(tmp_path))
 
 
 def test_networks_that_diffusers_does_not_have(tmp_path):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.types import Params
 
@@ -23,6 +24,11 @@ class Run(NamedTuple):
   stored: ml_collections.ConfigDict
   experiment: Experiment
   params: Params
+
+  @property
+  def merged(self) -> Params:
+    """The parameters without adapters (LoRA), which are merged into the weights."""
+    return experiments.merged(self.stored, self.params)
 
 
 class Written(NamedTuple):

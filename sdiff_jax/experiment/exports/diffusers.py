@@ -46,7 +46,7 @@ def write(run: Run, folder: str) -> Written:
   index, parts = saving.read(source)
   name = next(part for part in fit.PREDICTORS if part in parts)
   shapes = saving.shapes(parts[name].folder)
-  parts[name] = saving.network(configs[name], run.params["net"], shapes=shapes)
+  parts[name] = saving.network(configs[name], run.merged["net"], shapes=shapes)
   process = consistency.scheduler_config(configs["scheduler"])
   parts["scheduler"] = saving.scheduler(process)
   pipeline = index.get("_class_name", "DiffusionPipeline")

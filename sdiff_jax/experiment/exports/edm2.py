@@ -35,7 +35,7 @@ def write(run: Run, folder: str) -> Written:
         f"config.export.format='edm2': the run has model.{field}={model[field]!r}; "
         f"EDM2's code has only {value!r}"
       )
-  tensors = edm2.to_state_dict(run.params, run.experiment.dataset.shape[0])
+  tensors = edm2.to_state_dict(run.merged, run.experiment.dataset.shape[0])
   safetensors_file.write(os.path.join(folder, FILE), tensors, {"format": "pt"})
   usage = f"""`net` is the `training.networks_edm2.Precond` of <https://github.com/NVlabs/edm2> of this
 size:

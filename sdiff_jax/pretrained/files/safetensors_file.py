@@ -133,6 +133,22 @@ def stored(file: IO[bytes], path: str) -> dict[str, StoredTensor]:
   return tensors
 
 
+def metadata(file: IO[bytes]) -> dict[str, str]:
+  """Returns the texts in the header of a file by name, {} if it has none.
+
+  Args:
+    file: an open .safetensors file, at its start.
+
+  Raises:
+    ValueError: the file is damaged, or its header claims more than it holds.
+  """
+  size = bounded.stored_size(file)
+  length = int.from_bytes(file.read(8), "little")
+  bounded.check_inside(length, min(size - 8, MAX_HEADER), "the header")
+  content = msgspec.json.decode(file.read(length), type=dict[str, Json])
+  return msgspec.convert(content.get(METADATA) or {}, dict[str, str])
+
+
 def write(
   path: file_io.Path,
   tensors: Mapping[str, np.ndarray | Array],
