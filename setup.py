@@ -74,6 +74,7 @@ setuptools.setup(
     "browser": ["playwright>=1.45"],  # and chromium, for the slow test of the page
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.
     "robotics": ["gym-pusht==0.1.8", "h5py>=3.11", "numcodecs>=0.13"],
+    "wandb": ["wandb>=0.18"],  # for config.writer.wandb
     "tpu": ["jax[tpu]>=0.10.1,<0.13"],
     "rehearse": ["libtpu"],  # compiles for TPUs that are not here
     "cuda": ["jax[cuda12]>=0.10.1,<0.13"],

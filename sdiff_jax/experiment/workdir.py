@@ -17,7 +17,7 @@ from sdiff_jax.data import Dataset, trajectories
 from sdiff_jax.data.episodes import normalizer
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import stored_config
+from sdiff_jax.experiment import provenance, stored_config
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import file_io, resumable
 from sdiff_jax.pretrained.diffusers import hub, loading, trigflow_network
@@ -41,10 +41,10 @@ REMEDIES = {
 }
 NETWORK = "network"  # folder of the config files of a published network
 OUTPUT_FOLDERS = (checkpoints_lib.FOLDER, NETWORK, "images", "samples", "samples.parts")
-OUTPUT_FOLDERS += ("tensorboard",)
+OUTPUT_FOLDERS += ("profile", "tensorboard")
 OUTPUT_FILES = (stored_config.CONFIG, "command.txt", "images.json", "images.png")
 OUTPUT_FILES += ("metrics.jsonl", "parameters.txt", "samples.npz", "samples.png")
-OUTPUT_FILES += ("training.json",)
+OUTPUT_FILES += ("data.json", "goodput.json", "training.json", "versions.json")
 
 
 def save_or_check_config(
@@ -62,7 +62,7 @@ def save_or_check_config(
   path = os.path.join(workdir, stored_config.CONFIG)
   if os.path.lexists(path):
     stored, current = (_identity(c.to_dict()) for c in (read(workdir), config))
-    if different := resumable.differences(stored, current):
+    if different := provenance.changes(stored, current, workdir, dataset):
       raise UserError(
         f"{workdir} holds another experiment: {', '.join(different)}; use another "
         "--workdir, or the same values"
@@ -74,6 +74,7 @@ def save_or_check_config(
     command = shlex.join(["python", "-m", "sdiff_jax.main", *sys.argv[1:]]) + "\n"
     text = command.encode("utf-8", "backslashreplace")  # arguments need not be UTF-8
     file_io.write_bytes(os.path.join(workdir, "command.txt"), text)
+    provenance.note_data(config.to_dict(), workdir, dataset)
     if dataset.normalizer:
       normalizer.save(os.path.join(workdir, NORMALIZER), dataset.normalizer)
 

@@ -1,10 +1,13 @@
 """Job `train`: trains a network from a config, or resumes an interrupted run."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import jax
 import ml_collections
@@ -14,14 +17,23 @@ from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
 from sdiff_jax.distributed import processes, sharding, signals
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, sampling, teachers, training
+from sdiff_jax.experiment import (
+  checks,
+  pipelines,
+  provenance,
+  sampling,
+  teachers,
+  training,
+)
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.fields import Count, Index, Positive
+from sdiff_jax.fields import Count, Index, Length, Positive, Range
 from sdiff_jax.io import image_io
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import finite, loop, metric_writer, summary
+from sdiff_jax.training import finite, goodput, loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.training.goodput import Goodput
+from sdiff_jax.training.profiling import Profiler
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import Array, Batch, Params, UserError
@@ -43,6 +55,9 @@ class Train:
     sample_every: steps between grids of samples; 0 for none.
     skip_nonfinite: whether steps with a NaN or an infinity are skipped; otherwise they
       stop the run.
+    profile: (first step, number of steps) that are traced into WORKDIR/profile; () for
+      none.
+    profiler_port: at which process 0 answers profilers, such as xprof; 0 for none.
   """
 
   steps: Index = 1000
@@ -53,13 +68,36 @@ class Train:
   log_every: Count = 50
   sample_every: Index = 0
   skip_nonfinite: bool = False
+  profile: Annotated[tuple[Count, ...], Length(0, 2)] = ()
+  profiler_port: Annotated[int, Range(0, 65_535)] = 0
+
+  def __post_init__(self) -> None:
+    if len(self.profile) == 1:
+      raise ValueError(
+        f"profile={self.profile}: must be (first step, number of steps), or () for none"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriterFields:
+  """Where metrics go besides metrics.jsonl and TensorBoard's files.
+
+  Attributes:
+    wandb: project on Weights & Biases (pip install wandb); "" for none. Its environment
+      variables choose the rest: WANDB_MODE=offline, WANDB_ENTITY=...
+  """
+
+  wandb: str = ""
 
 
 @registry.register(
   "jobs",
   "train",
-  sections={"train": Train},
-  runtime=("train.log_every", "train.sample_every", "train.skip_nonfinite"),
+  sections={"train": Train, "writer": WriterFields},
+  runtime=(
+    *("train.log_every", "train.sample_every", "train.skip_nonfinite"),
+    *("train.profile", "train.profiler_port", "writer"),
+  ),
   creates_workdir=True,
 )
 def run(config: ml_collections.ConfigDict, workdir: str) -> str:
@@ -70,13 +108,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       not finite.
     Stopped: a signal stopped the run; its state is saved.
   """
+  spent = Goodput(goodput.read(workdir))
+  begin = time.perf_counter()
   experiment = experiments.build(config)
   mesh, dataset = experiment.mesh, experiment.dataset
   size, parts = config.train.batch_size, config.train.grad_accum_steps
   with config_errors("config.train"):
     sharding.check_batch(size, sharding.batch(mesh), parts)
-  _check_conditions(config, dataset)
-  _check_dtype(config, mesh.devices.flat[0].platform)
+  checks.check_conditions(config, dataset)
+  checks.check_writer(config)
+  checks.check_dtype(config, mesh.devices.flat[0].platform)
   source = training.training_data(config, experiment)
   sample = _sample_fn(config, experiment)
   teacher, frozen = teachers.load_teacher(config, experiment)
@@ -86,6 +127,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     init_from = _init_from(config, experiment, trainer, frozen)
   metric_writer.read_metrics(workdir)  # refuses a damaged file before any is written
   workdir_lib.save_or_check_config(config, workdir, dataset)
+  provenance.note_versions(workdir)
   everywhere = sharding.replicated(mesh)
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
   abstract = trainer.abstract_state()
@@ -98,8 +140,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     skip_nonfinite=config.train.skip_nonfinite,
   )
   keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+  spent.seconds["start"] += time.perf_counter() - begin
   with Checkpoints(workdir, keep=keep, keep_every=keep_every) as checkpoints:
-    state = checkpoints.restore(abstract)
+    with spent.on("restore"):
+      state = checkpoints.restore(abstract)
     if state is not None:
       finite.check(
         {"params": state.params, "ema": state.ema},
@@ -116,8 +160,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     if start < options.steps:
       batches = _batches(config, source, mesh, start)
       first = next(batches)
-      step = trainer.lower(state, first, key, frozen).compile()
+      with spent.on("compile"):
+        step = trainer.lower(state, first, key, frozen).compile()
       end = _run_loop(
+        config,
         lambda state, batch: step(state, batch, key, frozen),
         state,
         itertools.chain([first], batches),
@@ -125,6 +171,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         options,
         workdir,
         sample,
+        spent,
       )
       if end < options.steps or (signals.received() and jax.process_count() == 1):
         raise signals.Stopped(
@@ -133,7 +180,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     # A run that was killed after its last step has no summary yet.
     if start < options.steps or not summary.exists(workdir):
       flops = training.run_flops(config, experiment)
-      _write_summary(config, workdir, abstract, flops)
+      _write_summary(config, workdir, abstract, flops, spent)
   return f"trained {options.steps} steps: {workdir}"
 
 
@@ -209,6 +256,7 @@ def _batches(
 
 
 def _run_loop(
+  config: ml_collections.ConfigDict,
   step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]],
   state: TrainState,
   batches: Iterator[dict],
@@ -216,18 +264,32 @@ def _run_loop(
   options: loop.LoopOptions,
   workdir: str,
   sample: Callable[[TrainState], np.ndarray | None] | None,
+  spent: Goodput,
 ) -> int:
   """Trains from the step of the state on, and returns the number of steps in total."""
   start = int(state.step)
   lines = metric_writer.read_metrics(workdir)
   seconds = [line.get("seconds") or 0.0 for line in lines if line["step"] <= start]
+  spent.seconds["lost"] += goodput.lost(lines, start)
   active = jax.process_index() == 0
+  first, count = config.train.profile if active and config.train.profile else (0, 0)
+  if active and config.train.profiler_port:
+    jax.profiler.start_server(config.train.profiler_port)
   with (
+    contextlib.ExitStack() as stack,
     metric_writer.Writer(
-      workdir, total=options.steps, start=start, active=active
+      workdir,
+      total=options.steps,
+      start=start,
+      active=active,
+      wandb=config.writer.wandb,
+      config=config.to_dict(),
     ) as writer,
     processes.stopping() as stopping,
   ):
+    if active:
+      goodput.write(workdir, spent)  # of a start that is killed later
+      stack.callback(goodput.write, workdir, spent)
     try:
       state = loop.run(
         step,
@@ -240,6 +302,11 @@ def _run_loop(
         sample=sample,
         stopping=stopping,
         seconds=seconds[-1] if start and seconds else 0.0,
+        watch=loop.Watch(
+          spent=spent,
+          profiler=Profiler(workdir, first, count),
+          gather=processes.gather,
+        ),
       )
     except FloatingPointError as error:
       raise UserError(
@@ -249,48 +316,12 @@ def _run_loop(
   return int(state.step)
 
 
-def _check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-  """Checks the fields of guidance and of flips against the data and the network.
-
-  Raises:
-    UserError: a field needs images or labels that the data do not have, or a network
-      that takes scales of guidance.
-  """
-  guided = config.loss.get("guidance") or config.model.get("guidance")
-  if not dataset.normalizer:
-    classes = dataset.num_classes if config.class_conditional else 0
-    if config.loss.get("guidance") and not (classes and config.model.get("guidance")):
-      raise UserError(
-        f"config.loss.guidance={config.loss.guidance}: needs data with classes, "
-        "config.class_conditional=True and config.model.guidance=True"
-      )
-    return
-  for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):
-    if value:
-      raise UserError(
-        f"config.{field}={value}: needs images, but config.data are trajectories"
-      )
-
-
-def _check_dtype(config: ml_collections.ConfigDict, platform: str) -> None:
-  """Checks that the devices compute in the dtype of the network.
-
-  Args:
-    config: of the run.
-    platform: of the devices: "cpu", "gpu" or "tpu".
-
-  Raises:
-    UserError: they do not.
-  """
-  if platform == "tpu" and config.model.get("dtype") == "float16":
-    raise UserError(
-      "config.model.dtype=float16: TPUs have no float16 units; use "
-      "--config.model.dtype=bfloat16 --config.train.loss_scale=1"
-    )
-
-
 def _write_summary(
-  config: ml_collections.ConfigDict, workdir: str, state: TrainState, flops: float
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  state: TrainState,
+  flops: float,
+  spent: Goodput,
 ) -> None:
   """Writes training.json, the cost of the run, and parameters.txt, a list of arrays."""
   if jax.process_index():
@@ -301,11 +332,13 @@ def _write_summary(
     state.params, include_stats=False
   )
   steps, lines = config.train.steps, metric_writer.read_metrics(workdir)
+  seconds = lines[-1].get("seconds") if lines else None
   cost: summary.Summary = {
     "steps": steps,
     "images": steps * config.train.batch_size,
-    "seconds": lines[-1].get("seconds") if lines else None,
+    "seconds": seconds,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params["net"])),
     "flops": flops * steps + training.trajectory_flops(config),
+    "goodput": spent.summary(seconds or 0.0),
   }
   summary.write(workdir, cost, overview)

@@ -9,7 +9,7 @@ from sdiff_jax import losses, registry
 from sdiff_jax.io import file_io, records
 from sdiff_jax.reports import results
 from sdiff_jax.reports.results import Result
-from sdiff_jax.training import metric_writer, summary
+from sdiff_jax.training import metric_writer, profiling, summary
 from sdiff_jax.training.summary import Summary
 from sdiff_jax.types import Json, UserError
 
@@ -51,6 +51,7 @@ class Run(NamedTuple):
     config: as in config.json.
     metrics: of training, by step.
     training: summary of training, as in training.json.
+    operations: costliest operations of a trace, as in profile/operations.json.
     rows: results of the job `evaluate`, one for each sampler.
     rollouts: results of the job `rollout`, one for each sampler.
     command: of training.
@@ -62,6 +63,7 @@ class Run(NamedTuple):
   config: Config | dict[str, Json]
   metrics: list[dict]
   training: Summary | dict[str, Json]
+  operations: profiling.Operations | dict[str, Json]
   rows: list[Result]
   rollouts: list[Result]
   command: str
@@ -95,6 +97,7 @@ def load(directory: str) -> Run:
     config=config,
     metrics=tolerant(faults, [], metric_writer.read_metrics, path),
     training=tolerant(faults, None, summary.read, path) or {},
+    operations=optional(profiling.OPERATIONS, profiling.read, {}),
     rows=optional("evaluate/results.json", results.read, []),
     rollouts=optional(
       "rollout/results.json", results.read, [], results.ROLLOUT_COLUMNS

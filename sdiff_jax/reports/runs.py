@@ -14,6 +14,8 @@ from sdiff_jax.io import file_io
 from sdiff_jax.reports import html, loading, results
 from sdiff_jax.reports.loading import Run
 from sdiff_jax.reports.results import Column
+from sdiff_jax.training import goodput
+from sdiff_jax.training.profiling import Operations
 from sdiff_jax.types import Json
 
 
@@ -160,6 +162,7 @@ def _training(runs: list[Run]) -> str:
   articles = "".join(
     f"<article>\n<h3>{escape(run.kind)} <span>{escape(str(run.path))}</span></h3>\n"
     f'<dl class="facts">\n{_facts(run)}</dl>\n{_charts(run.metrics)}{_training_grids(run)}'
+    f"{_spent(run.training.get('goodput', {}))}{_operations(run.operations)}"
     f"{run.command and f'<pre>{escape(run.command)}</pre>'}\n"
     f"{_config(run.config)}</article>\n"
     for run in runs
@@ -185,6 +188,46 @@ def _facts(run: Run) -> str:
   facts |= {label: form(values[key]) for label, key, form in FACTS if key in values}
   pairs = ((label, escape(value)) for label, value in facts.items())
   return "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>\n" for k, v in pairs)
+
+
+def _spent(seconds: dict[str, float]) -> str:
+  """Returns a table of what the seconds of a run were spent on."""
+  total = sum(seconds.get(name, 0.0) for name in goodput.SPENT)
+  if not total:
+    return ""
+  lines = [
+    [
+      name,
+      goodput.MEANINGS[name],
+      f"{seconds[name]:,.1f}",
+      f"{seconds[name] / total:.1%}",
+    ]
+    for name in goodput.SPENT
+    if seconds.get(name)
+  ]
+  starts = int(seconds.get("starts", 1))
+  text = f"Time of {starts} start{'s' if starts > 1 else ''} of this run"
+  table = html.table(["Phase", "Meaning", "Seconds", "Share"], lines)
+  return f"<details><summary>{text}</summary>{table}</details>\n"
+
+
+def _operations(found: Operations | dict[str, Json]) -> str:
+  """Returns a table of the costliest operations of a trace."""
+  if not found or not found["seconds"]:
+    return ""
+  lines = [
+    [
+      operation["name"][:80],
+      f"{operation['count']:,}",
+      f"{1e3 * operation['seconds']:,.3f}",
+      f"{operation['seconds'] / found['seconds']:.1%}",
+    ]
+    for operation in found["operations"]
+  ]
+  text = f"Costliest operations of {found['steps']} steps from step {found['first']} on"
+  device = f", {found['device']}" if "device" in found else ""
+  table = html.table(["Operation", "Runs", "Milliseconds", "Share"], lines)
+  return f"<details><summary>{escape(text + device)}</summary>{table}</details>\n"
 
 
 def _charts(metrics: list[dict]) -> str:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from sdiff_jax.training import step_times
 from sdiff_jax.training.checkpoints import Checkpoints
+from sdiff_jax.training.goodput import Goodput
 from sdiff_jax.training.metric_writer import Writer
+from sdiff_jax.training.profiling import Profiler
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Batch, Metrics
 
@@ -39,6 +42,21 @@ class LoopOptions:
   skip_nonfinite: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+  """What a run notes about itself.
+
+  Attributes:
+    spent: gets the seconds of checkpoints and sample grids.
+    profiler: traces some steps.
+    gather: numbers [n] of this process -> those of all processes [P, n].
+  """
+
+  spent: Goodput = dataclasses.field(default_factory=Goodput)
+  profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(""))
+  gather: Callable[[np.ndarray], np.ndarray] = lambda numbers: numbers[None]
+
+
 def run(
   step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
   state: TrainState,
@@ -51,6 +69,7 @@ def run(
   sample: Callable[[TrainState], np.ndarray | None] | None = None,
   stopping: Callable[[int], bool] = lambda steps: False,
   seconds: float = 0.0,
+  watch: Watch | None = None,
 ) -> TrainState:
   """Trains from step `start` to `options.steps`, and saves a checkpoint at the end.
 
@@ -70,9 +89,11 @@ def run(
       is not 0.
     stopping: number of steps -> whether to save and return before the end.
     seconds: training time before `start`, s.
+    watch: what the run notes about itself; None for the step times of this process.
 
   Returns:
-    The last state. The metric "seconds" is the training time without sample grids.
+    The last state. The metric "seconds" is the training time without sample grids; the
+    others are explained by `_observed`.
 
   Raises:
     ValueError: there is no `sample` for the grids.
@@ -81,10 +102,12 @@ def run(
   """
   if options.sample_every and sample is None:
     raise ValueError("sample: needed for sample grids every sample_every steps")
+  watch = watch or Watch()
   steps = options.steps
   recent: list[Metrics] = []
   logged = [start, seconds]
   clock = time.perf_counter() - seconds
+  waited = 0.0  # for data, since the last line
 
   def read() -> list[dict[str, np.ndarray]]:
     host: list[dict[str, np.ndarray]] = jax.device_get(recent)
@@ -97,36 +120,78 @@ def run(
     return host
 
   def log(done: int) -> None:
+    nonlocal waited
     host = read()
     means = jax.tree.map(lambda *a: float(np.mean(a)), *host)
     now = time.perf_counter() - clock
     rate = (done - logged[0]) * options.batch_size / max(now - logged[1], 1e-9)
-    writer.scalars(done, means | {"images_per_second": rate, "seconds": now})
+    observed = _observed(times.take(), waited, watch.gather)
+    writer.scalars(
+      done, means | {"images_per_second": rate, "seconds": now, **observed}
+    )
     writer.progress(done, images_per_second=rate, loss=means["loss"])
     recent.clear()
-    logged[:] = [done, now]
+    logged[:], waited = [done, now], 0.0
 
-  for done in range(start, steps):
-    batch = next(batches)
-    state, metrics = step(state, batch)
-    if recent and done % options.log_every == 0:
-      log(done)
-    recent.append(metrics)
-    if stopping(done + 1):
-      steps = done + 1
-      break
-    if (done + 1) % options.save_every == 0 and done + 1 < steps:
-      read()  # checks that the state to save is finite
-      checkpoints.save(done + 1, state)
-    if sample and options.sample_every and (done + 1) % options.sample_every == 0:
-      pause = time.perf_counter()
-      picture = sample(state)
-      if picture is not None:
-        writer.image(done + 1, "grid", picture)
-      clock += time.perf_counter() - pause
-  if recent:
-    log(steps)
+  with step_times.StepTimes() as times, watch.profiler:
+    for done in range(start, steps):
+      watch.profiler.before(done + 1, recent[-1:])
+      begin = time.perf_counter()
+      batch = next(batches)
+      wait = time.perf_counter() - begin
+      state, metrics = step(state, batch)
+      if recent and done % options.log_every == 0:
+        log(done)
+      recent.append(metrics)
+      times.add(metrics)
+      waited += wait
+      if stopping(done + 1):
+        steps = done + 1
+        break
+      if (done + 1) % options.save_every == 0 and done + 1 < steps:
+        read()  # checks that the state to save is finite
+        with watch.spent.on("save"):
+          checkpoints.save(done + 1, state)
+      if sample and options.sample_every and (done + 1) % options.sample_every == 0:
+        pause = time.perf_counter()
+        with watch.spent.on("sample"):
+          picture = sample(state)
+        if picture is not None:
+          writer.image(done + 1, "grid", picture)
+        clock += time.perf_counter() - pause
+        times.pause()
+    if recent:
+      log(steps)
   if start < steps:
-    checkpoints.save(steps, state)
-    checkpoints.wait()
+    with watch.spent.on("save"):
+      checkpoints.save(steps, state)
+      checkpoints.wait()
   return state
+
+
+def _observed(
+  durations: np.ndarray,
+  waited: float,
+  gather: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, float]:
+  """Returns what a line of metrics says of the steps since the last one.
+
+  Args:
+    durations: of the steps on this process, s.
+    waited: seconds in which this process waited for data.
+    gather: see `Watch`.
+
+  Returns:
+    "step_seconds": duration of a step, the median over steps and processes;
+    "step_seconds_worst": of the longest step of any process; "data_seconds": longest
+    wait of a process for data; "peak_memory": bytes, on the fullest device, if known.
+  """
+  memory = step_times.peak_memory()
+  middle, worst = (np.median(durations), durations.max()) if len(durations) else (0, 0)
+  every = gather(np.array([middle, worst, waited, memory or 0.0]))
+  observed = {
+    "step_seconds": float(np.median(every[:, 0])),
+    "step_seconds_worst": float(every[:, 1].max()),
+    "data_seconds": float(every[:, 2].max()),
+  }
+  return observed | ({"peak_memory": float(every[:, 3].max())} if memory else {})

@@ -1,9 +1,10 @@
-"""Writes metrics and sample images: JSON lines, TensorBoard, a progress bar."""
+"""Writes metrics and sample images: JSON lines, TensorBoard, W&B, a progress bar."""
 
 import json
 import math
 import os
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
@@ -12,6 +13,7 @@ import numpy as np
 from sdiff_jax.io import file_io, image_io, records
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.records import Count, Seconds
+from sdiff_jax.training.wandb_board import WandbBoard
 from sdiff_jax.types import Json
 
 METRICS = "metrics.jsonl"
@@ -35,6 +37,8 @@ class Writer:
     start: int = 0,
     unit: str = "images",
     active: bool = True,
+    wandb: str = "",
+    config: Mapping[str, Json] = types.MappingProxyType({}),
   ):
     """Stores the options; files are opened on entering the context.
 
@@ -44,12 +48,16 @@ class Writer:
       start: number of steps that earlier runs finished and saved.
       unit: what the throughput in the progress bar counts.
       active: whether anything is written; False on all but one of several processes.
+      wandb: project on Weights & Biases; "" for none.
+      config: fields of the run, for Weights & Biases.
     """
     self._workdir = pathlib.Path(workdir)
     self._total = total
     self._start = start
     self._unit = unit
     self._active = active
+    self._project, self._config = wandb, config
+    self._wandb: WandbBoard | None = None
 
   def __enter__(self) -> "Writer":
     if not self._active:
@@ -67,6 +75,8 @@ class Writer:
       max_queue=0,  # No limit: a full disk ends the thread, and a full queue blocks.
       filename_suffix=f".{self._start}",
     )
+    if self._project:
+      self._wandb = WandbBoard(self._project, str(self._workdir), self._config)
     self._progress = Progress(self._total, label="step", initial=self._start)
     self._progress.__enter__()
     return self
@@ -74,6 +84,8 @@ class Writer:
   def __exit__(self, *exception: object) -> None:
     if self._active:
       self._progress.__exit__()
+      if self._wandb is not None:
+        self._wandb.close()
       self._board.close()
       self._lines.close()
 
@@ -83,9 +95,11 @@ class Writer:
       return
     numbers = {name: _finite(value) for name, value in values.items()}
     self._lines.write(json.dumps({"step": int(step), **numbers}) + "\n")
-    for name, number in numbers.items():
-      if number is not None:
-        self._board.add_scalar(name, number, step)
+    finite = {name: x for name, x in numbers.items() if x is not None}
+    for name, number in finite.items():
+      self._board.add_scalar(name, number, step)
+    if self._wandb is not None:
+      self._wandb.scalars(int(step), finite)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes uint8 [H, W, C] to samples/<name>_<step>.png and to TensorBoard."""
@@ -93,6 +107,8 @@ class Writer:
       return
     image_io.save_png(self._workdir / "samples" / f"{name}_{step:07d}.png", image)
     self._board.add_image(name, image, step, dataformats="HWC")
+    if self._wandb is not None:
+      self._wandb.image(step, name, image)
 
   def progress(self, step: int, *, images_per_second: float, loss: float) -> None:
     """Shows the step and some numbers (see `io.progress.Progress.show`)."""

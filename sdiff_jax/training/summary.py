@@ -26,12 +26,15 @@ class Summary(_Steps, total=False):
     seconds: duration of training.
     parameters: number of parameters of the network.
     flops: floating-point operations of training.
+    goodput: seconds by what they were spent on, and the number of starts (see
+      training/goodput.py).
   """
 
   images: Count
   seconds: Seconds | None
   parameters: Count | None
   flops: Flops | None
+  goodput: dict[str, Seconds]
 
 
 def exists(workdir: str) -> bool:

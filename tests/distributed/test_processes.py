@@ -57,7 +57,8 @@ def until(condition, both: list[subprocess.Popen]) -> None:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-  timed = ("seconds", "images_per_second")
+  timed = ("seconds", "images_per_second", "step_seconds", "step_seconds_worst")
+  timed += ("data_seconds",)
   with (workdir / "metrics.jsonl").open() as lines:
     rows = [json.loads(line) for line in lines]
   return [{k: v for k, v in row.items() if k not in timed} for row in rows]

@@ -1,13 +1,14 @@
 """From a config to a trainer: initial weights and teachers are two things."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from sdiff_jax import config as config_lib
-from sdiff_jax.experiment import build, teachers, training
+from sdiff_jax.experiment import build, checks, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.jobs import train
 from sdiff_jax.types import UserError
@@ -187,8 +188,17 @@ def test_a_variant_of_a_network_is_registered_with_it():
 
 def test_float16_is_refused_on_a_tpu():
   config = small("diffusion")
-  train._check_dtype(config, "tpu")
+  checks.check_dtype(config, "tpu")
   config.model = config_lib.component("models", "edm2", dtype="float16")
-  train._check_dtype(config, "gpu")
+  checks.check_dtype(config, "gpu")
   with pytest.raises(UserError, match="dtype=float16: TPUs have no float16 units; use"):
-    train._check_dtype(config, "tpu")
+    checks.check_dtype(config, "tpu")
+
+
+def test_a_writer_whose_package_is_missing_is_one_line(monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  config = small("diffusion")
+  checks.check_writer(config)
+  config.writer.wandb = "p"
+  with pytest.raises(UserError, match="config.writer.wandb=p: needs the package wandb"):
+    checks.check_writer(config)
