@@ -17,6 +17,7 @@ from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import (
   autoencoder_dc,
   clip_text,
+  fit,
   gemma_text,
   loading,
   networks,
@@ -182,6 +183,14 @@ def test_instructions():
   np.testing.assert_array_equal(rows, [0, *range(count - 299, count)])
 
 
+def test_another_text_encoder():
+  """One that does not leave padding out does not fit."""
+  clip = load(FIXTURES / "tiny-sdxl").text_encoders["text_encoder"]
+  parts = {"transformer": load(SANA).unet, "text_encoder": clip}
+  (problem,) = fit.misfits(parts)
+  assert problem == "the transformer does not take texts as text_encoder returns them"
+
+
 @pytest.mark.parametrize(
   ("module", "fields", "message"),
   [
@@ -274,6 +283,20 @@ def test_solvers_of_sprint():
   for folder in (SANA, FIXTURES / "tiny-sdxl"):
     with pytest.raises(ValueError, match="name='consistency': .* SCMScheduler"):
       text_to_image.build_sampler(load(folder).schedule, name="consistency", steps=2)
+
+
+@pytest.mark.slow
+def test_published_sizes():
+  """Those of the models' pages: 1.6, 0.3 and 2.6 billion."""
+  folder = FIXTURES.parents[1] / "configs" / "published" / "sana_sprint"
+  model = loading.abstract(loading.configs(str(folder)))
+  counts = {k: sum(x.size for x in jax.tree.leaves(p)) for k, p in model.params.items()}
+  assert counts == {
+    "unet": 1_610_237_472,
+    "vae": 312_250_275,
+    "text_encoder": 2_614_341_888,
+  }
+  assert model.size == (1024, 1024)
 
 
 @pytest.mark.slow

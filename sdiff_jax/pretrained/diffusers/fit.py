@@ -75,12 +75,12 @@ def _text_misfits(part: str, unet: Predictor, encoders: dict[str, Any]) -> list[
   """Returns what of the text encoders does not fit the network."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  texts = {
-    name: jax.eval_shape(lambda k, ids, e=e: text(unet, e, e.init(k), ids), key, ids)
-    for name, e in encoders.items()
-  }
   names = f"{', '.join(encoders)} return{'s' if len(encoders) == 1 else ''}"
   try:
+    texts = {
+      name: jax.eval_shape(lambda k, ids, e=e: text(unet, e, e.init(k), ids), key, ids)
+      for name, e in encoders.items()
+    }
     found = jax.eval_shape(unet.conditions, texts)
   except KeyError as error:
     return [f"the {part} takes the texts of {error.args[0]}, which is not there"]
