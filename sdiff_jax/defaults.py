@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 from sdiff_jax.fields import (
   Count,
   Fraction,
+  HubPath,
   Index,
   Length,
   NotNegative,
+  Path,
   Positive,
   Range,
   Rate,
@@ -55,9 +57,9 @@ class General:
   seed: Seed = 0
   sigma_d: Annotated[float, Range(1e-6, 1e6)] = 0.5
   class_conditional: bool = True
-  init_from: str = ""
-  vae: str = ""
-  text_encoder: str = ""
+  init_from: HubPath = ""
+  vae: HubPath = ""
+  text_encoder: HubPath = ""
   plugins: tuple[str, ...] = ()
 
 
@@ -78,13 +80,13 @@ class Teacher:
       the loss is trained on in place of data, for losses that take them; "" for none.
   """
 
-  workdir: str = ""
-  folder: str = ""
+  workdir: Path = ""
+  folder: HubPath = ""
   config: str = ""
-  weak_workdir: str = ""
+  weak_workdir: Path = ""
   weak_checkpoint: Index = 0
   autoguidance: Annotated[float, Range(0, 1000)] = 1.0
-  trajectories: str = ""
+  trajectories: Path = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

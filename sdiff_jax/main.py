@@ -45,7 +45,7 @@ from sdiff_jax import fields as fields_lib
 from sdiff_jax import registry, renamed
 from sdiff_jax.distributed import handshake, processes
 from sdiff_jax.experiment import explanations, variants
-from sdiff_jax.io import lock, resumable
+from sdiff_jax.io import lock, resumable, storage
 from sdiff_jax.types import Json, UserError
 
 # How long a command that is refused tries to tell the other processes of its job.
@@ -252,26 +252,28 @@ def parse(argv: list[str]) -> Command:
     raise UserError(f"--peer_timeout={values.peer_timeout}: must be at least 1")
   workdir = variants.workdir(file) if values.workdir is None else values.workdir
   _check_path(workdir)
-  if config is None and os.path.exists(workdir):
+  with storage.one_line(workdir):
+    exists = config is None and storage.exists(workdir)
+  if exists:
     from sdiff_jax.experiment import stored_config  # slow to import
 
     configs.load_plugins(stored_config.plugins(workdir))
   job = _job(values.job, config)
   several = registry.lookup("jobs", job).facts.get("several_workdirs")
-  paths = workdir.split(",") if several and not os.path.isdir(workdir) else [workdir]
-  workdir = ",".join(map(os.path.abspath, paths))
+  paths = workdir.split(",") if several and not storage.isdir(workdir) else [workdir]
+  workdir = ",".join(map(storage.absolute, paths))
   return Command(job, config, workdir, values.peer_timeout)
 
 
 def _check_path(workdir: str) -> None:
-  """Checks that a work directory is a local path.
+  """Checks that a work directory is a path of this machine or a bucket.
 
   Raises:
-    UserError: it is none.
+    UserError: it is neither.
   """
   text = workdir.encode("utf-8", "replace").decode("utf-8")
-  if re.match(r"[A-Za-z][\w+.-]*:/", workdir):
-    raise UserError(f"--workdir={text[:80]}: must be a directory of this machine")
+  if problem := storage.problem(workdir):
+    raise UserError(f"--workdir={text[:80]}: must be {problem}")
   parts = [part.encode("utf-8", "replace") for part in workdir.split("/")]
   if not workdir or text != workdir or "\0" in workdir or max(map(len, parts)) > 255:
     raise UserError(

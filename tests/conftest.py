@@ -25,6 +25,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pathlib
 import sys
 
+import buckets
 import hypothesis
 import jax
 import numpy as np
@@ -45,6 +46,13 @@ hypothesis.settings.load_profile("repeatable")
 def cache() -> str:
   """The folder of compiled programs that all processes share."""
   return os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.fixture(scope="session")
+def bucket():
+  """gs://test, of an emulator that runs as long as the tests."""
+  with buckets.bucket() as name:
+    yield name
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 
-from sdiff_jax.io import bounded, file_io
+from sdiff_jax.io import bounded, file_io, storage
 from sdiff_jax.types import UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # of array_record
@@ -28,7 +28,7 @@ def write(path: str, records: Iterable[bytes]) -> None:
   """
   from array_record.python import array_record_module
 
-  if not os.path.isdir(os.path.dirname(path)):  # which `atomic` would create
+  if not storage.isdir(os.path.dirname(path)):  # which `atomic` would create
     raise UserError(f"{path} was not written: its folder does not exist")
   try:
     with file_io.atomic(path) as temporary:
@@ -57,7 +57,7 @@ def reader(
   """
   from array_record.python import array_record_data_source  # slow
 
-  missing = [path for path in files if not os.path.exists(path)]
+  missing = [path for path in files if not storage.exists(path)]
   if missing:
     raise UserError(
       f"{missing[0]} is missing, and {len(missing) - 1} more: --job=encode has not "
@@ -66,6 +66,9 @@ def reader(
   stored = 0
   try:
     for path in files:
+      if storage.remote(path):  # a copy of which would take long
+        stored += storage.size(path)
+        continue
       with bounded.open_regular(path) as file:
         stored += bounded.stored_size(file)
     needed = size * width

@@ -7,12 +7,11 @@ bounded size.
 
 import os
 import re
-import stat
 from typing import Annotated, NotRequired, TypedDict
 
 import msgspec
 
-from sdiff_jax.io import bounded, records
+from sdiff_jax.io import bounded, file_io, records, storage
 from sdiff_jax.types import Json, UserError
 
 FEATURES, INFO = "features.json", "dataset_info.json"
@@ -103,18 +102,13 @@ def check(folder: str) -> None:
     UserError: a file is no regular file, too large, damaged, or names a type of features
       that is not read.
   """
-  with os.scandir(folder) as entries:
-    for entry in entries:
-      try:
-        status = entry.stat()
-      except OSError as error:
-        raise UserError(f"{entry.path}: {error.strerror}") from error
-      if stat.S_ISDIR(status.st_mode):
-        continue
-      bounded.check_regular(entry.path, status)
-      description = entry.name.endswith((".json", ".txt"))
-      if description and status.st_size > MAX_DESCRIPTION:
-        raise UserError(f"{entry.path} has more than {MAX_DESCRIPTION} bytes")
+  for name in sorted(storage.listdir(folder)):
+    path = os.path.join(folder, name)
+    if storage.isdir(path):
+      continue
+    size = file_io.regular_size(path)
+    if name.endswith((".json", ".txt")) and size > MAX_DESCRIPTION:
+      raise UserError(f"{path} has more than {MAX_DESCRIPTION} bytes")
   remedy = "prepare the data set again"
   path = os.path.join(folder, FEATURES)
   features = records.read(path, dict[str, Json], remedy, max_bytes=MAX_DESCRIPTION)
@@ -165,10 +159,10 @@ def _check_types(path: str, value: Json, depth: int) -> None:
 def _folders(folder: str) -> list[str]:
   """Returns the names of the folders in a folder, [] if it is none."""
   try:
-    with os.scandir(folder) as entries:
-      return sorted(entry.name for entry in entries if entry.is_dir())
+    names = sorted(storage.listdir(folder))
   except OSError:
     return []
+  return [name for name in names if storage.isdir(os.path.join(folder, name))]
 
 
 def _versions(folder: str) -> list[str]:
@@ -176,5 +170,5 @@ def _versions(folder: str) -> list[str]:
   return [
     name
     for name in _folders(folder)
-    if VERSION.fullmatch(name) and os.path.lexists(f"{folder}/{name}/{FEATURES}")
+    if VERSION.fullmatch(name) and storage.lexists(f"{folder}/{name}/{FEATURES}")
   ]

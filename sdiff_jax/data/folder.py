@@ -12,12 +12,16 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.fields import Means, Range, Scales
-from sdiff_jax.io import bounded, image_io
+from sdiff_jax.fields import Means, Path, Range, Scales
+from sdiff_jax.io import bounded, image_io, storage
 from sdiff_jax.types import UserError
 
 UNREADABLE = image_io.UNREADABLE
 MAX_SIDE = 2**13  # pixels
+PACK = (  # why a folder in a bucket is not read, and what is
+  "in a bucket each image would be a request; pack the images by --job=encode from a folder "
+  "of this machine (its scale `pixels` keeps them as they are), or in an .npz file"
+)
 NUM_CHECKED = 64  # images that are decoded before any work starts,
 CHECK_SECONDS = 1.0  # unless that takes longer than this
 
@@ -25,7 +29,7 @@ CHECK_SECONDS = 1.0  # unless that takes longer than this
 @registry.register("data", "folder")
 def build(
   *,
-  dir: str = "",
+  dir: Path = "",
   image_size: Annotated[int, Range(1, MAX_SIDE)] = 64,
   channels: Literal[1, 3] = 3,
   mean: Means = (0.0,),
@@ -51,6 +55,8 @@ def build(
     UserError: dataset.json or an image is damaged; of many images only some are checked
       here, and a damaged one is reported when it is read.
   """
+  if storage.remote(dir):
+    raise ValueError(f"dir={dir!r}: {PACK}")
   shape = (image_size, image_size, channels)
   codec = PixelCodec(shape, mean, std)
   paths, labels, num_classes, unread = _image_files.find(dir)

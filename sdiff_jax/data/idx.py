@@ -12,8 +12,8 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.fields import Count, Means, Range, Scales
-from sdiff_jax.io import bounded
+from sdiff_jax.fields import Count, Means, Path, Range, Scales
+from sdiff_jax.io import bounded, storage
 from sdiff_jax.types import UserError
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -23,7 +23,7 @@ PREFIX = {"train": "train", "test": "t10k"}
 @registry.register("data", "idx")
 def build(
   *,
-  dir: str = FOLDER,
+  dir: Path = FOLDER,
   split: Literal["train", "test"] = "train",
   classes: Count = 10,
   image_size: Annotated[int, Range(0, folder.MAX_SIDE)] = 0,
@@ -98,7 +98,7 @@ def _read(folder: str, name: str, axes: int) -> np.ndarray:
 def _bytes(folder: str, name: str) -> tuple[str, bytes]:
   """Returns the path of a file, compressed or not, and its content."""
   path = os.path.join(folder, name)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     path += ".gz"
   try:
     if path.endswith(".gz"):

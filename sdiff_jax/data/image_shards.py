@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdiff_jax.io import array_io, bounded, file_io
+from sdiff_jax.io import array_io, bounded, file_io, storage
 from sdiff_jax.types import UserError
 
 INDEX = "index.npz"
@@ -45,7 +45,7 @@ def exists(folder: str) -> bool:
     >>> exists("nothing/here")
     False
   """
-  return os.path.lexists(os.path.join(folder, INDEX))
+  return storage.lexists(os.path.join(folder, INDEX))
 
 
 def write(folder: str, index: Index) -> None:

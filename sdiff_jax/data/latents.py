@@ -19,7 +19,8 @@ from sdiff_jax.data import _array_records, _image_files
 from sdiff_jax.data._codecs import Codec, LatentCodec, PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.data._text_table import Shapes, TextTable
-from sdiff_jax.io import bounded, records
+from sdiff_jax.fields import Path
+from sdiff_jax.io import bounded, records, storage
 from sdiff_jax.types import CondSpecs, Json, UserError
 
 ABOUT = "latents.json"
@@ -71,7 +72,7 @@ VAE_MIN_PIXEL = {"scm": -1.0, "edm2": 0.0, "vae": -1.0}
 
 
 @registry.register("data", "latents")
-def build(*, dir: str = "", scale: Scale = "scm") -> Dataset:
+def build(*, dir: Path = "", scale: Scale = "scm") -> Dataset:
   """Returns latents, of which each batch draws new samples of the posteriors.
 
   A sample is mean + std eps with normal eps, of the posterior of its image.
@@ -127,8 +128,7 @@ def build(*, dir: str = "", scale: Scale = "scm") -> Dataset:
   all_files = [os.path.join(dir, ABOUT), *files, *(texts.paths if texts else [])]
 
   def fingerprint() -> bytes:
-    stats = [os.stat(path) for path in all_files]
-    sizes = [(status.st_size, status.st_mtime_ns) for status in stats]
+    sizes = [storage.version(path) for path in all_files]
     return hashlib.sha256(repr((sizes, scale)).encode()).digest()
 
   cond: CondSpecs = class_cond(classes) if texts is None else texts.specs()
@@ -215,7 +215,7 @@ def write(path: str, values: np.ndarray, cond: dict[str, np.ndarray]) -> None:
 def _about(folder: str) -> dict[str, Json]:
   """Returns what latents.json says, checked."""
   path = os.path.join(folder, ABOUT)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     raise ValueError(
       f"dir={folder!r}: has no {ABOUT}; name a folder of latents, which --job=encode "
       "makes"

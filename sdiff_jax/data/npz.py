@@ -1,22 +1,20 @@
 """Images in .npz files, such as those that the job `sample` writes."""
 
-import os
-
 import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.data import _image_files, image_shards
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.fields import Means, Scales
-from sdiff_jax.io import array_io
+from sdiff_jax.fields import Means, Path, Scales
+from sdiff_jax.io import array_io, storage
 from sdiff_jax.types import UserError
 
 
 @registry.register("data", "npz")
 def build(
   *,
-  path: str = "",
+  path: Path = "",
   mean: Means = (0.0,),
   std: Scales = (0.5,),
 ) -> Dataset:
@@ -34,7 +32,7 @@ def build(
   """
   if not path:
     raise ValueError("path='': name an .npz of uint8 NHWC images")
-  if isinstance(path, str) and os.path.isdir(path):
+  if isinstance(path, str) and storage.isdir(path):
     return _sharded(path, mean, std)
   images, labels = _load(path)
   if images is None:
@@ -94,7 +92,7 @@ def _check_channels(path: str, shape: tuple[int, ...]) -> None:
 
 def _load(path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
   """Returns images and labels of a file, None for what it does not have."""
-  if not isinstance(path, str) or not os.path.lexists(path):
+  if not isinstance(path, str) or not storage.lexists(path):
     raise ValueError(f"path={path!r}: does not exist")
   arrays = array_io.read_npz(path, ("arr_0", "images", "arr_1", "labels"))
   images = arrays.get("arr_0", arrays.get("images"))

@@ -5,7 +5,6 @@ files, each with the states of some trajectories at the times of one grid.
 """
 
 import dataclasses
-import glob
 import hashlib
 import os
 from typing import Annotated, Any, TypedDict
@@ -15,7 +14,7 @@ import numpy as np
 
 from sdiff_jax.data._codecs import Codec, Decoder, NoiseSeeds
 from sdiff_jax.data._dataset import Dataset, Samples
-from sdiff_jax.io import array_io, bounded, records
+from sdiff_jax.io import array_io, bounded, records, storage
 from sdiff_jax.losses.cmt import TIMES
 from sdiff_jax.types import Array, CondSpec, CondSpecs, UserError
 
@@ -129,7 +128,7 @@ def read(folder: str, cond: CondSpecs, *, to_data: bool) -> Dataset:
     UserError: files are missing or damaged, or hold something else.
   """
   found = about(folder)
-  paths = sorted(glob.glob(os.path.join(glob.escape(folder), PATTERN)))
+  paths = storage.glob(folder, PATTERN)
   shape, last = (len(found["grid"]), *found["shape"]), len(found["grid"]) - 1
   bounded.check_memory(
     found["size"] * int(np.prod(shape, dtype=object)) * 4, f"{folder}: all states"
@@ -152,8 +151,7 @@ def read(folder: str, cond: CondSpecs, *, to_data: bool) -> Dataset:
     return states[row[:, None], ends], values | {TIMES: grid[ends]}
 
   def fingerprint() -> bytes:
-    files = [os.stat(path) for path in (os.path.join(folder, ABOUT), *paths)]
-    sizes = [(status.st_size, status.st_mtime_ns) for status in files]
+    sizes = [storage.version(path) for path in (os.path.join(folder, ABOUT), *paths)]
     return hashlib.sha256(repr((sizes, to_data)).encode()).digest()
 
   known = metadata_only(folder, cond)

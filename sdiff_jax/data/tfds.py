@@ -12,8 +12,8 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, _tfds_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.fields import Means, Range, Scales
-from sdiff_jax.io import bounded
+from sdiff_jax.fields import Means, Path, Range, Scales
+from sdiff_jax.io import bounded, storage
 from sdiff_jax.types import UserError
 
 DEFAULT_DIR = "~/tensorflow_datasets"  # of TensorFlow Datasets
@@ -23,7 +23,7 @@ DEFAULT_DIR = "~/tensorflow_datasets"  # of TensorFlow Datasets
 def build(
   *,
   tfds_name: str = "cifar10",
-  dir: str = "",
+  dir: Path = "",
   split: str = "train",
   image_size: Annotated[int, Range(0, folder.MAX_SIDE)] = 0,
   mean: Means = (-0.017, -0.036, -0.107),
@@ -89,9 +89,9 @@ def build(
 
   def fingerprint() -> bytes:
     digest = hashlib.sha256(repr((tfds_name, split, shape)).encode())
-    for name in sorted(os.listdir(directory)):
-      status = os.stat(os.path.join(directory, name))
-      digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    for name in sorted(storage.listdir(directory)):
+      version = storage.version(os.path.join(directory, name))
+      digest.update(repr((name, *version)).encode())
     return digest.digest()
 
   return Dataset(read, len(examples), class_cond(num_classes), codec, fingerprint)

@@ -12,7 +12,16 @@ from sdiff_jax.data.episodes import reader as recorded
 from sdiff_jax.data.episodes import robomimic
 from sdiff_jax.data.episodes.normalizer import Normalizer
 from sdiff_jax.data.episodes.reader import Episodes
-from sdiff_jax.fields import Choices, Count, Index, Length, NotNegative, Range, Rate
+from sdiff_jax.fields import (
+  Choices,
+  Count,
+  Index,
+  Length,
+  NotNegative,
+  Path,
+  Range,
+  Rate,
+)
 from sdiff_jax.types import Array, CondSpec
 
 MAX_BYTES = 2**35  # of the windows of all episodes
@@ -21,7 +30,7 @@ MAX_BYTES = 2**35  # of the windows of all episodes
 @registry.register("data", "trajectories")
 def build(
   *,
-  path: str = "",
+  path: Path = "",
   horizon: Annotated[int, Range(1, 100_000)] = 16,
   n_obs_steps: Count = 2,
   n_action_steps: Count = 8,

@@ -12,6 +12,7 @@ from sdiff_jax.data import Dataset, LatentCodec, PixelCodec
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment.errors import config_errors
+from sdiff_jax.io import storage
 from sdiff_jax.models.layers import lora
 from sdiff_jax.models.pretrained import Pretrained, Reader
 from sdiff_jax.pretrained.diffusers import hub, loading, saving, trigflow_network
@@ -208,7 +209,7 @@ def published(folder: str, dataset: Dataset, *, label: str, **options: str) -> N
 
 def is_folder(path: str) -> bool:
   """Returns whether a path is a folder in the diffusers format, and no work directory."""
-  return path.startswith(hub.HUB) or os.path.exists(os.path.join(path, saving.INDEX))
+  return path.startswith(hub.HUB) or storage.exists(os.path.join(path, saving.INDEX))
 
 
 def model_variant(

@@ -27,6 +27,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Pipeline
+from sdiff_jax.io import storage
 from sdiff_jax.samplers import Sampler
 from sdiff_jax.types import Network, Params, UserError
 
@@ -135,7 +136,7 @@ def _teacher_config(
   file, workdir = config.teacher.config, config.teacher.workdir
   if not teachers.needs_teacher(config):
     return None
-  if os.path.exists(os.path.join(workdir, "config.json")):
+  if storage.exists(os.path.join(workdir, "config.json")):
     return experiments.model_variant(workdir_lib.read(workdir), "unrolled")
   teacher_config = configs.load(
     file, f"config.teacher.config={file!r}: no such file, and no run there"

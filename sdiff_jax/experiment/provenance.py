@@ -16,7 +16,7 @@ import numpy as np
 
 from sdiff_jax.data import Dataset
 from sdiff_jax.distributed import processes
-from sdiff_jax.io import file_io, records, resumable
+from sdiff_jax.io import file_io, records, resumable, storage
 from sdiff_jax.types import Json, UserError
 
 VERSIONS = "versions.json"
@@ -56,7 +56,7 @@ def note_versions(workdir: str) -> None:
   if jax.process_index():
     return
   path, current = os.path.join(workdir, VERSIONS), versions()
-  if os.path.lexists(path):
+  if storage.lexists(path):
     stored = records.read(path, dict[str, str], "remove it")
     if changed := resumable.differences(stored, current):
       print(
@@ -92,7 +92,7 @@ def note_data(config: Mapping[str, Json], workdir: str, dataset: Dataset) -> Non
   """Writes data.json, for data that have a path, unless it is there."""
   path = os.path.join(workdir, DATA)
   known = any(config["data"].get(name.partition(".")[2]) for name in PATHS)
-  if known and dataset.size and not os.path.lexists(path):
+  if known and dataset.size and not storage.lexists(path):
     file_io.write_json(path, {"fingerprint": fingerprint(dataset)})
 
 
@@ -139,7 +139,7 @@ def _number(fields: Mapping[str, Json]) -> int:
 def _data_are_the_same(workdir: str, dataset: Dataset) -> bool:
   """Returns whether a data set has the content that a run was trained on."""
   path = os.path.join(workdir, DATA)
-  if not os.path.lexists(path) or not dataset.size:
+  if not storage.lexists(path) or not dataset.size:
     return False
   stored = records.read(path, Fingerprint, "remove it")
   return stored["fingerprint"] == fingerprint(dataset)

@@ -13,7 +13,7 @@ import ml_collections
 
 from sdiff_jax import config as configs
 from sdiff_jax import losses, registry, renamed
-from sdiff_jax.io import records
+from sdiff_jax.io import records, storage
 from sdiff_jax.types import Json, UserError
 
 CONFIG = "config.json"  # in a work directory
@@ -47,7 +47,7 @@ def read(workdir: str) -> ml_collections.ConfigDict:
     UserError: there is no config, or it is damaged; the message starts with its path.
   """
   path = os.path.join(workdir, CONFIG)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     raise UserError(f"{path} does not exist: train into {workdir} first (--job=train)")
   stored = records.read(path, _Pieces, REMEDY)
   with _errors_of(path):

@@ -15,6 +15,7 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
+from sdiff_jax.io import storage
 from sdiff_jax.pretrained.diffusers import saving, trigflow_network
 from sdiff_jax.types import Array, Cond, Network, Params, PRNGKey, UserError
 
@@ -166,7 +167,7 @@ def _load(
 ) -> tuple[Network, Params]:
   """Returns the network and the averaged parameters of another run on the same data."""
   command = _command(file or "configs/..._diffusion.py", workdir)
-  if not os.path.exists(os.path.join(workdir, "config.json")):
+  if not storage.exists(os.path.join(workdir, "config.json")):
     raise UserError(
       f"config.{field}={workdir}: no run there; train it first: {command}"
     )

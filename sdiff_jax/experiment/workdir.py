@@ -19,7 +19,7 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import provenance, stored_config
 from sdiff_jax.experiment.build import Experiment
-from sdiff_jax.io import file_io, resumable
+from sdiff_jax.io import file_io, resumable, storage
 from sdiff_jax.pretrained.diffusers import hub, loading, trigflow_network
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import finite
@@ -60,7 +60,7 @@ def save_or_check_config(
       that differ.
   """
   path = os.path.join(workdir, stored_config.CONFIG)
-  if os.path.lexists(path):
+  if storage.lexists(path):
     stored, current = (_identity(c.to_dict()) for c in (read(workdir), config))
     if different := provenance.changes(stored, current, workdir, dataset):
       raise UserError(
@@ -69,7 +69,7 @@ def save_or_check_config(
       )
   _store_network(config, workdir)
   if jax.process_index() == 0:
-    os.makedirs(workdir, exist_ok=True)
+    storage.makedirs(workdir)
     file_io.write_json(path, _with_absolute_paths(config.to_dict()))
     command = shlex.join(["python", "-m", "sdiff_jax.main", *sys.argv[1:]]) + "\n"
     text = command.encode("utf-8", "backslashreplace")  # arguments need not be UTF-8
@@ -95,7 +95,7 @@ def _with_absolute_paths(config: dict[str, Json]) -> dict[str, Json]:
   for section, name in (*sections, (config["model"], "folder"), (config, "init_from")):
     path = section.get(name)
     if path and not path.startswith(hub.HUB):
-      section[name] = os.path.abspath(path)
+      section[name] = storage.absolute(path)
   return config
 
 
@@ -107,7 +107,7 @@ def _store_network(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   folder = config.model.get("folder")
   target = os.path.join(workdir, NETWORK)
-  if not folder or os.path.abspath(folder) == os.path.abspath(target):
+  if not folder or storage.absolute(folder) == storage.absolute(target):
     return
   if not experiments.is_folder(target):
     if jax.process_index() == 0:
@@ -192,7 +192,7 @@ def stored_normalizer(workdir: str) -> normalizer.Normalizer | None:
   """Returns the normalizer of a policy's work directory, None of any other."""
   for name in (NORMALIZER, OLD_NORMALIZER):
     path = os.path.join(workdir, name)
-    if os.path.exists(path):
+    if storage.exists(path):
       return normalizer.load(path)
   return None
 
@@ -251,6 +251,9 @@ def check_writable(workdir: str) -> None:
   Raises:
     UserError: the message names the directory that is in the way.
   """
+  if storage.remote(workdir):
+    storage.check_access(workdir)
+    return
   folder = workdir
   while not os.path.lexists(folder):
     folder = os.path.dirname(folder)
@@ -267,6 +270,8 @@ def check_outputs(workdir: str) -> None:
   Raises:
     UserError: the message names what is in the way.
   """
+  if storage.remote(workdir):  # where nothing is in the way of anything
+    return
   for name in OUTPUT_FOLDERS:
     path = os.path.join(workdir, name)
     if os.path.lexists(path) and not os.path.isdir(path):

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from sdiff_jax.fields._vocabulary import Choices, Length, Range
+from sdiff_jax.fields._vocabulary import Choices, Length, Place, Range
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_INT = 2**31 - 1  # of the integers in compiled programs
@@ -249,7 +249,9 @@ def _problem(value: Any, annotation: Any) -> str:
     known = any(type(value) is type(option) and value == option for option in options)
     return "" if known else describe(annotation)
   if kind is str:
-    return "" if isinstance(value, str | os.PathLike) else describe(annotation)
+    if not isinstance(value, str | os.PathLike):
+      return describe(annotation)
+    return str(facts[Place]) if Place in facts and value not in facts[Place] else ""
   if kind is bool:
     return "" if isinstance(value, bool) else describe(annotation)
   if kind in (int, float):

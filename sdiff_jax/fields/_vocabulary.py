@@ -1,8 +1,11 @@
 """What a declaration may say: bounds, lengths, choices, and common types of fields."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
+
+from sdiff_jax.io import storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,31 @@ class Choices:
     return tuple(self.names() if callable(self.names) else self.names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the file or folder that a text names may lie: here, or at some URLs.
+
+  Attributes:
+    schemes: of the URLs.
+
+  Example:
+    >>> str(Place()), "gs://bucket/run" in Place(), "s3://bucket/run" in Place()
+    ('a path of this machine, or start with gs://', True, False)
+  """
+
+  schemes: tuple[str, ...] = ("gs",)
+
+  def __str__(self) -> str:
+    return storage.problem("://", self.schemes)
+
+  def __contains__(self, value: str | os.PathLike[str]) -> bool:
+    return not storage.problem(os.fspath(value), self.schemes)
+
+
+Path = Annotated[str, Place()]  # of a file or folder; "" for none
+HubPath = Annotated[
+  str, Place(("gs", "hf"))
+]  # of a folder of the Hugging Face Hub, too
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, BinaryIO
 
+from sdiff_jax.io import storage
 from sdiff_jax.types import UserError
 
 Path = str | os.PathLike[str]
@@ -51,6 +52,10 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     OSError: the file does not exist, or may not be read.
     UserError: the path is no regular file.
   """
+  if storage.remote(path):
+    with storage.open_file(path) as file:
+      yield file
+    return
   # Without O_NONBLOCK, opening a pipe would wait for a writer.
   descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
   try:

@@ -11,11 +11,13 @@ import math
 import os
 import pathlib
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from sdiff_jax.io import storage
 from sdiff_jax.types import Json, UserError
 
 Path = str | os.PathLike[str]
@@ -34,7 +36,8 @@ KINDS = {  # what is not a regular file -> how to recognize it
 def atomic(path: Path) -> Iterator[str]:
   """Yields a temporary path, which is renamed to `path` if the block succeeds.
 
-  If it does not, the temporary file is removed, so that a full disk is not fuller.
+  If it does not, the temporary file is removed, so that a full disk is not fuller. An
+  object of a bucket is written to a temporary file of this machine, and then uploaded.
 
   Args:
     path: the file; missing parent directories are created.
@@ -42,6 +45,12 @@ def atomic(path: Path) -> Iterator[str]:
   Raises:
     OSError: the file cannot be written.
   """
+  if storage.remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = os.path.join(folder, "object")
+      yield temporary
+      storage.upload(temporary, path)
+    return
   path = pathlib.Path(path)
   if path.is_dir():
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -119,6 +128,10 @@ def regular_size(path: Path, remedy: str = "") -> int:
       the message starts with the path.
   """
   end = f"; {remedy}" if remedy else ""
+  if storage.remote(path):
+    if not storage.isfile(path):
+      raise UserError(f"{path} does not exist{end}")
+    return storage.size(path)
   try:
     status = os.stat(path)
   except (FileNotFoundError, NotADirectoryError):
@@ -147,7 +160,7 @@ def read_bytes(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> byte
   end = f"; {remedy}" if remedy else ""
   size = regular_size(path, remedy)
   try:
-    with open(path, "rb") as file:
+    with storage.open_file(path) as file:
       content = file.read(max_bytes + 1) if size <= max_bytes else b""
   except OSError as error:
     if error.errno in TOO_MANY_FILES:

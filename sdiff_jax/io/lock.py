@@ -1,7 +1,8 @@
 """Locks on directories, so that two commands do not write to one at the same time.
 
 The lock is an advisory lock of the kernel on a file, DIRECTORY/.lock. The kernel releases
-it when the process ends in whatever way, so a lock of a dead process is none.
+it when the process ends in whatever way, so a lock of a dead process is none. In a bucket
+it is an object that its holder renews, see `io.lease`.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import socket
 from collections.abc import Iterator
 from typing import TypedDict
 
-from sdiff_jax.io import records
+from sdiff_jax.io import records, storage
+from sdiff_jax.io.lease import Lease
 from sdiff_jax.types import UserError
 
 NAME = ".lock"
@@ -47,7 +49,11 @@ def locked(folder: str, job: str) -> Iterator[None]:
   Raises:
     UserError: another process holds the lock.
   """
-  path = os.path.join(os.path.abspath(folder), NAME)
+  path = os.path.join(storage.absolute(folder), NAME)
+  if storage.remote(path):
+    with Lease(path, job):
+      yield
+    return
   created = _create(os.path.dirname(path))
   try:
     descriptor = _open(path)

@@ -5,16 +5,14 @@ that determine them. A job that finds parts of other settings refuses to mix the
 """
 
 import dataclasses
-import glob
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from sdiff_jax.io import array_io, file_io, records
+from sdiff_jax.io import array_io, file_io, records, storage
 from sdiff_jax.types import Json, UserError
 
 
@@ -80,7 +78,7 @@ class Output:
 
   def parts(self) -> list[str]:
     """Returns the paths of the parts that exist, sorted."""
-    return sorted(glob.glob(os.path.join(glob.escape(self.folder), self.pattern)))
+    return storage.glob(self.folder, self.pattern)
 
   def settings(self) -> dict[str, Json] | None:
     """Returns the stored settings, None if there are neither settings nor parts.
@@ -89,7 +87,7 @@ class Output:
       UserError: there are parts, and the file of settings is missing or damaged.
     """
     path = os.path.join(self.folder, self.settings_file)
-    if not os.path.lexists(path) and not self.parts():
+    if not storage.lexists(path) and not self.parts():
       return None
     remedy = f"remove {self.folder}, or use another directory"
     return records.read(path, _Settings, remedy)
@@ -133,10 +131,10 @@ class Output:
       except (UserError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         print(f"{path} is damaged, making it again: {reason}", file=sys.stderr)
-        os.remove(path)
+        storage.remove(path)
         continue
       yield path, arrays
 
   def remove(self) -> None:
     """Removes the folder with all parts."""
-    shutil.rmtree(self.folder)
+    storage.rmtree(self.folder)

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from sdiff_jax.io import array_io, file_io, records
+from sdiff_jax.io import array_io, file_io, records, storage
 from sdiff_jax.types import Json, UserError
 
 SECONDS = 20.0  # at least, between two saves
@@ -55,7 +54,7 @@ class Snapshot:
     self.arrays = self._read()
 
   def _read(self) -> dict[str, np.ndarray]:
-    if not os.path.isfile(self._path):
+    if not storage.isfile(self._path):
       return {}
     try:
       arrays = array_io.read_npz(self._path)
@@ -93,5 +92,5 @@ class Snapshot:
   def remove(self) -> None:
     """Removes the file; the computation is complete."""
     self.arrays = {}
-    if self._write and os.path.exists(self._path):
-      os.remove(self._path)
+    if self._write and storage.exists(self._path):
+      storage.remove(self._path)

@@ -13,6 +13,8 @@ from sdiff_jax import registry
 from sdiff_jax.data import trajectories
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
+from sdiff_jax.fields import Path
+from sdiff_jax.io import storage
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.files import state_dict, to_tensors
@@ -28,7 +30,7 @@ class Convert:
       are data with mean 0 and std 0.5.
   """
 
-  file: str = ""
+  file: Path = ""
 
 
 @registry.register(
@@ -165,7 +167,7 @@ def _policy(
   Raises:
     UserError: its diffusion process is not that of the U-Net's process="ddpm".
   """
-  path = config.convert.file
+  path = storage.local(config.convert.file)
   if os.path.isdir(path):
     policy = lerobot.load(path)
   else:

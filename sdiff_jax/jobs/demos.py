@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from typing import Annotated
@@ -23,7 +22,7 @@ from sdiff_jax.distributed import signals
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Range, Seed
-from sdiff_jax.io import array_io, file_io, lock
+from sdiff_jax.io import array_io, file_io, lock, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies.policy import View
 from sdiff_jax.policies.pusht import env, expert, observations
@@ -76,15 +75,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     view = observations.lookup(config.data.frame)
   if not path.endswith(".npz"):
     raise UserError(f"config.data.path={path!r}: name the .npz file to write")
-  if os.path.exists(path):
+  if storage.exists(path):
     return f"the episodes are there already; remove the file to make others: {path}"
   folder = f"{path}.parts"
   with workdir_lib.errors(folder), lock.locked(folder, "demos"):
     seeds = range(demos.seed, demos.seed + demos.episodes)
-    missing = [s for s in seeds if not os.path.exists(_part(folder, s))]
+    missing = [s for s in seeds if not storage.exists(_part(folder, s))]
     _make(folder, missing, demos.episodes)
     kept = _join(folder, seeds, path, view)
-    shutil.rmtree(folder)
+    storage.rmtree(folder)
   return f"kept {kept} of {demos.episodes} episodes, those that succeeded: {path}"
 
 

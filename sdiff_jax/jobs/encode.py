@@ -22,7 +22,7 @@ from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Count, Range
-from sdiff_jax.io import file_io, records, resumable
+from sdiff_jax.io import file_io, records, resumable, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.pretrained.diffusers import loading, text_encoding
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if captions:
     _write_texts(workdir, captions, encode_texts, section.shard_size)
   mine = range(jax.process_index(), len(files), jax.process_count())
-  missing = [k for k in mine if not os.path.exists(files[k])]
+  missing = [k for k in mine if not storage.exists(files[k])]
   encode: Encode = lambda images: images  # noqa: E731
   if vae is not None:
     encode = _encoder(vae, params, latents.VAE_MIN_PIXEL[section.scale], local)
@@ -169,7 +169,7 @@ def _write_texts(
   """
   files = _text_table.paths(workdir, len(captions), shard_size)
   for k in range(jax.process_index(), len(files), jax.process_count()):
-    if not os.path.exists(files[k]):
+    if not storage.exists(files[k]):
       texts = encode(captions[k * shard_size : (k + 1) * shard_size])
       halves = {name: x.astype(_text_table.FLOAT) for name, x in texts.items()}
       if not all(np.isfinite(x).all() for x in halves.values()):
@@ -217,7 +217,7 @@ def _about(
 def _claim(workdir: str, about: dict[str, Json]) -> None:
   """Writes latents.json, or checks that the file that exists has the same content."""
   path = os.path.join(workdir, latents.ABOUT)
-  if os.path.lexists(path):
+  if storage.lexists(path):
     stored = records.read(path, dict[str, Json], "choose another --workdir")
     if different := resumable.differences(stored, about):
       raise UserError(

@@ -17,7 +17,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length, Range
-from sdiff_jax.io import file_io, image_io, records, snapshot
+from sdiff_jax.io import file_io, image_io, records, snapshot, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics import precision_recall
 from sdiff_jax.metrics.statistics import baselines, streaming
@@ -62,10 +62,10 @@ class Evaluate:
   folder: str = "evaluate"
   num: Annotated[int, Range(2)] = 5000
   batch_size: Count = 512
-  images: str = ""
+  images: fields.Path = ""
   features: str = "digits"
-  clip: str = ""
-  reference: str = ""
+  clip: fields.Path = ""
+  reference: fields.Path = ""
   pr_num_images: Index = 10_000
   latency: bool = False
   baselines: bool = False
@@ -130,8 +130,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   if jax.process_index() == 0:
     file_io.write_json(path, rows)
     partial = os.path.join(folder, PARTIAL)
-    if os.path.exists(partial):
-      os.remove(partial)
+    if storage.exists(partial):
+      storage.remove(partial)
     print(results.table(rows))
   return f"measured {len(rows)} rows: {path}"
 
@@ -140,7 +140,7 @@ def _evaluate_images(
   config: ml_collections.ConfigDict, path: str, folder: str
 ) -> dict[str, Json]:
   """Returns the row of the images of an .npz file or a folder."""
-  mesh, section = experiments.mesh(config), config.evaluate
+  mesh, section, path = experiments.mesh(config), config.evaluate, storage.local(path)
   if not section.features and not section.clip:
     raise UserError(
       "config.evaluate: has neither features nor clip; set features=inception:PATH or "

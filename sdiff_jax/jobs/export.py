@@ -12,7 +12,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import exports, model_card, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.exports import Run
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, storage
 from sdiff_jax.pretrained.diffusers import hub
 from sdiff_jax.types import UserError
 
@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   folder = section.folder or os.path.join(workdir, "export", section.format)
   sampler = sampling.build_sampler(config)
   written = write(loaded, folder)
-  name = os.path.basename(os.path.abspath(workdir))
+  name = os.path.basename(storage.absolute(workdir))
   card = model_card.card(
     loaded,
     written,

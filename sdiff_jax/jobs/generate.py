@@ -25,8 +25,8 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import conditions, pipelines, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
-from sdiff_jax.fields import Choices, Length, Range
-from sdiff_jax.io import file_io, image_io, records, resumable
+from sdiff_jax.fields import Choices, HubPath, Length, Range
+from sdiff_jax.io import file_io, image_io, records, resumable, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.samplers import Sampler, SamplingStats
@@ -115,7 +115,7 @@ class Generate:
     dtype: of weights and hidden layers.
   """
 
-  folder: str = ""
+  folder: HubPath = ""
   published: str = ""
   prompts: str = ""
   negative_prompt: str = ""
@@ -198,14 +198,14 @@ def _check_paths(workdir: str, num: int) -> None:
   if num > MAX_IMAGES:
     raise UserError(f"config.sample.num={num}: must be at most {MAX_IMAGES}")
   folder = os.path.join(workdir, "images")
-  if os.path.lexists(folder) and not os.path.isdir(folder):
+  if storage.lexists(folder) and not storage.isdir(folder):
     raise UserError(f"{folder} is no folder: move it, or use another --workdir")
   names = [os.path.join("images", f"{k:05d}.png") for k in range(num)]
-  if not os.path.isdir(folder):
+  if not storage.isdir(folder):
     names = []
   for name in ("images.json", "images.png", *names):
     path = os.path.join(workdir, name)
-    if os.path.lexists(path) and not os.path.isfile(path):
+    if storage.lexists(path) and not storage.isfile(path):
       raise UserError(f"{path} is no regular file: move it, or use another --workdir")
 
 
@@ -260,7 +260,7 @@ def _stored_window(
 
 def _description(path: str) -> Description:
   """Returns what a PNG says of its image, None where there is no image of this job."""
-  if not os.path.exists(path):
+  if not storage.exists(path):
     return None
   try:
     text = image_io.about(path)

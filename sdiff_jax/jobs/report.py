@@ -7,6 +7,7 @@ import ml_collections
 
 from sdiff_jax import config as configs
 from sdiff_jax import registry
+from sdiff_jax.io import storage
 from sdiff_jax.reports import loading, results
 from sdiff_jax.reports import runs as runs_lib
 from sdiff_jax.types import Json, UserError
@@ -49,9 +50,9 @@ def _directories(workdir: str) -> list[str]:
   Args:
     workdir: a run, a folder of runs, or both.
   """
-  names = os.listdir(workdir) if os.path.isdir(workdir) else []
+  names = storage.listdir(workdir) if storage.isdir(workdir) else []
   runs = [os.path.join(workdir, name) for name in names]
-  runs = sorted(filter(_is_run, runs), key=lambda run: os.lstat(run).st_ctime)
+  runs = sorted(filter(_is_run, runs), key=storage.created)
   if not _is_run(workdir):
     return runs
   teacher = loading.parent(_config(workdir))
@@ -65,4 +66,4 @@ def _config(directory: str) -> loading.Config | dict[str, Json]:
 
 
 def _is_run(directory: str) -> bool:
-  return bool(directory) and os.path.lexists(os.path.join(directory, loading.CONFIG))
+  return bool(directory) and storage.lexists(os.path.join(directory, loading.CONFIG))

@@ -13,7 +13,7 @@ from sdiff_jax import losses, registry
 from sdiff_jax.experiment import policies, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length, Range, Seed
-from sdiff_jax.io import file_io, image_io, snapshot
+from sdiff_jax.io import file_io, image_io, snapshot, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.policies import Policy
 from sdiff_jax.policies.pusht import env
@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   config = config.copy_and_resolve_references()
   config.data = stored.data  # the frame is that of the data that were trained on
   folder = os.path.join(workdir, "rollout")
-  os.makedirs(folder, exist_ok=True)
+  storage.makedirs(folder)
   samplers = {
     name: policies.build_sampler(config, experiment, params, name)
     for name in rollout.samplers

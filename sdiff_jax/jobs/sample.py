@@ -24,7 +24,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
-from sdiff_jax.io import bounded, file_io, image_io, resumable
+from sdiff_jax.io import bounded, file_io, image_io, resumable, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.samplers import SamplingStats
 from sdiff_jax.training import checkpoints as checkpoints_lib
@@ -244,7 +244,7 @@ def _finish(
   file_io.write_npz(path, arr_0=images, arr_1=labels)
   _write_grid(path.replace(".npz", ".png"), experiment, images)
   for part in output.parts():  # before the settings, without which they mean nothing
-    os.remove(part)
+    storage.remove(part)
   output.remove()
   return parts.stats
 

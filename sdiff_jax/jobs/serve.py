@@ -18,6 +18,7 @@ from sdiff_jax.experiment import serving as models_lib
 from sdiff_jax.experiment import stored_config
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Length, Range
+from sdiff_jax.io import storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.serving.models import Model
 from sdiff_jax.training import checkpoints as checkpoints_lib
@@ -182,15 +183,15 @@ def _models(
 
 def _folders(workdir: str) -> Iterator[str]:
   """Yields the work directories of runs that the flag names, the oldest first."""
-  for path in workdir.split(",") if not os.path.isdir(workdir) else [workdir]:
-    if os.path.lexists(os.path.join(path, stored_config.CONFIG)):
+  for path in workdir.split(",") if not storage.isdir(workdir) else [workdir]:
+    if storage.lexists(os.path.join(path, stored_config.CONFIG)):
       yield path
       continue
-    if not os.path.isdir(path):
+    if not storage.isdir(path):
       raise UserError(f"--workdir={path}: no such run or folder of runs")
-    runs = (os.path.join(path, name) for name in os.listdir(path))
-    runs = [r for r in runs if os.path.lexists(os.path.join(r, stored_config.CONFIG))]
-    yield from sorted(runs, key=lambda run: os.lstat(run).st_ctime)
+    runs = (os.path.join(path, name) for name in storage.listdir(path))
+    runs = [r for r in runs if storage.lexists(os.path.join(r, stored_config.CONFIG))]
+    yield from sorted(runs, key=storage.created)
 
 
 def _name(folder: str, taken: list[str]) -> str:

@@ -19,7 +19,7 @@ from sdiff_jax import config as config_lib
 from sdiff_jax import losses, registry
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, probes, studies, training
-from sdiff_jax.io import file_io, lock, records
+from sdiff_jax.io import file_io, lock, records, storage
 from sdiff_jax.reports import html, results
 from sdiff_jax.reports import studies as figures
 from sdiff_jax.training import checkpoints, metric_writer, summary
@@ -212,7 +212,7 @@ def _cached(
   workdir: str,
 ) -> Json:
   """Reads a JSON result, or computes `measure(config, workdir)` and stores it."""
-  if os.path.lexists(path):
+  if storage.lexists(path):
     return records.read(path, schema, "remove it to measure again")
   result = measure(config, workdir)
   jax.clear_caches()
@@ -239,7 +239,7 @@ def _checkpoints(workdir: str) -> list[int]:
 def _evaluate(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Json]]:
   """Returns the rows of the job `evaluate`, which is run unless its file exists."""
   path = os.path.join(workdir, evaluation.results_folder(config), "results.json")
-  if not os.path.exists(path):
+  if not storage.exists(path):
     _run_job("evaluate", config, workdir)
   return [row for row in results.read(path) if row.get("evaluations")]
 

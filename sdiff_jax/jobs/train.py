@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from sdiff_jax.experiment import (
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Count, Index, Length, Positive, Range
-from sdiff_jax.io import image_io
+from sdiff_jax.io import image_io, storage
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import finite, goodput, loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
@@ -192,7 +191,7 @@ def _init_from(
 ) -> Params | None:
   """Returns the parameters that the network starts from, None for random ones."""
   paths = config.init_from, config.teacher.workdir or config.teacher.folder
-  if config.init_from and len({os.path.abspath(p) for p in paths}) == 1:
+  if config.init_from and len({storage.absolute(p) for p in paths}) == 1:
     # The teacher, which is already in memory.
     init_from = frozen[teachers.TEACHER] if config.teacher.weak_workdir else frozen
   else:

@@ -1,12 +1,11 @@
 """Reads the files of a run, and collects the errors of those that are damaged."""
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple, NotRequired, TypedDict, TypeVar
 
 from sdiff_jax import losses, registry
-from sdiff_jax.io import file_io, records
+from sdiff_jax.io import file_io, records, storage
 from sdiff_jax.reports import results
 from sdiff_jax.reports.results import Result
 from sdiff_jax.training import metric_writer, profiling, summary
@@ -79,14 +78,14 @@ def load(directory: str) -> Run:
   Raises:
     UserError: there is no config.json.
   """
-  path, faults = pathlib.Path(directory), list[str]()
-  if not os.path.lexists(path / CONFIG):
+  path, faults = storage.of(directory), list[str]()
+  if not storage.lexists(path / CONFIG):
     raise UserError(
       f"{directory}: no config.json; make a run with --workdir={directory} --job=train"
     )
 
   def optional(name: str, read: Callable[..., T], default: T, *args: Json) -> T:
-    if not os.path.lexists(path / name):
+    if not storage.lexists(path / name):
       return default
     return tolerant(faults, default, read, path / name, *args)
 

@@ -3,14 +3,13 @@
 import datetime
 import io
 import json
-import os
 import pathlib
 from collections.abc import Iterable
 from html import escape
 
 import numpy as np
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, storage
 from sdiff_jax.reports import html, loading, results
 from sdiff_jax.reports.loading import Run
 from sdiff_jax.reports.results import Column
@@ -283,7 +282,7 @@ def _chart(curves: dict[str, np.ndarray], colors: tuple) -> bytes:
 
 def _training_grids(run: Run) -> str:
   """Returns a few grids of samples during training, from the first to the last."""
-  paths = sorted((run.path / "samples").glob("*_*.png"))
+  paths = [*map(storage.of, storage.glob(run.path / "samples", "*_*.png"))]
   count = min(len(paths), NUM_GRIDS)
   indices = np.linspace(0, len(paths) - 1, count).round().astype(int)
   figures = ""
@@ -302,7 +301,7 @@ def _figure(run: Run, path: pathlib.Path, caption: str) -> str:
 
   The error of a file that cannot be read is added to those of the run.
   """
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     return ""
   content = loading.tolerant(run.faults, b"", file_io.read_bytes, path)
   if not content:

@@ -5,7 +5,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from sdiff_jax.io import file_io
+from sdiff_jax.io import file_io, storage
 from sdiff_jax.reports import loading
 from sdiff_jax.training import metric_writer, summary
 from sdiff_jax.types import Json, UserError
@@ -26,8 +26,8 @@ def overview(folders: Sequence[str]) -> list[dict[str, Json]]:
   """
   found = []
   for number, folder in enumerate(folders):
-    if os.path.lexists(os.path.join(folder, loading.CONFIG)):
-      found.append({"run": number, **_run(pathlib.Path(folder))})
+    if storage.lexists(os.path.join(folder, loading.CONFIG)):
+      found.append({"run": number, **_run(storage.of(folder))})
   return found
 
 
@@ -45,7 +45,7 @@ def grid(folders: Sequence[str], run: int, index: int) -> bytes | None:
   """
   if not run < len(folders):
     return None
-  paths = _grids(pathlib.Path(folders[run]))
+  paths = _grids(storage.of(folders[run]))
   if not index < len(paths):
     return None
   try:
@@ -108,12 +108,12 @@ def _curve(lines: Sequence[dict[str, Json]], name: str) -> list[list[float]]:
 
 
 def _grids(path: pathlib.Path) -> list[pathlib.Path]:
-  return sorted((path / "samples").glob("*_*.png"))
+  return [*map(storage.of, storage.glob(path / "samples", "*_*.png"))]
 
 
 def _age(path: pathlib.Path) -> float | None:
   """Returns the seconds since a file was written."""
   try:
-    return max(time.time() - path.stat().st_mtime, 0.0)
+    return max(time.time() - storage.modified(path), 0.0)
   except OSError:
     return None

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 
+from sdiff_jax.io import storage
 from sdiff_jax.training import checksums, stored_shapes
 from sdiff_jax.training.state import TrainState
 from sdiff_jax.types import Params, PyTree, UserError
 
 FOLDER = "checkpoints"  # in a work directory
+COMPLETE = "commit_success.txt"  # Orbax's last object of a checkpoint in a bucket
 OTHER_NETWORK = (
   "it is a checkpoint of another network: use the fields that it was trained with"
 )
@@ -38,12 +40,8 @@ def steps(workdir: str) -> list[int]:
     >>> steps("nothing/here")
     []
   """
-  try:  # Orbax renames a checkpoint to its step when it is complete.
-    names = os.listdir(os.path.join(workdir, FOLDER))
-  except OSError:
-    return []
-  names = [name for name in names if name.isascii() and name.isdecimal()]
-  return sorted(int(name) for name in names)
+  folder = os.path.join(workdir, FOLDER)
+  return sorted(int(name) for name in _saves(folder) if _is_complete(folder, name))
 
 
 def newest(workdir: str) -> int | None:
@@ -57,6 +55,34 @@ def newest(workdir: str) -> int | None:
     True
   """
   return max(steps(workdir), default=None)
+
+
+def _saves(folder: str) -> list[str]:
+  """Returns the names of the checkpoints in a folder, complete or not, by their steps."""
+  try:
+    names = storage.listdir(folder)
+  except OSError:
+    return []
+  return [name for name in names if name.isascii() and name.isdecimal()]
+
+
+def _is_complete(folder: str, name: str) -> bool:
+  """Returns whether a checkpoint is complete.
+
+  Orbax renames a checkpoint to its step when it is. In a bucket nothing is renamed: there
+  Orbax writes an object at last.
+  """
+  return not storage.remote(folder) or storage.exists(f"{folder}/{name}/{COMPLETE}")
+
+
+def _remove_incomplete(folder: str) -> None:
+  """Removes what saves that were killed have left."""
+  if storage.remote(folder):
+    names = [name for name in _saves(folder) if not _is_complete(folder, name)]
+  else:
+    names = [n for n in os.listdir(folder) if "orbax-checkpoint-tmp" in n]
+  for name in names:
+    storage.rmtree(os.path.join(folder, name))
 
 
 class Checkpoints:
@@ -82,13 +108,15 @@ class Checkpoints:
     """
     self._workdir, self._keep, self._keep_every = workdir, keep, keep_every
     self._pending: tuple[int, Any] | None = None  # step, Orbax's response
+    if storage.remote(workdir):
+      storage.filesystem()  # before Orbax makes its own, whose listings would be cached
     ocp = _orbax()
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep)]
     if keep_every:
       kept.append(policies.EveryNSteps(keep_every))
     self._checkpointer = ocp.training.Checkpointer(
-      os.path.abspath(os.path.join(workdir, FOLDER)),
+      storage.absolute(os.path.join(workdir, FOLDER)),
       preservation_policy=policies.AnyPreservationPolicy(kept),
     )
 
@@ -118,6 +146,8 @@ class Checkpoints:
       UserError: there is not enough space.
     """
     folder, saves = str(self._checkpointer.directory), list(saves)
+    if storage.remote(folder):  # which has space
+      return
     if not os.access(folder, os.W_OK | os.X_OK):
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
     permanent = {s for s in saves if self._keep_every and s % self._keep_every == 0}
@@ -182,10 +212,7 @@ class Checkpoints:
     for step in damaged:  # Orbax refuses to save a step before the newest one
       self._checkpointer.delete(step)
     if jax.process_index() == 0:
-      folder = str(self._checkpointer.directory)
-      for name in os.listdir(folder):
-        if "orbax-checkpoint-tmp" in name:
-          shutil.rmtree(os.path.join(folder, name))
+      _remove_incomplete(str(self._checkpointer.directory))
     if loaded is None:
       return None
     return TrainState(ema=loaded["ema"], **loaded["training"])

@@ -7,7 +7,7 @@ bit that flips on the disk would change a weight without a word.
 import os
 import zlib
 
-from sdiff_jax.io import file_io, records
+from sdiff_jax.io import file_io, records, storage
 from sdiff_jax.types import UserError
 
 NAME = "checksums.json"
@@ -16,6 +16,8 @@ BLOCK = 1 << 22  # bytes that are read at a time
 
 def write(folder: str | os.PathLike[str]) -> None:
   """Writes checksums.json, file -> CRC-32 of its content.
+
+  Of a bucket, which has computed them itself, they are CRC-32C.
 
   Args:
     folder: of a complete checkpoint.
@@ -27,13 +29,7 @@ def write(folder: str | os.PathLike[str]) -> None:
     ...   os.listdir(folder) == [NAME]
     True
   """
-  names = sorted(
-    os.path.relpath(os.path.join(directory, name), folder)
-    for directory, _, files in os.walk(folder)
-    for name in files
-  )
-  sums = {name: _checksum(os.path.join(folder, name)) for name in names}
-  file_io.write_json(os.path.join(folder, NAME), sums, indent=None)
+  file_io.write_json(os.path.join(folder, NAME), _checksums(folder), indent=None)
 
 
 def damaged(folder: str | os.PathLike[str], parts: tuple[str, ...]) -> str:
@@ -49,12 +45,16 @@ def damaged(folder: str | os.PathLike[str], parts: tuple[str, ...]) -> str:
     ''
   """
   path = os.path.join(folder, NAME)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     return ""
   try:
     sums = records.read(path, dict[str, records.Count])
   except UserError:
     return NAME
+  if storage.remote(folder):
+    there = _checksums(folder)
+    names = [n for n in sums if n.split("/")[0] in parts]
+    return next((n for n in names if there.get(n) != sums[n]), "")
   for name, checksum in sums.items():
     if name.split(os.sep)[0] not in parts:
       continue
@@ -65,6 +65,18 @@ def damaged(folder: str | os.PathLike[str], parts: tuple[str, ...]) -> str:
     except UserError:
       return name
   return ""
+
+
+def _checksums(folder: str | os.PathLike[str]) -> dict[str, int]:
+  """Returns the checksums of all files below a folder."""
+  if storage.remote(folder):
+    return storage.checksums(folder)
+  names = sorted(
+    os.path.relpath(os.path.join(directory, name), folder)
+    for directory, _, files in os.walk(folder)
+    for name in files
+  )
+  return {name: _checksum(os.path.join(folder, name)) for name in names}
 
 
 def _checksum(path: str) -> int:

@@ -6,7 +6,7 @@ import time
 import types
 from collections.abc import Iterator, Mapping
 
-from sdiff_jax.io import file_io, records
+from sdiff_jax.io import file_io, records, storage
 from sdiff_jax.io.records import Seconds
 from sdiff_jax.types import Json
 
@@ -75,7 +75,7 @@ def read(workdir: str) -> dict[str, float]:
     UserError: the file is damaged.
   """
   path = os.path.join(workdir, GOODPUT)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     return {}
   return records.read(path, dict[str, Seconds], "remove it")
 

@@ -150,6 +150,9 @@ def run(
         break
       if (done + 1) % options.save_every == 0 and done + 1 < steps:
         read()  # checks that the state to save is finite
+        if (done + 1) % options.log_every == 0:
+          log(done + 1)  # so that the lines before a checkpoint exist when it does
+        writer.flush()
         with watch.spent.on("save"):
           checkpoints.save(done + 1, state)
       if sample and options.sample_every and (done + 1) % options.sample_every == 0:

@@ -1,16 +1,17 @@
 """Writes metrics and sample images: JSON lines, TensorBoard, W&B, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
-import pathlib
 import types
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from sdiff_jax.io import file_io, image_io, records
+from sdiff_jax.io import file_io, image_io, records, storage
+from sdiff_jax.io.mirror import mirrored
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.records import Count, Seconds
 from sdiff_jax.training.wandb_board import WandbBoard
@@ -27,6 +28,9 @@ class Writer:
   A run that resumes at step `start` first removes the lines that an earlier, killed run
   wrote after its last checkpoint, so that every step appears once. Values must be on
   the host already; the writer never waits for a device.
+
+  In a bucket metrics.jsonl and TensorBoard's files are written again every 30 s, by a
+  thread, and at each checkpoint (`flush`).
   """
 
   def __init__(
@@ -51,26 +55,30 @@ class Writer:
       wandb: project on Weights & Biases; "" for none.
       config: fields of the run, for Weights & Biases.
     """
-    self._workdir = pathlib.Path(workdir)
+    self._workdir = os.fspath(workdir)
     self._total = total
     self._start = start
     self._unit = unit
     self._active = active
     self._project, self._config = wandb, config
     self._wandb: WandbBoard | None = None
+    self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> "Writer":
     if not self._active:
       return self
     import tensorboardX  # slow to import
 
-    self._workdir.mkdir(parents=True, exist_ok=True)
+    storage.makedirs(self._workdir)
+    folder, self._flush = self._stack.enter_context(mirrored(self._workdir))
     first = self._start + 1 if self._start else 0  # first step of this run
-    path = self._workdir / METRICS
-    _keep_before(path, first)
-    self._lines = path.open("a", encoding="utf-8", buffering=1)
+    path = os.path.join(folder, METRICS)
+    _keep_before(self._workdir, path, first)
+    # buffering=1: each line is written at once
+    lines = open(path, "a", encoding="utf-8", buffering=1)
+    self._lines = self._stack.enter_context(lines)
     self._board = tensorboardX.SummaryWriter(
-      str(self._workdir / "tensorboard"),
+      os.path.join(folder, "tensorboard"),
       purge_step=first,
       max_queue=0,  # No limit: a full disk ends the thread, and a full queue blocks.
       filename_suffix=f".{self._start}",
@@ -87,7 +95,7 @@ class Writer:
       if self._wandb is not None:
         self._wandb.close()
       self._board.close()
-      self._lines.close()
+      self._stack.close()
 
   def scalars(self, step: int, values: Mapping[str, Json]) -> None:
     """Appends a line {"step": step, name: number, ...}; NaN and inf become null."""
@@ -105,10 +113,16 @@ class Writer:
     """Writes uint8 [H, W, C] to samples/<name>_<step>.png and to TensorBoard."""
     if not self._active:
       return
-    image_io.save_png(self._workdir / "samples" / f"{name}_{step:07d}.png", image)
+    path = os.path.join(self._workdir, "samples", f"{name}_{step:07d}.png")
+    image_io.save_png(path, image)
     self._board.add_image(name, image, step, dataformats="HWC")
     if self._wandb is not None:
       self._wandb.image(step, name, image)
+
+  def flush(self) -> None:
+    """Starts an upload of what was written, and does not wait for it."""
+    if self._active:
+      self._flush()
 
   def progress(self, step: int, *, images_per_second: float, loss: float) -> None:
     """Shows the step and some numbers (see `io.progress.Progress.show`)."""
@@ -144,8 +158,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Json]]:
     >>> read_metrics("nothing/here")
     []
   """
-  path = pathlib.Path(workdir) / METRICS
-  if not os.path.lexists(path):
+  path = os.path.join(workdir, METRICS)
+  if not storage.lexists(path):
     return []
   remedy = "remove the line, or the file"
   lines = records.read_lines(path, dict[str, float | None], remedy)
@@ -160,9 +174,9 @@ def _finite(value: Any) -> float | None:
   return number if math.isfinite(number) else None
 
 
-def _keep_before(path: pathlib.Path, first: int) -> None:
-  """Removes, atomically, the lines of steps >= first and an incomplete last line."""
-  if not path.exists():
+def _keep_before(workdir: str, path: str, first: int) -> None:
+  """Writes, atomically, the complete lines of a run of steps < first to a file."""
+  if not storage.lexists(os.path.join(workdir, METRICS)):
     return
-  kept = [row for row in read_metrics(path.parent) if row["step"] < first]
+  kept = [row for row in read_metrics(workdir) if row["step"] < first]
   file_io.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

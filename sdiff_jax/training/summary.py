@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict
 
 import msgspec
 
-from sdiff_jax.io import file_io, records
+from sdiff_jax.io import file_io, records, storage
 from sdiff_jax.io.records import Count, Seconds
 
 SUMMARY = "training.json"  # in a work directory
@@ -47,7 +47,7 @@ def exists(workdir: str) -> bool:
     >>> exists("nothing/here")
     False
   """
-  return os.path.lexists(os.path.join(workdir, SUMMARY))
+  return storage.lexists(os.path.join(workdir, SUMMARY))
 
 
 def write(workdir: str, summary: Summary, parameters: str) -> None:
@@ -83,7 +83,7 @@ def read(workdir: str | os.PathLike[str]) -> Summary | None:
     True
   """
   path = os.path.join(workdir, SUMMARY)
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     return None
   remedy = "remove it, and the job train writes it again"
   return records.read(path, Summary, remedy)

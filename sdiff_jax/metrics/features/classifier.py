@@ -3,7 +3,6 @@
 The job `features` trains such classifiers; those of two data sets ship with the package.
 """
 
-import os
 import pathlib
 
 import flax.linen as nn
@@ -14,7 +13,7 @@ import optax
 from flax import traverse_util
 
 from sdiff_jax import registry
-from sdiff_jax.io import array_io, bounded, file_io
+from sdiff_jax.io import array_io, bounded, file_io, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics.features._base import FeatureNetwork
@@ -209,10 +208,10 @@ def load(path: str | pathlib.Path) -> FeatureNetwork:
   Raises:
     UserError: there is no such file, it is damaged, or it holds no such weights.
   """
-  file = pathlib.Path(path)
+  file = storage.of(path)
   if file.suffix != ".npz":
     file = FOLDER / f"{path}.npz"
-  if not os.path.lexists(file):
+  if not storage.lexists(file):
     shipped = ", ".join(sorted(f.stem for f in FOLDER.glob("*.npz")))
     raise UserError(
       f"features={bounded.short(path)!r} not found: must be a shipped classifier ({shipped}) or an "

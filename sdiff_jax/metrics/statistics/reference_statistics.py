@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from sdiff_jax.io import array_io, bounded, file_io
+from sdiff_jax.io import array_io, bounded, file_io, storage
 from sdiff_jax.metrics import FeatureSet, frechet
 from sdiff_jax.pretrained.files import safe_pickle
 from sdiff_jax.types import Json, UserError
@@ -130,7 +130,7 @@ def save(path: str, statistics: dict[str, frechet.Statistics]) -> None:
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
-  if not os.path.lexists(path):
+  if not storage.lexists(path):
     raise FileNotFoundError(path)
   names = [k for k in array_io.npz_headers(path) if k.startswith(("mu", "sigma"))]
   return array_io.read_npz(path, names)

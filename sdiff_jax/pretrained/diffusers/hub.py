@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 
-from sdiff_jax.io import bounded
+from sdiff_jax.io import bounded, storage
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
 from sdiff_jax.types import UserError
 
@@ -15,7 +15,7 @@ def local(path: str, *, weights: bool = True) -> str:
   """Returns a local folder, after downloading it from the Hub if need be.
 
   Args:
-    path: of the folder, or hf://organization/name.
+    path: of the folder, which may lie in a bucket, or hf://organization/name.
     weights: whether to download weights: for each part the files that are read.
 
   Raises:
@@ -41,6 +41,7 @@ def local(path: str, *, weights: bool = True) -> str:
         f"{path}: the download failed: {reason}; a folder with a copy of "
         f"https://huggingface.co/{name} does as well"
       ) from error
+  path = storage.local(path)
   if not os.path.isdir(path):
     raise UserError(f"{path}: no such folder")
   return path
