@@ -34,6 +34,8 @@ from sdiff_jax.pretrained.diffusers import (
   dit_checkpoint,
   json_tokenizer,
   loading,
+  lora_file,
+  networks,
   prompts,
   tokenizer,
 )
@@ -354,6 +356,16 @@ def _read_shards(folder: str) -> None:
   state_dict.match_params(tensors, like, lambda keys: keys[0])
 
 
+@functools.cache
+def _unet() -> Any:
+  net = loading.network(str(FIXTURES / "tiny-sd2" / "unet"))
+  return networks.abstract_params(net.init, dtype="float32")
+
+
+def _read_lora(folder: str) -> None:
+  lora_file.load(os.path.join(folder, lora_file.FILE), _unet(), part="unet")
+
+
 def _flow_scheduler() -> Files:
   config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
   config |= {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
@@ -612,6 +624,7 @@ READERS: dict[str, Reader] = {
     lambda: {"x.npz": _npz(a=np.ones((3, 2)), b=np.zeros(4))}, _tensors("x.npz"), 6
   ),
   "weights shards": Reader(_shards, _read_shards, 10),
+  "weights lora": Reader(_fixture(f"tiny-lora/{lora_file.FILE}"), _read_lora, 4),
   "weights canaries": Reader(_canaries, _all_weights, 6),
   "lerobot": Reader(_lerobot, lerobot.load, 3),
   "lerobot config": Reader(_lerobot, lerobot.load, 3, ("config.json",)),

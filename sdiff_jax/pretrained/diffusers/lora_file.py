@@ -64,7 +64,7 @@ def load(path: str, net: Params, *, part: str) -> Params:
     UserError: the file is missing or damaged, or it is of another network.
   """
   tensors = {_present(k): v for k, v in state_dict.read(path).items()}
-  alphas = {k: float(v) for k, v in tensors.items() if k.endswith(ALPHA)}
+  alphas = {k: _number(v, path) for k, v in tensors.items() if k.endswith(ALPHA)}
   common = _alpha(path, part)
   like: Params = {}
   factors = {}
@@ -76,19 +76,22 @@ def load(path: str, net: Params, *, part: str) -> Params:
     inner = like
     for k in keys[:-1]:
       inner = inner.setdefault(k, {})
-    rank = first.shape[0]
+    rank = max(1, *first.shape[:1])
     inner[keys[-1]] = {
       A: jax.ShapeDtypeStruct((*w.shape[:-1], rank), np.float32),
-      B: jax.ShapeDtypeStruct((rank, w.shape[-1]), np.float32),
+      B: jax.ShapeDtypeStruct((rank, *w.shape[-1:]), np.float32),
     }
     name = _name(part, keys, B)
     own = alphas.get(f"{name.removesuffix(ENDS[B])}{ALPHA}", common or rank)
-    factors[name] = np.float32(own / rank)
-  scaled = {
-    name: x * factors[name].astype(x.dtype) if name in factors else x
-    for name, x in tensors.items()
-    if name not in alphas
-  }
+    factors[name] = own / rank
+  with np.errstate(all="ignore"):  # what is not finite is reported below
+    scaled = {
+      name: x.astype(np.float32) * np.float32(factors[name])
+      if name in factors and x.dtype.kind not in "cSU"
+      else x
+      for name, x in tensors.items()
+      if name not in alphas
+    }
   return state_dict.match_params(
     scaled,
     like,
@@ -96,6 +99,13 @@ def load(path: str, net: Params, *, part: str) -> Params:
     network=f"the {part}; it is a LoRA of another network",
     path=path,
   )
+
+
+def _number(x: np.ndarray, path: str) -> float:
+  """Returns the value of a tensor with one element."""
+  if x.size != 1 or x.dtype.kind not in "fiu":
+    raise UserError(f"{path}: an alpha is no number, but {x.dtype} {list(x.shape)}")
+  return float(x.reshape(()))
 
 
 def _present(name: str) -> str:

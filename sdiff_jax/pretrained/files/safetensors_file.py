@@ -146,7 +146,9 @@ def metadata(file: IO[bytes]) -> dict[str, str]:
   length = int.from_bytes(file.read(8), "little")
   bounded.check_inside(length, min(size - 8, MAX_HEADER), "the header")
   content = msgspec.json.decode(file.read(length), type=dict[str, Json])
-  return msgspec.convert(content.get(METADATA) or {}, dict[str, str])
+  found = content.get(METADATA)
+  texts = found.items() if isinstance(found, dict) else ()
+  return {name: text for name, text in texts if isinstance(text, str)}
 
 
 def write(
