@@ -47,17 +47,21 @@ def test_a_noise_prediction_of_your_own():
 
 
 def test_the_data_sets_have_the_fields_that_are_shown():
-  (block,) = blocks("guides/data.md")
+  files, text = blocks("guides/data.md")
   c = config.base()
-  exec(block, {"c": c, "config": config})
+  exec(files, {"c": c, "config": config})
   assert c.data.tfds_name == "cifar10"
+  exec(text, {"c": c, "config": config})
+  assert (c.data.name, c.encode.scale) == ("captions", "vae")
 
 
-def test_the_network_of_edm_has_the_fields_that_are_shown():
-  (block,) = blocks("guides/pretrained.md")
+def test_networks_of_others_have_the_fields_that_are_shown():
+  of_edm, of_a_folder = blocks("guides/pretrained.md")
   c = config.base()
-  exec(block, {"c": c, "config": config})
+  exec(of_edm, {"c": c, "config": config})
   assert c.model.process == "edm"
+  exec(of_a_folder, {"c": c, "config": config})
+  assert (c.model.name, c.teacher.folder, c.init_from) == ("pretrained", "DIR", "DIR")
 
 
 @pytest.mark.parametrize("page", ["docs/concepts.md", "CONTRIBUTING.md"])
@@ -76,7 +80,7 @@ def test_required_arguments_are_listed():
   rows = dict(
     re.findall(r"^\| `([\w.]+)` \| `sdiff_jax/[^|]+ \| ([^|]+) \|", text, re.M)
   )
-  assert len(rows) == 9
+  assert len(rows) == 10
   for kind, listed in rows.items():
     for name in registry.names(kind):
       names = set(re.findall("`(\\w+)`", listed))
