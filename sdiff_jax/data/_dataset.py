@@ -34,6 +34,8 @@ class Dataset:
     fingerprint: () -> a digest of all that `read` returns, or of the files behind it
       (names, sizes and times of modification); None to compute it from all samples.
     captions: indices int [n] -> texts of samples; None for a data set without.
+    shards: numbers of samples of the files, in the order of the samples; () if there is
+      no order in which reading is faster.
   """
 
   read: Callable[[np.ndarray], Samples]
@@ -42,6 +44,7 @@ class Dataset:
   codec: Codec
   fingerprint: Callable[[], bytes] | None = None
   captions: Callable[[np.ndarray], list[str]] | None = None
+  shards: tuple[int, ...] = ()
 
   def __getitem__(self, indices: np.ndarray) -> Samples:
     """Returns raw samples [n, ...] and their conditions.
@@ -95,6 +98,7 @@ class Dataset:
       read=lambda k: whole[indices[k]],
       size=len(indices),
       fingerprint=fingerprint,
+      shards=(),
       captions=None if captions is None else lambda k: captions(indices[k]),
     )
 

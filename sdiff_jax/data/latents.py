@@ -132,7 +132,9 @@ def build(*, dir: Path = "", scale: Scale = "scm") -> Dataset:
     return hashlib.sha256(repr((sizes, scale)).encode()).digest()
 
   cond: CondSpecs = class_cond(classes) if texts is None else texts.specs()
-  return Dataset(read, size, cond, codec, fingerprint)
+  whole, rest = divmod(size, about["shard_size"])
+  files = (about["shard_size"],) * whole + ((rest,) if rest else ())
+  return Dataset(read, size, cond, codec, fingerprint, shards=files)
 
 
 def _codec(folder: str, about: dict[str, Json]) -> Codec:

@@ -50,6 +50,10 @@ class Train:
     loss_scale: factor of the loss, by which the gradients are divided again: the mean
       over a batch and all pixels is too small for float16.
     flip: whether images are mirrored horizontally with probability 1/2.
+    shuffle_buffer: samples that are shuffled at a time, while the files of the data are
+      read one after the other, which buckets need; 0 shuffles all.
+    loader_threads: threads of each process that read and decode; 0 for one a core, 2 to
+      16.
     log_every: steps between lines of the log.
     sample_every: steps between grids of samples; 0 for none.
     skip_nonfinite: whether steps with a NaN or an infinity are skipped; otherwise they
@@ -64,6 +68,8 @@ class Train:
   grad_accum_steps: Count = 1
   loss_scale: Positive = 1.0
   flip: bool = False
+  shuffle_buffer: Index = 0
+  loader_threads: Annotated[int, Range(0, 256)] = 0
   log_every: Count = 50
   sample_every: Index = 0
   skip_nonfinite: bool = False
@@ -95,7 +101,7 @@ class WriterFields:
   sections={"train": Train, "writer": WriterFields},
   runtime=(
     *("train.log_every", "train.sample_every", "train.skip_nonfinite"),
-    *("train.profile", "train.profiler_port", "writer"),
+    *("train.loader_threads", "train.profile", "train.profiler_port", "writer"),
   ),
   creates_workdir=True,
 )
@@ -248,6 +254,8 @@ def _batches(
     start=start,
     flip=config.train.flip,
     rows=sharding.rows(batch_sharding, size),
+    shuffle_buffer=config.train.shuffle_buffer,
+    num_threads=config.train.loader_threads,
   )
   return (
     sharding.make_global_batch(batch, batch_sharding, size) for batch in host_batches

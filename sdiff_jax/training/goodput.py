@@ -64,15 +64,34 @@ class Goodput:
 
 
 def write(workdir: str, spent: Goodput) -> None:
-  """Writes goodput.json, from which the next start of the run continues."""
+  """Writes goodput.json, from which the next start of the run continues.
+
+  Args:
+    workdir: of the run.
+    spent: by this start and the earlier ones.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   write(folder, Goodput())
+    ...   Goodput(read(folder)).starts
+    2
+  """
   file_io.write_json(os.path.join(workdir, GOODPUT), spent.summary())
 
 
 def read(workdir: str) -> dict[str, float]:
   """Returns the content of goodput.json, {} if there is none.
 
+  Args:
+    workdir: of the run.
+
   Raises:
     UserError: the file is damaged.
+
+  Example:
+    >>> read("nothing/here")
+    {}
   """
   path = os.path.join(workdir, GOODPUT)
   if not storage.lexists(path):

@@ -1,11 +1,12 @@
 """Traces of training steps, and their costliest operations.
 
-JAX's profiler writes a trace for xprof, Perfetto and TensorBoard; `operations` sums it by
+JAX's profiler writes a trace for xprof, Perfetto and TensorBoard; `by_operation` sums it by
 operation of the compiled program, without TensorFlow.
 """
 
 import contextlib
 import glob
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -122,25 +123,31 @@ class Profiler:
         target = os.path.join(self._workdir, FOLDER, os.path.relpath(path, folder))
         file_io.write_bytes(target, file_io.read_bytes(path))
         if path.endswith(".xplane.pb"):
-          found = summary(operations(path), self._first, self._steps)
+          found = summary(_operations(path), self._first, self._steps)
           file_io.write_json(os.path.join(self._workdir, OPERATIONS), found)
 
 
-def operations(path: str) -> list[Operation]:
-  """Returns the operations of a trace, the costliest first.
-
-  Args:
-    path: of the trace, *.xplane.pb.
-  """
+def _operations(path: str) -> list[Operation]:
+  """Returns the operations of a trace *.xplane.pb, the costliest first."""
   return by_operation(_lines(jax.profiler.ProfileData.from_file(path)))
 
 
 def summary(found: list[Operation], first: int, steps: int) -> Operations:
-  """Returns what is written of the operations of a trace of some steps."""
+  """Returns what is written of the operations of a trace of some steps.
+
+  Args:
+    found: the operations, the costliest first.
+    first: number of the first step, from 1.
+    steps: number of steps.
+
+  Example:
+    >>> summary([{"name": "dot", "seconds": 2.0, "count": 3}], 100, 5)["seconds"]
+    2.0
+  """
   return {
     "first": first,
     "steps": steps,
-    "seconds": sum(operation["seconds"] for operation in found),
+    "seconds": math.fsum(operation["seconds"] for operation in found),
     "operations": found[:MAX_SHOWN],
     "device": jax.devices()[0].device_kind,
   }
@@ -165,6 +172,9 @@ def by_operation(lines: Iterable[list[Span]]) -> list[Operation]:
 
   The time of an operation is without that of the operations inside it, such as those of a
   loop's body.
+
+  Args:
+    lines: operations of each line of time.
 
   Example:
     >>> loop = [Span("while", 0, 10e9), Span("dot", 1e9, 3e9), Span("dot", 5e9, 3e9)]
@@ -193,7 +203,17 @@ def by_operation(lines: Iterable[list[Span]]) -> list[Operation]:
 def read(path: str | os.PathLike[str]) -> Operations:
   """Returns the costliest operations that a run has written.
 
+  Args:
+    path: of operations.json.
+
   Raises:
     UserError: the file is damaged.
+
+  Example:
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   path = os.path.join(folder, "operations.json")
+    ...   file_io.write_json(path, summary([], 1, 5))
+    ...   read(path)["steps"]
+    5
   """
   return records.read(path, Operations, "remove it, or trace again")

@@ -70,6 +70,10 @@ def peak_memory() -> float | None:
   """Returns the largest number of bytes in use so far on a device of this process.
 
   None where the devices do not tell, as CPUs.
+
+  Example:
+    >>> peak_memory() is None
+    True
   """
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]

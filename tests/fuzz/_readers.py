@@ -198,6 +198,18 @@ def _write_text_latents(folder: str) -> None:
   _text_table.write(*_text_table.paths(folder, 3, 4), texts)
 
 
+def _tars() -> Files:
+  """Returns a tar of images with classes."""
+  tar = io.BytesIO()
+  with tarfile.open(fileobj=tar, mode="w") as archive:
+    for k, image in enumerate(_images(3)):
+      for name, data in ((f"{k}.png", _picture(image, "PNG")), (f"{k}.cls", b"%d" % k)):
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+  return {"a.tar": tar.getvalue()}
+
+
 def _captioned() -> Files:
   """Returns images with a list of captions, and the same in a tar."""
   images = {k: v for k, v in _folder().items() if k.endswith(".png")}
@@ -563,6 +575,7 @@ READERS: dict[str, Reader] = {
     _take("npz", "path", "x.npz"),
     8,
   ),
+  "data shards": Reader(_tars, _take("shards", "dir", image_size=8)),
   "data npz in parts": Reader(
     lambda: {
       "x/0.npz": _npz(images=_images()[:4]),

@@ -134,7 +134,7 @@ def test_a_trace_of_some_steps_is_on_the_page(tmp_path):
   times = [operation["seconds"] for operation in found["operations"]]
   assert times == sorted(times, reverse=True)
   assert sum(times) <= found["seconds"] * (1 + 1e-6)
-  counts = {x["name"]: x["count"] for x in profiling.operations(str(trace))}
+  counts = {x["name"]: x["count"] for x in profiling._operations(str(trace))}
   assert 4 in counts.values(), counts  # what a step does once
   table = runs._operations(found)
   assert "Costliest operations of 4 steps from step 3 on" in table
