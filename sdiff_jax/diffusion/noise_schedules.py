@@ -259,6 +259,27 @@ def vp_by_sigma(abar: np.ndarray, starts: np.ndarray) -> NoiseSchedule:
   )
 
 
+def vp_of_ratios(abar: np.ndarray, ratios: np.ndarray) -> NoiseSchedule:
+  """Returns the schedule of a discrete variance-preserving process at any noise levels.
+
+  Between two timesteps ln(alpha / sigma) is linear in time, as in `parameterizations.vp`.
+
+  Args:
+    abar: alpha^2 at each training timestep, all above 0, float64 [T].
+    ratios: sigma / alpha at the start of each step and at the end, decreasing; the last
+      one may be 0. float64 [N + 1].
+
+  Example:
+    >>> abar = np.array([0.8, 0.5, 0.2])  # of sigma / alpha = 1/2, 1 and 2
+    >>> vp_of_ratios(abar, np.array([2.0, 2**-0.5, 0.0])).time
+    array([2. , 0.5])
+  """
+  with np.errstate(divide="ignore"):
+    time = np.interp(np.log(ratios), -log_snr(abar), np.arange(len(abar)))
+  alpha = (1 + ratios**2) ** -0.5
+  return from_levels(alpha, ratios * alpha, time, _vp_point(abar), sigma_d=1.0)
+
+
 def _vp_point(abar: np.ndarray) -> PointFn:
   """Returns `NoiseSchedule.point` of a discrete variance-preserving process."""
   log_snrs = log_snr(abar)

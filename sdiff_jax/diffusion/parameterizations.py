@@ -105,6 +105,7 @@ def denoiser(
   *,
   clip: float = 0.0,
   quantile: float = 0.0,
+  largest: float = np.inf,
   excess: Callable[[Array], Array] | None = None,
 ) -> Denoiser:
   """Returns the denoiser of a network.
@@ -117,6 +118,7 @@ def denoiser(
     quantile: with `clip`, each sample is clipped to this quantile of its |x0|, if that
       is larger than `clip`, and scaled back to `clip` (dynamic thresholding,
       arXiv:2205.11487, section 2.3); 0 for a fixed range.
+    largest: the largest range of dynamic thresholding.
     excess: time [N] -> weight [N] by which the clipped part is subtracted once more;
       None for 0 (see `pretrained.diffusers.scheduler.denoiser`).
 
@@ -139,13 +141,14 @@ def denoiser(
   def denoise(x: Array, time: Array, cond: Cond) -> Array:
     alpha, sigma = (expand(v, x) for v in level(time))
     d = PARAMETERIZATIONS[kind](predict(x, time, cond), x, alpha, sigma)
-    if quantile:
-      limit = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
-      limit = expand(jnp.maximum(limit, clip), d)
-      return jnp.clip(d, -limit, limit) * (clip / limit)
     if not clip:
       return d
-    clipped = jnp.clip(d, -clip, clip)
+    if quantile:
+      limit = jnp.quantile(jnp.abs(d).reshape(len(d), -1), quantile, axis=1)
+      limit = expand(jnp.clip(limit, clip, largest), d)
+      clipped = jnp.clip(d, -limit, limit) * (clip / limit)
+    else:
+      clipped = jnp.clip(d, -clip, clip)
     if excess is None:
       return clipped
     return clipped + expand(excess(time), d) * (clipped - d)

@@ -185,12 +185,7 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
         "diffusers format; leave it out"
       )
   with config_errors("config.sampler"):
-    solver = samplers.solver_of(config.sampler.name)
-  if solver in TRIGFLOW_SOLVERS:
-    raise UserError(
-      f"config.sampler.name={config.sampler.name!r}: only for networks trained here, not "
-      "for models in the diffusers format, which predict noise, v or x0"
-    )
+    samplers.solver_of(config.sampler.name)
 
 
 def build_sampler(
@@ -217,7 +212,7 @@ def build_sampler(
   if solver != schedule.solver and CONSISTENCY in (solver, schedule.solver):
     raise ValueError(
       f"name={name!r}: among models in the diffusers format, {CONSISTENCY!r} is only for "
-      "one with an SCMScheduler, which takes no other solver"
+      "one with an SCMScheduler or an LCMScheduler, which take no other solver"
     )
   schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
   tableau = scheduler.tableau(schedule, steps)

@@ -9,7 +9,7 @@ from msgspec import Meta
 from sdiff_jax.data import trajectories
 from sdiff_jax.data.episodes import normalizer as normalizer_lib
 from sdiff_jax.data.episodes.normalizer import Affine, Normalizer
-from sdiff_jax.pretrained.diffusers import networks
+from sdiff_jax.pretrained.diffusers import betas, networks, scheduler_fields
 from sdiff_jax.pretrained.diffusers import scheduler as scheduler_lib
 from sdiff_jax.pretrained.diffusion_policy import (
   PretrainedPolicy,
@@ -38,14 +38,14 @@ FIELDS = {  # of LeRobot's DiffusionConfig
   "diffusion_step_embed_dim": Field(128, Channels),
   "use_film_scale_modulation": Field(True, bool),
   "noise_scheduler_type": Field("DDPM", str),
-  "num_inference_steps": Field(None, scheduler_lib.Timesteps | None),
-  **{name: scheduler_lib.FIELDS[name] for name in ("beta_start", "beta_end")},
-  "num_train_timesteps": Field(100, scheduler_lib.Timesteps),
-  "beta_schedule": scheduler_lib.FIELDS["beta_schedule"]._replace(
+  "num_inference_steps": Field(None, betas.Timesteps | None),
+  **{name: scheduler_fields.FIELDS[name] for name in ("beta_start", "beta_end")},
+  "num_train_timesteps": Field(100, betas.Timesteps),
+  "beta_schedule": scheduler_fields.FIELDS["beta_schedule"]._replace(
     default="squaredcos_cap_v2"
   ),
-  "prediction_type": scheduler_lib.FIELDS["prediction_type"],
-  **scheduler_lib.CLIP,
+  "prediction_type": scheduler_fields.FIELDS["prediction_type"],
+  **scheduler_fields.CLIP,
 }
 Size = Annotated[int, Meta(ge=1, le=10_000)]  # of an observation or an action
 Shape = Annotated[list[Size], Meta(min_length=1, max_length=1)]

@@ -165,14 +165,14 @@ def test_all_that_does_not_fit_is_listed(copy):
   folder = copy(SD2)
   edit(folder / "unet" / "config.json", more=1, class_embed_type="timestep")
   edit(folder / "vae" / "config.json", act_fn="relu")
-  edit(folder / "scheduler" / "scheduler_config.json", thresholding=True)
+  edit(folder / "scheduler" / "scheduler_config.json", prediction_type="flow")
   with pytest.raises(UserError) as error:
     loading.load(str(folder))
   message = str(error.value)
   for part in (
     "unet/config.json: unknown fields: more; values not supported: class_embed_type=",
     "vae/config.json: values not supported: act_fn='relu'",
-    "scheduler/scheduler_config.json: values not supported: thresholding=True",
+    "scheduler/scheduler_config.json: prediction_type='flow': must be one of",
   ):
     assert part in message
   assert "\n" not in message

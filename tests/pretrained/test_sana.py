@@ -274,7 +274,7 @@ def sprint(prompt: str, scale: float):
 def test_solvers_of_sprint():
   """Only its own, and it is for no other model."""
   schedule = load(SPRINT).schedule
-  with pytest.raises(ValueError, match="name='ddim': .* takes no other solver"):
+  with pytest.raises(ValueError, match="name='ddim': .* take no other solver"):
     text_to_image.build_sampler(schedule, name="ddim", steps=2)
   with pytest.raises(ValueError, match="timestep_spacing='trailing': SCMScheduler"):
     text_to_image.build_sampler(

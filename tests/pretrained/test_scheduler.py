@@ -126,10 +126,10 @@ def test_solvers(name, fields, solver):
 
 def test_fields_of_another_class():
   """Stable Diffusion 2's files have them; they mean nothing there."""
-  other = {"clip_sample": True, "skip_prk_steps": True, "use_karras_sigmas": True}
+  other = {"clip_sample": True, "skip_prk_steps": True, "use_beta_sigmas": True}
   assert of("PNDM", **other).clip == 0
   assert of("EulerDiscrete", set_alpha_to_one=False).last == 1
-  with pytest.raises(ValueError, match="use_karras_sigmas=True"):
+  with pytest.raises(ValueError, match="use_beta_sigmas=True"):
     of("EulerDiscrete", **other)
 
 
@@ -152,10 +152,10 @@ def test_fields():
   ("fields", "message"),
   [
     (
-      {"_class_name": "LCMScheduler"},
-      "_class_name='LCMScheduler': must be one of DDIM",
+      {"_class_name": "HeunDiscreteScheduler"},
+      "_class_name='HeunDiscreteScheduler': must be one of DDIM",
     ),
-    ({"eta": 1, "thresholding": True}, "unknown fields: eta; .*: thresholding=True"),
+    ({"eta": 1, "thresholding": 2}, "thresholding=2: must be .*; unknown fields: eta"),
     ({"prediction_type": "flow"}, "prediction_type='flow': must be one of epsilon, v_"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': must be one of linear"),
     (
@@ -167,8 +167,8 @@ def test_fields():
       r"solver_order=4: must be 'dpmsolver\+\+' or UniPC with order 2 or 3",
     ),
     (
-      {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
-      "values not supported: use_karras_sigmas=True",
+      {"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True},
+      "values not supported: use_lu_lambdas=True",
     ),
   ],
 )

@@ -10,7 +10,7 @@ x' = (1 - sigma') d + sigma' z.
 
 import numpy as np
 
-from sdiff_jax.pretrained.diffusers import flow_scheduler, scheduler
+from sdiff_jax.pretrained.diffusers import flow_scheduler, scheduler, scheduler_fields
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Json
@@ -42,7 +42,7 @@ def scheduler_config(config: dict[str, Json]) -> dict[str, Json]:
     kept = {k: config.get(k, fields[k].default) for k in KEPT_OF_FLOW}
     name = flow_scheduler.CLASS_NAME
     return {"_class_name": name, **kept, "stochastic_sampling": True}
-  fields = scheduler.FIELDS | scheduler.ZERO_SNR
+  fields = scheduler_fields.FIELDS | scheduler_fields.ZERO_SNR
   kept = {k: config.get(k, fields[k].default) for k in KEPT}
   return {
     "_class_name": CLASS_NAME,

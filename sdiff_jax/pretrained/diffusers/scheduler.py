@@ -1,113 +1,38 @@
 """Noise schedules and solvers of published models, from their scheduler_config.json."""
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from msgspec import Meta
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
-from sdiff_jax.pretrained.diffusers import flow_scheduler
+from sdiff_jax.pretrained.diffusers import (
+  betas,
+  flow_scheduler,
+  lcm_scheduler,
+  sigma_grids,
+)
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
+from sdiff_jax.pretrained.diffusers.scheduler_fields import (
+  CLASSES,
+  FIELDS,
+  IGNORED_FIELDS,
+  PREDICTION_TYPES,
+  VARIANCES,
+)
 from sdiff_jax.pretrained.files import config_fields
-from sdiff_jax.pretrained.files.config_fields import Field, Fields, Fraction, Positive
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, Json, NetFn
 
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-BETA_SCHEDULES = {
-  "linear": "linear",
-  "scaled_linear": "scaled_linear",
-  "squaredcos_cap_v2": "cosine",
-}
-UNSUPPORTED_FIELDS = (None, False)
-MAX_TIMESTEPS = 100_000
-Timesteps = Annotated[int, Meta(ge=1, le=MAX_TIMESTEPS)]
-Betas = Annotated[
-  list[Annotated[float, Meta(gt=0, le=1)]], Meta(min_length=1, max_length=MAX_TIMESTEPS)
-]
-Spacing = Literal["leading", "linspace", "trailing"]
-FinalSigmas = Literal["zero", "sigma_min"]
-FIELDS = {
-  "num_train_timesteps": Field(1000, Timesteps),
-  "beta_start": Field(0.0001, Fraction),
-  "beta_end": Field(0.02, Fraction),
-  "beta_schedule": Field("linear", Literal[tuple(BETA_SCHEDULES)]),
-  "trained_betas": Field(None, Betas | None),
-  "prediction_type": Field("epsilon", Literal[tuple(PREDICTION_TYPES)]),
-  "timestep_spacing": Field("leading", Spacing),
-  "steps_offset": Field(0, Annotated[int, Meta(ge=0, lt=MAX_TIMESTEPS)]),
-}
-SUPPORTED_VALUES = {"thresholding": UNSUPPORTED_FIELDS}
-ZERO_SNR = {"rescale_betas_zero_snr": Field(False, bool)}
-LINSPACE = {"timestep_spacing": Field("linspace", Spacing)}
-CLIP = {
-  "clip_sample": Field(True, bool),
-  "clip_sample_range": Field(1.0, Positive),
-}
-OTHER_GRIDS = {
-  f"use_{name}": UNSUPPORTED_FIELDS
-  for name in (
-    *("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"),
-    *("flow_sigmas", "dynamic_shifting"),
-  )
-}
-MULTISTEP_FIELDS = LINSPACE | {
-  "solver_order": Field(2, Annotated[int, Meta(ge=1, le=16)]),
-  "final_sigmas_type": Field("zero", FinalSigmas),
-}
-DPM_FIELDS = MULTISTEP_FIELDS | {"algorithm_type": Field("dpmsolver++", str)}
-DPM_SUPPORTED_VALUES = {
-  "solver_type": ("midpoint",),
-  "lower_order_final": (True,),
-  "lambda_min_clipped": (-np.inf,),
-  "variance_type": UNSUPPORTED_FIELDS,
-  "flow_shift": (1.0,),
-  "euler_at_final": UNSUPPORTED_FIELDS,
-} | OTHER_GRIDS
-EULER_SUPPORTED_VALUES = {
-  "interpolation_type": ("linear",),
-  "timestep_type": ("discrete",),
-  "final_sigmas_type": ("zero",),
-  "sigma_min": UNSUPPORTED_FIELDS,
-  "sigma_max": UNSUPPORTED_FIELDS,
-  **{f"use_{n}_sigmas": UNSUPPORTED_FIELDS for n in ("karras", "exponential", "beta")},
-}
-UNIPC_SUPPORTED_VALUES = {
-  "predict_x0": (True,),
-  "solver_type": ("bh2",),
-  "lower_order_final": (True,),
-  "disable_corrector": ([],),
-  "solver_p": UNSUPPORTED_FIELDS,
-  "flow_shift": (1.0,),
-  "sigma_min": UNSUPPORTED_FIELDS,
-  "sigma_max": UNSUPPORTED_FIELDS,
-  "shift_terminal": UNSUPPORTED_FIELDS,
-} | OTHER_GRIDS
-VARIANCES = {
-  **{"fixed_small": "ddpm", "fixed_small_log": "ddpm"},
-  **{"fixed_large": "ddpm_large", "fixed_large_log": "ddpm_large"},
-}
-VARIANCE = Field("fixed_small", Literal[tuple(VARIANCES)])
-# Class -> its own fields, and those with only some supported values.
-CLASSES: dict[str, tuple[Fields, Mapping[str, tuple]]] = {
-  "DDIM": (CLIP | ZERO_SNR | {"set_alpha_to_one": Field(True, bool)}, {}),
-  "DDPM": (CLIP | ZERO_SNR | {"variance_type": VARIANCE}, {}),
-  "PNDM": (
-    {"set_alpha_to_one": Field(False, bool)},
-    {"rescale_betas_zero_snr": UNSUPPORTED_FIELDS},
-  ),
-  "DPMSolverMultistep": (ZERO_SNR | DPM_FIELDS, DPM_SUPPORTED_VALUES),
-  "EulerDiscrete": (ZERO_SNR | LINSPACE, EULER_SUPPORTED_VALUES),
-  "UniPCMultistep": (ZERO_SNR | MULTISTEP_FIELDS, UNIPC_SUPPORTED_VALUES),
-}
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
 NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME, flow_scheduler.SCM_NAME)
-IGNORED_FIELDS = {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps"}
-IGNORED_FIELDS |= {"time_shift_type"}
+OF_TWO_TIMES = "FlowMapEulerDiscreteScheduler"
+# Class -> solver of the classes whose timesteps need not be whole.
+BY_SIGMA = {"EulerDiscrete": "euler", "EulerAncestralDiscrete": "euler_ancestral"}
 # (algorithm, order) -> solver
 MULTISTEP = {
   ("dpmsolver++", 2): "dpmpp2m",
@@ -137,6 +62,12 @@ class Schedule(NamedTuple):
     offset: added to "leading" timesteps.
     last: alpha^2 at the end of the process.
     clip: range that the denoiser clips its estimate of x0 to; 0 for no clipping.
+    quantile: of dynamic thresholding, 0 for none; `clip` is 1.
+    largest: the largest range of dynamic thresholding.
+    grid: noise levels in place of those of timesteps, a key of `sigma_grids.GRIDS`.
+    whole: how the network's timesteps on a grid become whole ones, a key of
+      `sigma_grids.WHOLE`.
+    boundary: of LCM; None for other models.
   """
 
   abar: np.ndarray
@@ -146,6 +77,11 @@ class Schedule(NamedTuple):
   offset: int
   last: float
   clip: float
+  quantile: float = 0.0
+  largest: float = np.inf
+  grid: str = ""
+  whole: str = ""
+  boundary: Boundary | None = None
 
 
 def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
@@ -171,6 +107,11 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
     return flow_scheduler.from_dpm_config(config)
   if name == flow_scheduler.SCM_NAME:
     return flow_scheduler.from_scm_config(config)
+  if name == OF_TWO_TIMES:
+    raise ValueError(
+      f"_class_name={name!r}: is for networks of two times, and no such network of the "
+      "diffusers format can be read; those trained here have the sampler flow_map"
+    )
   if not isinstance(name, str) or name not in CLASS_NAMES:
     raise ValueError(
       f"_class_name={config_fields.quoted(name)}: must be one of {', '.join(NAMES)}"
@@ -179,11 +120,9 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
   # A file that was written for one class may be used by another; its fields stay there.
   others = {k for pair in CLASSES.values() for part in pair for k in part}
   unused = IGNORED_FIELDS | others - own.keys() - supported.keys() - FIELDS.keys()
-  c = config_fields.validated_config(
-    config, FIELDS | own, SUPPORTED_VALUES | supported, unused
-  )
-  _check_betas(c, config)
-  abar = _abar(c)
+  c = config_fields.validated_config(config, FIELDS | own, supported, unused)
+  betas.check(c, config)
+  abar = betas.abar(c)
   if abar[-1] == 0 and c["prediction_type"] == "epsilon":
     raise ValueError(
       "prediction_type='epsilon': the last timestep of these betas is pure noise (zero "
@@ -191,6 +130,8 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
       "'v_prediction' or 'sample'"
     )
   to_clean = c.get("set_alpha_to_one", c.get("final_sigmas_type", "zero") == "zero")
+  dynamic, grid = bool(c.get("thresholding")), sigma_grids.chosen(c)
+  clip = c.get("clip_sample", False) * c.get("clip_sample_range", 1.0)
   return Schedule(
     abar,
     PREDICTION_TYPES[c["prediction_type"]],
@@ -198,43 +139,15 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
     c["timestep_spacing"],
     c["steps_offset"],
     1.0 if to_clean else float(abar[0]),
-    c.get("clip_sample", False) * c.get("clip_sample_range", 1.0),
+    1.0 if dynamic else clip,
+    dynamic * c.get("dynamic_thresholding_ratio", 0.0),
+    c["sample_max_value"] if dynamic else np.inf,
+    grid,
+    sigma_grids.whole(CLASS_NAMES[name], grid, c["beta_schedule"]),
+    Boundary(c["original_inference_steps"], c["timestep_scaling"])
+    if name == "LCMScheduler"
+    else None,
   )
-
-
-def _check_betas(c: dict[str, Json], config: dict[str, Json]) -> None:
-  """Raises a ValueError if fields of a config contradict each other."""
-  betas, steps = c["trained_betas"], c["num_train_timesteps"]
-  if betas is None and c["beta_start"] > c["beta_end"]:
-    raise ValueError(
-      f"beta_start={c['beta_start']}: must be at most beta_end={c['beta_end']}"
-    )
-  if betas is None and c["steps_offset"] >= steps:
-    raise ValueError(
-      f"steps_offset={c['steps_offset']}: must be below num_train_timesteps={steps}"
-    )
-  if betas is not None and "num_train_timesteps" in config and len(betas) != steps:
-    raise ValueError(
-      f"trained_betas: must be as many as num_train_timesteps={steps}, not {len(betas)}"
-    )
-  if betas is not None and 1 in betas[:-1]:
-    raise ValueError("trained_betas: only the last one may be 1")
-
-
-def _abar(c: dict[str, Json]) -> np.ndarray:
-  """Returns alpha^2 at each training timestep; the last one may be 0."""
-  if c["trained_betas"] is not None:
-    abar = np.cumprod(1 - np.asarray(c["trained_betas"], np.float64))
-  else:
-    abar = noise_schedules.alphas_cumprod(
-      BETA_SCHEDULES[c["beta_schedule"]],
-      c["num_train_timesteps"],
-      start=c["beta_start"],
-      end=c["beta_end"],
-    )
-  if c.get("rescale_betas_zero_snr", False):
-    abar = noise_schedules.rescale_zero_terminal_snr(abar)
-  return abar
 
 
 def _abar_for(schedule: Schedule, solver: str) -> np.ndarray:
@@ -246,8 +159,10 @@ def _abar_for(schedule: Schedule, solver: str) -> np.ndarray:
 
 def _solver(class_name: str, c: dict[str, Json]) -> str:
   """Returns the name of the solver that a config asks for."""
-  if class_name == "EulerDiscrete":
-    return "euler"
+  if class_name in BY_SIGMA:
+    return BY_SIGMA[class_name]
+  if class_name == "LCM":
+    return lcm_scheduler.SOLVER
   if class_name == "DDPM":
     return VARIANCES[c["variance_type"]]
   if "solver_order" not in c:
@@ -283,8 +198,12 @@ def tableau(
     return flow_scheduler.tableau(schedule, steps, solver)
   solver = solver or schedule.solver
   abar, spacing, last = _abar_for(schedule, solver), schedule.spacing, schedule.last
-  if solver == "euler":
-    return _euler_tableau(schedule, abar, steps)
+  if solver == lcm_scheduler.SOLVER and schedule.boundary:
+    return lcm_scheduler.tableau(schedule.boundary, abar, steps)
+  if schedule.grid:
+    return _grid_tableau(schedule, abar, steps, solver)
+  if solver in BY_SIGMA.values():
+    return _euler_tableau(schedule, abar, steps, solver)
   num_train, ends = len(abar), None
   if solver in WITH_END_TIMESTEP and spacing != "trailing":
     if not 1 <= steps < num_train:
@@ -311,14 +230,23 @@ def tableau(
   )
 
 
-def _euler_tableau(schedule: Schedule, abar: np.ndarray, steps: int) -> SolverTableau:
+def _euler_tableau(
+  schedule: Schedule, abar: np.ndarray, steps: int, solver: str
+) -> SolverTableau:
   """Returns the tableau of Euler's method in sigma / alpha, as diffusers has it.
 
-  Timesteps of "linspace" are not rounded, the last step ends at clean data, and a
-  timestep beyond the last one has the noise level of the last one. With "leading" spacing
-  the first state has variance 1, otherwise sigma^2.
+  The last step ends at clean data, and a timestep beyond the last one has the noise
+  level of the last one. With "leading" spacing the first state has variance 1, otherwise
+  sigma^2.
   """
-  spacing, num_train = schedule.spacing, len(abar)
+  path = noise_schedules.vp_by_sigma(abar, _euler_starts(schedule, steps))
+  tableau = solvers.from_schedule(solver, path)
+  return tableau._replace(init_std=1.0) if schedule.spacing == "leading" else tableau
+
+
+def _euler_starts(schedule: Schedule, steps: int) -> np.ndarray:
+  """Returns timesteps, of which those of "linspace" are not rounded, float64 [N]."""
+  spacing, num_train = schedule.spacing, len(schedule.abar)
   starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
   if spacing == "linspace":
     starts = np.linspace(0, num_train - 1, steps)[::-1]
@@ -328,10 +256,31 @@ def _euler_tableau(schedule: Schedule, abar: np.ndarray, steps: int) -> SolverTa
       f"with steps_offset={schedule.offset}, but the model's last timestep is "
       f"{num_train - 1}; use fewer steps, or another spacing"
     )
-  tableau = solvers.from_schedule(
-    "euler", noise_schedules.vp_by_sigma(abar, starts.astype(np.float64))
-  )
-  return tableau._replace(init_std=1.0) if spacing == "leading" else tableau
+  return starts.astype(np.float64)
+
+
+def _grid_tableau(
+  schedule: Schedule, abar: np.ndarray, steps: int, solver: str
+) -> SolverTableau:
+  """Returns the tableau of a solver at noise levels that are no timesteps'.
+
+  They lie between the first and the last training level; for Euler's method, between
+  those of its timesteps.
+  """
+  ratios = (1 / np.maximum(abar, SMALLEST_ABAR) - 1) ** 0.5
+  ends, by_sigma = ratios[[-1, 0]], solver in BY_SIGMA.values()
+  if by_sigma:
+    starts = _euler_starts(schedule, steps)
+    ends = np.interp(starts[[0, -1]], np.arange(len(ratios)), ratios)
+  last = 0.0 if by_sigma else (1 / schedule.last - 1) ** 0.5
+  levels = np.append(sigma_grids.levels(schedule.grid, *ends, steps), last)
+  if np.isclose(levels[-2], last, rtol=1e-9):  # the same, but for rounding
+    levels[-2] = last
+  path = noise_schedules.vp_of_ratios(np.maximum(abar, SMALLEST_ABAR), levels)
+  with np.errstate(all="ignore"):  # a step of length 0, whose corrector is not used
+    table = solvers.from_schedule(solver, path)
+  leading = by_sigma and schedule.spacing == "leading"
+  return table._replace(init_std=1.0) if leading else table
 
 
 def denoiser(
@@ -365,10 +314,20 @@ def denoiser(
       return jnp.interp(time, at, values)
 
   abar = _abar_for(schedule, solver)
-  by_sigma = solver == "euler"
-  level = (parameterizations.vp_by_sigma if by_sigma else parameterizations.vp)(abar)
+  level = parameterizations.vp(abar)
+  if schedule.grid:
+    level = parameterizations.vp(np.maximum(abar, SMALLEST_ABAR))
+    predict = sigma_grids.at_whole_timesteps(predict, schedule.whole)
+  elif solver in BY_SIGMA.values():
+    level = parameterizations.vp_by_sigma(abar)
   return parameterizations.denoiser(
-    predict, schedule.kind, level, clip=schedule.clip, excess=excess
+    predict,
+    schedule.kind,
+    level,
+    clip=schedule.clip,
+    quantile=schedule.quantile,
+    largest=schedule.largest,
+    excess=excess,
   )
 
 

@@ -48,6 +48,21 @@ def euler(schedule: NoiseSchedule) -> SolverTableau:
   return ddim(schedule)
 
 
+@registry.register(
+  "samplers.solvers", "euler_ancestral", timesteps=time_grids.karras_timesteps
+)
+def euler_ancestral(schedule: NoiseSchedule) -> SolverTableau:
+  """Euler's step to a lower level and fresh noise, which is the step of DDPM.
+
+  With r = sigma / alpha the noise has the level r' (1 - (r' / r)^2)^(1/2), as in
+  k-diffusion and diffusers.
+
+  Args:
+    schedule: the noise level at each step.
+  """
+  return ddpm(schedule)
+
+
 @registry.register("samplers.solvers", "ddpm", timesteps=time_grids.uniform_timesteps)
 def ddpm(schedule: NoiseSchedule) -> SolverTableau:
   """Ancestral sampling: x' ~ N(E[x' | x, x0 = d], s^2) (arXiv:2006.11239, eq. 6-7).
