@@ -98,14 +98,16 @@ class Profiler:
 
     Args:
       step: number of the step that starts next, from 1.
-      wait_for: arrays of the step before, which the end of the trace waits for.
+      wait_for: arrays of the step before, which is waited for: it belongs to the trace as a
+        whole, or not at all.
     """
     if not self._first:
       return
+    if step in (self._first, self._first + self._steps):
+      jax.block_until_ready(wait_for)
     if step == self._first:
       self._stack.enter_context(self._traced())
     elif step == self._first + self._steps:
-      jax.block_until_ready(wait_for)
       self._stack.close()
 
   @contextlib.contextmanager
