@@ -30,8 +30,8 @@ def environment(port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def emulator() -> Iterator[int]:
-  """Runs the emulator with an empty bucket, and yields its port."""
+def emulator() -> Iterator[tuple[int, int]]:
+  """Runs the emulator with an empty bucket, and yields its port and its process."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -48,16 +48,16 @@ def emulator() -> Iterator[int]:
         break
       assert time.monotonic() < deadline
       time.sleep(0.05)
-    yield port
+    yield port, process.pid
   finally:
     process.kill()
     process.wait()
 
 
 @contextlib.contextmanager
-def bucket() -> Iterator[str]:
-  """Yields a bucket that all clients of this process and its children use."""
-  with emulator() as port, pytest.MonkeyPatch.context() as patch:
+def bucket() -> Iterator[tuple[str, int]]:
+  """Yields a bucket that this process and its children use, and the emulator's process."""
+  with emulator() as (port, pid), pytest.MonkeyPatch.context() as patch:
     for name, value in environment(port).items():
       patch.setenv(name, value)
-    yield NAME
+    yield NAME, pid

@@ -51,7 +51,7 @@ def cache() -> str:
 @pytest.fixture(scope="session")
 def bucket():
   """gs://test, of an emulator that runs as long as the tests."""
-  with buckets.bucket() as name:
+  with buckets.bucket() as (name, _):
     yield name
 
 

@@ -1,0 +1,178 @@
+"""Jobs in a bucket that are killed at random moments, and jobs of two processes."""
+
+import json
+import random
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from test_buckets import TEACHER, assert_equal, half_saved, job, losses, restored
+from test_kills import start, without_times
+from test_main import ROOT, command, environment
+
+from sdiff_jax import registry
+from sdiff_jax.io import array_io, file_io, storage
+
+TIMES_KILLED = 5  # of each of four jobs
+LONG = ("--config.train.steps=60", "--config.train.sample_every=0")
+ENCODE = """
+from sdiff_jax import config as configs
+def get_config():
+  c = configs.base()
+  c.job = 'encode'
+  c.data = configs.component('data', 'npz', path='{images}')
+  c.vae = '{vae}'
+  c.encode.update(batch_size=8, shard_size=40)
+  return c
+"""
+
+
+def write_images(path: str) -> None:
+  pixels = np.random.default_rng(0).integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
+  file_io.write_npz(path, images=pixels, labels=np.arange(400) % 3)
+
+
+def encode_config(folder, images: str) -> str:
+  path = folder / "config.py"
+  path.write_text(ENCODE.format(images=images, vae=FIXTURES / "tiny-sd2"))
+  return f"--config={path}"
+
+
+def of_two_processes(cache, *args: str) -> None:
+  """Runs a command as two processes of four devices."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+  both = [
+    subprocess.Popen(
+      command(*args),
+      cwd=ROOT,
+      env=environment(cache, 4) | names | {"JAX_PROCESS_ID": str(i)},
+      **quiet,
+    )
+    for i in range(2)
+  ]
+  said = [process.communicate(timeout=600)[1] for process in both]
+  assert [process.returncode for process in both] == [0, 0], "\n".join(said)[-4000:]
+
+
+def copy(source: str, target: str) -> None:
+  storage.filesystem().copy(source, target, recursive=True)
+
+
+def train_result(run: str):
+  assert not half_saved(run)
+  return jax.tree.map(np.asarray, restored(run)), losses(run)
+
+
+def sample_result(run: str):
+  assert not storage.exists(f"{run}/samples.parts")
+  return array_io.read_npz(f"{run}/samples.npz")
+
+
+def evaluate_result(run: str):
+  rows = without_times(json.loads(file_io.read_text(f"{run}/evaluate/results.json")))
+  assert not storage.glob(f"{run}/evaluate", "*.partial*")
+  grids = storage.glob(f"{run}/evaluate", "*.png")
+  return rows, [np.frombuffer(file_io.read_bytes(g), np.uint8) for g in grids]
+
+
+def encode_result(run: str):
+  paths = storage.glob(run, "latents-*")
+  assert len(paths) == 10
+  return [np.frombuffer(file_io.read_bytes(path), np.uint8) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def teacher(bucket) -> str:
+  run = f"{bucket}/kills/trained"
+  job(*TEACHER, "--config.train.sample_every=0", f"--workdir={run}")
+  return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "sample", "encode", "evaluate"])
+def test_a_killed_job_ends_like_one_that_was_not(
+  name, bucket, cache, teacher, tmp_path
+):
+  folder = f"{bucket}/kills/{name}"
+  write_images(f"{folder}/images.npz")
+  few = ("--config.sample.num=400", "--config.sample.batch_size=8")
+  measured = ("--config.evaluate.num=400", "--config.evaluate.batch_size=8")
+  measured += ("--config.evaluate.samplers=('heun/8', 'ddim/4')",)
+  args, result = {
+    "train": ((*TEACHER, *LONG), train_result),
+    "sample": ((*TEACHER, "--job=sample", *few), sample_result),
+    "encode": ((encode_config(tmp_path, f"{folder}/images.npz"),), encode_result),
+    "evaluate": ((*TEACHER, "--job=evaluate", *measured), evaluate_result),
+  }[name]
+
+  def begin(run: str) -> subprocess.Popen:
+    return start(cache, *args, f"--workdir={run}")
+
+  def prepare(run: str) -> None:
+    if name in ("sample", "evaluate"):
+      copy(teacher, run)
+
+  def finish(run: str) -> None:
+    process = begin(run)
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, said[-3000:]
+
+  whole, moments = f"{folder}/whole", random.Random(name)
+  for run in (f"{folder}/compiled", whole):  # the second time all is compiled
+    prepare(run)
+    began = time.monotonic()
+    finish(run)
+  seconds, expected = time.monotonic() - began, result(whole)
+  num_kills = 0
+  for k in range(TIMES_KILLED):
+    run = f"{folder}/killed{k}"
+    prepare(run)
+    process = begin(run)
+    time.sleep(moments.uniform(0.3, 1.0) * seconds)
+    process.kill()
+    process.communicate()
+    num_kills += process.returncode == -9
+    finish(run)
+    assert_equal(result(run), expected)
+    assert not storage.exists(f"{run}/.lock")
+  print(
+    f"{name}: {num_kills} of {TIMES_KILLED} were killed; {seconds:.1f} s undisturbed"
+  )
+  assert num_kills > TIMES_KILLED // 2
+
+
+@pytest.mark.slow
+def test_latents_are_read_from_a_bucket(bucket, tmp_path):
+  images = f"{bucket}/latents/images.npz"
+  write_images(images)
+  config = encode_config(tmp_path, images)
+  for run in (f"{bucket}/latents/run", str(tmp_path / "run")):
+    job(config, f"--workdir={run}")
+  there, here = (
+    registry.build("data", {"name": "latents", "dir": run, "scale": "scm"})
+    for run in (f"{bucket}/latents/run", str(tmp_path / "run"))
+  )
+  rows = np.array([0, 7, 399])
+  assert_equal(there[rows], here[rows])
+  assert there.digest() == there.digest() != here.digest()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(bucket, cache, tmp_path):
+  args = (*TEACHER, "--config.mesh.fsdp=2", "--config.train.sample_every=0")
+  run, here = f"{bucket}/two", str(tmp_path / "one")
+  of_two_processes(cache, *args, f"--workdir={run}")
+  job(*args, f"--workdir={here}")
+  for a, b in zip(*map(jax.tree.leaves, map(restored, (run, here))), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+  few = ("--config.sample.num=32", "--config.sample.batch_size=16", "--job=sample")
+  of_two_processes(cache, *args, *few, f"--workdir={run}")
+  assert array_io.npz_headers(f"{run}/samples.npz")["arr_0"].shape[0] == 32
