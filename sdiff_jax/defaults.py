@@ -195,6 +195,8 @@ class Sample:
     seed: sample k is computed from seed + k alone.
     guidance: scale of classifier-free guidance; 1 for none.
     label: class of every sample; -1 for all classes in turn.
+    prompts: texts in turn, separated by ";", or a .json file of COCO's captions; "" for
+      those of the data. `text_encoder` encodes them.
     compare_sequential: whether the sequential sampler is also timed on one batch.
     checkpoint: step to sample from (see checkpoint.keep_every); 0 for the newest.
   """
@@ -204,6 +206,7 @@ class Sample:
   seed: Seed = 0
   guidance: Annotated[float, Range(0, 1000)] = 1.0
   label: Annotated[int, Range(-1)] = -1
+  prompts: str = ""
   compare_sequential: bool = False
   checkpoint: Index = 0
 

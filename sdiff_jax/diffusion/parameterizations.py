@@ -156,6 +156,59 @@ def denoiser(
   return denoise
 
 
+def timestep_of_vp(abar: np.ndarray, data_std: float) -> Callable[[Array], Array]:
+  """Returns the timestep of a discrete variance-preserving process at a TrigFlow time.
+
+  It is linear in t between timesteps, and that of the first or last one beyond them.
+
+  Args:
+    abar: alpha^2 at each timestep, float64 [T].
+    data_std: standard deviation of the data in the unit of the process.
+
+  Returns:
+    t [B] -> timestep [B].
+
+  Example:
+    >>> timestep = timestep_of_vp(np.array([0.8, 0.5, 0.2]), data_std=1.0)
+    >>> [round(float(s), 3) for s in timestep(jnp.array([0.0, jnp.pi / 4, 1.5]))]
+    [0.0, 1.0, 2.0]
+  """
+  angles = _angles(abar, data_std)
+
+  def timestep(t: Array) -> Array:
+    steps = jnp.arange(len(angles), dtype=t.dtype)
+    return jnp.interp(t, jnp.asarray(angles, t.dtype), steps)
+
+  return timestep
+
+
+def timestep_of_flow(train_steps: int, data_std: float) -> Callable[[Array], Array]:
+  """Returns the timestep T u of rectified flow at a TrigFlow time.
+
+  Args:
+    train_steps: T, the timestep of pure noise.
+    data_std: standard deviation of the data in the unit of the flow.
+
+  Returns:
+    t [B] -> timestep [B].
+
+  Example:
+    >>> round(float(timestep_of_flow(1000, data_std=1.0)(jnp.float32(jnp.pi / 4))))
+    500
+  """
+
+  def timestep(t: Array) -> Array:
+    noise = data_std * jnp.sin(t)
+    return train_steps * noise / (jnp.cos(t) + noise)
+
+  return timestep
+
+
+def _angles(abar: np.ndarray, data_std: float) -> np.ndarray:
+  """Returns arctan(sigma / (data_std alpha)) of a process, float64 [T]."""
+  return np.arctan2((1 - abar) ** 0.5, data_std * abar**0.5)
+
+
 def trigflow_from_vp(
   predict: PredictFn, kind: str, abar: np.ndarray, data_std: float
 ) -> NetFn:
@@ -184,12 +237,11 @@ def trigflow_from_vp(
     >>> round(float(F[0, 0]), 4)
     0.4142
   """
-  angles = np.arctan2((1 - abar) ** 0.5, data_std * abar**0.5)
+  angles, timestep = _angles(abar, data_std), timestep_of_vp(abar, data_std)
 
   def net(x: Array, t: Array, cond: Cond) -> Array:
-    grid = jnp.asarray(angles, t.dtype)
-    t = jnp.clip(t, grid[0], grid[-1])
-    time = jnp.interp(t, grid, jnp.arange(len(grid), dtype=t.dtype))
+    t = jnp.clip(t, float(angles[0]), float(angles[-1]))
+    time = timestep(t)
 
     def raw(x: Array, t: Array, cond: Cond) -> Array:
       del t  # which is alpha

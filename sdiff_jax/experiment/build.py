@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 import ml_collections
@@ -34,6 +35,7 @@ class Experiment:
     end_time_input: whether the network is a flow map, which takes a second time.
     vae: autoencoder of a data set of latents, with its parameters; None without one.
     num_classes: number of classes that the network is conditioned on; 0 for none.
+    has_texts: whether the network is conditioned on texts.
     dtype: type of the network's hidden layers, for messages.
   """
 
@@ -45,6 +47,7 @@ class Experiment:
   end_time_input: bool = False
   vae: tuple[Autoencoder, Params] | None = None
   num_classes: int = 0
+  has_texts: bool = False
   dtype: str = "float32"
 
 
@@ -74,6 +77,7 @@ def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experim
     end_time_input=trigflow.END_TIME in losses.facts(config.loss).cond,
     vae=_autoencoder(config.vae, dataset),
     num_classes=dataset.num_classes if config.class_conditional else 0,
+    has_texts=any(map(guidance.is_empty_name, dataset.cond)),
     dtype=config.model.get("dtype", "float32"),
   )
 
@@ -178,7 +182,7 @@ def merged(config: ml_collections.ConfigDict, params: Params) -> Params:
 def _reader(dataset: Dataset) -> Reader:
   """Returns the reader of networks in the diffusers format for samples of a data set."""
 
-  def read(folder: str, **options: str) -> Pretrained:
+  def read(folder: str, **options: Any) -> Pretrained:
     codec = dataset.codec
     if not isinstance(codec, LatentCodec | PixelCodec):
       raise ValueError(f"folder={folder}: needs images or their latents as data")

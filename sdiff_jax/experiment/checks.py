@@ -5,6 +5,7 @@ import importlib.util
 import ml_collections
 
 from sdiff_jax.data import Dataset
+from sdiff_jax.diffusion import guidance
 from sdiff_jax.types import UserError
 
 
@@ -18,10 +19,11 @@ def check_conditions(config: ml_collections.ConfigDict, dataset: Dataset) -> Non
   guided = config.loss.get("guidance") or config.model.get("guidance")
   if not dataset.normalizer:
     classes = dataset.num_classes if config.class_conditional else 0
-    if config.loss.get("guidance") and not (classes and config.model.get("guidance")):
+    has = classes or any(map(guidance.is_empty_name, dataset.cond))
+    if config.loss.get("guidance") and not (has and config.model.get("guidance")):
       raise UserError(
         f"config.loss.guidance={config.loss.guidance}: needs data with classes, "
-        "config.class_conditional=True and config.model.guidance=True"
+        "config.class_conditional=True and config.model.guidance=True; or texts"
       )
     return
   for field, value in (("train.flip", config.train.flip), ("loss.guidance", guided)):

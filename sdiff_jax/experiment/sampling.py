@@ -1,7 +1,7 @@
 """Images of a trained network: its pipeline, its sampler, seeds and labels."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from sdiff_jax import samplers
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines
+from sdiff_jax.experiment import pipelines, prompts
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
@@ -197,7 +197,9 @@ def pipeline(config: ml_collections.ConfigDict, experiment: Experiment) -> Pipel
     ),
     inputs=inputs,
     input_shardings=dict.fromkeys(inputs(1), sharding.samples(experiment.mesh)),
-    requests=functools.partial(seeds_and_conditions, config, experiment),
+    requests=functools.partial(
+      seeds_and_conditions, config, experiment, texts=prompts.read(config, experiment)
+    ),
     constants=constants,
     coarse_denoiser=coarse_denoiser if coarse else None,
     dtype=experiment.dtype,
@@ -228,7 +230,8 @@ def check_request(
       f"config.sample.label={label}: must be -1 for all classes in turn, {allowed}"
     )
   check_guidance(scale)
-  if scale != 1 and not classes and not experiment.guidance_input:
+  has_conditions = classes or experiment.has_texts
+  if scale != 1 and not has_conditions and not experiment.guidance_input:
     raise UserError(
       f"config.sample.guidance={scale}: must be 1 for a network without classes"
     )
@@ -321,7 +324,10 @@ def _coarse(
 
 
 def seeds_and_conditions(
-  config: ml_collections.ConfigDict, experiment: Experiment, indices: np.ndarray
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  indices: np.ndarray,
+  texts: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns seeds, int32 [B], and conditions, each [B, ...], of samples.
 
@@ -330,11 +336,15 @@ def seeds_and_conditions(
       samples or -1 for all classes in turn.
     experiment: gives the data set, which declares the conditions.
     indices: numbers of the samples, int [B].
+    texts: conditions of the prompts, each [n, ...], of which sample k has that of
+      prompt k modulo n; None for those of the data set.
 
   Raises:
     UserError: values of a condition come from the data set, which is not here.
   """
   seeds = np.asarray(indices, np.int32) + np.int32(config.sample.seed)
+  if texts is not None:
+    return seeds, {k: v[np.asarray(indices) % len(v)] for k, v in texts.items()}
   with config_errors("config.data"):
     cond = experiment.dataset.conditions(seeds)
   if config.sample.label >= 0:

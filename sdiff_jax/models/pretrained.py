@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax import registry
-from sdiff_jax.fields import DType
+from sdiff_jax.diffusion.trigflow import END_TIME
+from sdiff_jax.fields import DType, Positive
 from sdiff_jax.models.layers import common
 from sdiff_jax.types import Array, Cond, CondSpecs, Network, Params, PRNGKey
+
+ANY = 0  # size of the last axis of a condition that has no size of its own
 
 
 class Pretrained(NamedTuple):
@@ -23,7 +26,7 @@ class Pretrained(NamedTuple):
     init: (key) -> params.
     apply: (params, x [B, H, W, C], t [B], cond) -> F [B, H, W, C].
     channels: C.
-    cond: conditions that it takes, arrays of floats -> sizes of their last axes.
+    cond: conditions that it takes, arrays of floats -> sizes of their last axes, or ANY.
     classes: number of classes of its condition "label"; 0 for none.
   """
 
@@ -37,13 +40,27 @@ class Pretrained(NamedTuple):
 class Reader(Protocol):
   """A function that reads the network of a folder."""
 
-  def __call__(self, folder: str, *, dtype: str, remat: str) -> Pretrained:
+  def __call__(
+    self,
+    folder: str,
+    *,
+    dtype: str,
+    remat: str,
+    guidance: bool,
+    end_time: bool,
+    qk_norm: bool,
+    time_scale: float,
+  ) -> Pretrained:
     """Returns the network of a folder for the data of an experiment.
 
     Args:
       folder: in the diffusers format.
       dtype: of the hidden layers.
       remat: what a block recomputes in the backward pass.
+      guidance: whether the scale of classifier-free guidance is an input.
+      end_time: whether the network is a flow map.
+      qk_norm: whether queries and keys are normalized.
+      time_scale: factor of the timestep.
     """
     ...
 
@@ -55,6 +72,9 @@ def build(
   cond: CondSpecs,
   reader: Reader,
   folder: str = "",
+  guidance: bool = False,
+  qk_norm: bool = False,
+  time_scale: Positive = 1.0,
   remat: common.Remat = "",
   dtype: DType = "float32",
 ) -> Network:
@@ -69,6 +89,16 @@ def build(
     reader: supplied by the caller, returns the network of the folder.
     folder: in the diffusers format, or hf://organization/name. A run keeps a copy of its
       config files, so that only its first start needs the folder.
+    guidance: whether the scale of classifier-free guidance is an input. What the folder
+      lacks for it starts at zero, and so does the end time of a flow map.
+    qk_norm: whether queries and keys of attention are normalized (RMS), where the network
+      of the folder has no such norm. Without it the scores of large transformers grow
+      while they are distilled, and gradients of the tangent explode (SANA-Sprint,
+      arXiv:2503.09641, section 3.2). It changes the function: fine-tune with it first
+      (loss `diffusion`), and take that run as teacher.
+    time_scale: factor of the timestep before its embedding, 0.001 for times in [0, 1] in
+      place of [0, 1000]. A fast embedding makes dF/dt, a part of the tangent, large and
+      training unstable (the same section). It changes the function as well.
     remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
       but matrix products and convolutions, "full" everything.
     dtype: dtype of the hidden layers; parameters are float32.
@@ -88,13 +118,22 @@ def build(
     raise ValueError(
       "folder='': name a folder in the diffusers format, or hf://ORG/NAME"
     )
-  source = reader(folder, dtype=dtype, remat=remat)
+  source = reader(
+    folder,
+    dtype=dtype,
+    remat=remat,
+    guidance=guidance,
+    end_time=END_TIME in cond,
+    qk_norm=qk_norm,
+    time_scale=time_scale,
+  )
   if len(shape) != 3 or shape[-1] != source.channels:
     raise ValueError(
       f"folder={folder}: its samples have {source.channels} channels, those of the data "
       f"the shape {tuple(shape)}"
     )
-  _check_conditions(folder, source, cond)
+  data_cond = {name: spec for name, spec in cond.items() if name != END_TIME}
+  _check_conditions(folder, source, data_cond)
   head = common.LogVar()
 
   def init(key: PRNGKey) -> Params:
@@ -116,8 +155,9 @@ def build(
 
 def _check_conditions(folder: str, source: Pretrained, cond: CondSpecs) -> None:
   """Raises a ValueError unless the conditions are those that the network takes."""
-  wanted = {name: f"size {size}" for name, size in source.cond.items()}
-  found = {k: f"size {spec.shape[-1]}" for k, spec in cond.items() if spec.shape}
+  sizes = {k: spec.shape[-1] for k, spec in cond.items() if spec.shape}
+  wanted = {k: f"size {n or sizes.get(k, ANY)}" for k, n in source.cond.items()}
+  found = {name: f"size {size}" for name, size in sizes.items()}
   if source.classes:
     wanted["label"] = f"{source.classes} classes"
   found |= {

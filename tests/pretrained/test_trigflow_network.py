@@ -19,6 +19,7 @@ from sdiff_jax.samplers import sequential, solvers
 SD2, CHURCH = FIXTURES / "tiny-sd2", FIXTURES / "tiny-ddpm-church"
 SD3, FLUX, DIT = (FIXTURES / f"tiny-{name}" for name in ("sd3", "flux", "dit"))
 FOLDERS = {"sd2": SD2, "church": CHURCH, "sd3": SD3, "flux": FLUX, "dit": DIT}
+FOLDERS |= {name: FIXTURES / f"tiny-{name}" for name in ("sdxl", "sana")}
 PIXELS = {"mean": (0.0,), "std": (0.5,), "latents": False}
 ZERO_SNR = noise_schedules.rescale_zero_terminal_snr(
   noise_schedules.alphas_cumprod("scaled_linear", 1000, start=0.00085, end=0.012)
@@ -91,9 +92,10 @@ def double(name: str):
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   rng = np.random.default_rng(0)
   x, v = (jnp.asarray(rng.normal(size=(2, 8, 8, source.channels))) for _ in range(2))
-  shapes = {"text": (2, 5), "pooled": (2,)}
+  shapes = {"text": (2, 5), "pooled": (2,), "mask": (2,)}
   cond = {
-    k: jnp.asarray(rng.normal(size=(*shapes[k], n))) for k, n in source.cond.items()
+    k: jnp.asarray(rng.normal(size=(*shapes[k], n or 5)))
+    for k, n in source.cond.items()
   }
   if source.classes:
     cond["label"] = jnp.array([1, -1], jnp.int32)
@@ -105,8 +107,7 @@ def double(name: str):
   "name",
   [
     "sd2",
-    "sd3",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("church", "flux", "dit")),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in FOLDERS if n != "sd2"),
   ],
 )
 def test_the_tangent_is_exact(name):
@@ -129,7 +130,11 @@ def test_the_tangent_is_exact(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "file"), [("sd2", "expected_text_to_image"), ("sd3", "expected")]
+  ("name", "file"),
+  [
+    ("sd2", "expected_text_to_image"),
+    pytest.param("sd3", "expected", marks=pytest.mark.slow),
+  ],
 )
 def test_sampling_is_that_of_the_pipeline(name, file):
   """DDIM of the TrigFlow network at the timesteps of diffusers ends at its latents."""

@@ -38,8 +38,8 @@ class Predictor(NamedTuple):
     init: (key) -> params.
     apply: (params, x [B, H, W, C], time [B], cond) -> prediction [B, H, W, C], in
       float32 or wider; cond is None, or has "text" [B, L, E], "pooled" [B, P],
-      "distilled_guidance" [B], "time_ids" [B, 6] and "label" int [B], as far as the
-      network takes them.
+      "distilled_guidance" [B], "time_ids" [B, 6], "end_time" [B] and "label" int [B],
+      as far as the network takes them.
     shape: (H, W, C) of its training samples.
     text: E, size of the text embeddings, or None.
     pooled: P, size of the embedding of a whole text, or None.
@@ -54,6 +54,7 @@ class Predictor(NamedTuple):
     classes: number of classes, for a network that takes "label"; a negative one is no
       class.
     sized: whether the network takes "time_ids", sizes of the image in pixels.
+    end_time: whether it is a flow map, which takes "end_time", a timestep.
   """
 
   init: Callable[[PRNGKey], Params]
@@ -69,6 +70,7 @@ class Predictor(NamedTuple):
   spacing: str = ""
   classes: int = 0
   sized: bool = False
+  end_time: bool = False
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:

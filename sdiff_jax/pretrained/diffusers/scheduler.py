@@ -25,7 +25,7 @@ from sdiff_jax.pretrained.diffusers.scheduler_fields import (
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
-from sdiff_jax.types import Array, Cond, Denoiser, Json, NetFn
+from sdiff_jax.types import Array, Cond, Denoiser, Json
 
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
@@ -329,31 +329,3 @@ def denoiser(
     largest=schedule.largest,
     excess=excess,
   )
-
-
-def trigflow(
-  predict: Callable[[Array, Array, Cond], Array],
-  schedule: Schedule | FlowSchedule,
-  data_std: float,
-) -> NetFn:
-  """Returns a network as a TrigFlow network, by the exact change of variables.
-
-  What belongs to the sampler and not to the network is left out: the clip of x0, and the
-  shift of the levels of rectified flow.
-
-  Args:
-    predict: (x [N, ...], timestep [N], cond) -> prediction [N, ...].
-    schedule: the process.
-    data_std: standard deviation of the data in the unit of the network.
-
-  Example:
-    >>> flow = from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    >>> net = trigflow(lambda x, time, cond: -x, flow, 1.0)
-    >>> net(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
-    [[0.0, 0.0]]
-  """
-  if isinstance(schedule, FlowSchedule):
-    steps = schedule.train_steps
-    return parameterizations.trigflow_from_flow(predict, steps, data_std)
-  abar = schedule.abar
-  return parameterizations.trigflow_from_vp(predict, schedule.kind, abar, data_std)

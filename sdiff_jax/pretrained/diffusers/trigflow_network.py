@@ -5,18 +5,22 @@ The change of variables needs the unit in which the network takes its data: pixe
 (raw - mean) sigma_d / std, so they are those of the network up to a factor.
 """
 
-import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from sdiff_jax.diffusion import parameterizations
+from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.io import file_io
-from sdiff_jax.models.pretrained import Pretrained
-from sdiff_jax.pretrained.diffusers import fit, hub, loading, scheduler, vae
+from sdiff_jax.models.pretrained import ANY, Pretrained
+from sdiff_jax.pretrained.diffusers import fit, hub, loading, vae
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
-from sdiff_jax.types import Array, Cond, Json, Params, PyTree
+from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.scheduler import Schedule
+from sdiff_jax.types import Array, Cond, Json, NetFn, Params, PyTree
 
 GUIDANCE = 3.5  # of a network that takes the scale as an input, as Flux is sampled
 ROOT = ("model_index.json", "config.json", "scheduler_config.json")
@@ -32,6 +36,10 @@ def network(
   latents: bool,
   dtype: str = "float32",
   remat: str = "",
+  guidance: bool = False,
+  end_time: bool = False,
+  qk_norm: bool = False,
+  time_scale: float = 1.0,
 ) -> Pretrained:
   """Returns the network of a folder as a TrigFlow network, without its weights.
 
@@ -43,33 +51,112 @@ def network(
     latents: whether the raw data are latents.
     dtype: of the hidden layers.
     remat: as in `loading.load`.
+    guidance: whether the guidance scale is an input (see `student_config`).
+    end_time: whether the network is a flow map.
+    qk_norm: whether its queries and keys are normalized.
+    time_scale: factor of the timestep before its embedding.
 
   Raises:
     UserError: a file is missing or does not fit.
-    ValueError: the data are in another unit than those of the network.
+    ValueError: the data are in another unit than those of the network, or it cannot have
+      such inputs.
   """
   configs = loading.configs(folder)
-  needed = {k: v for k, v in configs.items() if k in (*fit.PREDICTORS, "scheduler")}
+  needed = {
+    name: student_config(config, guidance=guidance, end_time=end_time, qk_norm=qk_norm)
+    for name, config in configs.items()
+    if name in fit.PREDICTORS
+  }
+  needed["scheduler"] = configs["scheduler"]
   model = loading.abstract(needed, dtype=dtype, remat=remat)
   predictor = model.unet
-  data_std = _data_std(folder, configs.get("vae"), mean, std, latents=latents)
+  lacks = {
+    "guidance scale": guidance and not predictor.guided,
+    "end time of a flow map": end_time and not predictor.end_time,
+    "norm of queries and keys": qk_norm and not _has_norm(needed),
+  }
+  for name, is_missing in lacks.items():
+    if is_missing:
+      raise ValueError(f"folder={folder}: its network has no place for the {name}")
+  coder = _autoencoder(configs["vae"]) if "vae" in configs else None
+  data_std = _data_std(folder, coder, mean, std, latents=latents)
+  timestep_of = timestep(model.schedule, data_std)
 
-  def apply(params: Params, x: Array, t: Array, cond: Cond) -> Array:
+  def inputs(x: Array, t: Array, cond: Cond) -> Cond:
+    """Returns the conditions with what the data do not tell."""
+    given = dict(cond or {})
     if predictor.guided:
       scale = jnp.full(t.shape, GUIDANCE, t.dtype)
-      cond = (cond or {}) | {"distilled_guidance": scale}
-    predict = functools.partial(predictor.apply, params)
-    return scheduler.trigflow(predict, model.schedule, data_std)(x, t, cond)
+      given["distilled_guidance"] = given["guidance"] if guidance else scale
+    if predictor.end_time:
+      given[END_TIME] = time_scale * timestep_of(given[END_TIME])
+    if predictor.masked:  # data hold it as a number
+      given["mask"] = given["mask"] > 0
+    if predictor.sized:
+      sides = [side * (coder.factor if coder else 1) for side in x.shape[1:3]]
+      ids = jnp.asarray([*sides, 0, 0, *sides], t.dtype)
+      given["time_ids"] = jnp.broadcast_to(ids[None], (len(x), len(ids)))
+    return given
+
+  def apply(params: Params, x: Array, t: Array, cond: Cond) -> Array:
+    def predict(x: Array, time: Array, cond: Cond) -> Array:
+      return predictor.apply(params, x, time_scale * time, cond)
+
+    net = trigflow(predict, model.schedule, data_std)
+    return net(x, t, inputs(x, t, cond))
 
   sizes = {"text": predictor.text, "pooled": predictor.pooled}
   cond = {name: size for name, size in sizes.items() if size is not None}
+  if predictor.masked:
+    cond["mask"] = ANY
   channels, classes = predictor.shape[-1], predictor.classes
   return Pretrained(predictor.init, apply, channels, cond, classes)
 
 
+def student_config(
+  config: dict[str, Json],
+  *,
+  guidance: bool = False,
+  end_time: bool = False,
+  qk_norm: bool = False,
+) -> dict[str, Json]:
+  """Returns the config.json of a network with further inputs, which start without effect.
+
+  A norm of queries and keys is no input, and has an effect. A U-Net with text gets the
+  layer `cond_proj` of latent consistency models, which diffusers knows; a flow map gets
+  `end_proj`. Networks that take the scale already, such as Flux, stay as they are.
+
+  Args:
+    config: of the network in the folder.
+    guidance: whether the guidance scale is an input.
+    end_time: whether the network is a flow map.
+    qk_norm: whether queries and keys are normalized, of Stable Diffusion 3.
+  """
+  name, changed = str(config.get("_class_name")), dict(config)
+  if guidance and name == "UNet2DConditionModel":
+    changed["time_cond_proj_dim"] = config.get("time_cond_proj_dim") or 256
+  if end_time and name.startswith("UNet2D"):
+    changed["end_time"] = True
+  if qk_norm and name == "SD3Transformer2DModel":
+    changed["qk_norm"] = "rms_norm"
+  return changed
+
+
+def _autoencoder(config: dict[str, Json]) -> vae.Autoencoder:
+  """Returns the autoencoder of a config.json, whichever class it names."""
+  module: Any = loading.NETWORKS.get(str(config.get("_class_name")), vae)
+  coder: vae.Autoencoder = module.from_config(config)
+  return coder
+
+
+def _has_norm(configs: dict[str, dict[str, Json]]) -> bool:
+  """Returns whether the network of configs normalizes queries and keys."""
+  return any(config.get("qk_norm") for config in configs.values())
+
+
 def _data_std(
   folder: str,
-  autoencoder: dict[str, Json] | None,
+  coder: vae.Autoencoder | None,
   mean: Sequence[float],
   std: Sequence[float],
   *,
@@ -77,13 +164,12 @@ def _data_std(
 ) -> float:
   """Returns the standard deviation of the data in the unit of the network."""
   shift, unit = 0.0, 1.0
-  if latents != (autoencoder is not None):
-    kinds = ("latents", "pixels") if autoencoder is not None else ("pixels", "latents")
+  if latents != (coder is not None):
+    kinds = ("latents", "pixels") if coder is not None else ("pixels", "latents")
     raise ValueError(
       f"folder={folder}: its network is trained on {kinds[0]}, and the data are {kinds[1]}"
     )
-  if autoencoder is not None:
-    coder = vae.from_config(autoencoder)
+  if coder is not None:
     shift, unit = coder.shift, 1 / coder.scaling
   same = np.allclose(mean, shift, atol=1e-6) and np.allclose(std, std[0], rtol=1e-6)
   if not same:
@@ -133,3 +219,46 @@ def copy_configs(folder: str, target: str) -> None:
       if is_config and not name.endswith(WEIGHTS):
         content = file_io.read_bytes(os.path.join(source, name))
         file_io.write_bytes(os.path.join(target, part, name), content)
+
+
+def trigflow(
+  predict: Callable[[Array, Array, Cond], Array],
+  schedule: Schedule | FlowSchedule,
+  data_std: float,
+) -> NetFn:
+  """Returns a network as a TrigFlow network, by the exact change of variables.
+
+  What belongs to the sampler and not to the network is left out: the clip of x0, and the
+  shift of the levels of rectified flow.
+
+  Args:
+    predict: (x [N, ...], timestep [N], cond) -> prediction [N, ...].
+    schedule: the process.
+    data_std: standard deviation of the data in the unit of the network.
+
+  Example:
+    >>> from sdiff_jax.pretrained.diffusers import flow_scheduler
+    >>> flow = flow_scheduler.from_config({})
+    >>> net = trigflow(lambda x, time, cond: -x, flow, 1.0)
+    >>> net(jnp.ones((1, 2)), jnp.zeros(1), None).tolist()
+    [[0.0, 0.0]]
+  """
+  if isinstance(schedule, FlowSchedule):
+    steps = schedule.train_steps
+    return parameterizations.trigflow_from_flow(predict, steps, data_std)
+  abar = schedule.abar
+  return parameterizations.trigflow_from_vp(predict, schedule.kind, abar, data_std)
+
+
+def timestep(
+  schedule: Schedule | FlowSchedule, data_std: float
+) -> Callable[[Array], Array]:
+  """Returns TrigFlow time [B] -> the timestep that a network is given there, [B].
+
+  Args:
+    schedule: the process.
+    data_std: standard deviation of the data in the unit of the network.
+  """
+  if isinstance(schedule, FlowSchedule):
+    return parameterizations.timestep_of_flow(schedule.train_steps, data_std)
+  return parameterizations.timestep_of_vp(schedule.abar, data_std)

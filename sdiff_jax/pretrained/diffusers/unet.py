@@ -46,6 +46,7 @@ FIELDS = {  # of fields that both classes have
   "downsample_padding": Field(1, Literal[0, 1]),
   "time_embedding_dim": Field(None, Channels | None),
   "attention_head_dim": Field(8, Channels | ChannelsOfLevels | None),
+  "end_time": Field(False, bool),  # of flow maps, which diffusers does not have
 }
 UNSUPPORTED_FIELDS = (None, False)
 SUPPORTED_VALUES = {
@@ -63,7 +64,8 @@ class Unet(nn.Module):
   """Predicts from (x [B, H, W, C], time [B], text [B, L, E] or None).
 
   Levels are listed from the highest resolution on, also in `up`. A network may also take
-  a guidance scale [B], and pooled text [B, P] with the sizes of the image [B, 6].
+  a guidance scale [B], pooled text [B, P] with the sizes of the image [B, 6], and the
+  timestep [B] at which a flow map ends.
   """
 
   channels: tuple[int, ...]
@@ -91,8 +93,10 @@ class Unet(nn.Module):
     guidance: Array | None = None,
     pooled: Array | None = None,
     sizes: Array | None = None,
+    end: Array | None = None,
   ) -> Array:
-    emb = Time(**self.time, dtype=self.dtype, name="time_embedding")(time, guidance)
+    embed = Time(**self.time, dtype=self.dtype, name="time_embedding")
+    emb = embed(time, guidance, end)
     if self.size_features:
       emb += self._added(pooled, sizes)
     text = None if text is None else text.astype(self.dtype)
@@ -181,8 +185,9 @@ def waves(t: Array, features: int, shift: float, cosines_first: bool) -> Array:
 class Time(nn.Module):
   """Embeds a timestep in [0, T), [B] -> [B, width].
 
-  A distilled network may add a linear map of its guidance scale [B] to the sines and
-  cosines (arXiv:2310.04378, section 4.2).
+  A distilled network may add linear maps, which start at zero, to the sines and cosines:
+  of its guidance scale [B] (arXiv:2310.04378, section 4.2), and, if it is a flow map, of
+  the sines and cosines of the timestep [B] at which it ends.
   """
 
   features: int
@@ -191,15 +196,23 @@ class Time(nn.Module):
   cosines_first: bool
   dtype: jnp.dtype
   guidance_features: int | None = None
+  end_time: bool = False
 
   @nn.compact
-  def __call__(self, t: Array, guidance: Array | None = None) -> Array:
-    h = waves(t, self.features, self.shift, self.cosines_first).astype(self.dtype)
+  def __call__(
+    self, t: Array, guidance: Array | None = None, end: Array | None = None
+  ) -> Array:
+    own = self.features, self.shift, self.cosines_first
+    h = waves(t, *own).astype(self.dtype)
     dense = functools.partial(common.Dense, dtype=self.dtype)
+    zero = {"use_bias": False, "kernel_init": nn.initializers.zeros}
     if self.guidance_features:
       scale = GUIDANCE_UNIT * (guidance - 1)
       scale = waves(scale, self.guidance_features, 1.0, False).astype(self.dtype)
-      h += dense(self.features, use_bias=False, name="cond_proj")(scale)
+      h += dense(self.features, name="cond_proj", **zero)(scale)
+    if self.end_time:
+      ends = waves(end, *own).astype(self.dtype)
+      h += dense(self.features, name="end_proj", **zero)(ends)
     h = nn.silu(dense(self.width, name="linear_1")(h))
     return dense(self.width, name="linear_2")(h)
 
@@ -287,6 +300,7 @@ def predictor(
       "shift": c["freq_shift"],
       "cosines_first": c["flip_sin_to_cos"],
       "guidance_features": c.get("time_cond_proj_dim"),
+      "end_time": c["end_time"],
     },
     size_features=c["addition_time_embed_dim"] if pooled else None,
     padding=c["downsample_padding"],
@@ -318,17 +332,18 @@ def _of_module(
   factor: int,
 ) -> Predictor:
   """Returns the network of a module; `factor` must divide the sides of images."""
-  guided = bool(module.time["guidance_features"])
+  guided, end_time = bool(module.time["guidance_features"]), module.time["end_time"]
 
   def inputs(cond: Cond) -> list[Array | None]:
     names = {"text": text, "distilled_guidance": guided}
-    names |= {"pooled": pooled, "time_ids": pooled}
+    names |= {"pooled": pooled, "time_ids": pooled, "end_time": end_time}
     return [cond[name] if there else None for name, there in names.items()]
 
   def init(key: PRNGKey) -> Params:
     x = jnp.zeros((1, factor, factor, shape[-1]), module.dtype)
     one = jnp.zeros((1,), jnp.float32)
     cond = {"text": jnp.zeros((1, 1, text or 1)), "distilled_guidance": one}
+    cond["end_time"] = one
     cond |= {
       "pooled": jnp.zeros((1, pooled or 1)),
       "time_ids": jnp.zeros((1, TIME_IDS)),
@@ -341,9 +356,9 @@ def _of_module(
     out = module.apply({"params": params}, x, time, *inputs(cond or {}))
     return common.to_accumulation_dtype(out)
 
-  if not pooled:
-    return Predictor(init, apply, shape, text, guided=guided)
-  options = {"conditions": _two_encoders, "sized": True, "guided": guided}
+  options = {"guided": guided, "end_time": end_time}
+  if pooled:
+    options |= {"conditions": _two_encoders, "sized": True}
   return Predictor(init, apply, shape, text, pooled, **options)
 
 

@@ -1,0 +1,180 @@
+"""Students of a text-to-image teacher: from a folder and captions to prompts."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from PIL import Image
+
+from sdiff_jax import config as configs
+from sdiff_jax.diffusion.trigflow import END_TIME
+from sdiff_jax.experiment import build, prompts, sampling, teachers
+from sdiff_jax.experiment import workdir as workdir_lib
+from sdiff_jax.jobs import encode, train
+from sdiff_jax.jobs import sample as sample_job
+from sdiff_jax.pretrained.diffusers import loading, trigflow_network
+from sdiff_jax.training import trainer
+from sdiff_jax.types import UserError
+
+SD2 = FIXTURES / "tiny-sd2"
+LATENTS = {"mean": (0.0,), "std": (1 / 0.18215,), "latents": True}
+WORDS = ("a cat", "a dog", "two birds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+  """The folder of latents and texts of a few images with captions."""
+  folder = tmp_path_factory.mktemp("text")
+  rng = np.random.default_rng(0)
+  (folder / "images").mkdir()
+  for k in range(16):
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
+    (folder / "images" / f"{k}.txt").write_text(WORDS[k % 3])
+  c = configs.base()
+  c.data = configs.component(
+    "data", "captions", dir=str(folder / "images"), image_size=16
+  )
+  c.vae = c.text_encoder = str(SD2)
+  c.encode.update(batch_size=8, scale="vae")
+  encode.run(c, str(folder / "latents"))
+  return str(folder / "latents")
+
+
+def student(data: str, loss: str, **fields):
+  c = configs.base()
+  c.data = configs.component("data", "latents", dir=data, scale="vae")
+  c.teacher.folder = c.init_from = str(SD2)
+  c.model = configs.component("models", "pretrained", folder=str(SD2), guidance=True)
+  c.loss = configs.component("losses", loss, guidance=(1.0, 5.0), **fields)
+  c.train.update(steps=20, batch_size=8, log_every=10)
+  c.sampler.update(name="consistency", steps=1)
+  c.sample.update(num=8, batch_size=8, guidance=3.0, prompts="a cat; a dog")
+  c.vae = c.text_encoder = str(SD2)
+  return c
+
+
+def test_further_inputs_start_without_effect():
+  """A student is its teacher, and its parameters of the inputs have gradients."""
+  source = functools.partial(trigflow_network.network, str(SD2), **LATENTS)
+  teacher, net = source(), source(guidance=True, end_time=True)
+  params = trigflow_network.parameters(str(SD2))["net"]
+  fresh = {"net": net.init(jax.random.key(0)), "logvar": {}}
+  own = trainer.initialize_from({"net": params}, fresh)["net"]
+  assert not np.any(own["time_embedding"]["cond_proj"]["kernel"])
+  rng = np.random.default_rng(0)
+  x, text = (
+    jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 8, 8, 4), (2, 3, 24))
+  )
+  t = jnp.array([0.3, 1.2])
+  cond = {"text": text, "guidance": jnp.array([2.0, 5.0]), END_TIME: t / 2}
+
+  @jax.jit
+  def both(own):
+    F, pull = jax.vjp(lambda p: net.apply(p, x, t, cond), own)
+    return F, pull(jnp.ones_like(F))[0], teacher.apply(params, x, t, {"text": text})
+
+  F, grad, wanted = both(own)
+  np.testing.assert_allclose(F, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+  for name in ("cond_proj", "end_proj"):
+    assert jnp.abs(grad["time_embedding"][name]["kernel"]).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+  ("folder", "options", "message"),
+  [
+    ("tiny-sd3", {"guidance": True}, "no place for the guidance scale"),
+    ("tiny-sd3", {"end_time": True}, "no place for the end time of a flow map"),
+    ("tiny-sd2", {"qk_norm": True}, "no place for the norm of queries and keys"),
+  ],
+)
+def test_inputs_that_a_network_cannot_have(folder, options, message):
+  config = loading.configs(str(FIXTURES / folder))["vae"]
+  shift, std = config["shift_factor"] or 0.0, 1 / config["scaling_factor"]
+  unit = LATENTS | {"mean": (shift,), "std": (std,)}
+  with pytest.raises(ValueError, match=message):
+    trigflow_network.network(str(FIXTURES / folder), **unit, **options)
+
+
+@pytest.mark.slow
+def test_the_scale_of_time_and_the_norm_of_queries():
+  """The network is given the scaled timestep; the norm is that of Stable Diffusion 3."""
+  rng, t = np.random.default_rng(0), jnp.array([0.8])
+  params = trigflow_network.parameters(str(SD2))["net"]
+  shapes = (1, 8, 8, 4), (1, 3, 24)
+  x, text = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+  model = loading.load(str(SD2))
+  time = trigflow_network.timestep(model.schedule, 1.0)(t)
+  scaled = trigflow_network.network(str(SD2), **LATENTS, time_scale=0.5)
+  found = scaled.apply(params, x, t, {"text": text})
+  # A v-prediction of unit data is F itself.
+  wanted = model.unet.apply(params, x, 0.5 * time, {"text": text})
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+  config = loading.configs(str(FIXTURES / "tiny-sd3"))["transformer"]
+  changed = trigflow_network.student_config(config | {"qk_norm": None}, qk_norm=True)
+  assert changed["qk_norm"] == "rms_norm"
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"sample.prompts": "a cat", "text_encoder": ""}, "config.text_encoder is empty"),
+    ({"sample.prompts": ";"}, "config.sample.prompts=';': must have texts"),
+    (
+      {"text_encoder": str(FIXTURES / "tiny-flux")},
+      "config.text_encoder=.*: its texts are .*pooled",
+    ),
+  ],
+)
+def test_prompts_that_are_refused(data, fields, message):
+  c = student(data, "scm")
+  c.update_from_flattened_dict(fields)
+  with pytest.raises(UserError, match=message):
+    prompts.read(c, build.build(c))
+
+
+def test_prompts_in_turn(data):
+  c = student(data, "scm")
+  experiment = build.build(c)
+  texts = prompts.read(c, experiment)
+  assert sorted(texts) == ["empty_text", "text"]
+  indices = np.array([5, 2])
+  seeds, cond = sampling.seeds_and_conditions(c, experiment, indices, texts)
+  assert seeds.tolist() == [5, 2]
+  np.testing.assert_array_equal(cond["text"], texts["text"][[1, 0]])
+  # Those of the captions, to the rounding of their storage.
+  own = experiment.dataset[np.arange(3)][1]["text"]
+  np.testing.assert_allclose(texts["text"][0], own[0], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.slow  # a minute each
+@pytest.mark.parametrize(
+  ("loss", "fields"),
+  [
+    ("scm", {"velocity": "teacher"}),
+    ("flow_map", {}),
+    ("cmt", {}),
+    ("rcm", {}),
+  ],
+)
+def test_from_a_folder_to_prompts(data, loss, fields, tmp_path):
+  """20 steps, of which 10 after a stop; then images of prompts, with guidance."""
+  c, workdir = student(data, loss, **fields), str(tmp_path)
+  c.train.steps = 10
+  c.checkpoint.every = 10
+  train.run(c, workdir)
+  c.train.steps = 20
+  train.run(c, workdir)
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+  assert lines[-1]["step"] == 20
+  assert all(np.isfinite(line["loss"]) for line in lines)
+  stored = workdir_lib.read(workdir)
+  stored.sample.update(c.sample)
+  stored.vae = stored.text_encoder = str(SD2)
+  assert "8" in sample_job.run(stored, workdir)
+  assert (tmp_path / "samples.png").exists()
+  assert teachers.needs_teacher(stored)
