@@ -363,7 +363,7 @@ def test_help_and_mistakes_import_no_slow_packages():
     ),
     (("--config.plugins=..a",), "config.plugins='..a': must be the dotted name"),
     (("--job=",), "--job=: jobs: no ''"),
-    (("--workdir=gs://b/r",), "--workdir=gs://b/r: must be a directory of this mach"),
+    (("--workdir=s3://b/r",), "--workdir=s3://b/r: must be a path of this machine, or"),
     (("--workdir=",), "--workdir='': must be a path"),
     (("--workdir=" + "x" * 300,), "--workdir='xxx"),
     (("--workdir=\udcff",), "--workdir='?': must be a path in UTF-8"),

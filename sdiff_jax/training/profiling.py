@@ -20,6 +20,7 @@ from sdiff_jax.io.records import Count, Seconds
 FOLDER = "profile"  # in a work directory
 OPERATIONS = os.path.join(FOLDER, "operations.json")
 MAX_SHOWN = 30  # operations
+MAX_TRACE = 2**31  # bytes of a file; a trace is of a few steps
 
 
 class Operation(TypedDict):
@@ -123,7 +124,7 @@ class Profiler:
       for path in sorted(glob.glob(pattern)):
         # The folders are those in which xprof and TensorBoard look for traces.
         target = os.path.join(self._workdir, FOLDER, os.path.relpath(path, folder))
-        file_io.write_bytes(target, file_io.read_bytes(path))
+        file_io.write_bytes(target, file_io.read_bytes(path, max_bytes=MAX_TRACE))
         if path.endswith(".xplane.pb"):
           found = summary(_operations(path), self._first, self._steps)
           file_io.write_json(os.path.join(self._workdir, OPERATIONS), found)

@@ -274,7 +274,7 @@ def test_descriptions_that_lie_are_refused(copied):
 
 def test_a_pipe_beside_the_files_is_refused(copied):
   os.mkfifo(copied / "label.labels.txt")
-  refuses(copied, "is not a regular file")
+  refuses(copied, "is a named pipe, not a regular file")
 
 
 def test_labels_beyond_the_classes_are_refused(copied):

@@ -57,6 +57,7 @@ def distillation(folder, images):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_needs_the_folder_once(images, tmp_path):
   """It starts from the weights of the folder, and its work directory suffices later."""
   folder = write_folder(tmp_path / "teacher")

@@ -58,6 +58,7 @@ def student(data: str, loss: str, **fields):
   return c
 
 
+@pytest.mark.slow
 def test_further_inputs_start_without_effect():
   """A student is its teacher, and its parameters of the inputs have gradients."""
   source = functools.partial(trigflow_network.network, str(SD2), **LATENTS)

@@ -171,7 +171,7 @@ def test_mistakes(converted, files, tmp_path):
   config = config_of(files)
   config.convert.file = ""
   refused(r"config.convert.file is empty", config)
-  config.convert.file = "x"
+  config = config_of(files)
   config.model = configs.component("models", "mlp")
   refused(
     "config.model.name='mlp': pretrained weights can be read for ddpmpp, edm2, unet1d",

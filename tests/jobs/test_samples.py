@@ -214,7 +214,7 @@ def test_a_decoder_of_float16_that_overflows():
     ({"sample.checkpoint": 3}, "config.sample.checkpoint: only for networks trained"),
     (
       {"sampler.name": "consistency"},
-      "sampler.name='consistency': only for networks t",
+      "sampler.name='consistency': among models in the diffusers format, 'consis",
     ),
     (
       {"sampler.steps": 1001},

@@ -117,7 +117,7 @@ def test_church():
   assert [*model.params] == ["unet"]
   assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
   assert model.unet.shape == (16, 16, 3)
-  assert model.schedule[1:] == ("eps", "ddpm", "leading", 0, 1.0, 1.0)
+  assert model.schedule[1:7] == ("eps", "ddpm", "leading", 0, 1.0, 1.0)
 
 
 def test_ddim_of_church(fixture):

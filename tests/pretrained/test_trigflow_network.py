@@ -106,8 +106,8 @@ def double(name: str):
 @pytest.mark.parametrize(
   "name",
   [
-    "sd2",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in FOLDERS if n != "sd2"),
+    "dit",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in FOLDERS if n != "dit"),
   ],
 )
 def test_the_tangent_is_exact(name):
