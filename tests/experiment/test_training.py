@@ -64,6 +64,7 @@ def test_distillation_into_random_weights(teacher, tmp_path):
   assert max(jax.tree.leaves(differences["net"])) > 0.01
 
 
+@pytest.mark.slow
 def test_an_autoguided_teacher_moves_away_from_a_worse_network(teacher, tmp_path):
   weak = small("diffusion")
   weak.model.width, weak.seed = 4, 1

@@ -178,6 +178,7 @@ def test_a_stopped_job_goes_on_and_ends_the_same(copy, watch, capsys):
     np.testing.assert_array_equal(arrays["arr_1"], np.arange(30) % 10)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(copy, watch):
   whole, killed = copy("whole"), copy("killed")
   num = 4000

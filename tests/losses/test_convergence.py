@@ -102,6 +102,7 @@ def test_gaussian():
     assert error <= 0.02 * SIGMA_D, t
 
 
+@pytest.mark.slow
 def test_mixture():
   """Two modes: the values of f* that the reference lists, and two whole maps."""
   means, stds = jnp.asarray(MIXTURE.means[0]), jnp.asarray(MIXTURE.stds[0])

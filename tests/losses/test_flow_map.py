@@ -205,6 +205,7 @@ def test_gamma_1_is_consistency_sampling():
   assert half.uses_noise
 
 
+@pytest.mark.slow
 def test_a_trained_map_is_the_true_one():
   data = Gaussian(jnp.float32(0.0), jnp.float32(0.9), SIGMA_D)
   net = mlp.build(shape=(1,), width=64, depth=3, cond=END_TIME)
