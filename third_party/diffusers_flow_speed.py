@@ -93,8 +93,9 @@ def main() -> None:
   for line in sys.stdin:
     begin = time.perf_counter()
     x = sample(int(line))
-    print(time.perf_counter() - begin, flush=True)
+    seconds = time.perf_counter() - begin
     np.save(folder / "end.npy", x.numpy())
+    print(seconds, flush=True)
 
 
 if __name__ == "__main__":
