@@ -89,12 +89,13 @@ def model(
   }
   if "memory" not in last:
     return pod_report
+  times = _times(job, pod, devices, program, last)
   return pod_report | {
     "memory": last["memory"],
     "compile_seconds": last["compile_seconds"],
     **_work(pod, devices, last),
-    **_times(job, pod, devices, program, last),
-    **_host(job, pod, devices, program, last),
+    **times,
+    **_host(job, pod, devices, program, last["persistent_bytes"], times),
   }
 
 
@@ -193,17 +194,21 @@ def _times(
 
 
 def _host(
-  job: Job, pod: Pod, devices: int, program: dict[str, Json], facts: dict[str, Json]
+  job: Job,
+  pod: Pod,
+  devices: int,
+  program: dict[str, Json],
+  persistent_bytes: dict[str, int],
+  times: dict[str, Json],
 ) -> dict[str, Json]:
   """Returns what hosts read and write, and the price, by the best time that is known."""
   chip: Chip = chips.CHIPS[pod.chip]
   hosts = max(pod.chips // chip.host, 1)
-  times = _times(job, pod, devices, program, facts)
   best = next(n for n in reversed(TIMES) if n in times["seconds"])
   rate = times["images_per_second"][best]
   if job.kind == "train":
     hours = 24 * times["days"][best]
-    held = sum(facts["persistent_bytes"][n] for n in ("parameters", "optimizer", "EMA"))
+    held = sum(persistent_bytes[n] for n in ("parameters", "optimizer", "EMA"))
     checkpoint = {
       "bytes": program["checkpoint_bytes"],
       "seconds": held * devices / hosts / CHECKPOINT_RATE,

@@ -7,8 +7,10 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_networks
 import pytest
 from conftest import FIXTURES
+from peer_networks import error
 
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
@@ -26,22 +28,10 @@ def peer(fixture):
   """Returns config, weights and arrays of a network, images as NHWC."""
 
   def load(name: str) -> tuple[dict, dict, dict]:
-    arrays = fixture("diffusers_pixart")
-    config = json.loads(str(arrays["configs"]))[name]
-    start = f"{name}/"
-    own = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
-    weights = {k[2:]: v for k, v in own.items() if k.startswith("w/")}
-    rest = {k: v for k, v in own.items() if not k.startswith("w/")}
-    images = {k: np.moveaxis(v, 1, -1) for k, v in rest.items() if v.ndim == 4}
-    return config, weights, rest | images
+    config, weights, arrays = peer_networks.part(fixture("diffusers_pixart"), name)
+    return config, weights, arrays
 
   return load
-
-
-def error(found, wanted) -> float:
-  found = np.asarray(found, np.float64)
-  assert found.shape == wanted.shape
-  return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", ["alpha", "sigma"])

@@ -6,9 +6,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_networks
 import pytest
 from closed_forms import run_recurrence
 from conftest import FIXTURES
+from peer_networks import error
 
 from sdiff_jax import config as configs
 from sdiff_jax.distributed import sharding
@@ -40,16 +42,10 @@ def peer(fixture):
   modules = {"dc": autoencoder_dc, "deep": autoencoder_dc, "gemma": gemma_text}
 
   def load(name: str, dtype: str = "float32") -> tuple:
-    arrays = fixture("diffusers_sana")
-    config = json.loads(str(arrays["configs"]))[name]
-    start = f"{name}/"
-    own = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
-    weights = {k[2:]: v for k, v in own.items() if k.startswith("w/")}
-    rest = {k: v for k, v in own.items() if not k.startswith("w/")}
-    images = {k: np.moveaxis(v, 1, -1) for k, v in rest.items() if v.ndim == 4}
+    config, weights, arrays = peer_networks.part(fixture("diffusers_sana"), name)
     net = modules.get(name, sana_transformer).from_config(config, dtype=dtype)
     params = networks.load_state_dict(weights, net.init, dtype=dtype, path="")
-    return net, params, rest | images
+    return net, params, arrays
 
   return load
 
@@ -67,12 +63,6 @@ def both(net, params, arrays, dtype: str):
     return jax.jvp(call, (x, time), (dx, dt))
 
   return run(params, *(a[k] for k in names[:4]))
-
-
-def error(found, wanted) -> float:
-  found = np.asarray(found, np.float64)
-  assert found.shape == wanted.shape
-  return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Transformers of the diffusers format against the numbers of those who made them."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_networks
 import pytest
+from peer_networks import error
 
 from sdiff_jax.pretrained.diffusers import (
   flux_transformer,
@@ -26,14 +27,10 @@ def peer(fixture):
   """Returns config, weights and arrays of a network, images as NHWC."""
 
   def load(name: str) -> tuple[dict, dict, dict]:
-    arrays = fixture("diffusers_transformers")
-    config = json.loads(str(arrays["configs"]))[name]
-    start = f"{name}/"
-    own = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
-    weights = {k[2:]: v for k, v in own.items() if k.startswith("w/")}
-    rest = {k: v for k, v in own.items() if not k.startswith("w/")}
-    images = {k: np.moveaxis(v, 1, -1) for k, v in rest.items() if v.ndim == 4}
-    return config, weights, rest | images
+    config, weights, arrays = peer_networks.part(
+      fixture("diffusers_transformers"), name
+    )
+    return config, weights, arrays
 
   return load
 
@@ -52,12 +49,6 @@ def both(config, weights, arrays, dtype: str, wide: str):
     return jax.jvp(call, (x, time), (dx, dt))
 
   return run(params, a["x"], a["time"], a["dx"], a["dt"])
-
-
-def error(found, wanted) -> float:
-  found = np.asarray(found, np.float64)
-  assert found.shape == wanted.shape
-  return np.abs(found - wanted).max() / np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", NAMES)

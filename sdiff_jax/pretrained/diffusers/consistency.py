@@ -10,12 +10,19 @@ x' = (1 - sigma') d + sigma' z.
 
 import numpy as np
 
-from sdiff_jax.pretrained.diffusers import flow_scheduler, scheduler, scheduler_fields
+from sdiff_jax.pretrained.diffusers import (
+  flow_scheduler,
+  lcm_scheduler,
+  scheduler,
+  scheduler_fields,
+)
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Json
 
 CLASS_NAME = "LCMScheduler"
+SCALING = 10.0  # of the timestep in c_skip and c_out
 # What the schedulers keep of the source's, which determines the process.
 KEPT = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 KEPT += ("trained_betas", "prediction_type", "rescale_betas_zero_snr")
@@ -48,7 +55,7 @@ def scheduler_config(config: dict[str, Json]) -> dict[str, Json]:
     "_class_name": CLASS_NAME,
     **kept,
     "original_inference_steps": kept["num_train_timesteps"],
-    "timestep_scaling": 10.0,
+    "timestep_scaling": SCALING,
     "set_alpha_to_one": True,
     "clip_sample": False,
     "steps_offset": 1,  # without an effect; pipelines warn of another one
@@ -72,8 +79,7 @@ def timesteps(schedule: Schedule, steps: int) -> np.ndarray:
   count = len(schedule.abar)
   if not 1 <= steps <= count:
     raise ValueError(f"steps={steps}: must be in 1 to {count}")
-  indices = np.floor(np.linspace(0, count, steps, endpoint=False))
-  return count - 1 - indices.astype(int)
+  return lcm_scheduler.timesteps(Boundary(count, SCALING), count, steps)
 
 
 def times(
