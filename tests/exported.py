@@ -60,6 +60,7 @@ def student(name: str) -> Student:
   dataset = Dataset(lambda k: None, 0, specs, codec)
   config = configs.base()
   config.model = configs.component("models", "pretrained", folder=folder)
+  config.loss = configs.component("losses", "scm", velocity="teacher")
   network = experiments.network(config, dataset)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   vae = None if model.vae is None else (model.vae, model.params["vae"])

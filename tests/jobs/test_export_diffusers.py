@@ -98,7 +98,7 @@ def published(path: pathlib.Path) -> str:
   return str(path)
 
 
-def trained(folder: str, tmp_path: pathlib.Path, **adapters):
+def trained(folder: str, tmp_path: pathlib.Path, loss: str = "scm", **adapters):
   """Saves a run of the network of a folder at step 1; returns its config."""
   pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
   np.savez(tmp_path / "images.npz", images=pixels)
@@ -106,6 +106,7 @@ def trained(folder: str, tmp_path: pathlib.Path, **adapters):
   path = str(tmp_path / "images.npz")
   config.data = configs.component("data", "npz", path=path)
   config.model = configs.component("models", "pretrained", folder=folder)
+  config.loss = configs.component("losses", loss)
   config.lora.update(**adapters)
   config.sampler.update(name="consistency", steps=2)
   built = experiments.build(config)
@@ -119,6 +120,20 @@ def trained(folder: str, tmp_path: pathlib.Path, **adapters):
     created = state.create(params, optax.identity(), tuple(config.ema.profiles))
     checkpoints.save(1, created)
   return config
+
+
+def test_a_diffusion_model_keeps_its_scheduler(tmp_path):
+  folder = published(tmp_path / "church")
+  config = trained(folder, tmp_path, "diffusion")
+  config.export.format = "diffusers"
+  export.run(config, str(tmp_path / "run"))
+  out = tmp_path / "run" / "export" / "diffusers"
+  for name in ("model_index.json", "scheduler/scheduler_config.json"):
+    kept = (tmp_path / "church" / name).read_text()
+    assert json.loads((out / name).read_text()) == json.loads(kept)
+  card = (out / "README.md").read_text()
+  assert "pipe(batch_size=4)" in card
+  assert "consistency" not in card.split("```")[2]
 
 
 def test_the_job_writes_a_folder_and_its_card(tmp_path):

@@ -20,8 +20,9 @@ PIPELINES = {"DDIMPipeline": "DDPMPipeline"}
 def write(run: Run, folder: str) -> Written:
   """Writes the network in the place of the one that it was distilled from.
 
-  Autoencoder, text encoders and tokenizers are copies of the published folder's, and
-  the scheduler is one that makes the steps of the sampler `consistency`.
+  Autoencoder, text encoders and tokenizers are copies of the published folder's. The
+  scheduler of a consistency model makes the steps of the sampler `consistency`; a
+  diffusion model keeps that of the folder.
 
   Args:
     run: the run, whose network is `pretrained`.
@@ -36,7 +37,8 @@ def write(run: Run, folder: str) -> Written:
       f"{run.stored.model.name!r}, which diffusers does not have; it has those of runs "
       "with model='pretrained'. Use the format 'stablehlo'"
     )
-  if trigflow.END_TIME in losses.facts(run.stored.loss).cond:
+  facts = losses.facts(run.stored.loss)
+  if trigflow.END_TIME in facts.cond:
     raise UserError(
       "config.export.format='diffusers': the run is a flow map, whose end time the "
       "network of the folder does not take; use the format 'stablehlo'"
@@ -47,15 +49,18 @@ def write(run: Run, folder: str) -> Written:
   name = next(part for part in fit.PREDICTORS if part in parts)
   shapes = saving.shapes(parts[name].folder)
   parts[name] = saving.network(configs[name], run.merged["net"], shapes=shapes)
-  process = consistency.scheduler_config(configs["scheduler"])
-  parts["scheduler"] = saving.scheduler(process)
-  pipeline = index.get("_class_name", "DiffusionPipeline")
-  index["_class_name"] = PIPELINES.get(pipeline, pipeline)
+  usage = _usage(_arguments(parts, ""))
+  if facts.family == "consistency":
+    process = consistency.scheduler_config(configs["scheduler"])
+    parts["scheduler"] = saving.scheduler(process)
+    pipeline = index.get("_class_name", "DiffusionPipeline")
+    index["_class_name"] = PIPELINES.get(pipeline, pipeline)
+    usage = _usage(_arguments(parts, "num_inference_steps=2, guidance_scale=1.0"))
+    usage += _steps(times(run, configs), process["_class_name"])
   saving.save(folder, index, parts)
   fields = {"library_name": "diffusers", "license": _license(source)}
   if run.config.model.folder.startswith(hub.HUB):
     fields["base_model"] = run.config.model.folder.removeprefix(hub.HUB)
-  usage = _usage(times(run, configs), parts, process["_class_name"])
   return Written("a folder of diffusers", usage, fields)
 
 
@@ -84,35 +89,46 @@ def _license(folder: str) -> str:
   return found[1] if found else ""
 
 
-def _usage(
-  grids: dict[int, tuple[float, ...]], parts: dict[str, Part], scheduler: str
-) -> str:
-  """Returns how the folder is used.
+def _arguments(parts: dict[str, Part], options: str) -> str:
+  """Returns arguments of the pipeline of a folder, in Python.
+
+  Args:
+    parts: of the folder.
+    options: more arguments; the guidance scale is left out for pipelines without.
+  """
+  if any(name in parts for name in fit.ENCODERS):
+    return ", ".join(filter(None, ('"a prompt"', options)))
+  if "transformer" in parts:
+    return ", ".join(filter(None, ("class_labels=[0]", options)))
+  return ", ".join(filter(None, ("batch_size=4", options.split(", ")[0])))
+
+
+def _usage(arguments: str) -> str:
+  """Returns how the folder is used."""
+  return f"""```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
+images = pipe({arguments}).images
+```
+"""
+
+
+def _steps(grids: dict[int, tuple[float, ...]], scheduler: str) -> str:
+  """Returns what the steps of a consistency model are.
 
   Args:
     grids: number of steps -> times of its steps.
-    parts: of the folder.
     scheduler: name of its class.
   """
-  given = "batch_size=4, num_inference_steps=2"
-  if any(name in parts for name in fit.ENCODERS):
-    given = '"a prompt", num_inference_steps=2, guidance_scale=1.0'
-  elif "transformer" in parts:
-    given = "class_labels=[0], num_inference_steps=2, guidance_scale=1.0"
   lines = [
     f"* {steps}: `--config.sampler.name=consistency --config.sampler.steps={steps} "
     f'--config.sampler.timesteps="{grid}"`'
     for steps, grid in grids.items()
   ]
   rows = "\n".join(lines)
-  return f"""```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
-images = pipe({given}).images
-```
-
+  return f"""
 In 1, 2 or 4 steps, without guidance: what guidance the model has is in its weights. A step
 of {scheduler} jumps to data and adds fresh noise. The same steps by sdiff_jax:
 
