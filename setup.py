@@ -7,6 +7,7 @@ import setuptools
 SERVE = ["httptools>=0.6", "prometheus-client>=0.20", "starlette>=0.45,<2"]
 SERVE += ["uvicorn>=0.34,<1", "uvloop>=0.21"]
 GCS = ["gcsfs>=2026.9"]
+PARQUET = ["pyarrow>=21"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"]
 
 setuptools.setup(
@@ -44,6 +45,7 @@ setuptools.setup(
     "test": [
       *DOCS,  # a test builds the site
       *GCS,
+      *PARQUET,
       *SERVE,
       "flatbuffers>=24",  # of jax.export
       "gcp-storage-emulator>=2026.7",  # a bucket on 127.0.0.1
@@ -74,6 +76,7 @@ setuptools.setup(
       "huggingface-hub>=1.0",
     ],  # jax.export needs flatbuffers
     "gcs": GCS,  # paths that start with gs://
+    "parquet": PARQUET,  # the data set of that name
     "serve": SERVE,
     "browser": ["playwright>=1.45"],  # and chromium, for the slow test of the page
     # Push-T, and recorded episodes: robomimic's .hdf5, Diffusion Policy's zarr folders.

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sdiff_jax.data import folder, npz, tfds
+from sdiff_jax.data import folder, npz, parquet, tfds
 from sdiff_jax.data.episodes import normalizer, reader
 from sdiff_jax.io import array_io, image_io, resumable
 from sdiff_jax.io.snapshot import Snapshot
@@ -143,6 +143,19 @@ def test_folders_of_tensorflow_datasets_run_nothing(tmp_path, trace):
   (path / "dataset_info.json").write_text('{"name": "tiny", "version": "1.0.0"}')
   (path / "features.json").write_text('{"pythonClassName": "canary.Image"}')
   refuses(lambda p: tfds.build(tfds_name="tiny", dir=p), tmp_path, trace)
+
+
+def test_parquet_files_run_nothing(tmp_path, trace):
+  """pyarrow before 14.0.1 called the pickle of such a type."""
+  import pyarrow as pa
+  from pyarrow import parquet as pq
+
+  kind = {b"ARROW:extension:name": b"arrow.py_extension_type"}
+  kind[b"ARROW:extension:metadata"] = CLASSIC
+  image = pa.field("image", pa.binary(), metadata=kind)
+  table = pa.table([pa.array([EPS])], schema=pa.schema([image]))
+  pq.write_table(table, tmp_path / "train.parquet")
+  refuses(lambda p: parquet.build(dir=p), tmp_path, trace)
 
 
 @pytest.mark.parametrize("key", ["filters", "compressor"])

@@ -260,6 +260,24 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
       yield file
 
 
+@contextlib.contextmanager
+def open_ranges(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file for reading; of an object each read requests the bytes that it needs.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if remote(path):
+    with filesystem().open(_url(path), "rb", cache_type="none") as file:
+      yield file
+  else:
+    with open(path, "rb") as file:
+      yield file
+
+
 def local(path: str) -> str:
   """Returns a path of this machine with the content of a file or folder.
 

@@ -210,6 +210,26 @@ def _tars() -> Files:
   return {"a.tar": tar.getvalue()}
 
 
+def _parquet() -> Files:
+  """Returns two files of images with classes, in groups of two rows."""
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  def packed(rows: range, **options: Any) -> bytes:
+    images = [
+      {"bytes": _picture(_images()[k], "PNG"), "path": f"{k}.png"} for k in rows
+    ]
+    table = pa.table({"image": images, "label": [k % 3 for k in rows]})
+    file = io.BytesIO()
+    parquet.write_table(table, file, row_group_size=2, **options)
+    return file.getvalue()
+
+  return {
+    "train-0.parquet": packed(range(4)),
+    "train-1.parquet": packed(range(4, 6), compression="zstd", use_dictionary=False),
+  }
+
+
 def _captioned() -> Files:
   """Returns images with a list of captions, and the same in a tar."""
   images = {k: v for k, v in _folder().items() if k.endswith(".png")}
@@ -576,6 +596,7 @@ READERS: dict[str, Reader] = {
     8,
   ),
   "data shards": Reader(_tars, _take("shards", "dir", image_size=8)),
+  "data parquet": Reader(_parquet, _take("parquet", "dir", image_size=8), 8),
   "data npz in parts": Reader(
     lambda: {
       "x/0.npz": _npz(images=_images()[:4]),

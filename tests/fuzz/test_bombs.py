@@ -174,6 +174,25 @@ def _bloc(size: int) -> bytes:
   return struct.pack("<BBBBIII", 2, 1, 1, 4, size, size, 20) + bytes(4)
 
 
+def _parquet(column: Any, **options: Any) -> bytes:
+  """Returns a Parquet file with a column of images."""
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  file = io.BytesIO()
+  parquet.write_table(pa.table({"image": column}), file, **options)
+  return file.getvalue()
+
+
+def _one_image_often() -> Files:
+  """Returns a file of a dictionary with one value, which a million rows repeat."""
+  import pyarrow as pa
+
+  rows = np.zeros(10**6, np.int32)
+  column = pa.DictionaryArray.from_arrays(rows, pa.array([bytes(2**20)]))
+  return {"train.parquet": _parquet(column, compression="zstd")}
+
+
 BOMBS: dict[str, tuple[str, Callable[[], Files]]] = {
   "npz: shape of 2^40": (
     "data npz",
@@ -238,6 +257,11 @@ BOMBS: dict[str, tuple[str, Callable[[], Files]]] = {
       "a/0.png",
       _png(8, 8, (b"zTXt", b"x\0\0" + _deflated(GIGABYTE, 15))),
     ),
+  ),
+  "parquet: a value in a million rows": ("data parquet", _one_image_often),
+  "parquet: a page of zeros": (
+    "data parquet",
+    lambda: {"train.parquet": _parquet([bytes(2**29)], compression="zstd")},
   ),
   "weights: 2^60 parts": ("weights edm", lambda: {"edm.pkl": _laughs(60)}),
   "weights: lists in lists": ("weights edm", lambda: {"edm.pkl": _nested(200_000)}),
@@ -377,6 +401,7 @@ BOMBS: dict[str, tuple[str, Callable[[], Files]]] = {
 
 
 SLOW = {  # to make or to read
+  "parquet: a page of zeros",
   "npz: zeros",
   "npz: many members",
   "idx: gzip of zeros",
