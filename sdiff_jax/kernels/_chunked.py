@@ -179,3 +179,20 @@ def tangent(
   q, k, v = qkv
   dq, dk, dv = directions
   return _map_blocks(spec, (q, o, lse, dq), (k, v, dk, dv), mask, body)
+
+
+def backward(
+  spec: AttentionSpec,
+  qkv: tuple,
+  mask: Array | None,
+  o: Array,
+  lse: Array,
+  g: Array,
+  h: Array,
+) -> tuple[Array, Array, Array]:
+  """Returns the cotangents of q, k and v for those of o and lse, g and h."""
+
+  def linear(*dqkv: Array) -> tuple[Array, Array]:
+    return tangent(spec, qkv, mask, o, lse, dqkv)
+
+  return jax.linear_transpose(linear, *qkv)((g, h))

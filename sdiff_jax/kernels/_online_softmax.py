@@ -9,6 +9,12 @@ when it changes (arXiv:2205.14135). Its jvp needs two more sums (arXiv:2410.1108
 
   o = O / l     do = C / l - (mu / l) o     lse = m + ln l     dlse = mu / l
 
+Reverse mode needs no running maximum, since lse is known. For cotangents g of o and h of
+lse,
+
+  p = e^(s - lse)     b = p (g v - g o + h)
+  q_bar = scale b k   k_bar = scale b q   v_bar = p g
+
 Arrays are q [..., Lq, size], k and v [..., Lk, size], sums and maxima over keys
 [..., Lq, 1] in float32 or wider; `keep` is a boolean mask of the scores, or None.
 """
@@ -98,3 +104,34 @@ def finish(sums: tuple[Array, ...]) -> tuple[Array, ...]:
     return o, lse
   mu, C = tangent
   return o, lse, C / l - (mu / l) * o, mu / l
+
+
+def delta(o: Array, g: Array, h: Array) -> Array:
+  """Returns g o - h of each query, [..., Lq, 1], of `backward`."""
+  product = g.astype(h.dtype) * o.astype(h.dtype)
+  return jnp.sum(product, -1, keepdims=True) - h
+
+
+def backward(
+  rows: tuple[Array, Array],
+  columns: tuple[Array, Array],
+  lse: Array,
+  delta: Array,
+  keep: Array | None,
+  scale: float,
+) -> tuple[Array, Array]:
+  """Returns (p, scale b) of a block, of rows x columns, in the type of the operands.
+
+  Args:
+    rows: (q, g) for queries as rows, or (k, v) for keys as rows.
+    columns: the other of the two.
+    lse: log-sum-exps of the queries, [..., Lq, 1], or [..., 1, Lq] for keys as rows.
+    delta: that of `delta`, of the same shape.
+    keep: mask of the scores, or None.
+    scale: factor of the scores.
+  """
+  p = jnp.exp(scores(rows[0], columns[0], keep, scale) - lse)
+  if keep is not None:  # s = lse for a query all of whose keys are masked
+    p = jnp.where(keep, p, 0)
+  b = p * (dot(rows[1], columns[1], "size", lse.dtype) - delta)
+  return p.astype(rows[0].dtype), (b * scale).astype(rows[0].dtype)

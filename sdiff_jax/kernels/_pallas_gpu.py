@@ -1,14 +1,20 @@
-"""Attention as a Pallas kernel for NVIDIA GPUs: output and tangent in one pass.
+"""Attention as Pallas kernels for NVIDIA GPUs: output and tangent, and the backward pass.
 
 Arrays are [B, heads, L, size], `mask` (keys that are attended to) bool [B, Lk] or None;
 log-sum-exps lse [B, heads, L, 1]. A program has one block of queries and iterates over
-the keys, with the sums of `_online_softmax.update` in registers.
+the keys, with the sums of `_online_softmax.update` in registers. The backward pass has
+one kernel like that, for the queries, and one for the keys and values, whose programs
+have one block of keys and iterate over the queries.
+
+The kernels read and write [B, L, heads, size], the order that the arrays have in a
+network: the compiler cancels the transpositions on both sides of a kernel.
 
 It uses Pallas' Triton backend, which JAX deprecates from 0.12 on and which still works
 there.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +26,171 @@ from sdiff_jax.kernels._chunked import AttentionSpec
 from sdiff_jax.kernels._pallas_tpu import cost, like
 from sdiff_jax.types import Array
 
-BLOCK = 64  # limited by registers, so not the block size of the other kernels
-WARPS, STAGES = 4, 2
 TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-MAX_QUERY_BYTES = 256  # 512 would exceed shared memory
+STAGES = 2
+MAX_ROW_BYTES = 512  # of a query; 1,024 would exceed shared memory
 
 
 def supports(q: Array) -> bool:
-  """Returns whether the kernel supports the type and the size of the queries."""
-  return q.dtype in TYPES and q.shape[-1] * q.dtype.itemsize <= MAX_QUERY_BYTES
+  """Returns whether the kernels support the type and the size of the queries."""
+  return q.dtype in TYPES and q.shape[-1] * q.dtype.itemsize <= MAX_ROW_BYTES
+
+
+def _block(q: Array) -> int:
+  """Returns the number of rows of a block, which registers and shared memory limit."""
+  return 64 if q.shape[-1] * q.dtype.itemsize <= MAX_ROW_BYTES // 2 else 32
+
+
+def _keep(
+  spec: AttentionSpec,
+  block: int,
+  Lk: int,
+  i: Array,
+  j: Array,
+  mask: Array | None,
+  query_axis: int = 0,
+) -> Array | None:
+  """Returns the mask of the scores of query block i and key block j, or None."""
+  shape, keep = (block, block), None
+  keys = j * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+  if Lk % block:
+    keep = keys < Lk
+  if spec.causal:
+    queries = i * block + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+    before = keys <= queries
+    keep = before if keep is None else keep & before
+  if mask is not None:
+    counts = jnp.broadcast_to(jnp.expand_dims(mask, query_axis), shape) != 0
+    keep = counts if keep is None else keep & counts
+  return keep
 
 
 def _kernel(
-  *refs: jax.Ref, spec: AttentionSpec, Lk: int, tangent: bool, masked: bool
+  *refs: jax.Ref, spec: AttentionSpec, Lk: int, block: int, tangent: bool, masked: bool
 ) -> None:
   """Computes one block of queries; refs are the inputs, then the outputs."""
   refs = list(refs)
   q_refs, k_refs, v_refs = ([refs.pop(0) for _ in range(1 + tangent)] for _ in range(3))
   mask_ref = refs.pop(0) if masked else None
-  i, block = pl.program_id(2), (BLOCK, BLOCK)
-  q = [ref[0, 0] for ref in q_refs]
+  i = pl.program_id(2)
+  q = [ref[...] for ref in q_refs]
 
   def step(j: Array, sums: tuple) -> tuple:
-    here = pl.ds(j * BLOCK, BLOCK)
-    k, v = ([ref[0, 0, here, :] for ref in side] for side in (k_refs, v_refs))
+    here = pl.ds(j * block, block)
+    k, v = ([ref[here, :] for ref in side] for side in (k_refs, v_refs))
     dqkv = (q[1], k[1], v[1]) if tangent else None
-    keys = j * BLOCK + jax.lax.broadcasted_iota(jnp.int32, block, 1)
-    keep = keys < Lk if Lk % BLOCK else None
-    if spec.causal:
-      queries = i * BLOCK + jax.lax.broadcasted_iota(jnp.int32, block, 0)
-      keep = keys <= queries if keep is None else keep & (keys <= queries)
-    if masked:
-      counts = jnp.broadcast_to(mask_ref[0, here][None, :], block) != 0
-      keep = counts if keep is None else keep & counts
+    keep = _keep(spec, block, Lk, i, j, mask_ref[here] if masked else None)
     return _online_softmax.update(sums, (q[0], k[0], v[0]), dqkv, keep, spec.scale)
 
-  count = pl.cdiv(Lk, BLOCK)
+  count = pl.cdiv(Lk, block)
   if spec.causal:
     count = jnp.minimum(i + 1, count)
   start = _online_softmax.start(q[0], q[0].shape[-1], tangent)
   outs = _online_softmax.finish(jax.lax.fori_loop(0, count, step, start))
   for ref, x in zip(refs, outs, strict=True):
-    x = x.astype(ref.dtype)
-    if ref.ndim == 3:  # a log-sum-exp
-      ref[0, 0] = x[:, 0] if x.ndim == 2 else x
-    else:
-      ref[0, 0] = x
+    ref[...] = (x if ref.ndim == 2 else x.reshape(-1)).astype(ref.dtype)
+
+
+def _queries_kernel(
+  *refs: jax.Ref, spec: AttentionSpec, Lk: int, block: int, masked: bool
+) -> None:
+  """Computes the cotangent of one block of queries."""
+  q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, *mask_refs, out_ref = refs
+  i, q, g = pl.program_id(2), q_ref[...], g_ref[...]
+  lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
+
+  def step(j: Array, total: Array) -> Array:
+    here = pl.ds(j * block, block)
+    k, v = k_ref[here, :], v_ref[here, :]
+    keep = _keep(spec, block, Lk, i, j, mask_refs[0][here] if masked else None)
+    _, b = _online_softmax.backward((q, g), (k, v), lse, delta, keep, spec.scale)
+    return total + _online_softmax.dot(b, k, "keys", lse.dtype)
+
+  count = pl.cdiv(Lk, block)
+  if spec.causal:
+    count = jnp.minimum(i + 1, count)
+  total = jax.lax.fori_loop(0, count, step, jnp.zeros(q.shape, lse.dtype))
+  out_ref[...] = total.astype(out_ref.dtype)
+
+
+def _keys_kernel(
+  *refs: jax.Ref, spec: AttentionSpec, Lk: int, block: int, masked: bool
+) -> None:
+  """Computes the cotangents of one block of keys and values."""
+  q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, *mask_refs, dk_ref, dv_ref = refs
+  j, k, v = pl.program_id(2), k_ref[...], v_ref[...]
+  mask = mask_refs[0][...] if masked else None
+
+  def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
+    here = pl.ds(i * block, block)
+    q, g = q_ref[here, :], g_ref[here, :]
+    lse, delta = lse_ref[here][None, :], delta_ref[here][None, :]
+    keep = _keep(spec, block, Lk, i, j, mask, query_axis=1)
+    p, b = _online_softmax.backward((k, v), (q, g), lse, delta, keep, spec.scale)
+    return (
+      totals[0] + _online_softmax.dot(b, q, "keys", lse.dtype),
+      totals[1] + _online_softmax.dot(p, g, "keys", lse.dtype),
+    )
+
+  zero = jnp.zeros(k.shape, lse_ref.dtype)
+  first, count = j if spec.causal else 0, q_ref.shape[0] // block
+  totals = jax.lax.fori_loop(first, count, step, (zero, zero))
+  for ref, x in zip((dk_ref, dv_ref), totals, strict=True):
+    ref[...] = x.astype(ref.dtype)
+
+
+def _whole(x: Array, block: int) -> Array:
+  """Returns [B, L, heads, size], zero-padded to blocks and a power of 2."""
+  (_, _, L, size), wide = x.shape, max(16, 1 << (x.shape[-1] - 1).bit_length())
+  pad = ((0, 0), (0, -L % block), (0, 0), (0, wide - size))
+  return jnp.pad(jnp.swapaxes(x, 1, 2), pad)
+
+
+def _cut(x: Array, like: Array) -> Array:
+  """Returns [B, heads, L, size] without what `_whole` added."""
+  return jnp.swapaxes(x, 1, 2)[:, :, : like.shape[2], : like.shape[3]]
+
+
+def _specs(x: Array, block: int | None) -> pl.BlockSpec:
+  """Returns how a program sees padded rows or sums: a block of them, or all."""
+  L = x.shape[1] if x.ndim == 4 else x.shape[-1]
+  count = L if block is None else block
+
+  def index(b: Array, h: Array, i: Array) -> tuple:
+    at = 0 if block is None else i
+    return {4: (b, at, h, 0), 3: (b, h, at), 2: (b, at)}[x.ndim]
+
+  shapes = {
+    4: (None, count, None, x.shape[-1]),
+    3: (None, None, count),
+    2: (None, count),
+  }
+  return pl.BlockSpec(shapes[x.ndim], index)
+
+
+def _mask(mask: Array | None, block: int) -> list[Array]:
+  if mask is None:
+    return []
+  return [jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % block))).astype(jnp.int32)]
+
+
+def _call(
+  kernel: Callable, grid: tuple, ins: list, outs: list, interpret: bool, **options
+) -> list[Array]:
+  """Calls a kernel; `ins` and `outs` are pairs of arrays or types and their specs."""
+  row_bytes = ins[0][0].shape[-1] * ins[0][0].dtype.itemsize
+  return pl.pallas_call(
+    kernel,
+    grid=grid,
+    in_specs=[spec for _, spec in ins],
+    out_specs=[spec for _, spec in outs],
+    out_shape=[x for x, _ in outs],
+    compiler_params=triton.CompilerParams(
+      num_warps=4 if row_bytes <= 128 else 8, num_stages=STAGES
+    ),
+    interpret=interpret,
+    **options,
+  )(*(x for x, _ in ins))
 
 
 def one_pass(
@@ -77,40 +202,73 @@ def one_pass(
   interpret: bool = False,
 ) -> tuple[Array, ...]:
   """Returns (o, lse) and, given tangents of q, k and v, (do, dlse)."""
-  tangent, masked = dqkv is not None, mask is not None
-  (B, heads, Lq, size), Lk = qkv[0].shape, qkv[1].shape[2]
-  whole_q, whole_k = pl.cdiv(Lq, BLOCK) * BLOCK, pl.cdiv(Lk, BLOCK) * BLOCK
-  wide_size = max(16, 1 << (size - 1).bit_length())
-
-  def whole(x: Array, L: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, L - x.shape[2]), (0, wide_size - size)))
-
-  row = pl.BlockSpec((1, 1, BLOCK, wide_size), lambda b, h, i: (b, h, i, 0))
-  column = pl.BlockSpec((1, 1, whole_k, wide_size), lambda b, h, i: (b, h, 0, 0))
-  operands, in_specs = [], []
-  for n, (L, block_spec) in enumerate(
-    ((whole_q, row), (whole_k, column), (whole_k, column))
-  ):
+  q, tangent, block = qkv[0], dqkv is not None, _block(qkv[0])
+  (B, heads, Lq, size), Lk = q.shape, qkv[1].shape[2]
+  ins = []
+  for n, rows in enumerate((block, None, None)):
     for arrays in (qkv, dqkv) if tangent else (qkv,):
-      operands.append(whole(arrays[n], L))
-      in_specs.append(block_spec)
-  if masked:
-    operands.append(jnp.pad(mask, ((0, 0), (0, whole_k - Lk))).astype(jnp.int32))
-    in_specs.append(pl.BlockSpec((1, whole_k), lambda b, h, i: (b, 0)))
-  out_shape = [
-    like(qkv[0], (B, heads, whole_q, wide_size), qkv[2].dtype),
-    like(qkv[0], (B, heads, whole_q), _online_softmax.accumulation_dtype(qkv[0].dtype)),
-  ] * (1 + tangent)
-  log_sum = pl.BlockSpec((1, 1, BLOCK), lambda b, h, i: (b, h, i))
-  outs = pl.pallas_call(
-    functools.partial(_kernel, spec=spec, Lk=Lk, tangent=tangent, masked=masked),
-    grid=(B, heads, whole_q // BLOCK),
-    in_specs=in_specs,
-    out_specs=[row, log_sum] * (1 + tangent),
-    out_shape=out_shape,
-    compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
-    cost_estimate=cost(spec, (B, heads, Lq, Lk, size), tangent, operands, out_shape),
-    interpret=interpret,
+      x = _whole(arrays[n], block)
+      ins.append((x, _specs(x, rows)))
+  ins += [(x, _specs(x, None)) for x in _mask(mask, block)]
+  whole = ins[0][0]
+  out = like(q, whole.shape, qkv[2].dtype)
+  dtype = _online_softmax.accumulation_dtype(q.dtype)
+  sums = like(q, (B, heads, whole.shape[1]), dtype)
+  outs = [(out, _specs(out, block)), (sums, _specs(sums, block))] * (1 + tangent)
+  static = {"spec": spec, "Lk": Lk, "block": block, "masked": mask is not None}
+  arrays = [[x for x, _ in side] for side in (ins, outs)]
+  found = _call(
+    functools.partial(_kernel, tangent=tangent, **static),
+    (B, heads, whole.shape[1] // block),
+    ins,
+    outs,
+    interpret,
+    cost_estimate=cost(spec, (B, heads, Lq, Lk, size), 6 if tangent else 2, *arrays),
     name="attention_jvp" if tangent else "attention",
-  )(*operands)
-  return tuple(x[:, :, :Lq, :size] if x.ndim == 4 else x[:, :, :Lq, None] for x in outs)
+  )
+  return tuple(_cut(x, q) if x.ndim == 4 else x[:, :, :Lq, None] for x in found)
+
+
+def backward(
+  spec: AttentionSpec,
+  qkv: tuple,
+  mask: Array | None,
+  o: Array,
+  lse: Array,
+  g: Array,
+  h: Array,
+  *,
+  interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+  """Returns the cotangents of q, k and v for those of o and lse, g and h."""
+  (q, k, v), block = qkv, _block(qkv[0])
+  (B, heads, Lq, size), Lk = q.shape, k.shape[2]
+  delta = _online_softmax.delta(o, g, h)
+  rows, keys = ([_whole(x, block) for x in side] for side in ((q, g), (k, v)))
+  pad = ((0, 0), (0, 0), (0, -Lq % block))
+  rows += [jnp.pad(x[..., 0], pad) for x in (lse, delta)]
+  keys += _mask(mask, block)
+  static = {"spec": spec, "Lk": Lk, "block": block, "masked": mask is not None}
+
+  def run(kernel: Callable, ins: list, outs: list, products: int, name: str) -> list:
+    outs = [(like(q, x.shape, x.dtype), _specs(x, block)) for x in outs]
+    arrays = [[x for x, _ in side] for side in (ins, outs)]
+    return _call(
+      functools.partial(kernel, **static),
+      (B, heads, outs[0][0].shape[1] // block),
+      ins,
+      outs,
+      interpret,
+      cost_estimate=cost(spec, (B, heads, Lq, Lk, size), products, *arrays),
+      name=name,
+    )
+
+  def seen(rows_of: int | None, keys_of: int | None) -> list:
+    pairs = ((rows, rows_of), (keys, keys_of))
+    return [(x, _specs(x, count)) for side, count in pairs for x in side]
+
+  (dq,) = run(
+    _queries_kernel, seen(block, None), rows[:1], 3, "attention_backward_queries"
+  )
+  dk, dv = run(_keys_kernel, seen(None, block), keys[:2], 4, "attention_backward_keys")
+  return _cut(dq, q), _cut(dk, k), _cut(dv, v)

@@ -1,16 +1,20 @@
 """Fused attention as JAX primitives, with the rules of JAX's transformations.
 
-There are three primitives:
+There are four primitives:
 
-  forward  q, k, v -> o, lse
-  both     q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over the keys
-  linear   the derivative of one of them at known q, k, v, o, lse
+  forward   q, k, v -> o, lse
+  both      q, k, v and tangents dq, dk, dv -> o, lse, do, dlse in one pass over the keys
+  linear    the derivative of one of them at known q, k, v, o, lse
+  backward  the transpose of the derivative of `forward`: cotangents of o and lse ->
+            those of q, k, v
 
 The jvp of `forward` is `both`. Reverse mode evaluates the known part, o and lse, and
 transposes what is linear in the unknown tangents: `both` is split into `forward` and
-`linear`, whose transpose is the backward pass of FlashAttention. In the gradient of a
+`linear`, whose transpose is `backward`, that of FlashAttention. In the gradient of a
 loss that contains a jvp (sCM), all six inputs of `both` are known, so it stays one
-kernel.
+kernel; its tangent is a constant of the loss, so that `backward` is the only derivative
+of it. A loss that trains through its tangent needs the transpose of the derivative of
+`both` too, which is a loop in plain JAX, as are derivatives of `backward`.
 
 Arrays are [B, heads, L, size], log-sum-exps lse [B, heads, L, 1].
 
@@ -33,7 +37,7 @@ costs the fused jvp (sCM's inner loop) its speed.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +48,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.kernels import _chunked, _online_softmax
 from sdiff_jax.kernels._chunked import AttentionSpec
-from sdiff_jax.types import Array
+from sdiff_jax.types import Array, PyTree
 
 
 def attend(spec: AttentionSpec, impl: str, qkv: tuple, mask: Array | None) -> Array:
@@ -71,35 +75,46 @@ def _with_common_axes(*arrays: Array) -> list[Array]:
 
 
 def _evaluate(*args: Array, spec: AttentionSpec, impl: str, tangent: bool) -> tuple:
-  qkv, mask, dqkv = _parts(args, tangent)
-  chunked = functools.partial(_chunked.one_pass, spec)
+  (q, k, v, *dqkv), mask = _parts(args)
+  rest = (tuple(dqkv),) if tangent else ()
+  return _run("one_pass", (q, k, v), mask, *rest, spec=spec, impl=impl)
+
+
+def _backward(*args: Array, spec: AttentionSpec, impl: str) -> tuple:
+  (q, k, v, *rest), mask = _parts(args)
+  return _run("backward", (q, k, v), mask, *rest, spec=spec, impl=impl)
+
+
+def _run(method: str, *args: PyTree, spec: AttentionSpec, impl: str) -> tuple:
+  """Calls the function of this name of the module that implements it."""
+  chunked = functools.partial(getattr(_chunked, method), spec)
   if impl == "chunked":
-    return chunked(qkv, mask, dqkv)
+    return chunked(*args)
   # Pallas is slow to import.
   from sdiff_jax.kernels import _pallas_gpu, _pallas_tpu
 
   interpret = impl == "interpret"
   on_tpu = _on_each_device(
-    functools.partial(_pallas_tpu.one_pass, spec, interpret=interpret)
+    functools.partial(getattr(_pallas_tpu, method), spec, interpret=interpret)
   )
   if interpret:
-    return on_tpu(qkv, mask, dqkv)
+    return on_tpu(*args)
   kernels = {"tpu": on_tpu}
-  if _pallas_gpu.supports(qkv[0]):
-    on_gpu = functools.partial(_pallas_gpu.one_pass, spec)
+  if _pallas_gpu.supports(args[0][0]):
+    on_gpu = functools.partial(getattr(_pallas_gpu, method), spec)
     kernels["cuda"] = _on_each_device(on_gpu)
   # By the platform that the program is compiled for, which need not be this one.
-  return jax.lax.platform_dependent(qkv, mask, dqkv, **kernels, default=chunked)
+  return jax.lax.platform_dependent(*args, **kernels, default=chunked)
 
 
-def _on_each_device(kernel):
+def _on_each_device(kernel: Callable) -> Callable:
   """Returns the kernel under shard_map, since XLA cannot partition it.
 
   B, and then heads, are sharded over the axes of the context's mesh (jax.set_mesh) that
   divide them, in the order of the mesh.
   """
 
-  def call(qkv: tuple, mask: Array | None, dqkv: tuple | None) -> tuple:
+  def call(qkv: tuple, mask: Array | None, *rest: PyTree) -> tuple:
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
       a
@@ -116,24 +131,23 @@ def _on_each_device(kernel):
           names.append(axis)
           break
     if not axes:
-      return kernel(qkv, mask, dqkv)
+      return kernel(qkv, mask, *rest)
     partition = P(tuple(batch), tuple(heads))
     return jax.shard_map(
       kernel,
       axis_names=set(axes),
-      in_specs=(partition, P(tuple(batch)), partition),
+      in_specs=(partition, P(tuple(batch)), *(partition for _ in rest)),
       out_specs=partition,
       check_vma=False,
-    )(qkv, mask, dqkv)
+    )(qkv, mask, *rest)
 
   return call
 
 
-def _parts(args: tuple, tangent: bool) -> tuple:
-  """Returns (q, k, v), mask or None, and (dq, dk, dv) or None of operands."""
-  qkv, rest = args[:3], args[3:]
-  dqkv, rest = (rest[-3:], rest[:-3]) if tangent else (None, rest)
-  return qkv, rest[0] if rest else None, dqkv
+def _parts(args: tuple) -> tuple[list[Array], Array | None]:
+  """Returns the other operands, and the mask if there is one."""
+  masks = [x for x in args if x.dtype == bool]
+  return [x for x in args if x.dtype != bool], masks[0] if masks else None
 
 
 def _primitive(name: str, evaluate: Callable, types: Callable) -> core.Primitive:
@@ -187,72 +201,106 @@ both_p = _primitive(
 # tangents in which it is linear. Partial evaluation does not split it.
 linear_p = _primitive(
   "attention_linear",
-  lambda *args, function, count: function(*args),
+  lambda *args, function, transposed, count: function(*args),
   _sums,
+)
+# Its operands are q, k, v, the mask if any, o, lse and their cotangents.
+backward_p = _primitive(
+  "attention_backward",
+  _backward,
+  lambda *args, **params: [x.update(weak_type=False) for x in args[:3]],
 )
 
 
 def _tangent(spec: AttentionSpec, *args: Array) -> tuple:
   """Returns (do, dlse) from q, k, v, o, lse, the mask if any, and dq, dk, dv."""
-  *qkv, o, lse = args[:5]
-  mask = args[5] if len(args) == 9 else None
-  return _chunked.tangent(spec, tuple(qkv), mask, o, lse, args[-3:])
+  (q, k, v, o, lse, *dqkv), mask = _parts(args)
+  return _chunked.tangent(spec, (q, k, v), mask, o, lse, tuple(dqkv))
+
+
+def _tangent_transposed(
+  spec: AttentionSpec, impl: str, constants: tuple, types: list, cts: list
+) -> list:
+  q, k, v, o, lse, *mask = constants
+  return backward_p.bind(q, k, v, *mask, o, lse, *cts, spec=spec, impl=impl)
 
 
 def _second(spec: AttentionSpec, *args: Array) -> tuple:
   """Returns the jvp of `_tangent`; the last 8 arguments are the tangents."""
   primals, dots = args[:-8], args[-8:]
-  q, k, v, o, lse, *mask, dq, dk, dv = primals
-  return jax.jvp(
-    lambda *x: _tangent(spec, *x[:5], *mask, *x[5:]),
-    (q, k, v, o, lse, dq, dk, dv),
-    dots,
-  )[1]
+  return _jvp(functools.partial(_tangent, spec), primals, dots)[1]
 
 
-def _linear_jvp(primals: tuple, tangents: tuple, *, function, count) -> tuple:
-  indices = [i for i, x in enumerate(primals) if x.dtype != bool]
-  dots = [ad.instantiate_zeros(tangents[i]) for i in indices]
-
-  def apply(*differentiable: Array) -> tuple:
-    args = list(primals)
-    for i, x in zip(indices, differentiable, strict=True):
-      args[i] = x
-    return function(*args)
-
-  return jax.jvp(apply, [primals[i] for i in indices], dots)
+def _second_transposed(
+  spec: AttentionSpec, impl: str, constants: tuple, types: list, cts: list
+) -> tuple:
+  apply = functools.partial(_second, spec, *constants)
+  return jax.linear_transpose(apply, *types)(tuple(cts))
 
 
-def _linear_transpose(cts: list, *args, function, count) -> list:
+def _jvp(function: Callable, primals: tuple, dots: Sequence[Array]) -> tuple:
+  """Returns the jvp of a function; the mask, if there is one, has no tangent."""
+  _, mask = _parts(primals)
+  at = next((i for i, x in enumerate(primals) if x is mask), None)
+
+  def apply(*arrays: Array) -> tuple:
+    args = list(arrays)
+    if at is not None:
+      args.insert(at, mask)
+    return tuple(function(*args))
+
+  return jax.jvp(apply, tuple(_parts(primals)[0]), tuple(dots))
+
+
+def _dots(primals: tuple, tangents: tuple) -> list[Array]:
+  return [
+    ad.instantiate_zeros(t)
+    for x, t in zip(primals, tangents, strict=True)
+    if x.dtype != bool
+  ]
+
+
+def _linear_jvp(primals: tuple, tangents: tuple, *, function, **_) -> tuple:
+  return _jvp(function, primals, _dots(primals, tangents))
+
+
+def _backward_jvp(
+  primals: tuple, tangents: tuple, *, spec: AttentionSpec, impl: str
+) -> tuple:
+  plain = functools.partial(_backward, spec=spec, impl="chunked")
+  return _jvp(plain, primals, _dots(primals, tangents))
+
+
+def _linear_transpose(cts: list, *args, function, transposed, count) -> list:
   constants, directions = args[:-count], args[-count:]
-  linear = [ad.is_undefined_primal(x) for x in directions]
-
-  def apply(*unknown: Array) -> tuple:
-    rest = iter(unknown)
-    return function(
-      *constants,
-      *(
-        next(rest) if l else jnp.zeros_like(x)
-        for l, x in zip(linear, directions, strict=True)
-      ),
-    )
-
-  unknown = [x.aval for x, l in zip(directions, linear, strict=True) if l]
-  back = iter(
-    jax.linear_transpose(apply, *unknown)(tuple(map(ad.instantiate_zeros, cts)))
-  )
-  return [None] * len(constants) + [next(back) if l else None for l in linear]
+  unknown = [ad.is_undefined_primal(x) for x in directions]
+  types = [x.aval if u else x for x, u in zip(directions, unknown, strict=True)]
+  back = transposed(constants, types, list(map(ad.instantiate_zeros, cts)))
+  return [None] * len(constants) + [
+    x if u else None for x, u in zip(back, unknown, strict=True)
+  ]
 
 
 ad.primitive_jvps[linear_p] = _linear_jvp
 ad.primitive_transposes[linear_p] = _linear_transpose
+ad.primitive_jvps[backward_p] = _backward_jvp
 
 
 def _linear(
-  function: Callable, spec: AttentionSpec, args: list, directions: list
+  order: int, spec: AttentionSpec, impl: str, args: list, directions: list
 ) -> list:
-  function = functools.partial(function, spec)
-  return linear_p.bind(*args, *directions, function=function, count=len(directions))
+  """Returns the first or the second derivative along directions."""
+  function, transposed = {
+    1: (_tangent, _tangent_transposed),
+    2: (_second, _second_transposed),
+  }[order]
+  return linear_p.bind(
+    *args,
+    *directions,
+    function=functools.partial(function, spec),
+    transposed=functools.partial(transposed, spec, impl),
+    count=len(directions),
+  )
 
 
 def _forward_jvp(primals: tuple, tangents: tuple, **params) -> tuple:
@@ -271,9 +319,9 @@ def _both_jvp(
     *primals[3:],
   ]  # q, k, v, o, lse, (mask), dq, dk, dv
   dots = [ad.instantiate_zeros(x) for x in (*tangents[:3], *tangents[-3:])]
-  first = _linear(_tangent, spec, operands[:-3], dots[:3])
+  first = _linear(1, spec, impl, operands[:-3], dots[:3])
   # Dead code if the tangent is under stop_gradient.
-  second = _linear(_second, spec, operands, [*dots[:3], *first, *dots[3:]])
+  second = _linear(2, spec, impl, operands, [*dots[:3], *first, *dots[3:]])
   return outs, [*first, *second]
 
 
@@ -290,7 +338,7 @@ def _partial_eval(trace, *tracers, spec: AttentionSpec, impl: str) -> list:
   with core.set_current_trace(trace):
     o, lse = forward_p.bind(*tracers[:-3], **params)
     operands = [*tracers[:3], o, lse, *tracers[3:-3]]
-    return [o, lse, *_linear(_tangent, spec, operands, tracers[-3:])]
+    return [o, lse, *_linear(1, spec, impl, operands, tracers[-3:])]
 
 
 def _equation(eqn: core.JaxprEqn) -> core.JaxprEqn:

@@ -45,9 +45,9 @@ def attention(
     scale: factor of the scores; None for size^-0.5.
     impl: "plain" stores all scores, [B, heads, Lq, Lk]; "chunked" stores one block of
       them at a time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to
-      size 128 (64 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" is
+      size 256 (128 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" is
       "plain" up to MAX_PLAIN_SCORES scores, else "fused". "interpret" runs the TPU
-      kernel on any machine, slowly.
+      kernels on any machine, slowly.
     block_q: largest number of queries of a block, a multiple of 128. The GPU kernel has
       its own block size.
     block_k: largest number of keys of a block, a multiple of 128.

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.kernels import _chunked, _pallas_gpu, _primitives
+from sdiff_jax.kernels import _chunked, _pallas_gpu, _pallas_tpu, _primitives
 from sdiff_jax.kernels.attention import attention
 
 TWINS = ("chunked", "interpret")
@@ -200,7 +200,7 @@ def test_transformations_of_the_kernel(name):
 def kernels(work, *args) -> dict[str, int]:
   """Returns how often each kernel stands in a program, its loops' bodies once."""
   text = str(jax.make_jaxpr(work)(*args))
-  names = ("attention", "attention_jvp", "attention_linear")
+  names = ("attention", "attention_jvp", "attention_linear", "attention_backward")
   return {name: text.count(f"= {name}[") for name in names}
 
 
@@ -209,9 +209,10 @@ def test_the_tangent_costs_one_pass():
   p, t = arrays(B=1)
   call = function("chunked")
   alone = kernels(lambda p, t: jax.jvp(call, p, t), p, t)
-  assert alone == {"attention": 0, "attention_jvp": 1, "attention_linear": 0}
+  assert {name: n for name, n in alone.items() if n} == {"attention_jvp": 1}
   step = kernels(lambda p, t: scm(call, p, t), p, t)
-  assert (step["attention"], step["attention_jvp"]) == (0, 1)
+  expected = {"attention_jvp": 1, "attention_backward": 1}
+  assert {name: n for name, n in step.items() if n} == expected
   gradient = kernels(lambda p: jax.grad(total(call))(p), p)
   assert (gradient["attention"], gradient["attention_jvp"]) == (1, 0)
   # What is computed again for the backward pass has no tangent.
@@ -268,16 +269,39 @@ def test_the_triton_kernel_interpreted(masked):
     close(found, _chunked.one_pass(shape, qkv, mask, tangents))
 
 
+@pytest.mark.parametrize("module", [_pallas_gpu, _pallas_tpu])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_backward_kernels_interpreted(module, causal):
+  """For cotangents of the output and of the log-sum-exps, against plain attention."""
+  rng = np.random.default_rng(1)
+  q, k, v, g = (
+    jnp.asarray(rng.normal(size=(1, 1, L, 24)), jnp.float32) for L in (70, 140, 140, 70)
+  )
+  h = jnp.asarray(rng.normal(size=(1, 1, 70, 1)), jnp.float32)
+  mask = None if causal else jnp.asarray(rng.random((1, 140)) < 0.6)
+
+  def plain(q, k, v):
+    s = 0.3 * jnp.einsum("bhid,bhjd->bhij", q, k)
+    s = jnp.where(jnp.tril(jnp.ones((70, 140), bool)) if causal else mask, s, -jnp.inf)
+    o = jnp.einsum("bhij,bhjd->bhid", jax.nn.softmax(s), v)
+    return o, jax.nn.logsumexp(s, -1, keepdims=True)
+
+  (o, lse), back = jax.vjp(plain, q, k, v)
+  shape = _chunked.AttentionSpec(causal, 0.3, 128, 128)
+  found = module.backward(shape, (q, k, v), mask, o, lse, g, h, interpret=True)
+  close(found, back((g, h)))
+
+
 @pytest.mark.parametrize(
   ("dtype", "size", "count"),
-  [("float32", 64, 1), ("bfloat16", 128, 1), ("float32", 96, 0), ("float64", 8, 0)],
+  [("float32", 128, 3), ("bfloat16", 64, 3), ("float32", 160, 0), ("float64", 8, 0)],
 )
-def test_gpus_take_their_kernel_where_it_has_room(dtype, size, count):
-  """Lowered for an absent GPU, the program calls the kernel, or does not."""
+def test_gpus_take_their_kernels_where_they_have_room(dtype, size, count):
+  """Lowered for an absent GPU, the step of sCM has three kernels, or none."""
   with jax.enable_x64(dtype == "float64"):
     x = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
-    call = jax.jit(functools.partial(attention, impl="fused"))
-    lowered = call.trace(x, x, x).lower(lowering_platforms=("cuda",))
+    step = jax.jit(functools.partial(scm, functools.partial(attention, impl="fused")))
+    lowered = step.trace((x,) * 3, (x,) * 3).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("gpu.triton") == count
 
 
