@@ -28,7 +28,7 @@ from sdiff_jax.types import CondSpec
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 PROMPT = "a cat on the mat"
-SIDES = {"ddpm-church": 8, "sd2": 8, "sd3": 8, "dit": 8}
+SIDES = {"ddpm-church": 8, "sd2": 8, "sd3": 8, "dit": 8, "sdxl": 8, "pixart": 8}
 
 
 class Student(NamedTuple):
@@ -53,7 +53,11 @@ def student(name: str) -> Student:
   cond, specs = {}, {}
   if model.text_encoders:
     tokens = {k: t.encode([PROMPT]) for k, t in model.tokenizers.items()}
-    cond = model.encode(model.params, tokens)
+    cond = {
+      name: x.astype(np.float32)  # of which the mask is a number in data
+      for name, x in model.encode(model.params, tokens).items()
+      if name != "time_ids"  # which the network adds
+    }
     specs = {k: CondSpec(v.shape[1:], np.float32) for k, v in cond.items()}
   elif model.unet.classes:
     specs, cond = class_cond(model.unet.classes), {"label": jnp.array([1])}
@@ -103,7 +107,7 @@ def images(
 
 
 def main(folder: str) -> None:
-  for name in SIDES:
+  for name in sys.argv[2:] or SIDES:
     written = diffusers_format.write(student(name).run, f"{folder}/{name}")
     print(name, written.about)
 

@@ -27,7 +27,14 @@ ARGUMENTS = {
   "DDPMPipeline": {"batch_size": 1},
   "DiTPipeline": {"class_labels": [1], "guidance_scale": 1.0},
   "StableDiffusionPipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
+  "StableDiffusionXLPipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
   "StableDiffusion3Pipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
+  "PixArtAlphaPipeline": {
+    "prompt": PROMPT,
+    "guidance_scale": 1.0,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+  },
 }
 
 
@@ -60,8 +67,9 @@ def run(
 
 
 def main() -> None:
-  arrays, rng = {}, np.random.default_rng(0)
+  arrays = {}
   for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    rng = np.random.default_rng([*folder.name.encode()])
     index = json.loads((folder / "model_index.json").read_text())
     part = folder / ("unet" if "unet" in index else "transformer") / "config.json"
     channels = json.loads(part.read_text())["in_channels"]

@@ -14,6 +14,8 @@ from sdiff_jax.types import Json, UserError
 STEPS = (1, 2, 4)
 # Pipelines that replace their scheduler -> those that do the same by any scheduler.
 PIPELINES = {"DDIMPipeline": "DDPMPipeline"}
+# Pipelines that round sizes to those of published models, unless they are told not to.
+OWN_SIZES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
 
 
 @registry.register("experiment.exports", "diffusers")
@@ -49,13 +51,13 @@ def write(run: Run, folder: str) -> Written:
   name = next(part for part in fit.PREDICTORS if part in parts)
   shapes = saving.shapes(parts[name].folder)
   parts[name] = saving.network(configs[name], run.merged["net"], shapes=shapes)
-  usage = _usage(_arguments(parts, ""))
+  usage = _call(parts, index, steps="")
   if facts.family == "consistency":
     process = consistency.scheduler_config(configs["scheduler"])
     parts["scheduler"] = saving.scheduler(process)
     pipeline = index.get("_class_name", "DiffusionPipeline")
     index["_class_name"] = PIPELINES.get(pipeline, pipeline)
-    usage = _usage(_arguments(parts, "num_inference_steps=2, guidance_scale=1.0"))
+    usage = _call(parts, index, steps="num_inference_steps=2, guidance_scale=1.0")
     usage += _steps(times(run, configs), process["_class_name"])
   saving.save(folder, index, parts)
   fields = {"library_name": "diffusers", "license": _license(source)}
@@ -89,34 +91,36 @@ def _license(folder: str) -> str:
   return found[1] if found else ""
 
 
-def _arguments(parts: dict[str, Part], options: str) -> str:
-  """Returns arguments of the pipeline of a folder, in Python.
+def _call(parts: dict[str, Part], index: dict[str, Json], *, steps: str) -> str:
+  """Returns a program that samples the folder, Markdown.
 
   Args:
     parts: of the folder.
-    options: more arguments; the guidance scale is left out for pipelines without.
+    index: fields of model_index.json that are no parts.
+    steps: arguments for the number of steps, and for no guidance.
   """
+  given, loaded, after = ["batch_size=4", steps.split(", ")[0]], '"."', ""
   if any(name in parts for name in fit.ENCODERS):
-    return ", ".join(filter(None, ('"a prompt"', options)))
-  if "transformer" in parts:
-    return ", ".join(filter(None, ("class_labels=[0]", options)))
-  return ", ".join(filter(None, ("batch_size=4", options.split(", ")[0])))
-
-
-def _usage(arguments: str) -> str:
-  """Returns how the folder is used."""
+    given = ['"a prompt"', steps]
+    if "vae" not in parts:  # pipelines from texts have one, which latents do not need
+      loaded, after = '".", vae=None', "\nimages = (images / 2 + 0.5).clamp(0, 1)"
+      given.append('output_type="latent"')
+  elif "transformer" in parts:
+    given = ["class_labels=[0]", steps]
+  if str(index.get("_class_name")) in OWN_SIZES:
+    given.append("use_resolution_binning=False")
   return f"""```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
-images = pipe({arguments}).images
+pipe = DiffusionPipeline.from_pretrained({loaded}, torch_dtype=torch.float32)
+images = pipe({", ".join(filter(None, given))}).images{after}
 ```
 """
 
 
 def _steps(grids: dict[int, tuple[float, ...]], scheduler: str) -> str:
-  """Returns what the steps of a consistency model are.
+  """Returns which steps are made.
 
   Args:
     grids: number of steps -> times of its steps.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sdiff_jax.io import file_io
+from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.tokenizer import Tokenizer
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.types import UserError
@@ -23,7 +24,8 @@ def load(folder: str, length: int, *, lower: bool = False) -> Tokenizer:
     folder: with tokenizer.json.
     length: number of tokens of every text: longer ones are cut, others padded.
     lower: whether texts are in lower case, without spaces around them, and may have an
-      instruction.
+      instruction. Their padding is not attended to, so the smaller `model_max_length` of
+      tokenizer_config.json changes long texts only.
 
   Raises:
     UserError: the package is not installed, or the file is missing or damaged.
@@ -34,6 +36,8 @@ def load(folder: str, length: int, *, lower: bool = False) -> Tokenizer:
     raise UserError(
       "text needs the package tokenizers: pip install 'sdiff_jax[diffusers]'"
     ) from None
+  if lower:
+    length = min(length, tokenizer_lib.fields(folder).get("model_max_length", length))
   path = os.path.join(folder, "tokenizer.json")
   if not os.path.exists(path):
     raise UserError(

@@ -42,7 +42,8 @@ def load(
   }
 
   def conditions(params: Params, tokens: dict[str, Array]) -> dict[str, Array]:
-    return dict(model.encode(params, tokens) or {})
+    cond = dict(model.encode(params, tokens) or {})
+    return {k: v for k, v in cond.items() if k != "time_ids"}  # of images, not of texts
 
   jitted = jax.jit(conditions)
 

@@ -21,6 +21,7 @@ WORDS = (
 DEFAULTS = {"bos": "<|startoftext|>", "eos": "<|endoftext|>"}
 Token = str | dict | None  # a text, or a mapping with its text as "content"
 FIELDS = {f"{kind}_token": Field(None, Token) for kind in ("bos", "eos", "pad")}
+CONFIG = "tokenizer_config.json"
 MIN_LENGTH = 3  # tokens: start, one of the text, end
 
 
@@ -64,8 +65,8 @@ def load(folder: str, length: int = 77) -> Tokenizer:
     raise UserError(
       "text needs the package tokenizers: pip install 'sdiff_jax[diffusers]'"
     ) from None
-  config = _json(folder, "special_tokens_map.json")
-  config |= _json(folder, "tokenizer_config.json")
+  config = fields(folder, "special_tokens_map.json")
+  config |= fields(folder, CONFIG)
   names = {k: config.get(f"{k}_token", v) for k, v in DEFAULTS.items()}
   names["pad"] = config.get("pad_token", names["eos"])
   try:
@@ -87,8 +88,12 @@ def load(folder: str, length: int = 77) -> Tokenizer:
   return Tokenizer(encode, length, tokenizer.get_vocab_size(), last)
 
 
-def _json(folder: str, name: str) -> dict[str, Json]:
+def fields(folder: str, name: str = CONFIG) -> dict[str, Json]:
   """Returns the special tokens and the length in a JSON file, {} if it does not exist.
+
+  Args:
+    folder: of the tokenizer.
+    name: of the file.
 
   Raises:
     UserError: the file is damaged, or a field has another type or is out of range.
@@ -98,11 +103,11 @@ def _json(folder: str, name: str) -> dict[str, Json]:
     return {}
   config = config_fields.read_config(path)
   try:
-    fields = config_fields.validated_config(
+    found = config_fields.validated_config(
       {name: config[name] for name in FIELDS if name in config}, FIELDS, {}
     )
     tokens = {
-      name: _text(name, token) for name, token in fields.items() if token is not None
+      name: _text(name, token) for name, token in found.items() if token is not None
     }
     if "model_max_length" in config:  # 10^30 for no limit, more than msgspec reads
       length = config["model_max_length"]
