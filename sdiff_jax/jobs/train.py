@@ -202,6 +202,8 @@ def _init_from(
     init_from = frozen[teachers.TEACHER] if config.teacher.weak_workdir else frozen
   else:
     init_from = teachers.load_init(config, experiment)
+  if init_from is None:
+    return None
   try:
     jax.eval_shape(trainer.create_state, jax.random.key(0), init_from)
   except ValueError as error:

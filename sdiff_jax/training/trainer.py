@@ -113,6 +113,10 @@ class Trainer:
 
   def abstract_state(self) -> TrainState:
     """Returns shapes, types and, on a mesh, shardings of the state."""
+    return self._abstract_state
+
+  @functools.cached_property
+  def _abstract_state(self) -> TrainState:
     abstract: TrainState = jax.eval_shape(self.create_state, jax.random.key(0))
     if self.mesh is not None:
       abstract = sharding.abstract_state(abstract, self.mesh)

@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from sklearn import datasets
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import PixelCodec, _loading, batches, digits
@@ -41,6 +42,13 @@ def test_a_later_start_gives_the_same_batches():
     a, b = next(ones), next(later)
     np.testing.assert_array_equal(a["x0"], b["x0"])
     np.testing.assert_array_equal(a["cond"]["label"], b["cond"]["label"])
+
+
+def test_digits_are_those_of_scikit_learn():
+  expected = datasets.load_digits()
+  images, cond = digits.build()[np.arange(1797)]
+  np.testing.assert_array_equal(images[..., 0], np.round(expected.images * (255 / 16)))
+  np.testing.assert_array_equal(cond["label"], expected.target)
 
 
 def test_digits_have_the_standard_deviation_that_they_claim():
