@@ -104,22 +104,22 @@ def side(folder: str) -> int:
   return min(_decode(files(folder)[0], 0, 3).shape[:2])
 
 
-def crop(image: Image.Image, side: int) -> Image.Image:
-  """Returns the central square of an image, `side` pixels wide, as ADM makes it.
+def crop(image: Image.Image, height: int, width: int) -> Image.Image:
+  """Returns the central part of an image of a height and a width, as ADM makes squares.
 
-  The image is halved by averages while its smaller side is at least twice `side`,
-  resized (bicubic) to a smaller side of `side`, and cropped.
+  The image is halved by averages while it is at least twice as large, resized (bicubic)
+  to the smallest size that covers the part, and cropped.
   Source: `center_crop_arr` of guided-diffusion (Dhariwal & Nichol, arXiv:2105.05233).
   """
-  while min(image.size) >= 2 * side:
+  while image.width >= 2 * width and image.height >= 2 * height:
     half = (image.width // 2, image.height // 2)
     image = image.resize(half, Image.Resampling.BOX)
-  scale = side / min(image.size)
+  scale = max(width / image.width, height / image.height)
   size = (round(image.width * scale), round(image.height * scale))
   image_io.check_size(*size)  # of an image that is much longer than wide
   image = image.resize(size, Image.Resampling.BICUBIC)
-  left, top = (image.width - side) // 2, (image.height - side) // 2
-  return image.crop((left, top, left + side, top + side))
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return image.crop((left, top, left + width, top + height))
 
 
 def decode(
@@ -139,7 +139,7 @@ def decode(
   """
   with image_io.open_image(file) as opened:
     image = image_io.to_color(opened, channels)
-    image = crop(image, side) if side else image
+    image = crop(image, side, side) if side else image
     return np.asarray(image).reshape(*image.size[::-1], channels)
 
 

@@ -40,6 +40,24 @@ class NoiseSchedule(NamedTuple):
   point: PointFn
   sigma_d: float
 
+  def last(self, steps: int) -> "NoiseSchedule":
+    """Returns the schedule of the last steps alone.
+
+    Args:
+      steps: how many, 1 to N.
+
+    Example:
+      >>> flow(np.array([0.75, 0.5, 0.0])).last(1).time
+      array([0.5])
+    """
+    return self._replace(
+      alpha=self.alpha[-steps:],
+      sigma=self.sigma[-steps:],
+      time=self.time[-steps:],
+      alpha_next=self.alpha_next[-steps:],
+      sigma_next=self.sigma_next[-steps:],
+    )
+
 
 def from_levels(
   alpha: np.ndarray,

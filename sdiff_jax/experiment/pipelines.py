@@ -42,6 +42,8 @@ class Pipeline:
     constants: parameters beside those of the model, such as an autoencoder's.
     coarse_denoiser: constants -> denoiser of parareal's sequential sweep; None to use
       the same denoiser.
+    data: (params, inputs, seeds int32 [B]) -> what the first states are noised versions
+      of, [B, *shape]; None to start from noise alone.
     dtype: of the hidden layers, for messages.
   """
 
@@ -55,6 +57,7 @@ class Pipeline:
   requests: Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
   constants: Params = None
   coarse_denoiser: Callable[[Params], Denoiser] | None = None
+  data: Callable[[Params, Inputs, Array], Array] | None = None
   dtype: str = "float32"
 
   def decode(self, constants: Params, params: Params, x: Array) -> Array:
@@ -154,6 +157,7 @@ def batch_sampler(
       seeds,
       pipeline.shape,
       cond,
+      x0=None if pipeline.data is None else pipeline.data(params, inputs, seeds),
       mesh=mesh if over_window else None,
       coarse_denoiser=coarse,
       record=record,

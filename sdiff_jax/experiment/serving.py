@@ -32,7 +32,7 @@ from sdiff_jax.pretrained.diffusers.loading import Model as LoadedModel
 from sdiff_jax.samplers import Sampler
 from sdiff_jax.serving.lanes import Rows
 from sdiff_jax.serving.models import Key, Model
-from sdiff_jax.types import Cond, Denoiser, Params
+from sdiff_jax.types import Cond, Denoiser, Params, UserError
 
 # With 32, since 64 clients that wait for each other come in two halves.
 BATCH_SIZES = (1, 4, 16, 32, 64)
@@ -118,6 +118,11 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   Raises:
     UserError: the folder or a field does not fit.
   """
+  if config.generate.image:
+    raise UserError(
+      f"config.generate.image={config.generate.image}: the service makes images from "
+      "noise alone; leave it out, or use --job=generate"
+    )
   model, sampler = text_to_image.from_config(config)
   mesh = experiments.mesh(config)
   where = sharding.state(model.params, mesh)

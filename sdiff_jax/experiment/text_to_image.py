@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPACINGS = ("", "leading", "linspace", "trailing")  # "" is the model's own
 # Solvers of networks trained here alone.
 TRIGFLOW_SOLVERS = ("edm_stochastic",)
+DEFAULT_STRENGTH = 0.6  # part of the steps that are taken from a noised image
 CONSISTENCY = "consistency"  # the solver of consistency models
 
 
@@ -95,7 +96,11 @@ def with_sampler(
     UserError: a field does not fit.
   """
   section, defaults = config.sampler.to_dict(), configs.base().sampler.to_dict()
-  name, steps = section.pop("name"), section.pop("steps")
+  name, steps, strength = section.pop("name"), section.pop("steps"), None
+  if config.generate.image:
+    strength = config.generate.strength
+    with config_errors("config.generate"):
+      scheduler.steps_taken(model.schedule, steps, strength)
   with config_errors("config.sampler"):
     taken = samplers.options(name)
     options = {k: v for k, v in section.items() if k in taken or v != defaults[k]}
@@ -104,6 +109,7 @@ def with_sampler(
       name=name,
       steps=steps,
       spacing=config.generate.timestep_spacing,
+      strength=strength,
       **{k: v for k, v in options.items() if k not in _trigflow_fields(defaults)},
     )
   return model._replace(schedule=schedule), sampler
@@ -172,6 +178,11 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
         f"config.sampler.{field}={config.sampler[field]}: only for networks trained "
         "here, not for models in the diffusers format"
       )
+  if generate.strength != DEFAULT_STRENGTH and not generate.image:
+    raise UserError(
+      f"config.generate.strength={generate.strength}: has no effect without "
+      "config.generate.image, the images to start from"
+    )
   sampling.check_guidance(config.sample.guidance)
   sampling.check_seeds(config.sample.seed, config.sample.num)
   others = {
@@ -194,6 +205,7 @@ def build_sampler(
   name: str,
   steps: int,
   spacing: str = "",
+  strength: float | None = None,
   **options: Json,
 ) -> tuple[Schedule | FlowSchedule, Sampler]:
   """Returns the schedule with its solver and spacing, and the sampler.
@@ -203,6 +215,8 @@ def build_sampler(
     name: of the sampler.
     steps: number of steps.
     spacing: of the timesteps; "" for the schedule's own.
+    strength: the part of the steps that are taken from a noised image; None to start
+      from noise alone.
     **options: of the sampling loop: window, tolerance, ...
 
   Raises:
@@ -215,7 +229,7 @@ def build_sampler(
       "one with an SCMScheduler or an LCMScheduler, which take no other solver"
     )
   schedule = schedule._replace(solver=solver, spacing=spacing or schedule.spacing)
-  tableau = scheduler.tableau(schedule, steps)
+  tableau = scheduler.tableau(schedule, steps, strength=strength)
   return schedule, samplers.from_tableau(name, tableau, **options)
 
 

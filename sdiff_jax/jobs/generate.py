@@ -22,10 +22,10 @@ from sdiff_jax import registry, renamed
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import conditions, pipelines, text_to_image
+from sdiff_jax.experiment import conditions, pipelines, start_images, text_to_image
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
-from sdiff_jax.fields import Choices, HubPath, Length, Range
+from sdiff_jax.fields import Choices, HubPath, Length, Path, Range
 from sdiff_jax.io import file_io, image_io, records, resumable, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
@@ -111,6 +111,10 @@ class Generate:
     distilled_guidance: scale that networks such as that of Flux take as an input.
     lora: file of adapters in the layout of peft and diffusers, which are added to the
       network's weights; "" for none.
+    image: image to start from, noised, or a folder of images, image k modulo their
+      number; resized and cropped to the size. "" to start from noise alone.
+    strength: the part of the steps that are taken from there: more of them keep less of
+      the image.
     timestep_spacing: of the timesteps; "" for the model's own.
     dtype: of weights and hidden layers.
   """
@@ -124,6 +128,8 @@ class Generate:
   size: Annotated[tuple[int, ...], Range(8, 16_384), Length(0, 2)] = ()
   distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
   lora: str = ""
+  image: Path = ""
+  strength: Annotated[float, Range(0.0, 1.0)] = text_to_image.DEFAULT_STRENGTH
   timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
   dtype: Annotated[str, Choices(text_to_image.DTYPES)] = "float32"
 
@@ -152,7 +158,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     sharding.check_batch(size, sharding.samples(mesh))
   model, sampler = text_to_image.from_config(config, mesh=mesh)
   prompts, labels = conditions.from_config(config, model, prompts)
-  images = _images(config, prompts, labels, os.path.join(workdir, "images"))
+  starts = start_images.from_config(config, model)
+  where = os.path.join(workdir, "images")
+  images = _images(config, prompts, labels, starts, where)
   descriptions = images.descriptions()
   sampler = _stored_window(sampler, descriptions, images.folder)
   missing = [k for k, stored in enumerate(descriptions) if not stored]
@@ -170,6 +178,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       labels=labels,
       seed=config.sample.seed,
     )
+    if starts:
+      pipeline = start_images.from_images(pipeline, model, starts)
     shape = (size, *pipeline.shape)
     sampler = pipelines.with_window(mesh, sampler, pipeline.placeholder, params, shape)
     begin = time.perf_counter()
@@ -213,6 +223,7 @@ def _images(
   config: ml_collections.ConfigDict,
   prompts: list[str | None],
   labels: Sequence[int],
+  starts: Sequence[str],
   folder: str,
 ) -> Images:
   """Returns the images of a config, each with what determines it."""
@@ -220,8 +231,10 @@ def _images(
   generate = config.generate.to_dict()
   for name in ("prompts", "labels", "published"):
     del generate[name]
+  if not starts:
+    del generate["strength"]
   # Images of earlier versions do not have these fields.
-  for name in ("size", "distilled_guidance", "instruction", "lora"):
+  for name in ("size", "distilled_guidance", "instruction", "lora", "image"):
     if generate[name] == getattr(Generate, name):
       del generate[name]
     else:
@@ -234,6 +247,8 @@ def _images(
   ]
   for k, of_image in enumerate(settings if labels else ()):
     of_image["label"] = labels[k % len(labels)]
+  for k, of_image in enumerate(settings if starts else ()):
+    of_image["image"] = os.path.basename(starts[k % len(starts)])
   return Images(folder, settings)
 
 

@@ -255,6 +255,7 @@ def sample(
   shape: tuple[int, ...],
   cond: Cond = None,
   *,
+  x0: Array | None = None,
   mesh: Mesh | None = None,
   callback: Callback | None = None,
   coarse_denoiser: Denoiser | None = None,
@@ -270,6 +271,8 @@ def sample(
     seeds: integers, [B].
     shape: of one sample.
     cond: conditions by name, each with leading [B]; None for none.
+    x0: data that the first states are noised versions of, such as images, [B, *shape];
+      None to start from noise alone.
     mesh: devices that the window is distributed over; None for one device.
     callback: called on the host in every iteration (see `Callback`).
     coarse_denoiser: denoiser of parareal's sequential sweep; None for `denoiser`.
@@ -291,10 +294,14 @@ def sample(
   """
   check_seeds(seeds)
   keys = sequential.keys_from_seeds(jnp.asarray(seeds))
+  if x0 is None:
+    x = sequential.sample_prior(sampler.tableau, keys, tuple(shape))
+  else:
+    x = sequential.sample_noised(sampler.tableau, keys, x0)
   samples = run(
     sampler,
     denoiser,
-    sequential.sample_prior(sampler.tableau, keys, tuple(shape)),
+    x,
     keys,
     cond,
     mesh=mesh,

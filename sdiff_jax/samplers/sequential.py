@@ -95,6 +95,29 @@ def sample_prior(
   return tableau.init_std * noise(keys, -1, shape)
 
 
+def sample_noised(tableau: SolverTableau, keys: PRNGKey, x0: Array) -> Array:
+  """Returns the initial states alpha x0 + sigma z of given data.
+
+  The noise sigma z is that of `sample_prior`, which returns the states of x0 = 0.
+
+  Args:
+    tableau: the solver; alpha and sigma are those at the start of its first step.
+    keys: one key a sample, [B].
+    x0: data, [B, ...].
+
+  Returns:
+    States, float32 [B, ...].
+
+  Example:
+    >>> from sdiff_jax.samplers import solvers
+    >>> tableau = solvers.build(sigma_d=0.5, name="ddim", steps=4)
+    >>> sample_noised(tableau, keys_from_seeds(np.arange(3)), jnp.ones((3, 2))).shape
+    (3, 2)
+  """
+  prior = sample_prior(tableau, keys, x0.shape[1:])
+  return jnp.asarray(tableau.alpha[0], prior.dtype) * x0 + prior
+
+
 def with_optimization_barrier(
   denoiser: Denoiser, x: Array, time: Array, cond: Cond
 ) -> Array:

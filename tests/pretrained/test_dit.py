@@ -6,13 +6,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_pipelines
 import pytest
-from closed_forms import one_at_a_time
 from conftest import FIXTURES
+from peer_networks import error
+from peer_pipelines import quickly
 
 from sdiff_jax import config as configs
-from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import text_to_image
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import (
   dit_transformer,
@@ -20,13 +20,9 @@ from sdiff_jax.pretrained.diffusers import (
   networks,
   scheduler,
 )
-from sdiff_jax.samplers import paradigms, sequential
 from sdiff_jax.types import UserError
 
 DIT = FIXTURES / "tiny-dit"
-quickly = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def network(arrays: dict, dtype: str):
@@ -50,11 +46,6 @@ def both(arrays: dict, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return jax.jvp(call, (x, time), (dx, dt))
 
   return tuple(np.moveaxis(v, -1, 1) for v in run(params, x, time, dx, dt))
-
-
-def error(found, wanted) -> float:
-  assert found.shape == wanted.shape
-  return np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max()
 
 
 def test_outputs_and_tangents(fixture):
@@ -104,51 +95,28 @@ def load() -> loading.Model:
   return loading.load(str(DIT))
 
 
-def run(name: str, solver: str):
-  """Returns the peer's latents and pixels, ours, and our latents in parallel."""
-  with np.load(DIT / "expected.npz") as stored:
-    arrays = dict(stored)
-  x = jnp.asarray(np.moveaxis(arrays["latents_in"], 1, -1))
-  process = scheduler.from_config({"_class_name": f"{name}Scheduler"})
-  schedule, sampler = text_to_image.build_sampler(
-    load().schedule if name == "DDIM" else process, name=f"para{solver}", steps=10
-  )
-  model = load()._replace(schedule=schedule)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  options = {"guidance_scale": 2.0, "labels": [2, 0]}
-  pipeline = text_to_image.pipeline(model, sampler, mesh, **options)
-  _, inputs = pipeline.requests(np.arange(2))
-
-  @quickly
-  def sample(params, x, inputs):
-    denoise, cond = pipeline.denoiser(params, inputs)
-    keys = sequential.keys_from_seeds(np.arange(2))
-    args = one_at_a_time(denoise), sampler.tableau, x, keys, cond
-    one = sequential.sample(*args)
-    many = paradigms.run(*args, window=5, tolerance=0.0)
-    images = model.vae.decode(params["vae"], one / model.vae.scaling)
-    return one, many, images
-
-  kind = {"DDIM": "ddim"}.get(name, "dpmsolver")
-  wanted = np.moveaxis(arrays[f"{kind}_latents"], 1, -1), arrays[f"{kind}_image"]
-  return *wanted, *sample(model.params, x, inputs)
-
-
 @pytest.mark.parametrize(
   ("name", "solver"), [("DDIM", "ddim"), ("DPMSolverMultistep", "dpmpp2m")]
 )
-def test_pipeline(name, solver, monkeypatch):
+def test_pipeline(name, solver):
   """Ten steps with guidance 2, whose class is none; variances are left out.
 
   At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit.
   """
-  monkeypatch.setattr(paradigms, "ULPS", 0)
-  wanted, pixels, one, many, images = run(name, solver)
-  assert error(one, wanted) < 1e-5
-  images = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
-  np.testing.assert_allclose(images, pixels, atol=1e-4)
-  np.testing.assert_array_equal(many.x, one)
-  assert (many.num_iterations <= 10).all()
+  arrays, _ = peer_pipelines.arrays(DIT / "expected.npz")
+  process = scheduler.from_config({"_class_name": f"{name}Scheduler"})
+  made = peer_pipelines.run(
+    load() if name == "DDIM" else load()._replace(schedule=process),
+    arrays["latents_in"],
+    name=f"para{solver}",
+    steps=10,
+    guidance_scale=2.0,
+    labels=[2, 0],
+  )
+  kind = {"DDIM": "ddim"}.get(name, "dpmsolver")
+  assert error(made.one, arrays[f"{kind}_latents"]) < 1e-5
+  np.testing.assert_allclose(made.images, arrays[f"{kind}_image"], atol=1e-4)
+  peer_pipelines.check_in_parallel(made, 10)
 
 
 def test_job(tmp_path):

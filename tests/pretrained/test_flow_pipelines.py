@@ -7,22 +7,18 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_pipelines
 import pytest
 from conftest import FIXTURES
+from peer_networks import error
 
 from sdiff_jax import config as configs
-from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import text_to_image
 from sdiff_jax.io import image_io
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading, scheduler
-from sdiff_jax.samplers import paradigms, sequential
 from sdiff_jax.types import UserError
 
 SD3, FLUX = FIXTURES / "tiny-sd3", FIXTURES / "tiny-flux"
-quickly = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @functools.cache
@@ -31,41 +27,21 @@ def load(folder) -> loading.Model:
 
 
 @functools.cache
-def run(folder, file: str):
-  """Returns the peer's arrays, our last latents and pixels, and those in parallel."""
-  with np.load(folder / file) as stored:
-    arrays = dict(stored)
-  meta, model = json.loads(str(arrays["meta"])), load(folder)
-  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
-  model = loading.with_shape(model, x.shape[1:])
-  schedule, sampler = text_to_image.build_sampler(
-    model.schedule, name="paraddim", steps=meta["steps"], window=5, tolerance=0.0
-  )
-  model = model._replace(schedule=schedule)
-  scale = meta["guidance_scale"] if folder == SD3 else meta.get("true_cfg_scale", 1.0)
-  pipeline = text_to_image.pipeline(
-    model,
-    sampler,
-    sharding.make_mesh(devices=jax.devices()[:1]),
-    guidance_scale=scale,
+def run(folder, file: str) -> tuple:
+  """Returns the peer's arrays, and what our pipeline makes."""
+  arrays, meta = peer_pipelines.arrays(folder / file)
+  scale = meta["guidance_scale"]
+  made = peer_pipelines.run(
+    load(folder),
+    arrays["latents_in"],
+    name="paraddim",
+    steps=meta["steps"],
+    guidance_scale=scale if folder == SD3 else meta.get("true_cfg_scale", 1.0),
     prompts=[meta["prompt"]],
     negative_prompt=meta["negative_prompt"],
-    distilled_guidance=meta["guidance_scale"],
+    distilled_guidance=scale,
   )
-  _, inputs = pipeline.requests(np.arange(1))
-
-  @quickly
-  def sample(params, x, inputs):
-    denoise, cond = pipeline.denoiser(params, inputs)
-    keys = sequential.keys_from_seeds(np.arange(1))
-    args = denoise, sampler.tableau, x, keys, cond
-    one = sequential.sample(*args)
-    many = paradigms.run(*args, window=5, tolerance=0.0)
-    images = model.vae.decode(params["vae"], one / model.vae.scaling + model.vae.shift)
-    return one, many, images
-
-  one, many, images = sample(model.params, jnp.asarray(x), inputs)
-  return arrays, inputs, wanted, one, many, images
+  return arrays, made
 
 
 CASES = pytest.mark.parametrize(
@@ -77,22 +53,19 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_text_to_image(folder, file):
   """Ten steps with guidance: a negative prompt, a distilled scale, and both."""
-  arrays, inputs, wanted, one, _, images = run(folder, file)
+  arrays, made = run(folder, file)
   for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
     if name in arrays:
-      found = inputs[name.replace("tokenizer", "tokens")]
+      found = made.inputs[name.replace("tokenizer", "tokens")]
       np.testing.assert_array_equal(found[:, :12], arrays[name])
-  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
-  pixels = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
-  np.testing.assert_allclose(pixels, arrays["image"], atol=1e-4)
+  assert error(made.one, arrays["latents_out"]) < 1e-4
+  np.testing.assert_allclose(made.images, arrays["image"], atol=1e-4)
 
 
 @CASES
 def test_in_parallel(folder, file):
-  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
-  _, _, _, one, many, _ = run(folder, file)
-  np.testing.assert_allclose(many.x, one, rtol=1e-5, atol=1e-5)
-  assert (many.num_iterations <= 10).all()
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit."""
+  peer_pipelines.check_in_parallel(run(folder, file)[1], 10)
 
 
 def test_shift_by_resolution():

@@ -8,19 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer_networks
+import peer_pipelines
 import pytest
 from conftest import FIXTURES
 from peer_networks import error
+from peer_pipelines import quickly
 
-from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import text_to_image
 from sdiff_jax.pretrained.diffusers import loading, networks, pixart_transformer
-from sdiff_jax.samplers import paradigms, sequential
 
 PIXART = FIXTURES / "tiny-pixart"
-quickly = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.fixture
@@ -59,52 +55,31 @@ def test_outputs_and_tangents(peer, name):
 
 
 @functools.cache
-def run():
-  """Returns the peer's latents and image, ours, and the latents in parallel."""
-  with np.load(PIXART / "expected.npz") as stored:
-    arrays = dict(stored)
-  meta, model = json.loads(str(arrays["meta"])), loading.load(str(PIXART))
-  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
-  model = loading.with_shape(model, x.shape[1:])
-  schedule, sampler = text_to_image.build_sampler(
-    model.schedule, name="paradpmpp2m", steps=10, window=5, tolerance=0.0
-  )
-  model = model._replace(schedule=schedule)
-  pipeline = text_to_image.pipeline(
-    model,
-    sampler,
-    sharding.make_mesh(devices=jax.devices()[:1]),
+def run() -> tuple:
+  """Returns the peer's arrays, and what our pipeline makes."""
+  arrays, meta = peer_pipelines.arrays(PIXART / "expected.npz")
+  made = peer_pipelines.run(
+    loading.load(str(PIXART)),
+    arrays["latents_in"],
+    name="paradpmpp2m",
+    steps=10,
     guidance_scale=meta["guidance_scale"],
     prompts=[f"  {meta['prompt'].upper()} "],  # is set in lower case
     negative_prompt=meta["negative_prompt"],
   )
-  _, inputs = pipeline.requests(np.arange(1))
-
-  @quickly
-  def sample(params, x, inputs):
-    denoise, cond = pipeline.denoiser(params, inputs)
-    keys = sequential.keys_from_seeds(np.arange(1))
-    args = denoise, sampler.tableau, x, keys, cond
-    one = sequential.sample(*args)
-    many = paradigms.run(*args, window=5, tolerance=0.0)
-    return one, many, model.vae.decode(params["vae"], one / model.vae.scaling)
-
-  return arrays["image"], wanted, *sample(model.params, jnp.asarray(x), inputs)
+  return arrays, made
 
 
 def test_text_to_image():
   """Ten steps with guidance."""
-  image, wanted, one, _, pixels = run()
-  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
-  pixels = np.clip(np.asarray(pixels) / 2 + 0.5, 0, 1)
-  np.testing.assert_allclose(pixels, image, atol=2e-4)
+  arrays, made = run()
+  assert error(made.one, arrays["latents_out"]) < 1e-4
+  np.testing.assert_allclose(made.images, arrays["image"], atol=2e-4)
 
 
 def test_in_parallel():
-  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
-  *_, one, many, _ = run()
-  np.testing.assert_allclose(many.x, one, rtol=0, atol=2e-6 * np.abs(one).max())
-  assert (many.num_iterations <= 10).all()
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit."""
+  peer_pipelines.check_in_parallel(run()[1], 10)
 
 
 def test_published_names(tmp_path):

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer_networks
+import peer_pipelines
 import pytest
 from closed_forms import run_recurrence
 from conftest import FIXTURES
 from peer_networks import error
+from peer_pipelines import quickly
 
 from sdiff_jax import config as configs
-from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import text_to_image
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import (
@@ -27,13 +28,8 @@ from sdiff_jax.pretrained.diffusers import (
   scheduler,
 )
 from sdiff_jax.pretrained.diffusers import model as model_lib
-from sdiff_jax.samplers import paradigms, sequential
 
 SANA, SPRINT = FIXTURES / "tiny-sana", FIXTURES / "tiny-sana-sprint"
-
-quickly = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.fixture
@@ -101,62 +97,40 @@ def load(folder) -> loading.Model:
 
 
 @functools.cache
-def run():
-  """Returns the peer's arrays, our inputs, latents and image, and those in parallel."""
-  with np.load(SANA / "expected_10.npz") as stored:
-    arrays = dict(stored)
-  meta = json.loads(str(arrays["meta"]))
-  model = model_lib.with_instruction(load(SANA), meta["instruction"])
-  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
-  model = loading.with_shape(model, x.shape[1:])
-  schedule, sampler = text_to_image.build_sampler(
-    model.schedule, name="paradpmpp2m", steps=10, window=5, tolerance=0.0
-  )
-  model = model._replace(schedule=schedule)
-  pipeline = text_to_image.pipeline(
-    model,
-    sampler,
-    sharding.make_mesh(devices=jax.devices()[:1]),
+def run() -> tuple:
+  """Returns the peer's arrays, and what our pipeline makes."""
+  arrays, meta = peer_pipelines.arrays(SANA / "expected_10.npz")
+  made = peer_pipelines.run(
+    model_lib.with_instruction(load(SANA), meta["instruction"]),
+    arrays["latents_in"],
+    name="paradpmpp2m",
+    steps=10,
     guidance_scale=meta["guidance_scale"],
     prompts=[meta["prompt"]],
     negative_prompt=meta["negative_prompt"],
   )
-  _, inputs = pipeline.requests(np.arange(1))
-
-  @quickly
-  def sample(params, x, inputs):
-    denoise, cond = pipeline.denoiser(params, inputs)
-    keys = sequential.keys_from_seeds(np.arange(1))
-    args = denoise, sampler.tableau, x, keys, cond
-    one = sequential.sample(*args)
-    many = paradigms.run(*args, window=5, tolerance=0.0)
-    return one, many, model.vae.decode(params["vae"], one / model.vae.scaling)
-
-  return arrays, inputs, wanted, *sample(model.params, jnp.asarray(x), inputs)
+  return arrays, made
 
 
 def test_tokens():
   """The instruction stands before a prompt, not before a negative one."""
-  arrays, inputs, *_ = run()
+  arrays, made = run()
   for name, ids in (("tokens", "ids"), ("negative_tokens", "negative_ids")):
     count = len(arrays[ids])
-    np.testing.assert_array_equal(inputs[name][0, :count], arrays[ids])
-    assert not inputs[name][0, count:].any()
+    np.testing.assert_array_equal(made.inputs[name][0, :count], arrays[ids])
+    assert not made.inputs[name][0, count:].any()
 
 
 def test_text_to_image():
   """Ten steps of DPM-Solver++ for flow models, with guidance."""
-  arrays, _, wanted, one, _, image = run()
-  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
-  pixels = np.clip(np.asarray(image) / 2 + 0.5, 0, 1)
-  np.testing.assert_allclose(pixels, arrays["image"], atol=1e-4)
+  arrays, made = run()
+  assert error(made.one, arrays["latents_out"]) < 1e-4
+  np.testing.assert_allclose(made.images, arrays["image"], atol=1e-4)
 
 
 def test_in_parallel():
-  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
-  *_, one, many, _ = run()
-  np.testing.assert_allclose(many.x, one, rtol=0, atol=2e-6 * np.abs(one).max())
-  assert (many.num_iterations <= 10).all()
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit."""
+  peer_pipelines.check_in_parallel(run()[1], 10)
 
 
 def test_instructions():

@@ -8,24 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer_networks
+import peer_pipelines
 import pytest
 from conftest import FIXTURES
 from peer_networks import error
+from peer_pipelines import quickly
 
 from sdiff_jax import config as configs
-from sdiff_jax import samplers
-from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import text_to_image
 from sdiff_jax.io import image_io
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading, networks, unet2d_condition
-from sdiff_jax.samplers import paradigms, sequential
 from sdiff_jax.types import UserError
 
 SDXL = FIXTURES / "tiny-sdxl"
-quickly = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.fixture
@@ -81,39 +76,20 @@ def load() -> loading.Model:
   return loading.load(str(SDXL))
 
 
-@functools.cache
-def run(file: str, *, in_parallel: bool = False):
-  """Returns the peer's image and latents, and our latents and image, or `Samples`."""
-  with np.load(SDXL / file) as stored:
-    arrays = dict(stored)
-  meta, model = json.loads(str(arrays["meta"])), load()
-  x, wanted = (np.moveaxis(arrays[k], 1, -1) for k in ("latents_in", "latents_out"))
-  model = loading.with_shape(model, x.shape[1:])
-  schedule, sampler = text_to_image.build_sampler(
-    model.schedule, name="paraeuler", steps=meta["steps"], window=5, tolerance=0.0
-  )
-  model = model._replace(schedule=schedule)
-  pipeline = text_to_image.pipeline(
-    model,
-    sampler,
-    sharding.make_mesh(devices=jax.devices()[:1]),
+def run(file: str, *, in_parallel: bool = False) -> tuple:
+  """Returns the peer's arrays, and what our pipeline makes."""
+  arrays, meta = peer_pipelines.arrays(SDXL / file)
+  made = peer_pipelines.run(
+    load(),
+    arrays["latents_in"],
+    name="paraeuler",
+    steps=meta["steps"],
+    in_parallel=in_parallel,
     guidance_scale=meta["guidance_scale"],
     prompts=[meta["prompt"]],
     negative_prompt=meta["negative_prompt"],
   )
-  _, inputs = pipeline.requests(np.arange(1))
-
-  @quickly
-  def sample(params, x, inputs):
-    denoise, cond = pipeline.denoiser(params, inputs)
-    keys = sequential.keys_from_seeds(np.arange(1))
-    args = denoise, sampler.tableau, x * sampler.tableau.init_std, keys, cond
-    if in_parallel:
-      return paradigms.run(*args, window=5, tolerance=0.0)
-    one = sequential.sample(*args)
-    return one, model.vae.decode(params["vae"], one / model.vae.scaling)
-
-  return arrays["image"], wanted, *sample(model.params, jnp.asarray(x), inputs)
+  return arrays, made
 
 
 FILES = pytest.mark.parametrize(
@@ -125,21 +101,16 @@ FILES = pytest.mark.parametrize(
 @FILES
 def test_text_to_image(file):
   """Ten steps with guidance: from zeros, and from a negative prompt."""
-  image, wanted, one, pixels = run(file)
-  assert np.abs(one - wanted).max() < 1e-4 * np.abs(wanted).max()
-  pixels = np.clip(np.asarray(pixels) / 2 + 0.5, 0, 1)
-  np.testing.assert_allclose(pixels, image, atol=1e-4)
+  arrays, made = run(file)
+  assert error(made.one, arrays["latents_out"]) < 1e-4
+  np.testing.assert_allclose(made.images, arrays["image"], atol=1e-4)
 
 
 @pytest.mark.slow
 @FILES
 def test_in_parallel(file):
-  """At tolerance 0, ParaDiGMS ends where the sequential sampler does."""
-  _, _, one, _ = run(file)
-  _, _, *many = run(file, in_parallel=True)
-  many = samplers.Samples(*many)
-  np.testing.assert_allclose(many.x, one, rtol=0, atol=2e-6 * np.abs(one).max())
-  assert (many.num_iterations <= 10).all()
+  """At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit."""
+  peer_pipelines.check_in_parallel(run(file, in_parallel=True)[1], 10)
 
 
 def test_sizes_of_images():

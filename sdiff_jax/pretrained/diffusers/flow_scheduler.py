@@ -17,9 +17,9 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
+from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field, Positive
-from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
 from sdiff_jax.types import Array, Cond, Denoiser, Json
 
@@ -284,33 +284,39 @@ def sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
   return levels
 
 
-def tableau(schedule: FlowSchedule, steps: int, solver: str = "") -> SolverTableau:
-  """Returns the tableau of a solver at the levels that diffusers uses.
+def noise_schedule(schedule: FlowSchedule, steps: int) -> NoiseSchedule:
+  """Returns the noise levels of the steps that diffusers takes.
 
   Args:
     schedule: the process.
     steps: number of steps.
-    solver: a name of `solvers.names()`; "" for the schedule's own.
 
   Raises:
-    ValueError: an unknown solver, one that cannot start at pure noise, or a number of
-      steps that does not fit.
+    ValueError: a number of steps that does not fit.
 
   Example:
-    >>> tableau(from_config({}), 2).time
+    >>> noise_schedule(from_config({}), 2).time
     array([1.   , 0.001])
   """
-  solver = solver or schedule.solver
-  levels = np.append(sigmas(schedule, steps), 0.0)
-  with np.errstate(all="ignore"):
-    table = solvers.from_schedule(solver, noise_schedules.flow(levels))
+  return noise_schedules.flow(np.append(sigmas(schedule, steps), 0.0))
+
+
+def check(table: SolverTableau, solver: str) -> None:
+  """Checks that a solver can start where a flow-matching model begins.
+
+  Args:
+    table: of the solver.
+    solver: its name.
+
+  Raises:
+    ValueError: a coefficient is not finite.
+  """
   parts = table.x_coef, table.denoised_coef, table.noise_coef, table.time
   if not all(np.isfinite(part).all() for part in parts):
     raise ValueError(
       f"name={solver!r}: has no finite step from pure noise, where a flow-matching model "
       "begins; use 'ddim', which is its Euler's method"
     )
-  return table
 
 
 def denoiser(

@@ -9,9 +9,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from msgspec import Meta
 
-from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.pretrained.files.config_fields import Field, Positive
-from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
 
 SOLVER = "consistency"
@@ -59,20 +57,22 @@ def timesteps(boundary: Boundary, train_steps: int, steps: int) -> np.ndarray:
   return known[np.floor(np.linspace(0, count, steps, endpoint=False)).astype(int)]
 
 
-def tableau(boundary: Boundary, abar: np.ndarray, steps: int) -> SolverTableau:
+def with_boundary(boundary: Boundary, table: SolverTableau) -> SolverTableau:
   """Returns the table x' = alpha' (c_skip x + c_out d) + sigma' z.
 
   Args:
     boundary: of LCM.
-    abar: alpha^2 at each training timestep, float64 [T].
-    steps: number of steps.
+    table: x' = alpha' d + sigma' z, at the timesteps of LCM.
 
-  Raises:
-    ValueError: see `timesteps`.
+  Example:
+    >>> from sdiff_jax.diffusion import noise_schedules
+    >>> from sdiff_jax.samplers import solvers
+    >>> schedule = noise_schedules.vp(np.array([0.9, 0.5]), np.array([1, 0]))
+    >>> table = solvers.from_schedule(SOLVER, schedule)
+    >>> with_boundary(Boundary(2, 10.0), table).x_coef[:, 0].round(4)
+    array([0.0024, 1.    ])
   """
-  starts = timesteps(boundary, len(abar), steps)
-  table = solvers.from_schedule(SOLVER, noise_schedules.vp(abar, starts))
-  scaled = boundary.scaling * starts[:, None]
+  scaled = boundary.scaling * table.time[:, None]
   skip = STD**2 / (scaled**2 + STD**2)
   out = scaled / (scaled**2 + STD**2) ** 0.5
   d = table.denoised_coef

@@ -1,17 +1,17 @@
 """Noise schedules and solvers of published models, from their scheduler_config.json."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sdiff_jax.diffusion import noise_schedules, parameterizations
+from sdiff_jax.diffusion import parameterizations
 from sdiff_jax.pretrained.diffusers import (
   betas,
   flow_scheduler,
   lcm_scheduler,
   sigma_grids,
+  vp_schedule,
 )
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
@@ -22,6 +22,7 @@ from sdiff_jax.pretrained.diffusers.scheduler_fields import (
   PREDICTION_TYPES,
   VARIANCES,
 )
+from sdiff_jax.pretrained.diffusers.vp_schedule import Schedule
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.samplers import solvers
 from sdiff_jax.samplers.tableau import SolverTableau
@@ -31,57 +32,6 @@ CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
 NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME, flow_scheduler.SCM_NAME)
 OF_TWO_TIMES = "FlowMapEulerDiscreteScheduler"
-# Class -> solver of the classes whose timesteps need not be whole.
-BY_SIGMA = {"EulerDiscrete": "euler", "EulerAncestralDiscrete": "euler_ancestral"}
-# (algorithm, order) -> solver
-MULTISTEP = {
-  ("dpmsolver++", 2): "dpmpp2m",
-  ("dpmsolver++", 3): "dpmpp3m",
-  ("sde-dpmsolver++", 2): "dpmpp2m_sde",
-  ("unipc", 2): "unipc2",
-  ("unipc", 3): "unipc3",
-}
-# Solvers whose last step ends at a timestep of the grid, except with "trailing" spacing.
-WITH_END_TIMESTEP = frozenset(MULTISTEP.values())
-# Solvers that always end at clean data.
-TO_CLEAN_DATA = frozenset(VARIANCES.values())
-# Solvers whose steps are finite where the process begins at pure noise, alpha = 0.
-FROM_PURE_NOISE = frozenset({"ddim", *VARIANCES.values()})
-# alpha^2 of pure noise for the other solvers, the value of diffusers.
-SMALLEST_ABAR = 2.0**-24
-
-
-class Schedule(NamedTuple):
-  """The diffusion process of a published model, and how it is meant to be solved.
-
-  Attributes:
-    abar: alpha^2 at each training timestep, float64 [T].
-    kind: what the network predicts, a key of `parameterizations.PARAMETERIZATIONS`.
-    solver: a name of `solvers.names()`.
-    spacing: of the timesteps (see `noise_schedules.timesteps`).
-    offset: added to "leading" timesteps.
-    last: alpha^2 at the end of the process.
-    clip: range that the denoiser clips its estimate of x0 to; 0 for no clipping.
-    quantile: of dynamic thresholding, 0 for none; `clip` is 1.
-    largest: the largest range of dynamic thresholding.
-    grid: noise levels in place of those of timesteps, a key of `sigma_grids.GRIDS`.
-    whole: how the network's timesteps on a grid become whole ones, a key of
-      `sigma_grids.WHOLE`.
-    boundary: of LCM; None for other models.
-  """
-
-  abar: np.ndarray
-  kind: str
-  solver: str
-  spacing: str
-  offset: int
-  last: float
-  clip: float
-  quantile: float = 0.0
-  largest: float = np.inf
-  grid: str = ""
-  whole: str = ""
-  boundary: Boundary | None = None
 
 
 def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
@@ -150,17 +100,10 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
   )
 
 
-def _abar_for(schedule: Schedule, solver: str) -> np.ndarray:
-  """Returns alpha^2 at each timestep, above 0 for a solver that cannot start at 0."""
-  if solver in FROM_PURE_NOISE:
-    return schedule.abar
-  return np.maximum(schedule.abar, SMALLEST_ABAR * (schedule.abar == 0))
-
-
 def _solver(class_name: str, c: dict[str, Json]) -> str:
   """Returns the name of the solver that a config asks for."""
-  if class_name in BY_SIGMA:
-    return BY_SIGMA[class_name]
+  if class_name in vp_schedule.BY_SIGMA:
+    return vp_schedule.BY_SIGMA[class_name]
   if class_name == "LCM":
     return lcm_scheduler.SOLVER
   if class_name == "DDPM":
@@ -168,16 +111,20 @@ def _solver(class_name: str, c: dict[str, Json]) -> str:
   if "solver_order" not in c:
     return "ddim"
   algorithm, order = c.get("algorithm_type", "unipc"), c["solver_order"]
-  if (algorithm, order) not in MULTISTEP:
+  if (algorithm, order) not in vp_schedule.MULTISTEP:
     raise ValueError(
       f"algorithm_type={config_fields.quoted(algorithm)}, solver_order={order}: must be "
       "'dpmsolver++' or UniPC with order 2 or 3, or 'sde-dpmsolver++' with order 2"
     )
-  return MULTISTEP[algorithm, order]
+  return vp_schedule.MULTISTEP[algorithm, order]
 
 
 def tableau(
-  schedule: Schedule | FlowSchedule, steps: int, solver: str = ""
+  schedule: Schedule | FlowSchedule,
+  steps: int,
+  solver: str = "",
+  *,
+  strength: float | None = None,
 ) -> SolverTableau:
   """Returns the tableau of a solver at the timesteps that diffusers uses for it.
 
@@ -185,102 +132,64 @@ def tableau(
     schedule: the process.
     steps: number of steps.
     solver: a name of `solvers.names()`; "" for the schedule's own.
+    strength: the part of the steps that are taken, the last ones, from a noised image;
+      None to start from noise alone.
 
   Raises:
-    ValueError: an unknown solver, or a number of steps that does not fit.
+    ValueError: an unknown solver, a number of steps that does not fit, or a strength that
+      leaves no step.
 
   Example:
     >>> schedule = from_config({"_class_name": "DDIMScheduler"})
     >>> tableau(schedule, 4).time
     array([750., 500., 250.,   0.])
+    >>> tableau(schedule, 4, strength=0.6).time
+    array([250.,   0.])
   """
-  if isinstance(schedule, FlowSchedule):
-    return flow_scheduler.tableau(schedule, steps, solver)
   solver = solver or schedule.solver
-  abar, spacing, last = _abar_for(schedule, solver), schedule.spacing, schedule.last
-  if solver == lcm_scheduler.SOLVER and schedule.boundary:
-    return lcm_scheduler.tableau(schedule.boundary, abar, steps)
-  if schedule.grid:
-    return _grid_tableau(schedule, abar, steps, solver)
-  if solver in BY_SIGMA.values():
-    return _euler_tableau(schedule, abar, steps, solver)
-  num_train, ends = len(abar), None
-  if solver in WITH_END_TIMESTEP and spacing != "trailing":
-    if not 1 <= steps < num_train:
-      raise ValueError(
-        f"steps={steps}: must be in 1 to {num_train - 1} for {solver!r} at "
-        f"timestep_spacing={spacing!r}"
-      )
-    grid = noise_schedules.timesteps(num_train, steps + 1, spacing, schedule.offset)
-    starts = grid[:-1]
+  if isinstance(schedule, FlowSchedule):
+    path = flow_scheduler.noise_schedule(schedule, steps)
   else:
-    starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
-  if starts[0] >= num_train:
-    raise ValueError(
-      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
-      f"with steps_offset={schedule.offset}, but the model's last timestep is "
-      f"{num_train - 1}; use fewer steps, or another spacing"
-    )
-  if solver == "ddim":
-    ends = starts - num_train // steps
-  if solver in TO_CLEAN_DATA:
-    last = 1.0
-  return solvers.from_schedule(
-    solver, noise_schedules.vp(abar, starts, ends=ends, final_abar=last)
-  )
-
-
-def _euler_tableau(
-  schedule: Schedule, abar: np.ndarray, steps: int, solver: str
-) -> SolverTableau:
-  """Returns the tableau of Euler's method in sigma / alpha, as diffusers has it.
-
-  The last step ends at clean data, and a timestep beyond the last one has the noise
-  level of the last one. With "leading" spacing the first state has variance 1, otherwise
-  sigma^2.
-  """
-  path = noise_schedules.vp_by_sigma(abar, _euler_starts(schedule, steps))
-  tableau = solvers.from_schedule(solver, path)
-  return tableau._replace(init_std=1.0) if schedule.spacing == "leading" else tableau
-
-
-def _euler_starts(schedule: Schedule, steps: int) -> np.ndarray:
-  """Returns timesteps, of which those of "linspace" are not rounded, float64 [N]."""
-  spacing, num_train = schedule.spacing, len(schedule.abar)
-  starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
-  if spacing == "linspace":
-    starts = np.linspace(0, num_train - 1, steps)[::-1]
-  if starts[0] > num_train:
-    raise ValueError(
-      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
-      f"with steps_offset={schedule.offset}, but the model's last timestep is "
-      f"{num_train - 1}; use fewer steps, or another spacing"
-    )
-  return starts.astype(np.float64)
-
-
-def _grid_tableau(
-  schedule: Schedule, abar: np.ndarray, steps: int, solver: str
-) -> SolverTableau:
-  """Returns the tableau of a solver at noise levels that are no timesteps'.
-
-  They lie between the first and the last training level; for Euler's method, between
-  those of its timesteps.
-  """
-  ratios = (1 / np.maximum(abar, SMALLEST_ABAR) - 1) ** 0.5
-  ends, by_sigma = ratios[[-1, 0]], solver in BY_SIGMA.values()
-  if by_sigma:
-    starts = _euler_starts(schedule, steps)
-    ends = np.interp(starts[[0, -1]], np.arange(len(ratios)), ratios)
-  last = 0.0 if by_sigma else (1 / schedule.last - 1) ** 0.5
-  levels = np.append(sigma_grids.levels(schedule.grid, *ends, steps), last)
-  if np.isclose(levels[-2], last, rtol=1e-9):  # the same, but for rounding
-    levels[-2] = last
-  path = noise_schedules.vp_of_ratios(np.maximum(abar, SMALLEST_ABAR), levels)
-  with np.errstate(all="ignore"):  # a step of length 0, whose corrector is not used
+    path = vp_schedule.noise_schedule(schedule, steps, solver)
+  if strength is not None:
+    path = path.last(steps_taken(schedule, steps, strength))
+  with np.errstate(all="ignore"):  # steps of length 0, or from pure noise
     table = solvers.from_schedule(solver, path)
-  leading = by_sigma and schedule.spacing == "leading"
-  return table._replace(init_std=1.0) if leading else table
+  if isinstance(schedule, FlowSchedule):
+    flow_scheduler.check(table, solver)
+  elif solver == lcm_scheduler.SOLVER and schedule.boundary:
+    return lcm_scheduler.with_boundary(schedule.boundary, table)
+  elif solver in vp_schedule.BY_SIGMA.values() and strength is None:
+    # As in diffusers, the first state has variance 1, not sigma^2.
+    return table._replace(init_std=1.0) if schedule.spacing == "leading" else table
+  return table
+
+
+def steps_taken(schedule: Schedule | FlowSchedule, steps: int, strength: float) -> int:
+  """Returns how many of the steps diffusers takes from a noised image.
+
+  Its pipelines of flow models round up, the others down.
+
+  Args:
+    schedule: the process.
+    steps: number of all steps.
+    strength: the part of them that is taken.
+
+  Raises:
+    ValueError: none is taken, or more than all.
+
+  Example:
+    >>> steps_taken(from_config({"_class_name": "DDIMScheduler"}), 10, 0.75)
+    7
+  """
+  taken = int(steps * strength)
+  if isinstance(schedule, FlowSchedule):
+    taken = steps - int(steps - steps * strength)
+  if not 1 <= taken <= steps:
+    raise ValueError(
+      f"strength={strength}: takes {taken} of steps={steps}; must take 1 to {steps}"
+    )
+  return taken
 
 
 def denoiser(
@@ -313,12 +222,12 @@ def denoiser(
       at, values = (jnp.asarray(v[::-1], time.dtype) for v in (tableau.time, weight))
       return jnp.interp(time, at, values)
 
-  abar = _abar_for(schedule, solver)
+  abar = vp_schedule.abar_for(schedule, solver)
   level = parameterizations.vp(abar)
   if schedule.grid:
-    level = parameterizations.vp(np.maximum(abar, SMALLEST_ABAR))
+    level = parameterizations.vp(np.maximum(abar, vp_schedule.SMALLEST_ABAR))
     predict = sigma_grids.at_whole_timesteps(predict, schedule.whole)
-  elif solver in BY_SIGMA.values():
+  elif solver in vp_schedule.BY_SIGMA.values():
     level = parameterizations.vp_by_sigma(abar)
   return parameterizations.denoiser(
     predict,
