@@ -215,9 +215,15 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
     [B, ...].
   """
   mesh = jax.sharding.get_abstract_mesh()
-  auto = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
-  spec = _split(weight, mesh.shape["fsdp"]) if auto else P()
-  if spec == P() or x.shape[0] % mesh.size:
+  # Inside of `replicas` the other axes are manual.
+  axes = tuple(
+    a
+    for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if t == AxisType.Auto
+  )
+  on_mesh = mesh.axis_names == AXES and "fsdp" in axes
+  spec = _split(weight, mesh.shape["fsdp"]) if on_mesh else P()
+  if spec == P() or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
     return op(x, weight)
 
   axis = len(spec) - 1
@@ -229,9 +235,13 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
     parts = jax.lax.all_gather(tiles, "fsdp").reshape(-1, *part.shape)
     return op(x, jnp.moveaxis(parts, 0, axis).reshape(weight.shape))
 
-  over_rows = P(AXES)
+  over_rows = P(axes)
   return jax.shard_map(
-    local, in_specs=(over_rows, spec), out_specs=over_rows, check_vma=False
+    local,
+    axis_names=set(axes),
+    in_specs=(over_rows, spec),
+    out_specs=over_rows,
+    check_vma=False,
   )(x, weight)
 
 

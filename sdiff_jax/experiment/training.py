@@ -10,7 +10,7 @@ import optax
 from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset, teacher_trajectories
 from sdiff_jax.diffusion import trigflow
-from sdiff_jax.distributed import sharding
+from sdiff_jax.distributed import replicas, sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import teachers
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -109,15 +109,19 @@ def build_trainer(
     UserError: a field has no valid value.
   """
   rate, optimizer, decays = optimization(config)
+  train = config.train
+  dtype = train.grad_dtype or ("float32" if train.grad_accum_steps > 1 else "")
+  trained = replicas.network(network) if dtype else network
   return Trainer(
-    build_loss(config, network, teacher),
+    build_loss(config, trained, teacher),
     network,
     optimizer,
     ema=decays,
     learning_rate=rate,
     mesh=mesh,
-    loss_scale=config.train.loss_scale,
-    grad_accum_steps=config.train.grad_accum_steps,
+    loss_scale=train.loss_scale,
+    grad_accum_steps=train.grad_accum_steps,
+    grad_dtype=jnp.dtype(dtype) if dtype else None,
     init_extra_params=losses.facts(config.loss).init_extra_params,
     trainable=lora.trainable if config.lora.rank else lambda params: None,
   )

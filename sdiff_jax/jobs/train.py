@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import ml_collections
@@ -47,6 +47,9 @@ class Train:
     batch_size: samples of a batch, over all devices.
     grad_accum_steps: parts of a batch that the network processes sequentially; more
       parts need less memory.
+    grad_dtype: type in which devices add the gradients of a step that each of them has
+      summed over its samples; "" for float32 with grad_accum_steps, and for the type
+      of the network without.
     loss_scale: factor of the loss, by which the gradients are divided again: the mean
       over a batch and all pixels is too small for float16.
     flip: whether images are mirrored horizontally with probability 1/2.
@@ -66,6 +69,7 @@ class Train:
   steps: Index = 1000
   batch_size: Count = 128
   grad_accum_steps: Count = 1
+  grad_dtype: Literal["", "float32", "bfloat16"] = ""
   loss_scale: Positive = 1.0
   flip: bool = False
   shuffle_buffer: Index = 0

@@ -238,7 +238,8 @@ def build(
     augment: size of the condition "augment" [B, augment], EDM's augmentation labels.
     dropout: dropout rate inside the blocks.
     guidance: whether the scale of classifier-free guidance is an input.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
     dtype: dtype of the hidden layers; parameters are float32.
 

@@ -190,7 +190,8 @@ def build(
       of the time (Decoupled MeanFlow, arXiv:2510.24474). The parameters are then those of
       the network without an end time, which the flow map equals at s = t. 0 embeds the
       end time beside the time in all blocks.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
     unroll: number of blocks in one iteration of the loop over them; more compile slower
       and run faster.

@@ -205,7 +205,8 @@ def build(
     resample_filter: coefficients of the filter for resampling, along one axis.
     logvar_channels: number of features of EDM2's log variance, for process="edm".
     guidance: whether the scale of classifier-free guidance is an input.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
     dtype: dtype of the hidden layers; parameters and the embedding are float32.
 

@@ -99,7 +99,8 @@ def build(
     time_scale: factor of the timestep before its embedding, 0.001 for times in [0, 1] in
       place of [0, 1000]. A fast embedding makes dF/dt, a part of the tangent, large and
       training unstable (the same section). It changes the function as well.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
     dtype: dtype of the hidden layers; parameters are float32.
 

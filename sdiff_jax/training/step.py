@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sdiff_jax.distributed import sharding
+from sdiff_jax.distributed import replicas, sharding
 from sdiff_jax.kernels.layout import row_major
 from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
@@ -28,6 +28,7 @@ def build(
   normalize: Callable[[Params], Params] = lambda params: params,
   loss_scale: float = 1.0,
   grad_accum_steps: int = 1,
+  grad_dtype: jnp.dtype | None = None,
   trainable: Callable[[Params], PyTree] = lambda params: None,
 ) -> Step:
   """Returns the step (state, batch, key, frozen) -> (state, metrics).
@@ -41,6 +42,8 @@ def build(
     loss_scale: the loss is multiplied by it, and its gradient divided, so that the
       gradient does not underflow in float16.
     grad_accum_steps: number of parts in which a batch is processed, see `accumulated`.
+    grad_dtype: replicas add their gradients once a step, in this type, which needs a
+      loss of a `replicas.network`; None: where, and in which type, the compiler does.
     trainable: parameters -> which of them the optimizer updates, bools; None for all.
 
   Returns:
@@ -67,6 +70,8 @@ def build(
   gradient_of: Gradient = jax.value_and_grad(scaled, has_aux=True)
   if grad_accum_steps > 1:
     gradient_of = accumulated(gradient_of, grad_accum_steps)
+  if grad_dtype is not None:
+    gradient_of = _added_once(gradient_of, grad_dtype)
 
   def step(
     state: TrainState, batch: Batch, key: PRNGKey, frozen: Params
@@ -133,6 +138,18 @@ def accumulated(gradient_of: Gradient, parts: int) -> Gradient:
     return jax.tree.map(lambda x: x / parts, sums)
 
   return mean
+
+
+def _added_once(gradient_of: Gradient, dtype: jnp.dtype) -> Gradient:
+  """Returns `gradient_of`, whose gradients are added over replicas after all parts."""
+
+  def call(params: Params, *args: PyTree) -> PyTree:
+    if replicas.count() == 1:
+      return gradient_of(params, *args)
+    value, grads = gradient_of(replicas.copies(params), *args)
+    return value, replicas.total(grads, dtype)
+
+  return call
 
 
 def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.Wrapped:

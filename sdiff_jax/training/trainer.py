@@ -51,6 +51,7 @@ class Trainer:
     loss_scale: factor of the loss during backpropagation, so that gradients do not
       underflow in float16; the gradients are divided by it.
     grad_accum_steps: number of equal parts in which the network processes a batch.
+    grad_dtype: type in which replicas add their gradients once a step; see `step.build`.
     init_extra_params: maps the parameters of the network to those that are trained, for
       losses with further networks (`losses.Facts`).
     trainable: maps parameters to which of them the optimizer updates, bools; None for
@@ -83,6 +84,7 @@ class Trainer:
   mesh: Mesh | None = None
   loss_scale: float = 1.0
   grad_accum_steps: int = 1
+  grad_dtype: jnp.dtype | None = None
   init_extra_params: Callable[[Params], Params] = _identity
   trainable: Callable[[Params], PyTree] = _all
 
@@ -100,6 +102,7 @@ class Trainer:
       normalize=self.network.normalize,
       loss_scale=self.loss_scale,
       grad_accum_steps=self.grad_accum_steps,
+      grad_dtype=self.grad_dtype,
       trainable=self.trainable,
     )
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.capacity import hlo
 from sdiff_jax.data import class_cond
-from sdiff_jax.distributed import sharding
+from sdiff_jax.distributed import replicas, sharding
 from sdiff_jax.losses import ConsistencyOptions, diffusion, scm
 from sdiff_jax.models import edm2, mlp
 from sdiff_jax.training import ema, state, step
@@ -83,11 +83,11 @@ def test_check_batch_names_a_size_that_fits():
     sharding.check_batch(40, over, 3)
 
 
-def _train(mesh, steps=3, accumulate=1):
+def _train(mesh, steps=3, accumulate=1, dtype=None):
   """Returns state and losses after a few sCD steps on a mesh."""
   network = mlp.build(shape=(2, 2, 1), cond=class_cond(3), width=16, depth=2, unroll=1)
   loss = scm.build(
-    network=network,
+    network=replicas.network(network) if dtype else network,
     teacher=network.apply,
     sigma_d=0.5,
     options=ConsistencyOptions(warmup_steps=0),
@@ -98,7 +98,12 @@ def _train(mesh, steps=3, accumulate=1):
   current = state.create(network.init(key), optimizer, tuple(betas))
   frozen = network.init(jax.random.key(1))
   function = step.build(
-    loss, optimizer, ema=betas, learning_rate=rate, grad_accum_steps=accumulate
+    loss,
+    optimizer,
+    ema=betas,
+    learning_rate=rate,
+    grad_accum_steps=accumulate,
+    grad_dtype=dtype,
   )
   run = step.jitted(function, mesh, current, frozen)
   x0 = np.random.default_rng(0).standard_normal((16, 2, 2, 1), np.float32) / 2
@@ -114,13 +119,17 @@ def _train(mesh, steps=3, accumulate=1):
   return jax.device_get(current), losses
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate):
+@pytest.mark.parametrize(
+  ("accumulate", "dtype"),
+  [(1, None), (2, jnp.float32), pytest.param(2, None, marks=pytest.mark.slow)],
+)
+def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate, dtype):
   monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)
   one = sharding.make_mesh(devices=jax.devices()[:1])
   first, losses = _train(one, accumulate=accumulate)
   for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2))[2 * accumulate - 2 :]:
-    other, other_losses = _train(sharding.make_mesh(*sizes), accumulate=accumulate)
+    mesh = sharding.make_mesh(*sizes)
+    other, other_losses = _train(mesh, accumulate=accumulate, dtype=dtype)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     # Adam turns the rounding of a gradient near 0 into a visible part of a step.
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
@@ -238,6 +247,36 @@ def test_weights_are_gathered_and_gradients_scattered_in_the_networks_type(monke
     )
   reduced = sum(v[1] for (k, _), v in total.items() if k == "all-reduce")
   assert reduced < 4 * sum(split.values())
+
+
+def test_gathered_weights_alone_are_gathered_again(monkeypatch):
+  """By remat="weights" no layer is computed twice, by "full" all are."""
+  monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 256)
+  x = jnp.ones((8, 4, 4, 4))
+
+  def counts(remat):
+    network = edm2.build(
+      shape=(4, 4, 4),
+      cond={},
+      sigma_d=0.5,
+      channels=16,
+      channel_mult=(1,),
+      blocks=1,
+      attn_resolutions=(),
+      remat=remat,
+    )
+    params = jax.eval_shape(network.init, jax.random.key(0))
+
+    def loss(params):
+      return jnp.sum(jnp.square(network.apply(params, x, jnp.ones(8), None)))
+
+    gradient = sharding.with_mesh(sharding.make_mesh(2, 4, 1), jax.grad(loss))
+    text = jax.jit(gradient).lower(params).as_text()
+    return text.count("stablehlo.all_gather"), text.count("stablehlo.convolution")
+
+  kept, weights, full = map(counts, ("", "weights", "full"))
+  assert kept[0] < weights[0] == full[0]
+  assert kept[1] == weights[1] < full[1]
 
 
 def test_the_state_is_donated_and_the_teacher_is_no_constant():

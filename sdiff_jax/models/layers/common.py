@@ -16,17 +16,30 @@ from sdiff_jax.types import Array
 
 EPS = 1e-6
 FOURIER_SCALE = 16  # standard deviation of the frequencies, as in EDM
+
+
+def _no_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+  """Returns False for weights of other devices, and for what only moves elements.
+
+  `checkpoint_policies.save_anything_except_these_names` would keep the operand of the
+  operation that names the weight.
+  """
+  return primitive.name not in ("all_gather", "reshape", "transpose")
+
+
 # Policies of rematerialization: what a block stores for its backward pass, by the field
-# `remat`: everything, results of matrix products and convolutions, or its inputs alone.
+# `remat`: everything, all but gathered weights, results of matrix products and
+# convolutions, or its inputs alone.
 KEEPS = {
   "": None,
+  "weights": _no_gathered_weights,
   "dots": jax.checkpoint_policies.dots_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 # Fields that networks share.
-Remat = Literal["", "dots", "full"]
+Remat = Literal["", "weights", "dots", "full"]
 Process = Literal["trigflow", "edm"]
 TimeEmbedding = Literal["positional", "fourier"]
 Norm = Literal["double", "single"]

@@ -167,7 +167,8 @@ def from_config(
   Args:
     config: its fields; missing ones have the defaults of transformers.
     dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
 
   Raises:

@@ -96,7 +96,8 @@ def load(
     path: of the folder; hf://organization/name is downloaded from the Hugging Face Hub.
       Or a checkpoint of DiT or of SiT, whose model has no autoencoder.
     dtype: of the hidden layers and of the weights.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
     place: shapes of the parameters of a part -> their shardings, and every tensor goes to
       its devices as soon as it is read; None for weights on the host.

@@ -239,7 +239,8 @@ def predictor(
     pooled: size of the embedding of a whole text, which comes with the sizes of the
       image, or None.
     dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "dots" everything
+    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+      gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
 
   Raises:

@@ -1,0 +1,1 @@
+"""The stages of benchmarks/h100.py."""
