@@ -37,6 +37,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "scikit-learn>=1.6",
+    "scipy>=1.14",
     "tensorflow-datasets>=4.9.7",  # read without TensorFlow
     "tensorboardX>=2.6",
     "tqdm>=4.66",

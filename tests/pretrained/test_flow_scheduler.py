@@ -88,7 +88,6 @@ def test_in_parallel(solver, monkeypatch):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"use_beta_sigmas": True}, "values not supported: use_beta_sigmas=True"),
     ({"invert_sigmas": True}, "values not supported: invert_sigmas=True"),
     ({"stochastic_sampling": True}, "values not supported: stochastic_sampling"),
     ({"shift": 0}, "shift=0: must be a number above 0"),

@@ -13,9 +13,11 @@ from conftest import FIXTURES
 from sdiff_jax.pretrained.diffusers import scheduler
 from sdiff_jax.samplers import paradigms, sequential
 
-with np.load(FIXTURES / "more_schedulers.npz") as arrays:
-  PEER = dict(arrays)
-RUNS = json.loads(str(PEER["runs"]))
+PEER, RUNS = {}, {}
+for file in ("more_schedulers", "sigma_grids"):  # of the same mixture and noise
+  with np.load(FIXTURES / f"{file}.npz") as arrays:
+    PEER |= dict(arrays)
+  RUNS |= json.loads(str(PEER["runs"]))
 MIXTURE = {k: PEER[k] for k in ("means", "stds", "weights")}
 quickly = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
@@ -50,7 +52,7 @@ def clipped(schedule, table, alpha, x, time) -> np.ndarray:
 def test_equal_to_diffusers(kind):
   """Timesteps and end states, of all spacings and of 1 to 1,000 steps."""
   names = [name for name in RUNS if name.startswith(f"{kind}/")]
-  assert len(names) >= 20
+  assert len(names) >= 14
   for name in names:
     run = RUNS[name]
     schedule = of(run["class"], **run["config"])
@@ -59,7 +61,7 @@ def test_equal_to_diffusers(kind):
     if f"{name}/timesteps" in PEER:
       time = np.asarray(table.time)
       if schedule.whole:
-        time = np.round(time) if schedule.whole == "round" else np.floor(time + 1e-3)
+        time = np.round(time) if schedule.whole == "round" else np.floor(time + 1e-4)
       np.testing.assert_allclose(
         time, PEER[f"{name}/timesteps"], rtol=1e-5, atol=1e-6, err_msg=name
       )
@@ -74,6 +76,19 @@ def test_equal_to_diffusers(kind):
     np.testing.assert_allclose(
       x, PEER[f"{name}/final"], rtol=2e-6, atol=2e-6, err_msg=name
     )
+
+
+@pytest.mark.parametrize("steps", PEER["flow_steps"].tolist())
+def test_beta_levels_of_flow_matching(steps):
+  """As `test_flow_scheduler` has the others."""
+  schedule = of("FlowMatchEulerDiscrete", shift=3.0, use_beta_sigmas=True)
+  table = scheduler.tableau(schedule, steps)
+  found = 1000 * table.time
+  np.testing.assert_allclose(found, PEER[f"flow_{steps}/timesteps"], rtol=1e-6)
+  x = run_recurrence(
+    table, PEER["z"], lambda x, time: mixture_mean(MIXTURE, x, 1 - time, time)
+  )
+  np.testing.assert_allclose(x, PEER[f"flow_{steps}/final"], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("loop", ["karras", "ancestral", "lcm", "dynamic"])
@@ -147,8 +162,8 @@ def test_network_at_levels_between_timesteps(name, beta, how):
     ),
     (
       "UniPCMultistep",
-      {"use_beta_sigmas": True},
-      "values not supported: use_beta_sigmas=True",
+      {"use_flow_sigmas": True},
+      "values not supported: use_flow_sigmas=True",
     ),
     (
       "DDIM",

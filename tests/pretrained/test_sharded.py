@@ -90,14 +90,23 @@ def test_prefixes_of_wrappers(part, network, wanted, rename):
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_float8_is_converted(part, network, wanted):
-  """8 bits with 3 of them after the point are off by a 16th at most."""
+def test_float8_is_converted(part, network, wanted, capsys):
+  """8 bits with 3 of them after the point are off by a 16th at most; a line says so.
+
+  Weights that need a factor, which a tensor beside them holds, are refused.
+  """
   narrow = {k: v.astype(ml_dtypes.float8_e4m3fn) for k, v in tensors().items()}
   original.save_file(narrow, part / FILE)
   found = weights.parameters(str(part), network, dtype="bfloat16")
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     assert x.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(x.astype(np.float32), y, rtol=1 / 16, atol=1e-3)
+  said = f"{part / FILE}: weights of float8_e4m3fn become bfloat16\n"
+  assert capsys.readouterr().err == said
+  scale = {"conv_in.weight_scale": np.ones(1, np.float32)}
+  original.save_file(narrow | scale, part / FILE)
+  with pytest.raises(UserError, match="left over: conv_in.weight_scale"):
+    weights.parameters(str(part), network)
 
 
 def test_two_tensors_of_one_name(part, network):

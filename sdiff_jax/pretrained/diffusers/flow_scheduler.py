@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from sdiff_jax.diffusion import noise_schedules, parameterizations
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
+from sdiff_jax.pretrained.diffusers import sigma_grids
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Field, Positive
 from sdiff_jax.samplers.tableau import SolverTableau
@@ -25,7 +26,6 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json
 
 CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
 SPACINGS = ("linspace", "trailing")
-RHO = 7.0  # of Karras et al.
 ROUNDING = 1e-3  # a whole timestep may be less by an error of float32
 Tokens = Annotated[int, Meta(ge=1, le=1_000_000)]
 Number = Annotated[float, Meta(ge=-100, le=100)]
@@ -39,13 +39,10 @@ FIELDS = {
   "base_image_seq_len": Field(256, Tokens),
   "max_image_seq_len": Field(4096, Tokens),
   "shift_terminal": Field(None, Annotated[float, Meta(ge=0, lt=1)] | None),
-  "use_karras_sigmas": Field(False, bool),
-  "use_exponential_sigmas": Field(False, bool),
-}
+} | sigma_grids.FIELDS
 SUPPORTED_VALUES = {
   "invert_sigmas": (None, False),
   "stochastic_sampling": (None, False),
-  "use_beta_sigmas": (None, False),
 }
 
 
@@ -90,8 +87,8 @@ class FlowSchedule(NamedTuple):
   Attributes:
     shift: number of tokens -> map of the levels before the shift to those after.
     terminal: the last level above 0, that the others are stretched to; 0 for none.
-    grid: levels between the first and the last: "" as they are, "karras" or
-      "exponential".
+    grid: levels between the first and the last, a key of `sigma_grids.GRIDS`; "" as
+      they are.
     train_steps: T, the timestep of pure noise.
     tokens: number of tokens of an image, for a shift that depends on it.
     solver: a name of `solvers.names()`.
@@ -131,9 +128,6 @@ def from_config(config: dict[str, Json]) -> FlowSchedule:
     array([1.  , 0.75])
   """
   c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES)
-  grids = [name for name in ("karras", "exponential") if c[f"use_{name}_sigmas"]]
-  if len(grids) > 1:
-    raise ValueError("use_karras_sigmas=True: not with use_exponential_sigmas=True")
   least, most = c["base_image_seq_len"], c["max_image_seq_len"]
   if c["use_dynamic_shifting"] and least >= most:
     raise ValueError(
@@ -144,7 +138,7 @@ def from_config(config: dict[str, Json]) -> FlowSchedule:
     # As in diffusers, the last training level is shifted, and then shifted again.
     smallest = float(_shifted(np.array(smallest), c["shift"]))
   terminal, train_steps = c["shift_terminal"] or 0.0, c["num_train_timesteps"]
-  return FlowSchedule(_shift(c), terminal, "".join(grids), train_steps, smallest)
+  return FlowSchedule(_shift(c), terminal, sigma_grids.chosen(c), train_steps, smallest)
 
 
 def from_dpm_config(config: dict[str, Json]) -> FlowSchedule:
@@ -276,11 +270,8 @@ def sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
         f"steps=1: must be at least 2 for shift_terminal of {CLASS_NAME}"
       )
     levels = 1 - (1 - levels) * ((1 - schedule.terminal) / (1 - levels[-1]))
-  if schedule.grid == "exponential":
-    levels = np.geomspace(levels[0], levels[-1], steps)
-  if schedule.grid == "karras":
-    ends = levels[0] ** (1 / RHO), levels[-1] ** (1 / RHO)
-    levels = np.linspace(*ends, steps) ** RHO
+  if schedule.grid:
+    levels = sigma_grids.levels(schedule.grid, levels[0], levels[-1], steps)
   return levels
 
 

@@ -1,5 +1,6 @@
 """Interface and weights of the networks of the diffusers format."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -111,6 +112,9 @@ def load_state_dict(
       raise UserError(f"{path}: two tensors have the name {present}, with a prefix")
     if present != POSITIONS and not (present == TIED and "shared.weight" in tensors):
       renamed[present] = x
+  kinds = sorted({str(x.dtype) for x in renamed.values()})
+  if narrow := [kind for kind in kinds if kind.startswith("float8")]:
+    print(f"{path}: weights of {', '.join(narrow)} become {dtype}", file=sys.stderr)
   return state_dict.match_params(
     renamed,
     like,

@@ -36,8 +36,7 @@ LCM_FIELDS = lcm_scheduler.FIELDS | {
   "clip_sample": Field(False, bool),
 }
 OTHER_GRIDS = {
-  f"use_{name}": UNSUPPORTED_FIELDS
-  for name in ("beta_sigmas", "lu_lambdas", "flow_sigmas", "dynamic_shifting")
+  f"use_{name}": UNSUPPORTED_FIELDS for name in ("flow_sigmas", "dynamic_shifting")
 }
 MULTISTEP_FIELDS = (
   LINSPACE
@@ -48,7 +47,8 @@ MULTISTEP_FIELDS = (
     "final_sigmas_type": Field("zero", FinalSigmas),
   }
 )
-DPM_FIELDS = MULTISTEP_FIELDS | {"algorithm_type": Field("dpmsolver++", str)}
+DPM_FIELDS = MULTISTEP_FIELDS | sigma_grids.LU
+DPM_FIELDS |= {"algorithm_type": Field("dpmsolver++", str)}
 DPM_SUPPORTED_VALUES = {
   "solver_type": ("midpoint",),
   "lower_order_final": (True,),
@@ -63,7 +63,6 @@ EULER_SUPPORTED_VALUES = {
   "final_sigmas_type": ("zero",),
   "sigma_min": UNSUPPORTED_FIELDS,
   "sigma_max": UNSUPPORTED_FIELDS,
-  "use_beta_sigmas": UNSUPPORTED_FIELDS,
 }
 UNIPC_SUPPORTED_VALUES = {
   "predict_x0": (True,),

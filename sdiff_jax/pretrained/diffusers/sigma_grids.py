@@ -4,20 +4,30 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.pretrained.files.config_fields import Field
 from sdiff_jax.types import Array, Cond, Json
 
+BETA = 0.6  # both parameters of the beta distribution
 # Name -> (first level, last level, number of levels) -> levels.
 GRIDS: dict[str, Callable[[float, float, int], np.ndarray]] = {
   "karras": lambda first, last, steps: time_grids.karras(
     steps, sigma_min=last, sigma_max=first
   )[:-1],
   "exponential": lambda first, last, steps: np.geomspace(first, last, steps),
+  # Quantiles of a beta distribution (arXiv:2407.12173).
+  "beta": lambda first, last, steps: (
+    last + (first - last) * special.betaincinv(BETA, BETA, np.linspace(1, 0, steps))
+  ),
+  # Equal steps in ln(alpha / sigma) (arXiv:2206.00927).
+  "lu": lambda first, last, steps: np.geomspace(first, last, steps),
 }
-FIELDS = {f"use_{name}_sigmas": Field(False, bool | None) for name in GRIDS}
-ROUNDING = 1e-3  # a whole timestep may be less by an error of float32
+NAMES = {name: f"use_{name}_sigmas" for name in GRIDS} | {"lu": "use_lu_lambdas"}
+LU = {NAMES["lu"]: Field(False, bool | None)}  # of DPM-Solver alone
+FIELDS = {name: Field(False, bool | None) for name in NAMES.values() if name not in LU}
+ROUNDING = 1e-4  # a whole timestep may be less by an error of float32
 # How the timestep of a level becomes a whole one.
 WHOLE: dict[str, Callable[[Array], Array]] = {
   "": lambda time: time,
@@ -35,9 +45,9 @@ def chosen(c: dict[str, Json]) -> str:
   Raises:
     ValueError: they choose two.
   """
-  names = [name for name in GRIDS if c.get(f"use_{name}_sigmas")]
+  names = [name for name in GRIDS if c.get(NAMES[name])]
   if len(names) > 1:
-    raise ValueError(f"use_{names[0]}_sigmas=True: not with use_{names[1]}_sigmas=True")
+    raise ValueError(f"{NAMES[names[0]]}=True: not with {NAMES[names[1]]}=True")
   return "".join(names)
 
 
@@ -52,7 +62,7 @@ def whole(class_name: str, grid: str, beta_schedule: str) -> str:
   if not grid or class_name == "EulerDiscrete":
     return ""
   cosine = class_name != "UniPCMultistep" and beta_schedule == "squaredcos_cap_v2"
-  return "round" if grid == "karras" and not cosine else "floor"
+  return "round" if grid in ("karras", "lu") and not cosine else "floor"
 
 
 def levels(grid: str, first: float, last: float, steps: int) -> np.ndarray:
