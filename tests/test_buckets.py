@@ -1,22 +1,25 @@
 """Runs whose work directory is in a bucket: the road, kills, several processes."""
 
+import asyncio
 import json
-import signal
-import subprocess
+import threading
 import time
 
+import forked
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from quick_xla import xla_flags
-from test_main import ROOT, TINY, command, environment
+from test_main import TINY, environment
 
 from sdiff_jax import main, registry
 from sdiff_jax.experiment import build, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.io import array_io, file_io, storage
 from sdiff_jax.training import checkpoints as checkpoints_lib
-from sdiff_jax.training import metric_writer, summary
+from sdiff_jax.training import metric_writer, state, summary
 from sdiff_jax.types import UserError
 
 TEACHER = ("--config=configs/digits_diffusion.py", *TINY)
@@ -31,11 +34,10 @@ def job(*args: str) -> str:
   return main.run(main.parse(["main", *args]))
 
 
-def start(cache, *args: str) -> subprocess.Popen:
+def start(cache, *args: str) -> forked.Process:
   """Starts a command on as many devices as this process has."""
   env = environment(cache) | {"XLA_FLAGS": xla_flags(devices=8)}
-  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-  return subprocess.Popen(command(*args), cwd=ROOT, env=env, **quiet)
+  return forked.start(*args, env=env)
 
 
 def restored(workdir: str):
@@ -71,9 +73,9 @@ def test_the_road_in_a_bucket(bucket, cache, tmp_path):
   run, here = f"{bucket}/road", tmp_path / "here"
   process = start(cache, *TEACHER, *OFTEN, f"--workdir={run}/teacher")
   while not (half_saved(f"{run}/teacher") and checkpoints_lib.steps(f"{run}/teacher")):
-    assert process.poll() is None, process.stderr.read()[-3000:]
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
+    assert process.poll() is None, process.said()[-3000:]
+  process.kill()
+  process.wait()
   left = checkpoints_lib.newest(f"{run}/teacher")
   assert left < 24
   assert job(*TEACHER, *OFTEN, f"--workdir={run}/teacher") == (
@@ -104,6 +106,28 @@ def test_the_road_in_a_bucket(bucket, cache, tmp_path):
   assert "<img" in page  # the grid of the evaluation
   data = registry.build("data", {"name": "npz", "path": f"{run}/student/samples.npz"})
   assert data.size == 16
+
+
+def test_a_step_waits_for_nothing_that_is_written(bucket, monkeypatch):
+  """A save returns while the bucket takes no object."""
+  storage.filesystem()
+  import gcsfs
+
+  request, returned = gcsfs.GCSFileSystem._request, threading.Event()
+  deadline = time.monotonic() + 60
+
+  async def held(self, method, *args, **options):
+    while method == "POST" and not returned.is_set() and time.monotonic() < deadline:
+      await asyncio.sleep(0.01)
+    return await request(self, method, *args, **options)
+
+  monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", held)
+  small = state.create({"w": jnp.zeros(4)}, optax.identity(), ("a",))
+  with checkpoints_lib.Checkpoints(f"{bucket}/held") as checkpoints:
+    checkpoints.save(1, small)
+    returned.set()
+    assert time.monotonic() < deadline
+  assert checkpoints_lib.steps(f"{bucket}/held") == [1]
 
 
 @pytest.mark.slow

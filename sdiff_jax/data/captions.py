@@ -17,8 +17,8 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples
-from sdiff_jax.fields import Means, Range, Scales
-from sdiff_jax.io import bounded, file_io, image_io
+from sdiff_jax.fields import Means, Path, Range, Scales
+from sdiff_jax.io import bounded, downloads, file_io, image_io, storage
 from sdiff_jax.types import UserError
 
 LISTS = (".jsonl", ".json")  # of captions
@@ -46,7 +46,7 @@ class _Image(NamedTuple):
 @registry.register("data", "captions")
 def build(
   *,
-  dir: str = "",
+  dir: Path = "",
   image_size: Annotated[int, Range(1, folder.MAX_SIDE)] = 256,
   channels: Literal[1, 3] = 3,
   mean: Means = (0.0,),
@@ -60,7 +60,8 @@ def build(
   (WebDataset, not compressed); or a file .txt beside each image.
 
   Args:
-    dir: the folder, with PNG, JPEG or WebP files or tars of them, at any depth.
+    dir: the folder, with PNG, JPEG or WebP files or tars of them, at any depth; in a
+      bucket tars alone, which are copied to this machine first, once.
     image_size: side that images are resized and cropped to, pixels.
     channels: 3 for RGB, 1 for gray.
     mean: mean of the pixels in [-1, 1], one for all or one for each channel.
@@ -70,9 +71,12 @@ def build(
     ValueError: the folder is missing, has no images, or some without a caption.
     UserError: a file is damaged; an image only when it is read.
   """
-  if not os.path.isdir(dir):
+  if not storage.isdir(dir):
     raise ValueError(f"dir={dir!r}: is not a folder; name one of images with captions")
-  found = dict(_find(dir))
+  if any(path.lower().endswith(_image_files.ENDINGS) for path in _remote_files(dir)):
+    raise ValueError(f"dir={dir!r}: {folder.PACK}, or in tars")
+  here = downloads.local(dir)
+  found = dict(_find(here))
   without = [name for name, (_, text) in found.items() if text is None]
   if not found:
     raise ValueError(
@@ -107,8 +111,8 @@ def build(
   def fingerprint() -> bytes:
     digest = hashlib.sha256(repr((shape, texts)).encode("utf-8", "surrogateescape"))
     for path in sorted({place.path for place in places}):
-      status = os.stat(path)
-      entry = (os.path.relpath(path, dir), status.st_size, status.st_mtime_ns)
+      name = os.path.relpath(path, here)
+      entry = (name, *storage.version(os.path.join(dir, name)))
       digest.update(repr(entry).encode("utf-8", "surrogateescape"))
     return digest.digest()
 
@@ -120,6 +124,11 @@ def build(
     fingerprint,
     captions=lambda indices: [texts[k] for k in indices],
   )
+
+
+def _remote_files(dir: str) -> list[str]:
+  """Returns all files below a folder of a bucket, [] for one of this machine."""
+  return storage.glob(dir, "**") if storage.remote(dir) else []
 
 
 def _find(dir: str) -> Iterator[tuple[str, tuple[_Image, str | None]]]:

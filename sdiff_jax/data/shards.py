@@ -1,4 +1,7 @@
-"""Images with classes in tars of WebDataset, which are read where they lie."""
+"""Images with classes in tars of WebDataset, which are read where they lie.
+
+Those of a bucket are copied to this machine first, once.
+"""
 
 import hashlib
 import io
@@ -12,8 +15,8 @@ from sdiff_jax import registry
 from sdiff_jax.data import _image_files, folder
 from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
-from sdiff_jax.fields import Means, Range, Scales
-from sdiff_jax.io import bounded, image_io
+from sdiff_jax.fields import Means, Path, Range, Scales
+from sdiff_jax.io import bounded, downloads, image_io, storage
 from sdiff_jax.types import UserError
 
 MAX_LABEL = 18  # digits of a file .cls
@@ -37,7 +40,7 @@ class _Place(NamedTuple):
 @registry.register("data", "shards")
 def build(
   *,
-  dir: str = "",
+  dir: Path = "",
   image_size: Annotated[int, Range(1, folder.MAX_SIDE)] = 64,
   channels: Literal[1, 3] = 3,
   mean: Means = (0.0,),
@@ -58,12 +61,14 @@ def build(
 
   Raises:
     ValueError: the folder is missing, or has no images.
-    UserError: a tar is damaged, or some images alone have classes.
+    UserError: a tar is damaged, or some images alone have classes; or there is no space
+      for the copies.
   """
-  if not os.path.isdir(dir):
+  if not storage.isdir(dir):
     raise ValueError(f"dir={dir!r}: is not a folder; name one of files .tar")
-  paths = [os.path.join(dir, n) for n in sorted(os.listdir(dir)) if n.endswith(".tar")]
-  tars = [found for found in map(_images, paths) if found]
+  names = sorted(name for name in storage.listdir(dir) if name.endswith(".tar"))
+  paths = [os.path.join(dir, name) for name in names]
+  tars = [found for path in paths if (found := _images(downloads.local(path)))]
   if not tars:
     raise ValueError(
       f"dir={dir!r}: no .tar with {', '.join(_image_files.ENDINGS)} files; put them there"
@@ -87,8 +92,7 @@ def build(
   def fingerprint() -> bytes:
     digest = hashlib.sha256(repr((shape, num_classes)).encode() + labels.tobytes())
     for path in paths:
-      status = os.stat(path)
-      entry = (os.path.basename(path), status.st_size, status.st_mtime_ns)
+      entry = (os.path.basename(path), *storage.version(path))
       digest.update(repr(entry).encode("utf-8", "surrogateescape"))
     return digest.digest()
 

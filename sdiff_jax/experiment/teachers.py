@@ -17,6 +17,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.io import storage
 from sdiff_jax.pretrained.diffusers import saving, trigflow_network
+from sdiff_jax.training.trainer import Trainer
 from sdiff_jax.types import Array, Cond, Network, Params, PRNGKey, UserError
 
 # Parameters of an autoguided teacher: those of its two networks.
@@ -155,6 +156,38 @@ def load_init(
     "init_from", config.init_from, config.teacher.config, config, experiment
   )[1]
   return experiments.merged(workdir_lib.read(config.init_from), params)
+
+
+def initial_params(
+  config: ml_collections.ConfigDict,
+  experiment: Experiment,
+  trainer: Trainer,
+  frozen: Params,
+) -> Params | None:
+  """Returns the parameters that a network starts from, None for random ones.
+
+  Args:
+    config: of the run.
+    experiment: its pieces.
+    trainer: of the network.
+    frozen: parameters of the teacher, which may be the same and then are not read again.
+
+  Raises:
+    UserError: there are no such parameters, or they are those of another network.
+  """
+  paths = config.init_from, config.teacher.workdir or config.teacher.folder
+  if config.init_from and len({storage.absolute(p) for p in paths}) == 1:
+    # The teacher, which is already in memory.
+    init_from = frozen[TEACHER] if config.teacher.weak_workdir else frozen
+  else:
+    init_from = load_init(config, experiment)
+  if init_from is None:
+    return None
+  try:
+    jax.eval_shape(trainer.create_state, jax.random.key(0), init_from)
+  except ValueError as error:
+    raise UserError(f"config.{error}; use the same config.model") from error
+  return init_from
 
 
 def _load(

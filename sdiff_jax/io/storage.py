@@ -9,7 +9,6 @@ appended to. Listings are never cached, since other processes write, too.
 import contextlib
 import functools
 import glob as glob_lib
-import hashlib
 import os
 import pathlib
 import re
@@ -27,7 +26,6 @@ Path = str | os.PathLike[str]
 
 BUCKET = "gs://"
 URL = re.compile(r"([A-Za-z][\w+.-]*:/|://)")
-DOWNLOADS = os.path.expanduser("~/.cache/sdiff_jax/buckets")
 
 
 def remote(path: Path) -> bool:
@@ -278,40 +276,18 @@ def open_ranges(path: Path) -> Iterator[BinaryIO]:
       yield file
 
 
-def local(path: str) -> str:
-  """Returns a path of this machine with the content of a file or folder.
-
-  An object, or all below a folder, is copied once to ~/.cache/sdiff_jax/buckets, under a
-  name that its generations determine.
+def objects(path: Path) -> dict[str, dict[str, Any]]:
+  """Returns what a bucket says of an object, or of all objects below a folder.
 
   Args:
-    path: of a file or folder; one of this machine is returned as it is.
+    path: in a bucket.
 
-  Raises:
-    UserError: there is nothing of that name in the bucket.
+  Returns:
+    Path below `path`, "" for an object itself -> its "size" in bytes, "generation", ...
   """
-  if not remote(path):
-    return path
-  path = absolute(path)
-  objects = filesystem().find(_url(path), detail=True)
-  if not objects:
-    raise UserError(f"{path} does not exist")
-  versions = sorted((name, info.get("generation")) for name, info in objects.items())
-  digest = hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
-  base = os.path.basename(path)
-  folder = os.path.join(DOWNLOADS, digest)
-  if not os.path.isdir(folder):
-    os.makedirs(DOWNLOADS, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=DOWNLOADS, prefix=f"{digest}.tmp")
-    for name in objects:
-      target = os.path.join(temporary, base + name.removeprefix(_url(path)))
-      os.makedirs(os.path.dirname(target), exist_ok=True)
-      filesystem().get_file(name, target)
-    try:
-      os.rename(temporary, folder)
-    except OSError:  # another process was faster
-      shutil.rmtree(temporary)
-  return os.path.join(folder, base)
+  prefix = _url(path)
+  found = filesystem().find(prefix, detail=True)
+  return {name.removeprefix(prefix).lstrip("/"): info for name, info in found.items()}
 
 
 def checksums(folder: Path) -> dict[str, int]:
@@ -325,12 +301,9 @@ def checksums(folder: Path) -> dict[str, int]:
   """
   import base64
 
-  prefix = _url(folder)
   return {
-    name.removeprefix(prefix).lstrip("/"): int.from_bytes(
-      base64.b64decode(info.get("crc32c", "")), "big"
-    )
-    for name, info in filesystem().find(prefix, detail=True).items()
+    name: int.from_bytes(base64.b64decode(info.get("crc32c", "")), "big")
+    for name, info in objects(folder).items()
   }
 
 

@@ -14,7 +14,7 @@ from sdiff_jax.data import trajectories
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import training
 from sdiff_jax.fields import Path
-from sdiff_jax.io import storage
+from sdiff_jax.io import downloads
 from sdiff_jax.models import unet1d
 from sdiff_jax.pretrained import diffusion_policy, lerobot
 from sdiff_jax.pretrained.files import state_dict, to_tensors
@@ -167,7 +167,7 @@ def _policy(
   Raises:
     UserError: its diffusion process is not that of the U-Net's process="ddpm".
   """
-  path = storage.local(config.convert.file)
+  path = downloads.local(config.convert.file)
   if os.path.isdir(path):
     policy = lerobot.load(path)
   else:

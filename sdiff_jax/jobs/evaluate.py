@@ -17,7 +17,7 @@ from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import evaluation, pipelines, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length, Range
-from sdiff_jax.io import file_io, image_io, records, snapshot, storage
+from sdiff_jax.io import downloads, file_io, image_io, records, snapshot, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.metrics import precision_recall
 from sdiff_jax.metrics.statistics import baselines, streaming
@@ -140,7 +140,7 @@ def _evaluate_images(
   config: ml_collections.ConfigDict, path: str, folder: str
 ) -> dict[str, Json]:
   """Returns the row of the images of an .npz file or a folder."""
-  mesh, section, path = experiments.mesh(config), config.evaluate, storage.local(path)
+  mesh, section, path = experiments.mesh(config), config.evaluate, downloads.local(path)
   if not section.features and not section.clip:
     raise UserError(
       "config.evaluate: has neither features nor clip; set features=inception:PATH or "

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
@@ -16,26 +15,17 @@ from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
 from sdiff_jax.distributed import processes, sharding, signals
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import (
-  checks,
-  pipelines,
-  provenance,
-  sampling,
-  teachers,
-  training,
-)
+from sdiff_jax.experiment import checks, previews, provenance, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Count, Index, Length, Positive, Range
-from sdiff_jax.io import image_io, storage
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import finite, goodput, loop, metric_writer, summary
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.training.goodput import Goodput
 from sdiff_jax.training.profiling import Profiler
 from sdiff_jax.training.state import TrainState
-from sdiff_jax.training.trainer import Trainer
-from sdiff_jax.types import Array, Batch, Params, UserError
+from sdiff_jax.types import Array, Batch, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +118,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   checks.check_writer(config)
   checks.check_dtype(config, mesh.devices.flat[0].platform)
   source = training.training_data(config, experiment)
-  sample = _sample_fn(config, experiment)
+  sample = previews.sample_fn(config, experiment)
   teacher, frozen = teachers.load_teacher(config, experiment)
   trainer = training.build_trainer(config, experiment.network, teacher, mesh)
   init_from = None
   if checkpoints_lib.newest(workdir) is None:
-    init_from = _init_from(config, experiment, trainer, frozen)
+    init_from = teachers.initial_params(config, experiment, trainer, frozen)
   metric_writer.read_metrics(workdir)  # refuses a damaged file before any is written
   workdir_lib.save_or_check_config(config, workdir, dataset)
   provenance.note_versions(workdir)
@@ -191,57 +181,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       flops = training.run_flops(config, experiment)
       _write_summary(config, workdir, abstract, flops, spent)
   return f"trained {options.steps} steps: {workdir}"
-
-
-def _init_from(
-  config: ml_collections.ConfigDict,
-  experiment: experiments.Experiment,
-  trainer: Trainer,
-  frozen: Params,
-) -> Params | None:
-  """Returns the parameters that the network starts from, None for random ones."""
-  paths = config.init_from, config.teacher.workdir or config.teacher.folder
-  if config.init_from and len({storage.absolute(p) for p in paths}) == 1:
-    # The teacher, which is already in memory.
-    init_from = frozen[teachers.TEACHER] if config.teacher.weak_workdir else frozen
-  else:
-    init_from = teachers.load_init(config, experiment)
-  if init_from is None:
-    return None
-  try:
-    jax.eval_shape(trainer.create_state, jax.random.key(0), init_from)
-  except ValueError as error:
-    raise UserError(f"config.{error}; use the same config.model") from error
-  return init_from
-
-
-def _sample_fn(
-  config: ml_collections.ConfigDict, experiment: experiments.Experiment
-) -> Callable[[TrainState], np.ndarray | None] | None:
-  """Returns state -> a grid of samples by its first average, None if there are none.
-
-  The grid is None, and stderr says so, if samples are not finite.
-  """
-  if not config.train.sample_every:
-    return None
-  sampling.check_images(experiment)
-  sampler = sampling.build_sampler(config).sequential()
-  image_pipeline = sampling.pipeline(config, experiment)
-  compiled = pipelines.batch_sampler(image_pipeline, sampler)
-  profile = config.ema.profiles[0]
-
-  def sample(state: TrainState) -> np.ndarray | None:
-    num, columns = sampling.grid_size(experiment)
-    batch_size = -(-num // experiment.mesh.size) * experiment.mesh.size
-    params = state.ema[profile]
-    batches = pipelines.batches(image_pipeline, compiled, params, num, batch_size)
-    try:
-      return image_io.grid(next(batches)[0], columns)
-    except UserError as error:  # training goes on: the average may recover
-      print(f"step {int(state.step)}: {error}", file=sys.stderr)
-      return None
-
-  return sample
 
 
 def _batches(

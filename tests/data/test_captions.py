@@ -14,6 +14,7 @@ from PIL import Image
 from sdiff_jax import config as configs
 from sdiff_jax.data import batches, captions, latents
 from sdiff_jax.diffusion import guidance
+from sdiff_jax.io import downloads, storage
 from sdiff_jax.jobs import encode
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.types import UserError
@@ -80,6 +81,22 @@ def test_layouts(write, tmp_path):
   assert captions.build(dir=str(tmp_path), image_size=16).digest() == digest
   subset = source.subset(np.array([1, 3]))
   assert subset.captions(np.array([1])) == ["two birds"]
+
+
+def test_tars_of_a_bucket_and_no_images(bucket, tmp_path, monkeypatch):
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "copies"))
+  tars(tmp_path)
+  there = f"{bucket}/{tmp_path.name}"
+  for name in ("a.tar", "b.tar"):
+    storage.upload(str(tmp_path / name), f"{there}/deep/{name}")
+  source = captions.build(dir=there, image_size=16)
+  order = np.array([3, 0, 4])
+  np.testing.assert_array_equal(source[order][0], IMAGES[order])
+  assert source.captions(order) == [NORMALIZED[k] for k in order]
+  assert captions.build(dir=there, image_size=16).digest() == source.digest()
+  storage.upload(str(tmp_path / "a.tar"), f"{there}/x.png")
+  with pytest.raises(ValueError, match="in a bucket each image would be a request"):
+    captions.build(dir=there)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sdiff_jax.data import Dataset, PixelCodec, _loading, batches, shards
+from sdiff_jax.io import downloads, storage
 from sdiff_jax.types import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
@@ -48,6 +49,22 @@ def test_tars_in_the_order_of_their_names(tmp_path):
   np.testing.assert_array_equal(pixels, IMAGES[order])
   np.testing.assert_array_equal(cond["label"], order % 3)
   assert dataset.subset(order).shards == ()
+
+
+def test_tars_of_a_bucket_are_copied_once(tmp_path, bucket, monkeypatch):
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "copies"))
+  there = f"{bucket}/{tmp_path.name}"
+  for name, numbers in (("a", range(4)), ("b", range(4, 7))):
+    write(tmp_path / f"{name}.tar", members(numbers))
+    storage.upload(str(tmp_path / f"{name}.tar"), f"{there}/{name}.tar")
+  dataset = shards.build(dir=there, image_size=8)
+  order = np.array([6, 0, 5])
+  np.testing.assert_array_equal(dataset[order][0], IMAGES[order])
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "another host"))
+  again = shards.build(dir=there, image_size=8)
+  assert again.digest() == dataset.digest()
+  storage.upload(str(tmp_path / "a.tar"), f"{there}/b.tar")
+  assert shards.build(dir=there, image_size=8).digest() != dataset.digest()
 
 
 def test_images_without_classes(tmp_path):

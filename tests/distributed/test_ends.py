@@ -1,14 +1,13 @@
 """A job of two processes ends whole, however long process 0 works alone."""
 
 import shutil
-import subprocess
-import sys
 
+import forked
 import jax
 import numpy as np
 import pytest
-from test_main import ROOT, environment, works
-from test_processes import CONFIG, finish, free_address
+from test_main import works
+from test_processes import CONFIG, start
 
 from sdiff_jax.data import npz
 from sdiff_jax.distributed import processes
@@ -49,19 +48,7 @@ def teacher(cache, tmp_path_factory):
 
 
 def sampled(cache, most: int, *args: str) -> str:
-  names = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
-  both = [
-    subprocess.Popen(
-      [sys.executable, "-c", SLOW_END, str(most), *args],
-      cwd=ROOT,
-      env=environment(cache, 2) | names | {"JAX_PROCESS_ID": str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  return finish(both)
+  return forked.finish(start(cache, str(most), *args, script=SLOW_END))
 
 
 @pytest.mark.slow

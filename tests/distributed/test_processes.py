@@ -1,16 +1,16 @@
-"""Two real processes of four devices each, talking over 127.0.0.1."""
+"""Real processes of a few devices each, talking over 127.0.0.1."""
 
 import json
 import pathlib
 import signal
 import socket
-import subprocess
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
-from test_main import ROOT, TINY, command, environment, weights, works
+from test_main import TINY, environment, weights
 
 from sdiff_jax.distributed import processes
 from sdiff_jax.types import UserError
@@ -25,34 +25,28 @@ def free_address() -> str:
     return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start(cache, *args: str, more=((), ())) -> list[subprocess.Popen]:
-  """Starts a command as two processes, each with some arguments of its own."""
-  names = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+def start(
+  cache, *args: str, count: int = 2, more=(), script: str = forked.COMMAND
+) -> list[forked.Process]:
+  """Starts a command as some processes with eight devices, each with arguments of its own."""
+  names = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
+  env = environment(cache, 8 // count) | names
   return [
-    subprocess.Popen(
-      command(*args, *more[i]),
-      cwd=ROOT,
-      env=environment(cache, 4) | names | {"JAX_PROCESS_ID": str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
+    forked.start(*args, *own, env=env | {"JAX_PROCESS_ID": str(i)}, script=script)
+    for i, own in enumerate(more or [()] * count)
   ]
 
 
-def finish(both: list[subprocess.Popen], code: int = 0) -> str:
-  """Waits for two processes that must end with a code, and returns what they said."""
-  said = [process.communicate(timeout=300)[0] for process in both]
-  assert [p.returncode for p in both] == [code, code], "\n".join(said)[-4000:]
-  return "\n".join(said)
+def alone_on(cache, devices: int, *args: str) -> None:
+  """Runs a command in one process."""
+  forked.finish([forked.start(*args, env=environment(cache, devices))])
 
 
-def until(condition, both: list[subprocess.Popen]) -> None:
+def until(condition, both: list[forked.Process]) -> None:
   deadline = time.monotonic() + 200
   while not condition():
     assert time.monotonic() < deadline, "never came"
-    assert both[0].poll() is None, both[0].communicate()[0][-4000:]
+    assert both[0].poll() is None, both[0].said()[-4000:]
     time.sleep(0.02)
 
 
@@ -83,7 +77,7 @@ def same_weights(a: pathlib.Path, b: pathlib.Path) -> None:
 def alone(cache, tmp_path_factory) -> pathlib.Path:
   """A run on one device."""
   folder = tmp_path_factory.mktemp("alone") / "teacher"
-  works(cache, *CONFIG, f"--workdir={folder}")
+  alone_on(cache, 1, *CONFIG, f"--workdir={folder}")
   return folder
 
 
@@ -91,7 +85,7 @@ def alone(cache, tmp_path_factory) -> pathlib.Path:
 def together(cache, tmp_path_factory) -> pathlib.Path:
   """The same on two processes of four devices."""
   folder = tmp_path_factory.mktemp("together") / "teacher"
-  said = finish(start(cache, *CONFIG, f"--workdir={folder}"))
+  said = forked.finish(start(cache, *CONFIG, f"--workdir={folder}"))
   assert said.count(f"trained 40 steps: {folder}") == 1  # one process speaks
   return folder
 
@@ -104,7 +98,7 @@ def test_two_processes_train_like_one_device(alone, together):
 
 @pytest.mark.slow
 def test_eight_devices_of_one_process_train_like_one(cache, alone, tmp_path):
-  works(cache, *CONFIG, f"--workdir={tmp_path}", devices=8)
+  alone_on(cache, 8, *CONFIG, f"--workdir={tmp_path}")
   same(tmp_path, alone)
 
 
@@ -114,12 +108,15 @@ def test_a_student_of_two_processes_and_its_samples(cache, together, tmp_path):
   config += (f"--config.teacher.workdir={together}", "--config.sample.num=40")
   config += ("--config.sample.batch_size=16",)
   pair, one = tmp_path / "pair", tmp_path / "one"
-  finish(start(cache, *config, f"--workdir={pair}", "--config.mesh.fsdp=2"))
-  works(cache, *config, f"--workdir={one}")
+  forked.finish(start(cache, *config, f"--workdir={pair}", "--config.mesh.fsdp=2"))
+  alone_on(cache, 1, *config, f"--workdir={one}")
   same(pair, one)
   sample = (*config, f"--workdir={pair}", "--job=sample")
   images = []
-  for run in (lambda: finish(start(cache, *sample)), lambda: works(cache, *sample)):
+  for run in (
+    lambda: forked.finish(start(cache, *sample)),
+    lambda: alone_on(cache, 1, *sample),
+  ):
     run()
     with np.load(pair / "samples.npz") as arrays:
       images.append(arrays["arr_0"])
@@ -135,27 +132,44 @@ def test_sigterm_to_one_stops_both_and_one_device_resumes(cache, alone, tmp_path
   both = start(cache, *config)
   until(lambda: list(tmp_path.glob("checkpoints/[0-9]*")), both)
   both[1].send_signal(signal.SIGTERM)
-  assert f"repeat the command to resume: {tmp_path}" in finish(both, 75)
+  assert f"repeat the command to resume: {tmp_path}" in forked.finish(both, 75)
   (step,) = {max(int(f.name) for f in (tmp_path / "checkpoints").iterdir())}
   assert 0 < step < 40
-  works(cache, *config)
+  alone_on(cache, 1, *config)
   same_weights(tmp_path, alone)
 
 
-def test_a_killed_process_ends_the_other_and_both_go_on(cache, alone, tmp_path):
+@pytest.mark.parametrize(
+  ("victim", "count"),
+  [
+    (0, 2),
+    pytest.param(1, 4, marks=pytest.mark.slow),
+    pytest.param(1, 1, marks=pytest.mark.slow),
+  ],
+)
+def test_a_killed_process_ends_the_other_and_any_number_goes_on(
+  cache, alone, tmp_path, victim, count
+):
   config = (*CONFIG, f"--workdir={tmp_path}", "--config.checkpoint.every=2")
+  config += ("--config.train.sample_every=0",)
   both = start(cache, *config)
   until(lambda: list(tmp_path.glob("checkpoints/[0-9]*")), both)
-  both[0].kill()
+  both[victim].kill()
   killed = time.monotonic()
-  both[0].communicate()
-  both[1].communicate(timeout=60)
-  assert both[1].returncode not in (0, None)
+  both[1 - victim].wait(timeout=60)
+  assert both[1 - victim].returncode not in (0, None)
   assert time.monotonic() - killed < 60
+  assert both[victim].wait() is not None
+  assert both[victim].returncode == -9
   assert not (tmp_path / "training.json").exists()  # it was killed on its way
-  both = start(cache, *config)
-  finish(both)
+  forked.finish(start(cache, *config, count=count))
   same_weights(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_four_processes_train_like_one_device(cache, alone, tmp_path):
+  forked.finish(start(cache, *CONFIG, f"--workdir={tmp_path}", count=4))
+  same(tmp_path, alone)
 
 
 @pytest.mark.parametrize("mine", ["", "first", "-1", None])
@@ -176,7 +190,7 @@ def test_processes_of_different_configs_refuse_each_other(cache, tmp_path):
   fields = ((), ("--config.train.batch_size=32",))
   both = start(cache, *config, more=fields)
   line = "error: the processes differ: config.train.batch_size (16 in process 0, 32 in "
-  assert finish(both, 2).count(line) == 2
+  assert forked.finish(both, 2).count(line) == 2
   assert not list(tmp_path.iterdir())
 
 

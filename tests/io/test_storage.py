@@ -4,11 +4,20 @@ import base64
 import os
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from sdiff_jax.io import array_io, file_io, image_io, resumable, snapshot, storage
+from sdiff_jax.io import (
+  array_io,
+  downloads,
+  file_io,
+  image_io,
+  resumable,
+  snapshot,
+  storage,
+)
 from sdiff_jax.types import UserError
 
 
@@ -109,21 +118,42 @@ def test_parts_and_snapshots(folder):
 
 
 def test_a_copy_of_a_folder_is_made_once(bucket, tmp_path, monkeypatch):
-  monkeypatch.setattr(storage, "DOWNLOADS", str(tmp_path / "copies"))
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "copies"))
   folder = f"{bucket}/{tmp_path.name}/model"
   file_io.write_text(f"{folder}/unet/config.json", "{}")
-  copy = storage.local(f"{folder}/")
+  copy = downloads.local(f"{folder}/")
   assert os.path.basename(copy) == "model"
   assert pathlib.Path(copy, "unet/config.json").read_text() == "{}"
   monkeypatch.setattr(storage.filesystem(), "get_file", None)
-  assert storage.local(folder) == copy
+  assert downloads.local(folder) == copy
   monkeypatch.undo()
   file_io.write_text(f"{folder}/unet/config.json", '{"a": 1}')
-  other = storage.local(folder)
+  other = downloads.local(folder)
   assert pathlib.Path(other, "unet/config.json").read_text() == '{"a": 1}'
   with pytest.raises(UserError, match="/nothing does not exist"):
-    storage.local(f"{bucket}/nothing")
-  assert storage.local("runs/a") == "runs/a"
+    downloads.local(f"{bucket}/nothing")
+  assert downloads.local("runs/a") == "runs/a"
+
+
+def test_a_copy_that_does_not_fit_is_refused(bucket, tmp_path, monkeypatch):
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "copies"))
+  full = types.SimpleNamespace(free=1000)
+  monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: full)
+  path = f"{bucket}/{tmp_path.name}/a.tar"
+  file_io.write_bytes(path, bytes(200_000))
+  with pytest.raises(
+    UserError, match=f"^{path}: a copy needs 0.2 MB, and .* 0.0 MB; f"
+  ):
+    downloads.local(path)
+  assert not os.listdir(tmp_path / "copies")
+
+
+def test_names_that_lead_out_of_a_copy_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(downloads, "FOLDER", str(tmp_path / "copies"))
+  there = {"a/b": {"size": 1}, "../../c": {"size": 1}}
+  monkeypatch.setattr(storage, "objects", lambda path: there)
+  with pytest.raises(UserError, match="^gs://b/x: the name ../../c leads out of it$"):
+    downloads.local("gs://b/x")
 
 
 def test_checksums_are_those_of_the_content(bucket, tmp_path):

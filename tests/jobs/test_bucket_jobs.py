@@ -2,23 +2,24 @@
 
 import json
 import random
-import socket
-import subprocess
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
 from conftest import FIXTURES
 from test_buckets import TEACHER, assert_equal, half_saved, job, losses, restored
-from test_kills import start, without_times
-from test_main import ROOT, command, environment
+from test_kills import without_times
+from test_main import environment
+from test_processes import start
 
 from sdiff_jax import registry
 from sdiff_jax.io import array_io, file_io, storage
 
 TIMES_KILLED = 5  # of each of four jobs
-LONG = ("--config.train.steps=60", "--config.train.sample_every=0")
+LONG = ("--config.train.steps=60", "--config.checkpoint.every=12")
+LONG += ("--config.train.sample_every=0",)
 ENCODE = """
 from sdiff_jax import config as configs
 def get_config():
@@ -44,22 +45,7 @@ def encode_config(folder, images: str) -> str:
 
 def of_two_processes(cache, *args: str) -> None:
   """Runs a command as two processes of four devices."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-  both = [
-    subprocess.Popen(
-      command(*args),
-      cwd=ROOT,
-      env=environment(cache, 4) | names | {"JAX_PROCESS_ID": str(i)},
-      **quiet,
-    )
-    for i in range(2)
-  ]
-  said = [process.communicate(timeout=600)[1] for process in both]
-  assert [process.returncode for process in both] == [0, 0], "\n".join(said)[-4000:]
+  forked.finish(start(cache, *args))
 
 
 def copy(source: str, target: str) -> None:
@@ -97,7 +83,7 @@ def teacher(bucket) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "sample", "encode", "evaluate"])
+@pytest.mark.parametrize("name", ["sample", "encode", "evaluate", "train"])
 def test_a_killed_job_ends_like_one_that_was_not(
   name, bucket, cache, teacher, tmp_path
 ):
@@ -106,6 +92,7 @@ def test_a_killed_job_ends_like_one_that_was_not(
   few = ("--config.sample.num=400", "--config.sample.batch_size=8")
   measured = ("--config.evaluate.num=400", "--config.evaluate.batch_size=8")
   measured += ("--config.evaluate.samplers=('heun/8', 'ddim/4')",)
+  measured += ("--config.evaluate.pr_num_images=100",)
   args, result = {
     "train": ((*TEACHER, *LONG), train_result),
     "sample": ((*TEACHER, "--job=sample", *few), sample_result),
@@ -113,39 +100,36 @@ def test_a_killed_job_ends_like_one_that_was_not(
     "evaluate": ((*TEACHER, "--job=evaluate", *measured), evaluate_result),
   }[name]
 
-  def begin(run: str) -> subprocess.Popen:
-    return start(cache, *args, f"--workdir={run}")
-
-  def prepare(run: str) -> None:
+  def begin(run: str) -> forked.Process:
     if name in ("sample", "evaluate"):
       copy(teacher, run)
+    return again(run)
 
-  def finish(run: str) -> None:
-    process = begin(run)
-    said = process.communicate(timeout=600)[1]
-    assert process.returncode == 0, said[-3000:]
+  def again(run: str) -> forked.Process:
+    env = environment(cache)
+    return forked.start(*args, f"--workdir={run}", env=env, script=forked.SAVING_OFTEN)
 
-  whole, moments = f"{folder}/whole", random.Random(name)
-  for run in (f"{folder}/compiled", whole):  # the second time all is compiled
-    prepare(run)
+  def finish(process: forked.Process) -> float:
     began = time.monotonic()
-    finish(run)
-  seconds, expected = time.monotonic() - began, result(whole)
-  num_kills = 0
+    said = process.wait(timeout=600)
+    assert process.returncode == 0, said[-3000:]
+    return time.monotonic() - began
+
+  moments, num_kills = random.Random(name), 0
+  finish(begin(f"{folder}/compiled"))
+  seconds = finish(begin(f"{folder}/whole"))
+  expected = result(f"{folder}/whole")
   for k in range(TIMES_KILLED):
     run = f"{folder}/killed{k}"
-    prepare(run)
     process = begin(run)
     time.sleep(moments.uniform(0.3, 1.0) * seconds)
     process.kill()
-    process.communicate()
+    process.wait()
     num_kills += process.returncode == -9
-    finish(run)
+    finish(again(run))
     assert_equal(result(run), expected)
     assert not storage.exists(f"{run}/.lock")
-  print(
-    f"{name}: {num_kills} of {TIMES_KILLED} were killed; {seconds:.1f} s undisturbed"
-  )
+    print(f"{name}: {num_kills} of {k + 1} were killed; {seconds:.1f} s undisturbed")
   assert num_kills > TIMES_KILLED // 2
 
 

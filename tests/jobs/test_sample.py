@@ -1,20 +1,21 @@
 """The job that samples: it resumes wherever it was stopped."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import types
 
+import forked
 import jax
 import numpy as np
 import optax
 import pytest
+from quick_xla import xla_flags
 
 from sdiff_jax import config as configs
 from sdiff_jax.data import digits, npz
@@ -27,7 +28,6 @@ from sdiff_jax.training import state
 from sdiff_jax.training.checkpoints import Checkpoints
 from sdiff_jax.types import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 8  # images a batch
 # One of two processes with two devices each: argv is number, port and work directories.
 # The second one is slow to write.
@@ -182,14 +182,14 @@ def test_a_stopped_job_goes_on_and_ends_the_same(copy, watch, capsys):
 def test_a_killed_process_goes_on(copy, watch):
   whole, killed = copy("whole"), copy("killed")
   num = 4000
-  command = [sys.executable, "-m", "sdiff_jax.main", f"--workdir={killed}"]
   change(killed, "sample", num=num)
-  process = subprocess.Popen([*command, "--job=sample"], cwd=ROOT)
+  process = forked.start(f"--workdir={killed}", "--job=sample", env=os.environ)
   deadline = time.monotonic() + 120
   while len(parts(killed)) < 2 and time.monotonic() < deadline:
     time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
+  process.kill()
+  process.wait()
+  assert process.returncode == -signal.SIGKILL
   there = len(parts(killed))
   wanted = run(whole, num=num)
   watch.events.clear()
@@ -331,27 +331,23 @@ def test_rows_that_several_devices_hold_are_written_once(copy, watch):
   assert np.abs(images(one) - images(mesh)).max() <= 1
 
 
-def test_two_processes_share_the_work_and_go_on_with_that_of_one(
-  copy, watch, monkeypatch
-):
+def in_two_processes(devices: int, *workdirs: pathlib.Path) -> None:
+  """Runs PROCESS twice, each with some devices."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
+  arguments = (port, *map(str, workdirs))
+  forked.finish([forked.start(n, *arguments, env=env, script=PROCESS) for n in "01"])
+
+
+def test_two_processes_share_the_work_and_go_on_with_that_of_one(copy, watch):
   one, spread, same_rows = copy("one"), copy("spread"), copy("same_rows")
   run(one)
   for workdir, window in ((spread, 1), (same_rows, 4)):
     stopped(workdir, watch, at=16)
     change(workdir, "mesh", window=window)
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-  command = [sys.executable, "-c", PROCESS]
-  both = [
-    subprocess.Popen([*command, n, port, same_rows, spread], cwd=ROOT) for n in "01"
-  ]
-  try:
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-  finally:
-    for process in both:
-      process.kill()
+  in_two_processes(2, same_rows, spread)
   for workdir in (spread, same_rows):
     assert np.abs(images(one) - images(workdir)).max() <= 1
     assert not (workdir / "samples.parts").exists()
@@ -401,22 +397,12 @@ def test_a_coarse_network_is_for_parareal_alone(copy):
 
 
 @pytest.mark.slow
-def test_a_window_over_two_processes(copy, monkeypatch):
+def test_a_window_over_two_processes(copy):
   one, spread = copy("one"), copy("spread")
   fields = {"name": "paraddpm", "steps": 16, "window": 8}
   run(one, num=12, **{f"sampler__{k}": v for k, v in fields.items()})
   change(spread, "sampler", **fields)
   change(spread, "sample", num=12)
   change(spread, "mesh", window=4)
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-  command = [sys.executable, "-c", PROCESS]
-  both = [subprocess.Popen([*command, n, port, spread], cwd=ROOT) for n in "01"]
-  try:
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-  finally:
-    for process in both:
-      process.kill()
+  in_two_processes(4, spread)
   assert np.abs(images(one) - images(spread)).max() <= 1

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdiff_jax.data.episodes import kitchen, pusht_zarr, robomimic
-from sdiff_jax.io import array_io, storage
+from sdiff_jax.io import array_io, downloads, storage
 from sdiff_jax.types import UserError
 
 MAX_VALUE = 1e15  # of observations and actions; squares of larger ones overflow
@@ -51,7 +51,7 @@ def read(path: str, *, keys: tuple[str, ...], absolute: bool) -> Episodes:
     raise ValueError("path='': name a file or folder of episodes")
   if not storage.lexists(path):
     raise ValueError(f"path={path!r}: does not exist")
-  path = storage.local(path)
+  path = downloads.local(path)
   if os.path.isdir(path):
     if pusht_zarr.is_group(path):
       arrays = pusht_zarr.read(path)

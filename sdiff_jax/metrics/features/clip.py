@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.io import storage
+from sdiff_jax.io import downloads
 from sdiff_jax.metrics.features import _clip_weights as clip_weights
 from sdiff_jax.metrics.features import _resize as resize
 from sdiff_jax.metrics.features._base import FeatureNetwork
@@ -103,7 +103,7 @@ def load(folder: str) -> FeatureNetwork:
 
   Reference: Radford et al., arXiv:2103.00020.
   """
-  folder = storage.local(folder)
+  folder = downloads.local(folder)
   open_clip = os.path.exists(os.path.join(folder, "open_clip_config.json"))
   name = "open_clip_config.json" if open_clip else "config.json"
   config = config_fields.read_config(os.path.join(folder, name))

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 
-from sdiff_jax.io import bounded, storage
+from sdiff_jax.io import bounded, downloads
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
 from sdiff_jax.types import UserError
 
@@ -41,7 +41,7 @@ def local(path: str, *, weights: bool = True) -> str:
         f"{path}: the download failed: {reason}; a folder with a copy of "
         f"https://huggingface.co/{name} does as well"
       ) from error
-  path = storage.local(path)
+  path = downloads.local(path)
   if not os.path.isdir(path):
     raise UserError(f"{path}: no such folder")
   return path

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdiff_jax.io import file_io, storage
+from sdiff_jax.io import downloads, file_io
 from sdiff_jax.pretrained.diffusers import networks, weights
 from sdiff_jax.pretrained.files import config_fields, safetensors_file, to_tensors
 from sdiff_jax.types import Json, Params, UserError
@@ -109,7 +109,7 @@ def read(folder: str) -> tuple[dict[str, Json], dict[str, Part]]:
   Raises:
     UserError: the index is missing or damaged.
   """
-  folder = storage.local(folder)
+  folder = downloads.local(folder)
   path = os.path.join(folder, INDEX)
   index, parts = config_fields.read_config(path), {}
   for name, value in [*index.items()]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.io import array_io, bounded, storage
+from sdiff_jax.io import array_io, bounded, downloads
 from sdiff_jax.pretrained.files import safe_pickle, safetensors_file
 from sdiff_jax.pretrained.files.safe_pickle import Budget
 from sdiff_jax.pretrained.files.safetensors_file import StoredTensor
@@ -79,7 +79,7 @@ def stored(path: str) -> Mapping[str, Tensor]:
   """
   if not path.endswith(".safetensors"):
     return read(path)
-  path = storage.local(path)
+  path = downloads.local(path)
   with _one_line(path), bounded.open_regular(path) as file:
     tensors = safetensors_file.stored(file, path)
   if not tensors:
