@@ -22,13 +22,19 @@ from sdiff_jax.experiment import sampling
 from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.exports import Run
 from sdiff_jax.experiment.exports import diffusers as diffusers_format
-from sdiff_jax.pretrained.diffusers import loading
+from sdiff_jax.pretrained.diffusers import loading, trigflow_network
 from sdiff_jax.samplers import sequential
+from sdiff_jax.training import trainer
 from sdiff_jax.types import CondSpec
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 PROMPT = "a cat on the mat"
-SIDES = {"ddpm-church": 8, "sd2": 8, "sd3": 8, "dit": 8, "sdxl": 8, "pixart": 8}
+SIDES = dict.fromkeys(("ddpm-church", "sd2", "sd3", "dit", "sdxl", "pixart"), 8)
+SIDES |= {"sana": 16, "sana-sprint": 16}  # its images have sides of 32 k
+GUIDANCE = 4.5
+# Of SANA's student, which becomes SANA-Sprint.
+FIELDS = {"sana": {"guidance": True, "time_scale": 0.001}}
+FIELDS["sana-sprint"] = {"guidance": True}
 
 
 class Student(NamedTuple):
@@ -63,18 +69,24 @@ def student(name: str) -> Student:
     specs, cond = class_cond(model.unet.classes), {"label": jnp.array([1])}
   dataset = Dataset(lambda k: None, 0, specs, codec)
   config = configs.base()
-  config.model = configs.component("models", "pretrained", folder=folder)
+  fields = FIELDS.get(name, {})
+  config.model = configs.component("models", "pretrained", folder=folder, **fields)
   config.loss = configs.component("losses", "scm", velocity="teacher")
   network = experiments.network(config, dataset)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   vae = None if model.vae is None else (model.vae, model.params["vae"])
-  experiment = Experiment(dataset, network, mesh, config.sigma_d, vae=vae)
-  net = jax.tree.map(lambda x: np.asarray(1.02 * x, x.dtype), model.params["unet"])
+  experiment = Experiment(dataset, network, mesh, config.sigma_d, bool(fields), vae=vae)
+  source = trigflow_network.parameters(folder, guidance=bool(fields))
+  fresh = jax.eval_shape(network.init, jax.random.key(0))["net"]
+  rng = np.random.default_rng(0)
+  net = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, x.dtype), fresh)
+  net = trainer.initialize_from(source, {"net": net})["net"]
+  net = jax.tree.map(lambda x: np.asarray(1.02 * x, x.dtype), net)
   return Student(Run(config, config, experiment, {"net": net}), model, cond)
 
 
 def images(
-  made: Student, steps: int, noise: np.ndarray, monkeypatch, *, same_start: bool
+  made: Student, steps: int, noise: np.ndarray, folder: pathlib.Path, monkeypatch
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns samples in the unit of the network, and images, by the steps of diffusers.
 
@@ -82,20 +94,21 @@ def images(
     made: the student.
     steps: number of steps N of the sampler `consistency`.
     noise: of the first state and after each step, [N, 1, H, W, C].
+    folder: that was written.
     monkeypatch: of pytest.
-    same_start: whether the first state is that of diffusers, or has our variance.
   """
   run, experiment = made.run, made.run.experiment
   sigma_d, codec = experiment.sigma_d, experiment.dataset.codec
-  grid = diffusers_format.times(run, loading.configs(run.config.model.folder))[steps]
+  grid = diffusers_format.times(run, loading.configs(str(folder)))[steps]
   sampler = samplers.build("consistency", sigma_d=sigma_d, steps=steps, timesteps=grid)
   # The first state of diffusers has the variance of data and noise, ours that of the
   # noise alone: sin^2 t of it.
-  first = noise[:1] / np.float32(np.sin(grid[0]) if same_start else 1)
+  first = noise[:1] / np.float32(np.sin(grid[0]))
   zero = np.zeros_like(first)  # after the last step
   given = jnp.asarray(np.concatenate([first, noise[1:], zero]))
   monkeypatch.setattr(sequential, "noise", lambda keys, i, shape: given[i + 1])
-  denoiser = sampling.denoiser(experiment, run.params)
+  scale = GUIDANCE if experiment.guidance_input else 1.0
+  denoiser = sampling.denoiser(experiment, run.params, scale)
   shape = experiment.dataset.shape
   x = jax.jit(
     lambda cond: samplers.sample(sampler, denoiser, jnp.array([0]), shape, cond).x

@@ -16,8 +16,8 @@ from sdiff_jax import config as configs
 from sdiff_jax import losses, registry
 from sdiff_jax.capacity import lowering
 from sdiff_jax.capacity.lowering import Program
-from sdiff_jax.data import Dataset, PixelCodec, class_cond
-from sdiff_jax.diffusion import trigflow
+from sdiff_jax.data import Codec, Dataset, LatentCodec, PixelCodec, class_cond, latents
+from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, teachers, text_to_image
@@ -28,8 +28,9 @@ from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Pipeline
 from sdiff_jax.io import storage
+from sdiff_jax.pretrained.diffusers import loading, text_encoding
 from sdiff_jax.samplers import Sampler
-from sdiff_jax.types import Network, Params, UserError
+from sdiff_jax.types import CondSpec, Network, Params, UserError
 
 KINDS = ("train", "sample")
 
@@ -66,10 +67,37 @@ def abstract_dataset(config: ml_collections.ConfigDict) -> Dataset:
   Raises:
     UserError: the data set refuses a field.
   """
-  if not config.rehearse.shape:
+  shape = tuple(config.rehearse.shape)
+  if not shape:
     return registry.build("data", config.data.to_dict(), "config.data")
+  if config.model.name == "pretrained":
+    return published_dataset(config.model.folder, shape)
   classes = class_cond(config.rehearse.classes)
-  return Dataset(_no_data, 0, classes, PixelCodec(tuple(config.rehearse.shape)))
+  return Dataset(_no_data, 0, classes, PixelCodec(shape))
+
+
+def published_dataset(folder: str, shape: tuple[int, ...]) -> Dataset:
+  """Returns a data set without images for the network of a folder.
+
+  Args:
+    folder: in the diffusers format; only its config files are read.
+    shape: (H, W, C) of the samples, latents for a folder with an autoencoder.
+
+  Raises:
+    UserError: a file is missing or damaged.
+  """
+  model = loading.abstract(loading.configs(folder))
+  codec: Codec = PixelCodec(shape)
+  if coder := model.vae:
+    channels = shape[-1:]
+    moments = (coder.shift,) * channels[0], (1 / coder.scaling,) * channels[0]
+    codec = LatentCodec(shape, *moments, latents.VAE_MIN_PIXEL["vae"])
+  if not model.text_encoders:
+    return Dataset(_no_data, 0, class_cond(model.unet.classes), codec)
+  shapes = text_encoding.shapes(model, model.params)
+  specs = {name: CondSpec(shape, np.float16) for name, shape in shapes.items()}
+  empty = {guidance.empty_name(name): spec for name, spec in specs.items()}
+  return Dataset(_no_data, 0, specs | empty, codec)
 
 
 def _no_data(indices: np.ndarray) -> NoReturn:

@@ -110,11 +110,13 @@ def published_teacher(config: ml_collections.ConfigDict, dataset: Dataset) -> Ne
   return experiments.published(folder, dataset, label="config.teacher", dtype=dtype)
 
 
-def _published_params(field: str, folder: str, experiment: Experiment) -> Params:
+def _published_params(
+  field: str, folder: str, experiment: Experiment, guided: bool = False
+) -> Params:
   """Returns the weights of the network of a folder, on the mesh."""
   place = functools.partial(sharding.state, mesh=experiment.mesh)
   try:
-    return trigflow_network.parameters(folder, place=place)
+    return trigflow_network.parameters(folder, guidance=guided, place=place)
   except UserError as error:
     raise UserError(f"config.{field}: {error}") from error
 
@@ -151,7 +153,8 @@ def load_init(
   if not config.init_from:
     return None
   if experiments.is_folder(config.init_from):
-    return _published_params("init_from", config.init_from, experiment)
+    guided = bool(config.model.get("guidance", False))
+    return _published_params("init_from", config.init_from, experiment, guided)
   params = _load(
     "init_from", config.init_from, config.teacher.config, config, experiment
   )[1]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import FIXTURES
 from exported import SIDES, images, student
 
 from sdiff_jax import config as configs
@@ -58,10 +59,15 @@ def test_diffusers_makes_the_same_images(
   assert json.loads(written) == json.loads(str(arrays[f"{name}/scheduler"]))
   index = json.loads((tmp_path / "model_index.json").read_text())
   assert index["_class_name"] == arrays[f"{name}/pipeline"]
+  # What is read of it again is sampled likewise.
+  process = loading.schedule(str(tmp_path / "scheduler"))
+  assert process.solver == "consistency"
   for steps in all_steps:
     at = f"{name}/{steps}"
-    noise, expected = arrays[f"{at}/noise"], arrays[f"{at}/sample"]
-    x, pixels = images(made, steps, noise, monkeypatch, same_start=True)
+    noise, expected = (
+      arrays[f"{at}/{k}"].astype(np.float32) for k in ("noise", "sample")
+    )
+    x, pixels = images(made, steps, noise, tmp_path, monkeypatch)
     assert np.abs(x[0] - expected).max() < 1e-4 * np.abs(expected).max(), at
     image = arrays[f"{at}/image"].astype(int)
     assert np.abs(pixels[0].astype(int) - image).max() <= 2, at
@@ -75,6 +81,56 @@ def test_timesteps_are_those_of_lcm():
   assert consistency.timesteps(schedule, 3).tolist() == [999, 666, 333]
   with pytest.raises(ValueError, match="steps=1001: must be in 1 to 1000"):
     consistency.timesteps(schedule, 1001)
+
+
+def test_steps_of_a_flow_with_fresh_noise():
+  """x' = (1 - sigma') d + sigma' z at the levels of the shift, as the folder says it."""
+  source = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+  process = scheduler.from_config(consistency.scheduler_config(source))
+  table = scheduler.tableau(process._replace(spacing="trailing"), 2)
+  np.testing.assert_allclose(table.time, [1, 0.75])
+  np.testing.assert_array_equal(table.x_coef, 0)
+  np.testing.assert_allclose(table.denoised_coef[:, 0], [0.25, 1])
+  np.testing.assert_allclose(table.noise_coef, [0.75, 0], atol=1e-12)
+  assert consistency.scheduler_config(consistency.SCM) == consistency.SCM
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "message"),
+  [
+    ("sd3", {"guidance": True}, "the guidance scale is an input of the run's network"),
+    ("sd2", {"time_scale": 0.5}, "model.time_scale=0.5, .*times that need 1;"),
+    ("sana", {"guidance": True}, "model.time_scale=1, .*times that need 0.001;"),
+  ],
+)
+def test_networks_that_a_pipeline_does_not_have(name, fields, message, tmp_path):
+  config = configs.base()
+  folder = str(FIXTURES / f"tiny-{name}")
+  config.model = configs.component("models", "pretrained", folder=folder, **fields)
+  config.loss = configs.component("losses", "scm")
+  with pytest.raises(UserError, match=message):
+    diffusers_format.write(Run(config, config, None, None), str(tmp_path))
+
+
+def test_a_guided_network_is_written_with_its_layer(tmp_path):
+  """As in latent consistency models, whose pipeline then gives the scale."""
+  config = configs.base()
+  folder = str(FIXTURES / "tiny-sd2")
+  options = {"guidance": True, "qk_norm": False}
+  config.model = configs.component("models", "pretrained", folder=folder, **options)
+  run = Run(config, config, None, None)
+  published = loading.configs(folder)
+  pipeline = "StableDiffusionPipeline"
+  written = diffusers_format._network_config(run, published, "unet", pipeline)
+  assert written == published["unet"] | {"time_cond_proj_dim": 256}
+  config.model.update(
+    folder=str(FIXTURES / "tiny-sana"), guidance=False, time_scale=0.5
+  )
+  published = loading.configs(config.model.folder)
+  written = diffusers_format._network_config(
+    run, published, "transformer", "SanaPipeline"
+  )
+  assert written["timestep_scale"] == 0.5
 
 
 def test_the_scalings_of_lcm_are_those_of_a_consistency_model():

@@ -369,3 +369,23 @@ def test_a_tpu_that_is_not_here(tmp_path):
   found = json.loads((tmp_path / "rehearsal/v5e_2x2.json").read_text())
   assert found["fits"]
   assert {c["group_size"] for c in found["collectives"]} == {4}
+
+
+def test_texts_of_a_published_network():
+  """Without data, its conditions are those that its text encoders make."""
+  config = config_lib.base()
+  folder = str(FIXTURES / "tiny-sdxl")
+  config.model = config_lib.component("models", "pretrained", folder=folder)
+  config.rehearse.shape = (8, 8, 4)
+  dataset = programs.abstract_dataset(config)
+  model = loading.abstract(loading.configs(folder))
+  length, sizes = model.lengths["text_encoder"], (model.unet.text, model.unet.pooled)
+  shapes = {name: spec.shape for name, spec in dataset.cond.items()}
+  wanted = {"text": (length, sizes[0]), "pooled": (sizes[1],)}
+  assert shapes == wanted | {f"empty_{name}": s for name, s in wanted.items()}
+  network = experiments.network(config, dataset)  # which checks conditions and unit
+  batch = {name: spec.batch(2) for name, spec in dataset.cond.items() if name in wanted}
+  x, t = (jax.ShapeDtypeStruct(s, np.float32) for s in ((2, 8, 8, 4), (2,)))
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  F = jax.eval_shape(network.apply, params, x, t, batch)
+  assert F.shape == x.shape

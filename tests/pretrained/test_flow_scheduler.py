@@ -89,7 +89,6 @@ def test_in_parallel(solver, monkeypatch):
   ("fields", "message"),
   [
     ({"invert_sigmas": True}, "values not supported: invert_sigmas=True"),
-    ({"stochastic_sampling": True}, "values not supported: stochastic_sampling"),
     ({"shift": 0}, "shift=0: must be a number above 0"),
     ({"time_shift_type": "cubic"}, "time_shift_type='cubic': must be one of expon"),
     (

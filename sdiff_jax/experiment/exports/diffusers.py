@@ -1,5 +1,6 @@
 """Format `diffusers`: a folder that diffusers loads and samples in a few steps."""
 
+import math
 import os
 import re
 
@@ -7,7 +8,15 @@ from sdiff_jax import losses, registry
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.experiment.exports import Run, Written
 from sdiff_jax.io import file_io
-from sdiff_jax.pretrained.diffusers import consistency, fit, hub, loading, saving
+from sdiff_jax.pretrained.diffusers import (
+  consistency,
+  fit,
+  hub,
+  loading,
+  saving,
+  scheduler,
+  trigflow_network,
+)
 from sdiff_jax.pretrained.diffusers.saving import Part
 from sdiff_jax.types import Json, UserError
 
@@ -15,7 +24,8 @@ STEPS = (1, 2, 4)
 # Pipelines that replace their scheduler -> those that do the same by any scheduler.
 PIPELINES = {"DDIMPipeline": "DDPMPipeline"}
 # Pipelines that round sizes to those of published models, unless they are told not to.
-OWN_SIZES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
+SANA, SPRINT = "SanaPipeline", "SanaSprintPipeline"
+OWN_SIZES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", SANA, SPRINT)
 
 
 @registry.register("experiment.exports", "diffusers")
@@ -49,21 +59,62 @@ def write(run: Run, folder: str) -> Written:
   configs = loading.configs(source)
   index, parts = saving.read(source)
   name = next(part for part in fit.PREDICTORS if part in parts)
+  pipeline = str(index.get("_class_name", "DiffusionPipeline"))
+  configs[name] = _network_config(run, configs, name, pipeline)
   shapes = saving.shapes(parts[name].folder)
   parts[name] = saving.network(configs[name], run.merged["net"], shapes=shapes)
-  usage = _call(parts, index, steps="")
+  usage = _call(parts, pipeline, steps="")
   if facts.family == "consistency":
+    pipeline = PIPELINES.get(pipeline, pipeline)
+    if pipeline == SANA and configs[name].get("guidance_embeds"):
+      pipeline, configs["scheduler"] = SPRINT, consistency.SCM
     process = consistency.scheduler_config(configs["scheduler"])
-    parts["scheduler"] = saving.scheduler(process)
-    pipeline = index.get("_class_name", "DiffusionPipeline")
-    index["_class_name"] = PIPELINES.get(pipeline, pipeline)
-    usage = _call(parts, index, steps="num_inference_steps=2, guidance_scale=1.0")
-    usage += _steps(times(run, configs), process["_class_name"])
-  saving.save(folder, index, parts)
+    parts["scheduler"], configs["scheduler"] = saving.scheduler(process), process
+    scale = 5.0 if run.config.model.guidance else 1.0
+    steps = f"num_inference_steps=2, guidance_scale={scale}"
+    usage = _call(parts, pipeline, steps=steps)
+    usage += _steps(times(run, configs), process["_class_name"], scale != 1)
+  saving.save(folder, index | {"_class_name": pipeline}, parts)
   fields = {"library_name": "diffusers", "license": _license(source)}
   if run.config.model.folder.startswith(hub.HUB):
     fields["base_model"] = run.config.model.folder.removeprefix(hub.HUB)
   return Written("a folder of diffusers", usage, fields)
+
+
+def _network_config(
+  run: Run, configs: dict[str, dict[str, Json]], name: str, pipeline: str
+) -> dict[str, Json]:
+  """Returns the config.json of the network of a run.
+
+  Args:
+    run: the run.
+    configs: of the published folder.
+    name: of the network's part.
+    pipeline: of the published folder.
+
+  Raises:
+    UserError: diffusers has no such network, or gives it other times.
+  """
+  model = run.config.model
+  changes = {"guidance": model.guidance, "qk_norm": model.qk_norm}
+  config = trigflow_network.student_config(configs[name], **changes)
+  if config.get("guidance_proj"):
+    raise UserError(
+      "config.export.format='diffusers': the guidance scale is an input of the run's "
+      "network, which diffusers' one does not have; use the format 'stablehlo'"
+    )
+  scale, whole = model.time_scale, 1.0
+  if pipeline == SANA and config.get("guidance_embeds"):  # becomes that of SANA-Sprint
+    whole = 1 / scheduler.from_config(configs["scheduler"]).train_steps
+  elif pipeline == SANA:
+    config["timestep_scale"] = scale * config.get("timestep_scale", 1.0)
+    return config
+  if not math.isclose(scale, whole, rel_tol=1e-6):
+    raise UserError(
+      f"config.export.format='diffusers': the run has model.time_scale={scale:g}, and the "
+      f"pipeline gives its network times that need {whole:g}; use the format 'stablehlo'"
+    )
+  return config
 
 
 def times(
@@ -73,7 +124,7 @@ def times(
 
   Args:
     run: the run.
-    configs: of the published folder, see `loading.configs`.
+    configs: of the folder, see `loading.configs`.
   """
   model = loading.abstract(configs)
   model = loading.with_shape(model, run.experiment.dataset.shape)
@@ -91,13 +142,13 @@ def _license(folder: str) -> str:
   return found[1] if found else ""
 
 
-def _call(parts: dict[str, Part], index: dict[str, Json], *, steps: str) -> str:
+def _call(parts: dict[str, Part], pipeline: str, *, steps: str) -> str:
   """Returns a program that samples the folder, Markdown.
 
   Args:
     parts: of the folder.
-    index: fields of model_index.json that are no parts.
-    steps: arguments for the number of steps, and for no guidance.
+    pipeline: its class.
+    steps: arguments for the number of steps, and for guidance.
   """
   given, loaded, after = ["batch_size=4", steps.split(", ")[0]], '"."', ""
   if any(name in parts for name in fit.ENCODERS):
@@ -107,7 +158,7 @@ def _call(parts: dict[str, Part], index: dict[str, Json], *, steps: str) -> str:
       given.append('output_type="latent"')
   elif "transformer" in parts:
     given = ["class_labels=[0]", steps]
-  if str(index.get("_class_name")) in OWN_SIZES:
+  if pipeline in OWN_SIZES:
     given.append("use_resolution_binning=False")
   return f"""```python
 import torch
@@ -119,13 +170,19 @@ images = pipe({", ".join(filter(None, given))}).images{after}
 """
 
 
-def _steps(grids: dict[int, tuple[float, ...]], scheduler: str) -> str:
+def _steps(grids: dict[int, tuple[float, ...]], class_name: str, guided: bool) -> str:
   """Returns which steps are made.
 
   Args:
     grids: number of steps -> times of its steps.
-    scheduler: name of its class.
+    class_name: name of its class.
+    guided: whether the guidance scale is an input of the network.
   """
+  text = "with the guidance scale as an input of the network"
+  if not guided:
+    text = "without guidance: what guidance the model has is in its weights"
+  if class_name == consistency.SCM["_class_name"]:
+    text += ". In 1 or 4 steps, pass intermediate_timesteps=None"
   lines = [
     f"* {steps}: `--config.sampler.name=consistency --config.sampler.steps={steps} "
     f'--config.sampler.timesteps="{grid}"`'
@@ -133,8 +190,8 @@ def _steps(grids: dict[int, tuple[float, ...]], scheduler: str) -> str:
   ]
   rows = "\n".join(lines)
   return f"""
-In 1, 2 or 4 steps, without guidance: what guidance the model has is in its weights. A step
-of {scheduler} jumps to data and adds fresh noise. The same steps by sdiff_jax:
+In 1, 2 or 4 steps, {text}. A step
+of {class_name} jumps to data and adds fresh noise. The same steps by sdiff_jax:
 
 {rows}
 """

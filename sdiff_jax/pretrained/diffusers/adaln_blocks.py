@@ -15,6 +15,8 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import RMSNorm
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
+from sdiff_jax.pretrained.diffusers import unet
+from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
 from sdiff_jax.pretrained.diffusers.unet import Time
 from sdiff_jax.types import Array, PRNGKey
 
@@ -22,7 +24,7 @@ NORM_EPS = 1e-5  # of the norms of queries, keys and texts
 
 
 class Steering(nn.Module):
-  """Embeds time [B], and if given a guidance scale [B], and height and width [B, 2].
+  """Embeds `times`, and if given a guidance scale [B], and height and width [B, 2].
 
   Returns scales, shifts and gates of all blocks, [B, 6, C], and the embedding [B, C].
   `start` stands before the names of the embedders.
@@ -34,14 +36,15 @@ class Steering(nn.Module):
 
   @nn.compact
   def __call__(
-    self, time: Array, guidance: Array | None = None, sizes: Array | None = None
+    self, times: Times, guidance: Array | None = None, sizes: Array | None = None
   ) -> tuple[Array, Array]:
-    def embed(name: str, width: int, x: Array) -> Array:
+    def embed(name: str, width: int, x: Array, *further: Array | None) -> Array:
       form = blocks.TIME_FEATURES, width, 0.0, True, self.dtype
-      rows = Time(*form, name=f"{self.start}{name}_embedder")(x.reshape(-1))
+      form = *form, unet.GUIDANCE_FEATURES, name == "guidance"
+      rows = Time(*form, name=f"{self.start}{name}_embedder")(x.reshape(-1), *further)
       return rows.reshape(len(x), -1)
 
-    emb = embed("timestep", self.width, time)
+    emb = embed("timestep", self.width, *times)
     if guidance is not None:
       emb += embed("guidance", self.width, guidance)
     if sizes is not None:

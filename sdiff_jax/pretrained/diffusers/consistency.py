@@ -4,8 +4,9 @@
 network, c_skip = s^2 / (s^2 + (10 t)^2) and c_out = 10 t / (s^2 + (10 t)^2)^0.5 with
 s = 0.5. A model that is trained in TrigFlow has f = d: at the timesteps of up to four
 steps c_skip and 1 - c_out are below 1e-7, the rounding of float32.
-`FlowMatchEulerDiscreteScheduler` with stochastic_sampling has f = d, and the step
-x' = (1 - sigma') d + sigma' z.
+`SCMScheduler`, which SANA-Sprint has, and
+`FlowMatchEulerDiscreteScheduler` with stochastic_sampling have f = d, and the step
+x' = (1 - sigma') d + sigma' z, up to the unit of the states.
 """
 
 import numpy as np
@@ -22,6 +23,12 @@ from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Json
 
 CLASS_NAME = "LCMScheduler"
+SCM = {  # of SANA-Sprint, whose pipeline maps rectified flow to TrigFlow
+  "_class_name": flow_scheduler.SCM_NAME,
+  "num_train_timesteps": 1000,
+  "prediction_type": "trigflow",
+  "sigma_data": 0.5,
+}
 SCALING = 10.0  # of the timestep in c_skip and c_out
 # What the schedulers keep of the source's, which determines the process.
 KEPT = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -44,6 +51,8 @@ def scheduler_config(config: dict[str, Json]) -> dict[str, Json]:
     >>> scheduler_config({"_class_name": "DDIMScheduler"})["_class_name"]
     'LCMScheduler'
   """
+  if config["_class_name"] == flow_scheduler.SCM_NAME:
+    return config
   if isinstance(scheduler.from_config(config), FlowSchedule):
     fields = flow_scheduler.FIELDS
     kept = {k: config.get(k, fields[k].default) for k in KEPT_OF_FLOW}

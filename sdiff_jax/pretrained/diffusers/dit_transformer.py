@@ -12,6 +12,7 @@ from msgspec import Meta
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
 from sdiff_jax.pretrained.diffusers.unet import Time
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
@@ -31,6 +32,7 @@ FIELDS = {
   "patch_size": Field(2, Annotated[int, Meta(ge=1, le=16)]),
   "num_embeds_ada_norm": Field(1000, Annotated[int, Meta(ge=1, le=1_000_000)]),
   "norm_eps": Field(1e-5, Fraction),
+  **blocks.FURTHER_INPUTS,
 }
 UNSUPPORTED_FIELDS = (None, False)
 SUPPORTED_VALUES = {
@@ -54,7 +56,7 @@ IGNORED_FIELDS += ("use_linear_projection",)
 
 
 class Embedding(nn.Module):
-  """Embeds time [B] and class [B], negative for no class; [B, width]."""
+  """Embeds `times` and class [B], negative for no class; [B, width]."""
 
   width: int
   classes: int
@@ -62,7 +64,7 @@ class Embedding(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, time: Array, label: Array) -> Array:
+  def __call__(self, times: Times, label: Array) -> Array:
     waves = Time(
       blocks.TIME_FEATURES,
       self.width,
@@ -77,7 +79,7 @@ class Embedding(nn.Module):
       dtype=self.dtype,
       name="class_embedder.embedding_table",
     )
-    return waves(time) + table(jnp.where(label < 0, self.classes, label))
+    return waves(*times) + table(jnp.where(label < 0, self.classes, label))
 
 
 class Block(nn.Module):
@@ -90,11 +92,11 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, time: Array, label: Array) -> tuple[Array, Array]:
+  def __call__(self, x: Array, times: Times, label: Array) -> tuple[Array, Array]:
     embed = Embedding(
       x.shape[-1], self.classes, self.shift, self.dtype, name="norm1.emb"
     )
-    emb = embed(time, label)
+    emb = embed(times, label)
     shift, scale, gate, *mlp = blocks.modulation(emb, 6, self.dtype, "norm1")
     attend = blocks.TokenAttention(self.heads, False, self.dtype, name="attn1")
     x += gate * attend(blocks.modulated(x, shift, scale))[0]
@@ -104,7 +106,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Predicts from (x [B, H, W, C], time [B], label [B])."""
+  """Predicts from (x [B, H, W, C], times, label [B])."""
 
   width: int
   heads: int
@@ -119,7 +121,7 @@ class Transformer(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, time: Array, label: Array) -> Array:
+  def __call__(self, x: Array, times: Times, label: Array) -> Array:
     size, rows = (self.patch, self.patch), x.shape[1] // self.patch
     options = {"strides": size, "padding": "VALID", "dtype": self.dtype}
     conv = common.Conv(self.width, size, name="pos_embed.proj", **options)
@@ -129,7 +131,7 @@ class Transformer(nn.Module):
     block, embs = common.remat(Block, self.remat), []
     for i in range(self.depth):
       kind = self.heads, self.classes, self.shift, self.eps, self.dtype
-      h, emb = block(*kind, name=f"transformer_blocks.{i}")(h, time, label)
+      h, emb = block(*kind, name=f"transformer_blocks.{i}")(h, times, label)
       embs.append(emb)
     dense = common.Dense(2 * self.width, dtype=self.dtype, name="proj_out_1")
     shift, scale = jnp.split(dense(nn.silu(embs[0]))[:, None], 2, axis=-1)
@@ -204,14 +206,16 @@ def predictor(
 
   def init(key: PRNGKey) -> Params:
     x = jnp.zeros((1, patch, patch, channels), module.dtype)
-    time, label = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
-    return module.init(key, x, time, label)["params"]
+    times, label = blocks.no_times(c), jnp.zeros((1,), jnp.int32)
+    return module.init(key, x, times, label)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     blocks.check_sides(x, patch)
-    out = module.apply({"params": params}, x, time, (cond or {})["label"])
+    times, label = blocks.times(c, time, cond), (cond or {})["label"]
+    out = module.apply({"params": params}, x, times, label)
     return common.to_accumulation_dtype(out)[..., :channels]
 
   classes = c["num_embeds_ada_norm"]
   shape = (side, side, channels)
-  return Predictor(init, apply, shape, None, patch=patch, classes=classes)
+  options = {"guided": c["guidance_proj"], "end_time": c["end_time"]}
+  return Predictor(init, apply, shape, None, patch=patch, classes=classes, **options)

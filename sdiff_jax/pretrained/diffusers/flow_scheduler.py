@@ -39,10 +39,10 @@ FIELDS = {
   "base_image_seq_len": Field(256, Tokens),
   "max_image_seq_len": Field(4096, Tokens),
   "shift_terminal": Field(None, Annotated[float, Meta(ge=0, lt=1)] | None),
+  "stochastic_sampling": Field(False, bool | None),
 } | sigma_grids.FIELDS
 SUPPORTED_VALUES = {
   "invert_sigmas": (None, False),
-  "stochastic_sampling": (None, False),
 }
 
 
@@ -138,7 +138,10 @@ def from_config(config: dict[str, Json]) -> FlowSchedule:
     # As in diffusers, the last training level is shifted, and then shifted again.
     smallest = float(_shifted(np.array(smallest), c["shift"]))
   terminal, train_steps = c["shift_terminal"] or 0.0, c["num_train_timesteps"]
-  return FlowSchedule(_shift(c), terminal, sigma_grids.chosen(c), train_steps, smallest)
+  # Each step adds fresh noise to the estimate of x0.
+  solver = "consistency" if c["stochastic_sampling"] else "ddim"
+  grid = sigma_grids.chosen(c)
+  return FlowSchedule(_shift(c), terminal, grid, train_steps, smallest, solver=solver)
 
 
 def from_dpm_config(config: dict[str, Json]) -> FlowSchedule:

@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     h = dense("x_embedder", blocks.patches(x, PATCH))
     emb = blocks.Embedding(self.width, self.dtype, name="time_text_embed")
-    emb = emb(time, pooled, guidance)
+    emb = emb((time, None, None), pooled, guidance)
     text = dense("context_embedder", text)
     rotation = _rotation(self.axes, rows, columns, 0)
     block = common.remat(blocks.JointBlock, self.remat)

@@ -16,6 +16,7 @@ from sdiff_jax.pretrained.diffusers import adaln_blocks as adaln
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import TIME_IDS, Predictor
+from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Positive
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
@@ -38,6 +39,7 @@ FIELDS = {
   "interpolation_scale": Field(None, Positive | None),
   "use_additional_conditions": Field(None, bool | None),
   "caption_channels": Field(None, Channels),
+  **blocks.FURTHER_INPUTS,
 }
 UNSUPPORTED_FIELDS = (None, False)
 SUPPORTED_VALUES = {
@@ -57,7 +59,7 @@ IGNORED_FIELDS += ("upcast_attention", "use_linear_projection")
 
 
 class Transformer(nn.Module):
-  """Predicts from (x [B, H, W, C], time [B], text [B, M, E], mask [B, M], sizes [B, 2])."""
+  """Predicts from (x [B, H, W, C], times, text [B, M, E], mask [B, M], sizes [B, 2])."""
 
   width: int
   heads: int
@@ -70,13 +72,13 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, time: Array, text: Array, mask: Array, sizes: Array | None
+    self, x: Array, times: Times, text: Array, mask: Array, sizes: Array | None
   ) -> Array:
     grid = x.shape[1] // self.patch, x.shape[2] // self.patch
     form = {"name": "pos_embed.proj", "dtype": self.dtype, "base": self.base}
     h = adaln.patch_tokens(x, self.width, self.patch, **form)
     steer = adaln.Steering(self.width, "emb.", self.dtype, name="adaln_single")
-    vectors, emb = steer(time, sizes=sizes)
+    vectors, emb = steer(times, sizes=sizes)
     text = adaln.TextProjection(self.width, self.dtype, name="caption_projection")(text)
     own = functools.partial(adaln.MaskedAttention, self.heads, False, self.dtype)
     feed = functools.partial(blocks.FeedForward, self.dtype)
@@ -127,20 +129,21 @@ def from_config(
 
   def init(key: PRNGKey) -> Params:
     x = jnp.zeros((1, patch, patch, channels), module.dtype)
-    text, one = jnp.zeros((1, 1, width), module.dtype), jnp.zeros((1,), jnp.float32)
+    text, times = jnp.zeros((1, 1, width), module.dtype), blocks.no_times(c)
     mask, sizes = jnp.ones((1, 1), bool), jnp.ones((1, 2)) if sized else None
-    return module.init(key, x, one, text, mask, sizes)["params"]
+    return module.init(key, x, times, text, mask, sizes)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     blocks.check_sides(x, patch)
-    cond = cond or {}
+    cond, times = cond or {}, blocks.times(c, time, cond)
     sizes = cond["time_ids"][:, TIME_IDS - 2 :] if sized else None
     texts = cond["text"], cond["mask"]
-    out = module.apply({"params": params}, x, time, *texts, sizes)
+    out = module.apply({"params": params}, x, times, *texts, sizes)
     return common.to_accumulation_dtype(out[..., :channels])
 
   options = {"patch": patch, "conditions": _conditions, "long_text": LONG_TEXTS[sized]}
   options |= {"masked": True, "sized": sized}
+  options |= {"guided": c["guidance_proj"], "end_time": c["end_time"]}
   return Predictor(init, apply, (side, side, channels), width, **options)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from msgspec import Meta
@@ -16,6 +17,7 @@ from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.sana_blocks import GatedConv, linear_attention
+from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Positive
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
@@ -40,6 +42,7 @@ FIELDS = {
   "guidance_embeds_scale": Field(0.1, Positive),
   "qk_norm": Field(None, str | None),
   "timestep_scale": Field(1.0, Positive),
+  "end_time": blocks.FURTHER_INPUTS["end_time"],
 }
 SUPPORTED_VALUES = {"norm_elementwise_affine": (False,), "norm_eps": (1e-6,)}
 IGNORED_FIELDS = ("dropout",)
@@ -61,7 +64,7 @@ class LinearAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Predicts from (x [B, H, W, C], time [B], text [B, M, E], mask [B, M], scale [B])."""
+  """Predicts from (x [B, H, W, C], times, text [B, M, E], mask [B, M], scale [B])."""
 
   width: int
   heads: tuple[int, int]  # of the attention to the image, and to the text
@@ -77,14 +80,14 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, time: Array, text: Array, mask: Array, guidance: Array | None
+    self, x: Array, times: Times, text: Array, mask: Array, guidance: Array | None
   ) -> Array:
     grid = x.shape[1] // self.patch, x.shape[2] // self.patch
     form = {"name": "patch_embed.proj", "dtype": self.dtype, "base": self.base}
     h = adaln.patch_tokens(x, self.width, self.patch, **form)
     start = "emb." if guidance is None else ""
     steer = adaln.Steering(self.width, start, self.dtype, name="time_embed")
-    vectors, emb = steer(time, guidance)
+    vectors, emb = steer(times, guidance)
     text = adaln.TextProjection(self.width, self.dtype, name="caption_projection")(text)
     text = RMSNorm(self.dtype, adaln.NORM_EPS, name="caption_norm")(text)
     own = functools.partial(
@@ -137,23 +140,40 @@ def from_config(
   def init(key: PRNGKey) -> Params:
     x = jnp.zeros((1, patch, patch, channels), module.dtype)
     text, one = jnp.zeros((1, 1, width), module.dtype), jnp.zeros((1,), jnp.float32)
-    mask = jnp.ones((1, 1), bool)
-    return module.init(key, x, one, text, mask, one if guided else None)["params"]
+    mask, times = jnp.ones((1, 1), bool), blocks.no_times(c)
+    return module.init(key, x, times, text, mask, one if guided else None)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     blocks.check_sides(x, patch)
     cond, guidance = cond or {}, None
     if guided:
       guidance = c["guidance_embeds_scale"] * cond["distilled_guidance"]
-    time = time * c["timestep_scale"]
+    times = blocks.times(c, time, cond)
+    times = jax.tree.map(lambda x: x * c["timestep_scale"], times)
     texts = cond["text"], cond["mask"]
-    out = module.apply({"params": params}, x, time, *texts, guidance)
+    out = module.apply({"params": params}, x, times, *texts, guidance)
     return common.to_accumulation_dtype(out)
 
   shape = (c["sample_size"], c["sample_size"], channels)
   options = {"patch": patch, "conditions": _conditions, "long_text": LONG_TEXT}
-  options["masked"] = True
+  options |= {"masked": True, "end_time": c["end_time"]}
   return Predictor(init, apply, shape, width, guided=guided, **options)
+
+
+def guided(params: Params) -> Params:
+  """Returns parameters under the names that they have in a network with `guidance_embeds`.
+
+  Args:
+    params: of a network of SANA; those of other networks stay as they are.
+
+  Example:
+    >>> guided({"time_embed": {"emb.timestep_embedder": 1, "linear": 2}})
+    {'time_embed': {'timestep_embedder': 1, 'linear': 2}}
+  """
+  if "time_embed" not in params:
+    return params
+  embed = {k.removeprefix("emb."): v for k, v in params["time_embed"].items()}
+  return params | {"time_embed": embed}
 
 
 def _conditions(texts: Mapping[str, Text]) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
+from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
@@ -33,11 +34,12 @@ FIELDS = {
   "pos_embed_max_size": Field(96, Side),
   "dual_attention_layers": Field((), Indices),
   "qk_norm": Field(None, str | None),
+  **blocks.FURTHER_INPUTS,
 }
 
 
 class Transformer(nn.Module):
-  """Predicts from (x [B, H, W, C], time [B], text [B, M, E], pooled [B, P])."""
+  """Predicts from (x [B, H, W, C], times, text [B, M, E], pooled [B, P])."""
 
   width: int
   heads: int
@@ -52,14 +54,14 @@ class Transformer(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, time: Array, text: Array, pooled: Array) -> Array:
+  def __call__(self, x: Array, times: Times, text: Array, pooled: Array) -> Array:
     size, rows = (self.patch, self.patch), x.shape[1] // self.patch
     options = {"strides": size, "padding": "VALID", "dtype": self.dtype}
     conv = common.Conv(self.width, size, name="pos_embed.proj", **options)
     h = conv(x.astype(self.dtype))
     h = (h + self._positions(*h.shape[1:3])[None]).reshape(len(x), -1, self.width)
     emb = blocks.Embedding(self.width, self.dtype, name="time_text_embed")
-    emb = emb(time, pooled, None)
+    emb = emb(times, pooled, None)
     dense = common.Dense(self.width, dtype=self.dtype, name="context_embedder")
     text = dense(text.astype(self.dtype))
     block = common.remat(blocks.JointBlock, self.remat)
@@ -121,14 +123,14 @@ def from_config(
     x = jnp.zeros((1, patch, patch, channels), module.dtype)
     text = jnp.zeros((1, 1, c["joint_attention_dim"]), module.dtype)
     pooled = jnp.zeros((1, c["pooled_projection_dim"]), module.dtype)
-    return module.init(key, x, jnp.zeros((1,), jnp.float32), text, pooled)["params"]
+    return module.init(key, x, blocks.no_times(c), text, pooled)["params"]
 
   def apply(params: Params, x: Array, time: Array, cond: Cond) -> Array:
     blocks.check_sides(x, patch)
     if max(x.shape[1:3]) > grid * patch:
       raise ValueError(f"x: sides are at most {grid * patch}, got {x.shape}")
-    cond = cond or {}
-    out = module.apply({"params": params}, x, time, cond["text"], cond["pooled"])
+    cond, times = cond or {}, blocks.times(c, time, cond)
+    out = module.apply({"params": params}, x, times, cond["text"], cond["pooled"])
     return common.to_accumulation_dtype(out)
 
   shape = (c["sample_size"], c["sample_size"], channels)
@@ -146,6 +148,7 @@ def from_config(
     return {"text": jnp.concatenate([clip, long], axis=1), "pooled": pooled}
 
   options = {"patch": patch, "conditions": conditions, "long_text": LONG_TEXT}
+  options |= {"guided": c["guidance_proj"], "end_time": c["end_time"]}
   return Predictor(init, apply, shape, width, pooled, **options)
 
 

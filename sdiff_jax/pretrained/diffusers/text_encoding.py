@@ -1,5 +1,6 @@
 """The text encoders of a folder in the diffusers format, without its other networks."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from sdiff_jax.pretrained.diffusers import fit, hub, loading
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
+from sdiff_jax.pretrained.diffusers.model import Model
 from sdiff_jax.types import Array, Params, UserError
 
 # texts, n of them -> condition of the network -> values float32 [n, ...]
@@ -41,11 +43,7 @@ def load(
     if name in fit.ENCODERS
   }
 
-  def conditions(params: Params, tokens: dict[str, Array]) -> dict[str, Array]:
-    cond = dict(model.encode(params, tokens) or {})
-    return {k: v for k, v in cond.items() if k != "time_ids"}  # of images, not of texts
-
-  jitted = jax.jit(conditions)
+  jitted = jax.jit(functools.partial(_conditions, model))
 
   def encode(texts: Sequence[str]) -> dict[str, np.ndarray]:
     parts = []
@@ -62,6 +60,24 @@ def load(
       )
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
+  return encode, shapes(model, params)
+
+
+def shapes(model: Model, params: dict[str, Params]) -> dict[str, tuple[int, ...]]:
+  """Returns condition -> its shape for one text.
+
+  Args:
+    model: with text encoders.
+    params: of the model, which may be abstract.
+  """
   ids = {k: jax.ShapeDtypeStruct((1, n), jnp.int32) for k, n in model.lengths.items()}
-  shaped = jax.eval_shape(conditions, params, ids)
-  return encode, {name: x.shape[1:] for name, x in shaped.items()}
+  shaped = jax.eval_shape(functools.partial(_conditions, model), params, ids)
+  return {name: x.shape[1:] for name, x in shaped.items()}
+
+
+def _conditions(
+  model: Model, params: dict[str, Params], tokens: dict[str, Array]
+) -> dict[str, Array]:
+  """Returns the conditions that texts are, without the sizes of images."""
+  cond = model.encode(params, tokens) or {}
+  return {name: x for name, x in cond.items() if name != "time_ids"}

@@ -5,6 +5,7 @@ time and text, from which a linear layer makes scales, shifts and gates (arXiv:2
 """
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -15,10 +16,15 @@ from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import RMSNorm
 from sdiff_jax.pretrained.diffusers.unet import Time
-from sdiff_jax.types import Array
+from sdiff_jax.pretrained.files.config_fields import Field
+from sdiff_jax.types import Array, Cond, Json
 
 TIME_FEATURES = 256
 GUIDANCE_UNIT = 1000  # the embedding of a guidance scale is that of 1000 scale
+# Of students, without effect at first; diffusers has none of them.
+FURTHER_INPUTS = {"guidance_proj": Field(False, bool), "end_time": Field(False, bool)}
+# A timestep, a guidance scale and the timestep at which a flow map ends, [B] each.
+Times = tuple[Array, Array | None, Array | None]
 Rotation = tuple[Array, Array]  # cosines and sines, [L, size / 2] each
 
 
@@ -71,16 +77,32 @@ def rotate(x: Array, rotation: Rotation) -> Array:
   return turned.reshape(x.shape).astype(x.dtype)
 
 
+def times(c: Mapping[str, Json], time: Array, cond: Cond) -> Times:
+  """Returns what a network embeds with the time, by the fields FURTHER_INPUTS of `c`."""
+  cond = cond or {}
+  guidance = cond["distilled_guidance"] if c.get("guidance_proj") else None
+  return time, guidance, cond["end_time"] if c["end_time"] else None
+
+
+def no_times(c: Mapping[str, Json]) -> Times:
+  """Returns `times` of zeros, one each, by which parameters are initialized."""
+  zero = jnp.zeros((1,), jnp.float32)
+  return times(c, zero, {"distilled_guidance": zero, "end_time": zero})
+
+
 class Embedding(nn.Module):
-  """Embeds time [B], pooled text [B, P] and, if given, a guidance scale [B]; [B, width]."""
+  """Embeds `times` of [B], pooled text [B, P] and, if given, a guidance scale [B].
+
+  Returns [B, width]. The scale is that of Flux, which has an embedder of its own for it.
+  """
 
   width: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, time: Array, pooled: Array, guidance: Array | None) -> Array:
+  def __call__(self, times: Times, pooled: Array, guidance: Array | None) -> Array:
     waves = functools.partial(Time, TIME_FEATURES, self.width, 0.0, True, self.dtype)
-    emb = waves(name="timestep_embedder")(time)
+    emb = waves(name="timestep_embedder")(*times)
     if guidance is not None:
       emb += waves(name="guidance_embedder")(GUIDANCE_UNIT * guidance)
     dense = functools.partial(common.Dense, self.width, dtype=self.dtype)

@@ -16,12 +16,20 @@ from sdiff_jax.diffusion import parameterizations
 from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.io import file_io
 from sdiff_jax.models.pretrained import ANY, Pretrained
-from sdiff_jax.pretrained.diffusers import fit, hub, loading, vae
+from sdiff_jax.pretrained.diffusers import (
+  fit,
+  hub,
+  loading,
+  sana_transformer,
+  unet,
+  vae,
+)
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
 from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Array, Cond, Json, NetFn, Params, PyTree
 
+FLUX = "FluxTransformer2DModel"  # has the scale as an input, or was trained without
 GUIDANCE = 3.5  # of a network that takes the scale as an input, as Flux is sampled
 ROOT = ("model_index.json", "config.json", "scheduler_config.json")
 SUFFIXES = (".json", ".txt")  # of config files and vocabularies of a part
@@ -123,8 +131,9 @@ def student_config(
   """Returns the config.json of a network with further inputs, which start without effect.
 
   A norm of queries and keys is no input, and has an effect. A U-Net with text gets the
-  layer `cond_proj` of latent consistency models, which diffusers knows; a flow map gets
-  `end_proj`. Networks that take the scale already, such as Flux, stay as they are.
+  layer `cond_proj` of latent consistency models, and SANA the embedder of SANA-Sprint,
+  which diffusers knows; other transformers get `cond_proj`, too, and flow maps `end_proj`.
+  Networks that take the scale already, such as Flux, stay as they are.
 
   Args:
     config: of the network in the folder.
@@ -133,9 +142,14 @@ def student_config(
     qk_norm: whether queries and keys are normalized, of Stable Diffusion 3.
   """
   name, changed = str(config.get("_class_name")), dict(config)
+  fields = loading.NETWORKS[name].FIELDS if name in loading.NETWORKS else {}
   if guidance and name == "UNet2DConditionModel":
-    changed["time_cond_proj_dim"] = config.get("time_cond_proj_dim") or 256
-  if end_time and name.startswith("UNet2D"):
+    features = config.get("time_cond_proj_dim") or unet.GUIDANCE_FEATURES
+    changed["time_cond_proj_dim"] = features
+  for field in ("guidance_embeds", "guidance_proj"):
+    if guidance and field in fields and name != FLUX:
+      changed[field] = True
+  if end_time and "end_time" in fields:
     changed["end_time"] = True
   if qk_norm and name == "SD3Transformer2DModel":
     changed["qk_norm"] = "rms_norm"
@@ -182,12 +196,16 @@ def _data_std(
 
 
 def parameters(
-  folder: str, *, place: Callable[[Params], PyTree] | None = None
+  folder: str,
+  *,
+  guidance: bool = False,
+  place: Callable[[Params], PyTree] | None = None,
 ) -> Params:
   """Returns the weights of the network of a folder in float32, {"net": ...}.
 
   Args:
     folder: in the diffusers format, or hf://organization/name.
+    guidance: whether they are for a network with the guidance scale as an input.
     place: shapes of the parameters -> their shardings; None for the host.
 
   Raises:
@@ -198,7 +216,8 @@ def parameters(
   part = os.path.join(local, names[0])
   part = part if os.path.isdir(part) else local
   net = loading.network(part)
-  return {"net": weights_lib.parameters(part, net, place=place)}
+  params = weights_lib.parameters(part, net, place=place)
+  return {"net": sana_transformer.guided(params) if guidance else params}
 
 
 def copy_configs(folder: str, target: str) -> None:

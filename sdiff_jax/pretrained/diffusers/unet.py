@@ -36,6 +36,7 @@ Side = Annotated[int, Meta(ge=1, le=1024)]  # of the samples
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
 MAX_BLOCKS = 1000  # resnets and transformer blocks of all levels
 GUIDANCE_UNIT = 1000  # the embedding of a guidance scale is that of 1000 (scale - 1)
+GUIDANCE_FEATURES = 256  # sines and cosines of it
 FIELDS = {  # of fields that both classes have
   "sample_size": Field(None, Side | Sides | None),
   "layers_per_block": Field(2, Layers | LayersOfLevels),
@@ -79,6 +80,7 @@ class Unet(nn.Module):
   groups: int
   eps: float
   time: dict[str, Json]
+  end_time: bool  # whether it is a flow map
   size_features: int | None  # of the embedding of each of the sizes
   padding: int
   remat: str
@@ -195,8 +197,8 @@ class Time(nn.Module):
   shift: float
   cosines_first: bool
   dtype: jnp.dtype
-  guidance_features: int | None = None
-  end_time: bool = False
+  guidance_features: int | None = GUIDANCE_FEATURES
+  starts_at_zero: bool = False
 
   @nn.compact
   def __call__(
@@ -206,15 +208,16 @@ class Time(nn.Module):
     h = waves(t, *own).astype(self.dtype)
     dense = functools.partial(common.Dense, dtype=self.dtype)
     zero = {"use_bias": False, "kernel_init": nn.initializers.zeros}
-    if self.guidance_features:
+    if guidance is not None:
       scale = GUIDANCE_UNIT * (guidance - 1)
       scale = waves(scale, self.guidance_features, 1.0, False).astype(self.dtype)
       h += dense(self.features, name="cond_proj", **zero)(scale)
-    if self.end_time:
+    if end is not None:
       ends = waves(end, *own).astype(self.dtype)
       h += dense(self.features, name="end_proj", **zero)(ends)
     h = nn.silu(dense(self.width, name="linear_1")(h))
-    return dense(self.width, name="linear_2")(h)
+    last = {"kernel_init": nn.initializers.zeros} if self.starts_at_zero else {}
+    return dense(self.width, name="linear_2", **last)(h)
 
 
 def predictor(
@@ -301,8 +304,8 @@ def predictor(
       "shift": c["freq_shift"],
       "cosines_first": c["flip_sin_to_cos"],
       "guidance_features": c.get("time_cond_proj_dim"),
-      "end_time": c["end_time"],
     },
+    end_time=c["end_time"],
     size_features=c["addition_time_embed_dim"] if pooled else None,
     padding=c["downsample_padding"],
     remat=remat,
@@ -333,7 +336,7 @@ def _of_module(
   factor: int,
 ) -> Predictor:
   """Returns the network of a module; `factor` must divide the sides of images."""
-  guided, end_time = bool(module.time["guidance_features"]), module.time["end_time"]
+  guided, end_time = bool(module.time["guidance_features"]), module.end_time
 
   def inputs(cond: Cond) -> list[Array | None]:
     names = {"text": text, "distilled_guidance": guided}
