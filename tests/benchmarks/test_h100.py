@@ -8,7 +8,7 @@ import pytest
 
 FILE = pathlib.Path(__file__).parents[2] / "benchmarks" / "h100.py"
 PICTURES = {"attention": 1, "calibrate": 0, "sampler": 1, "step": 1, "train": 10}
-SLOW = ("sampler", "step", "train")
+SLOW = ("calibrate", "sampler", "step", "train")
 
 
 @pytest.fixture(scope="module")
