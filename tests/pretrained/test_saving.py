@@ -81,10 +81,22 @@ def rewritten(name: str, to: str) -> dict[str, saving.Part]:
     params = model.params["unet" if part in fit.PREDICTORS else part]
     shapes = saving.shapes(f"{folder}/{part}")
     written = saving.network(configs[part], params, shapes=shapes)
+    from_names = saving.network(configs[part], params).tensors
+    assert {k: x.shape for k, x in from_names.items()} == {
+      k: x.shape for k, x in written.tensors.items()
+    }
     assert (written.library, written.class_name) == parts[part][:2]
     parts[part] = written._replace(folder=parts[part].folder)
   saving.save(to, index, parts)
   return parts
+
+
+@pytest.mark.parametrize(("linear", "shape"), [(True, (3, 2)), (False, (3, 2, 1, 1))])
+def test_projections_of_a_unet_are_convolutions_unless_it_says_no(linear, shape):
+  config = {"_class_name": "UNet2DConditionModel", "use_linear_projection": linear}
+  params = {"a": {"proj_in": {"kernel": np.zeros((2, 3), np.float32)}}}
+  written = saving.network(config, params).tensors
+  assert {k: x.shape for k, x in written.items()} == {"a.proj_in.weight": shape}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

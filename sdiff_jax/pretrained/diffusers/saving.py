@@ -1,6 +1,7 @@
 """Folders in the diffusers format, written from parameters and parts of other folders."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,6 +21,9 @@ LIBRARIES = {  # library of a class -> stem of its weights
 }
 # Fields of config.json that name the type of the weights, which may be another one now.
 TYPES = ("dtype", "torch_dtype")
+# Layers of diffusers that are 1x1 convolutions, and matrices here.
+CONVOLUTIONS = r"conv[^.]*\.weight$"
+PROJECTIONS = r"\.proj_(in|out)\.weight$"  # around transformers, unless a U-Net says no
 # Without this, transformers refuses a file.
 METADATA = {"format": "pt"}
 
@@ -54,7 +58,8 @@ def network(
   Args:
     config: content of its config.json, which names its class.
     params: of the network.
-    shapes: of tensors by name, where a matrix is a 1x1 convolution (see `shapes`).
+    shapes: of tensors by name, where a matrix is a 1x1 convolution (see `shapes`); without
+      them it is one in layers named conv, and around the transformers of U-Nets.
 
   Example:
     >>> config = {"_class_name": "UNet2DModel"}
@@ -65,6 +70,12 @@ def network(
   name = config.get("_class_name")
   library = "diffusers" if name else "transformers"
   tensors = to_tensors.from_params(params, networks.to_state_dict, shapes)
+  if shapes is None:
+    linear = name != "UNet2DConditionModel" or config.get("use_linear_projection")
+    pattern = CONVOLUTIONS if linear else f"{CONVOLUTIONS}|{PROJECTIONS}"
+    for k, x in tensors.items():
+      if x.ndim == 2 and re.search(pattern, k):
+        tensors[k] = x[..., None, None]
   class_name = name or config["architectures"][0]
   config = {k: v for k, v in config.items() if k not in TYPES}
   return Part(library, class_name, configs={"config.json": config}, tensors=tensors)
