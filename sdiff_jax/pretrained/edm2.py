@@ -1,8 +1,13 @@
-"""Weights of EDM2's magnitude-preserving U-Net (NVlabs/edm2, arXiv:2312.02696)."""
+"""Weights of EDM2's magnitude-preserving U-Net (NVlabs/edm2, arXiv:2312.02696).
+
+Those of EpiGenomicsCode/edm2_sCM, too: TrigFlow in EDM2's layout, whose `emb_linear` holds
+scale and shift of the adaptive double norm, one after the other.
+"""
 
 import re
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from sdiff_jax import registry
@@ -18,12 +23,17 @@ RENAMED = {
   "/logvar/": "logvar_",
   "/modulation/gain": ".emb_gain",
   "/modulation/scale/": ".emb_linear.",
+  "/modulation/shift/": ".emb_shift.",
   "/attention/": ".attn_",
   "/in/": ".conv_res0.",
   "/out/": ".conv_res1.",
   "/skip/": ".conv_skip.",
   "/": ".",
 }
+
+SCALE, SHIFT = ".emb_linear.weight", ".emb_shift.weight"
+# What only TrigFlow's networks have: frequencies of features of the time.
+FREQUENCIES = "unet.emb_pos.freqs", "logvar_pos.freqs"
 
 # Ends of names of 1x1 convolutions, which are matrices here.
 CONVOLUTIONS = (".conv_skip.weight", ".attn_qkv.weight", ".attn_proj.weight")
@@ -70,6 +80,9 @@ UNTOLD = {
 def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """Converts the state dict of EDM2's `Precond` to parameters of `models.edm2`.
 
+  That of a `TrigFlowPrecond` is read for process="trigflow", embedding="positional" and
+  norm="double"; its log variance is one of other features, and w_phi is set to zero.
+
   Args:
     tensors: by their PyTorch names, `unet.*` and `logvar_*`.
     like: abstract parameters of the network; `models.edm2.build` says which fields
@@ -84,7 +97,18 @@ def from_state_dict(tensors: dict[str, np.ndarray], like: Params) -> Params:
   """
   first = re.compile(r"unet\.enc\.(\d+)x\d+_conv\.weight")
   height = next((int(m[1]) for m in map(first.fullmatch, tensors) if m), 0)
-  return state_dict.match_params(tensors, like, _names(height), finite=False)
+  if FREQUENCIES[0] not in tensors:
+    return state_dict.match_params(tensors, like, _names(height), finite=False)
+  unused = *FREQUENCIES, "logvar_linear.weight"
+  tensors = {k: v for k, v in tensors.items() if k not in unused}
+  for name in [name for name in tensors if name.endswith(SCALE)]:
+    scale, shift = np.split(tensors[name], 2)
+    tensors |= {name: scale, name.removesuffix(SCALE) + SHIFT: shift}
+  net = {"net": like["net"]}
+  net = state_dict.match_params(tensors, net, _names(height), finite=False)
+  return net | {
+    "logvar": jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like["logvar"])
+  }
 
 
 def to_state_dict(params: Params, height: int) -> dict[str, np.ndarray]:
