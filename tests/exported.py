@@ -30,11 +30,12 @@ from sdiff_jax.types import CondSpec
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 PROMPT = "a cat on the mat"
 SIDES = dict.fromkeys(("ddpm-church", "sd2", "sd3", "dit", "sdxl", "pixart"), 8)
+SIDES["sd2-guided"] = 8  # with the guidance scale as an input
 SIDES |= {"sana": 16, "sana-sprint": 16}  # its images have sides of 32 k
 GUIDANCE = 4.5
 # Of SANA's student, which becomes SANA-Sprint.
 FIELDS = {"sana": {"guidance": True, "time_scale": 0.001}}
-FIELDS["sana-sprint"] = {"guidance": True}
+FIELDS |= {name: {"guidance": True} for name in ("sana-sprint", "sd2-guided")}
 
 
 class Student(NamedTuple):
@@ -46,7 +47,7 @@ class Student(NamedTuple):
 
 
 def student(name: str) -> Student:
-  folder = str(FIXTURES / f"tiny-{name}")
+  folder = str(FIXTURES / f"tiny-{name.removesuffix('-guided')}")
   model = loading.load(folder)
   shape = (SIDES[name], SIDES[name], model.unet.shape[-1])
   if model.vae is None:

@@ -70,6 +70,8 @@ def run(
   for module in MODULES:
     module.randn_tensor = lambda shape, **_: next(given)
   options = ARGUMENTS[type(pipe).__name__] | {"num_inference_steps": steps}
+  if folder.name.endswith("-guided"):
+    options["guidance_scale"] = 4.5
   if "prompt" in options:
     scale = pipe.vae_scale_factor
     if isinstance(pipe, diffusers.SanaSprintPipeline) and steps != 2:
