@@ -5,9 +5,11 @@ with others. It starts a few seconds of processor time earlier.
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -70,7 +72,7 @@ def start(*args: str, env: Mapping[str, str], script: str = COMMAND) -> Process:
   """
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload([*MODULES])
-  number, output = tempfile.mkstemp(suffix=".log")
+  number, output = tempfile.mkstemp(dir=_outputs())
   os.close(number)
   process = context.Process(
     target=_run, args=(script, args, dict(env), output), daemon=True
@@ -86,6 +88,14 @@ def finish(processes: list[Process], code: int = 0, timeout: float = 300) -> str
   codes = [p.returncode for p in processes]
   assert codes == [code] * len(codes), "\n".join(text[-4000:] for text in said)
   return "\n".join(said)
+
+
+@functools.cache
+def _outputs() -> str:
+  """Returns a folder of what programs print, which is there until the tests end."""
+  folder = tempfile.mkdtemp(prefix="sdiff_jax_outputs_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
 
 
 def _run(script: str, args: tuple[str, ...], env: dict[str, str], output: str) -> None:
