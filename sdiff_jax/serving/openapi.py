@@ -1,5 +1,6 @@
 """The description of the interface: OpenAPI 3.1, from the schemas of the requests."""
 
+import inspect
 from collections.abc import Mapping
 
 import msgspec
@@ -50,7 +51,7 @@ def document(models: Mapping[str, Model]) -> dict[str, Json]:
     types, ref_template="#/components/schemas/{name}"
   )
   for request in types:
-    described = _attributes(request.__doc__ or "")
+    described = _attributes(inspect.getdoc(request) or "")
     for field, text in described.items():
       schemas[request.__name__]["properties"][field]["description"] = text
   paths: dict[str, Json] = {}
@@ -111,11 +112,11 @@ def describe(model: Model) -> dict[str, Json]:
 
 
 def _attributes(doc: str) -> dict[str, str]:
-  """Returns name -> text of the section "Attributes" of a docstring."""
+  """Returns name -> text of the section "Attributes" of an unindented docstring."""
   found: dict[str, str] = {}
   for line in doc.partition("Attributes:\n")[2].splitlines():
     name, colon, text = line.strip().partition(": ")
-    if line.startswith("    ") and not line.startswith("     ") and colon:
+    if line.startswith("  ") and not line.startswith("   ") and colon:
       found[name] = text
     elif found and line.strip():
       found[[*found][-1]] += " " + line.strip()

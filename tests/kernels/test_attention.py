@@ -119,7 +119,8 @@ def scm(call, p, t, weight=0.0):
 
   def loss(p):
     F, J = jax.jvp(call, p, t)
-    return jnp.sum(jnp.sin(F + jax.lax.stop_gradient(J) + weight * J))
+    # Of terms of one sign: rounding is small against their sum.
+    return jnp.sum(1 - jnp.cos(F + jax.lax.stop_gradient(J) + weight * J))
 
   return jax.value_and_grad(loss)(p)
 
@@ -292,6 +293,13 @@ def test_the_backward_kernels_interpreted(module, causal):
   close(found, back((g, h)))
 
 
+def absent_gpu():
+  """Tells JAX, from 0.12 on, which GPU a kernel is lowered for."""
+  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+  kind = {"axis_types": (jax.sharding.AxisType.Explicit,), "abstract_device": device}
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), **kind))
+
+
 @pytest.mark.parametrize(
   ("dtype", "size", "count"),
   [("float32", 128, 3), ("bfloat16", 64, 3), ("float32", 160, 0), ("float64", 8, 0)],
@@ -301,7 +309,8 @@ def test_gpus_take_their_kernels_where_they_have_room(dtype, size, count):
   with jax.enable_x64(dtype == "float64"):
     x = jax.ShapeDtypeStruct((1, 128, 2, size), dtype)
     step = jax.jit(functools.partial(scm, functools.partial(attention, impl="fused")))
-    lowered = step.trace((x,) * 3, (x,) * 3).lower(lowering_platforms=("cuda",))
+    with absent_gpu():
+      lowered = step.trace((x,) * 3, (x,) * 3).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("gpu.triton") == count
 
 
