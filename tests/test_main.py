@@ -218,6 +218,7 @@ def test_the_road_on_eight_devices(cache, teacher, tmp_path):
   assert json.loads((tmp_path / "training.json").read_text()) == eight
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path):
   config = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=12")
   config += ("--config.checkpoint.every=1", "--config.train.sample_every=0")
@@ -471,6 +472,7 @@ def test_the_run_is_named_after_its_config(refused, tmp_path, monkeypatch):
   assert said.startswith("error: --config and --workdir are missing")
 
 
+@pytest.mark.slow
 def test_timesteps_of_a_sampler_from_the_command_line(cache, refused, teacher):
   config = ("--config=configs/digits_diffusion.py", f"--workdir={teacher}", *TINY)
   config += ("--config.sampler.name=consistency", "--config.sample.num=4")

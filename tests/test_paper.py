@@ -63,9 +63,9 @@ def get(name: str, *words: str):
   return load(CONFIGS / f"{name}.py", *words)
 
 
-sizes = pytest.mark.parametrize(
-  ("data", "size"), [(data, size) for data in DATA for size in DATA[data]]
-)
+SIZES = [(data, size) for data in DATA for size in DATA[data]]
+LATENT_S = ("imagenet512", "S")
+sizes = pytest.mark.parametrize(("data", "size"), SIZES)
 
 
 @sizes
@@ -167,7 +167,10 @@ def parameters(c, shape: tuple[int, ...], **changed) -> int:
   return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-@sizes
+@pytest.mark.parametrize(
+  ("data", "size"),
+  [pytest.param(*c, marks=[pytest.mark.slow] * (c != LATENT_S)) for c in SIZES],
+)
 def test_sizes_of_the_networks(data, size):
   """Beyond the paper's table: the double norm has another linear layer in a block."""
   shape = (64, 64, 3 if data == "imagenet64" else 4)
@@ -219,8 +222,9 @@ def unoptimized():
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
   "name",
-  [pytest.param("cifar10_diffusion", marks=pytest.mark.slow), "imagenet512_scd"],
+  ["cifar10_diffusion", "imagenet512_scd"],
 )
+@pytest.mark.slow
 def test_two_steps(name):
   """A step of the tiny network, from random weights, moves all of them."""
   c = get(name, word(name))

@@ -121,7 +121,11 @@ def _train(mesh, steps=3, accumulate=1, dtype=None):
 
 @pytest.mark.parametrize(
   ("accumulate", "dtype"),
-  [(1, None), (2, jnp.float32), pytest.param(2, None, marks=pytest.mark.slow)],
+  [
+    pytest.param(1, None, marks=pytest.mark.slow),
+    (2, jnp.float32),
+    pytest.param(2, None, marks=pytest.mark.slow),
+  ],
 )
 def test_training_is_the_same_on_every_mesh(monkeypatch, accumulate, dtype):
   monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 0)

@@ -47,7 +47,9 @@ def test_the_page_shows_every_file():
   )
 
 
-@pytest.mark.parametrize("name", ["ab2", "paraab2"])
+@pytest.mark.parametrize(
+  "name", ["ab2", pytest.param("paraab2", marks=pytest.mark.slow)]
+)
 def test_it_trains_and_samples(run, name):
   fields = "--config.sample.num=8", "--config.sample.batch_size=8"
   command(run, "--job=sample", f"--config.sampler.name={name}", *fields)

@@ -111,6 +111,7 @@ def test_all_share_the_first_cell():
   assert len({codes(name)[0].source for name in NOTEBOOKS}) == 1
 
 
+@pytest.mark.slow
 def test_trigflow_toy(execute, capsys):
   sizes = {"STEPS": 60, "BATCH": 64, "WIDTH": 16, "DEPTH": 1, "SAMPLES": 64}
   names = execute("trigflow_toy", **sizes, LINE=100)
@@ -145,6 +146,7 @@ def test_digits_scd(execute, tmp_path, capsys):
   assert [ax.get_images()[0].get_array().shape for ax in grids] == [(236, 338, 3)] * 3
 
 
+@pytest.mark.slow
 def test_paradigms(execute, shown, capsys):
   sizes = {"STEPS": 60, "WINDOW": 12, "SEEDS": (0, 5), "TOLERANCES": (1.0, 0.0)}
   names = execute("paradigms", **sizes)

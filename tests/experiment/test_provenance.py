@@ -37,6 +37,7 @@ def test_more_steps_are_the_steps_of_a_longer_run(tmp_path):
     train.run(config, str(grown))
 
 
+@pytest.mark.slow
 def test_a_rate_that_depends_on_the_steps_is_not_prolonged(tmp_path):
   config = small("diffusion")
   config.optim.schedule = "cosine"
@@ -48,6 +49,7 @@ def test_a_rate_that_depends_on_the_steps_is_not_prolonged(tmp_path):
     train.run(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_same_data_may_lie_elsewhere(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
   paths = [tmp_path / name for name in ("a.npz", "moved.npz", "other.npz")]

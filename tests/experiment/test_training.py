@@ -33,14 +33,18 @@ def averages(config, folder):
   return workdir_lib.trained(config, folder)[1]
 
 
-@pytest.mark.parametrize("loss", ["scm", "consistency"])
+@pytest.mark.parametrize(
+  "loss", ["scm", pytest.param("consistency", marks=pytest.mark.slow)]
+)
 def test_consistency_training_from_random_weights(loss, tmp_path):
   config = small(loss, velocity="data")
   assert train.run(config, str(tmp_path)) == f"trained 2 steps: {tmp_path}"
   assert workdir_lib.parent(workdir_lib.read(str(tmp_path))) == ""
 
 
-@pytest.mark.parametrize("velocity", ["data", "teacher"])
+@pytest.mark.parametrize(
+  "velocity", [pytest.param("data", marks=pytest.mark.slow), "teacher"]
+)
 def test_training_starts_from_the_averaged_weights(velocity, teacher, tmp_path):
   config = small("scm", velocity=velocity)
   config.init_from = teacher
@@ -54,6 +58,7 @@ def test_training_starts_from_the_averaged_weights(velocity, teacher, tmp_path):
   assert workdir_lib.parent(workdir_lib.read(str(tmp_path))) == teacher
 
 
+@pytest.mark.slow
 def test_distillation_into_random_weights(teacher, tmp_path):
   config = small("scm", velocity="teacher")
   config.teacher.workdir, config.seed = teacher, 1

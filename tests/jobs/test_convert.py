@@ -82,6 +82,7 @@ def test_the_denoiser_is_edms(converted, fixture):
   np.testing.assert_allclose(D, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_it_is_a_teacher(converted, files):
   config = config_of(files)
   config.init_from = config.teacher.workdir = str(converted)

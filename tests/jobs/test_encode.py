@@ -48,7 +48,9 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
   return {p.name: p.read_bytes() for p in workdir.glob("latents-*")}
 
 
-@pytest.mark.parametrize(("scale", "low"), [("scm", -1), ("edm2", 0)])
+@pytest.mark.parametrize(
+  ("scale", "low"), [pytest.param("scm", -1, marks=pytest.mark.slow), ("edm2", 0)]
+)
 def test_latents_are_the_posteriors_of_the_autoencoder(tmp_path, scale, low):
   config = settings(tmp_path, encode__scale=scale)
   line = encode.run(config, str(tmp_path))
@@ -162,6 +164,7 @@ def latent_run(tmp_path, **fields):
   return config
 
 
+@pytest.mark.slow
 def test_from_images_to_latents_to_a_network_to_images(tmp_path):
   config, workdir = latent_run(tmp_path), tmp_path / "run"
   assert train.run(config, str(workdir)).startswith("trained 3 steps")

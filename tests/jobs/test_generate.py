@@ -168,6 +168,7 @@ def test_only_what_is_missing_is_made(copy):
   assert line.startswith("made 0 of 6 images (")
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_alone(made, tmp_path):
   mesh = {"mesh__data": 8, "mesh__window": 1, "sample__batch_size": 8}
   one = {"sample__num": 1, "generate__prompts": "a dog", "sample__seed": 3}
@@ -189,6 +190,7 @@ def test_images_of_other_settings_are_refused(copy):
   assert sorted(copy.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
   def choose(sampler, cost, multiple):
     return [autotune.WindowEstimate(2 * multiple, 3.0, 1.0)]

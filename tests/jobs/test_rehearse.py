@@ -307,7 +307,11 @@ def test_a_published_model_needs_no_weights(tmp_path):
 @pytest.mark.parametrize(
   ("name", "millions"),
   [
-    ("stable_diffusion2", {"unet": 865.911, "vae": 83.654, "text_encoder": 340.388}),
+    pytest.param(
+      "stable_diffusion2",
+      {"unet": 865.911, "vae": 83.654, "text_encoder": 340.388},
+      marks=pytest.mark.slow,
+    ),
     ("church", {"unet": 113.673}),
   ],
 )

@@ -96,6 +96,7 @@ def test_statistics(tmp_path, images, stop):
   assert [p.name for p in stopped.iterdir()] == ["statistics.npz"]
 
 
+@pytest.mark.slow
 def test_samplers(tmp_path, stop):
   config = configs.base()
   config.model = configs.component("models", "mlp", width=16, depth=1)

@@ -108,6 +108,7 @@ def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
   assert again["rewards"] == sequential["rewards"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_samplers_that_are_done_are_not_run_again(trained, monkeypatch):
   config = workdir_lib.read(trained)
@@ -189,6 +190,7 @@ def test_actions_depend_on_their_own_states_and_seed_alone(trained):
   assert np.abs(one(states[0], seed=4) - one(states[0], seed=5)).max() > 1
 
 
+@pytest.mark.slow
 def test_a_flow_map_is_a_policy_of_any_number_of_steps(tmp_path):
   workdir = untrained(tmp_path, name="flow_map", velocity="data")
   states = np.float32(np.random.default_rng(1).uniform(100, 400, (2, 5)))
@@ -212,6 +214,7 @@ def test_passes_are_bounded(trained):
     policies.load(trained, sampler="ddim/2", max_iterations=1)
 
 
+@pytest.mark.slow
 def test_time_is_bounded(trained, monkeypatch):
   monkeypatch.setattr(policies.Policy, "iteration_seconds", lambda self: 0.01)
   act = policies.load(trained, sampler="paraddpm/5", seconds=0.035)

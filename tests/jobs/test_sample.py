@@ -197,7 +197,7 @@ def test_a_killed_process_goes_on(copy, watch):
   assert 2 <= there == num // SIZE - len(starts(watch))
 
 
-@pytest.mark.parametrize("later", [44, 12])
+@pytest.mark.parametrize("later", [44, pytest.param(12, marks=pytest.mark.slow)])
 def test_another_number_of_images_later(copy, watch, later):
   whole, resumed = copy("whole"), copy("resumed")
   wanted = run(whole, num=later)
@@ -268,6 +268,7 @@ def test_half_a_batch_is_not_a_batch(copy, watch):
   assert starts(watch) == [8, 16, 24]
 
 
+@pytest.mark.slow
 def test_a_part_is_written_whole_or_not_at_all(copy, watch, monkeypatch):
   workdir = copy("run")
 
@@ -318,6 +319,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_any_work(copy):
   assert not (workdir / "samples.parts").exists()
 
 
+@pytest.mark.slow
 def test_rows_that_several_devices_hold_are_written_once(copy, watch):
   one, mesh = copy("one"), copy("mesh")
   run(one)
@@ -356,7 +358,14 @@ def test_two_processes_share_the_work_and_go_on_with_that_of_one(copy, watch):
     np.testing.assert_array_equal(made, images(spread)[:12])
 
 
-@pytest.mark.parametrize("name", ["paraddpm", "specddpm", "srdsddim"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "paraddpm",
+    pytest.param("specddpm", marks=pytest.mark.slow),
+    pytest.param("srdsddim", marks=pytest.mark.slow),
+  ],
+)
 def test_parallel_samplers_by_name(copy, capsys, name):
   workdir = copy("run")
   config = workdir_lib.read(str(workdir))

@@ -180,6 +180,7 @@ def test_images_that_are_not_finite(tmp_path):
   assert not [*tmp_path.glob("run/**/*.png")]
 
 
+@pytest.mark.slow
 def test_a_decoder_of_float16_that_overflows():
   """The latents are finite, the pixels are not."""
   from sdiff_jax.distributed import sharding

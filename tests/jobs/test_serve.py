@@ -124,6 +124,7 @@ def test_weights_that_overflow_are_not_finite(tmp_path):
     serving.of_run(workdir_lib.read(broken), broken, "run", choice)
 
 
+@pytest.mark.slow
 def test_a_prompt_and_guidance_are_rows(monkeypatch):
   """The image of a text is that of the job `generate`, whatever the scale."""
   config = configs.base()
@@ -145,6 +146,7 @@ def test_a_prompt_and_guidance_are_rows(monkeypatch):
   assert made.shape == first.shape
 
 
+@pytest.mark.slow
 def test_a_policy_makes_the_actions_of_the_policy_itself(tmp_path):
   """Alone and in a batch; a bound of the passes is a lane of its own."""
   pytest.importorskip("gym_pusht")

@@ -58,6 +58,7 @@ def tiny(**more):
   )
 
 
+@pytest.mark.slow
 def test_a_study_ends_in_a_page_and_resumes(tmp_path, capsys):
   config, workdir = tiny(), str(tmp_path)
   made = study.run(config, workdir)
@@ -242,7 +243,15 @@ def test_a_missing_config_is_named(tmp_path):
     study.run(config, str(tmp_path))
 
 
-@pytest.mark.parametrize("given", ["", "digits", "paper", "tiny"])
+@pytest.mark.parametrize(
+  "given",
+  [
+    "",
+    pytest.param("digits", marks=pytest.mark.slow),
+    "paper",
+    pytest.param("tiny", marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/studies/*.py")))
 def test_runs_of_every_study_load(path, given, tmp_path):
   config = config_lib.load(f"{path}:{given}" if given else path, "missing")

@@ -98,6 +98,7 @@ def test_parallel_trajectories_are_the_sequential_ones_to_the_bit(copy, monkeypa
   np.testing.assert_allclose(ratio, about(parallel)["evaluations"] / (6 * NUM))
 
 
+@pytest.mark.slow
 def test_trajectories_of_a_network_are_alike_to_rounding_over_a_mesh(copy):
   alone, parallel = copy("alone"), copy("parallel")
   run(alone)
@@ -164,6 +165,7 @@ def student(teacher: pathlib.Path, **loss):
   return config
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_on_them_and_pays_for_them(copy, tmp_path):
   teacher = copy("teacher")
   run(teacher)

@@ -30,6 +30,7 @@ def trained(name: str, folder: pathlib.Path) -> None:
   assert json.loads((run / "training.json").read_text())["flops"] > 0
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_the_teacher(tmp_path):
   """Fused attention under remat in a loop, on eight devices."""
   trained("diffusion", tmp_path)

@@ -170,12 +170,12 @@ def stacked(p):
   return jnp.stack([p[0], 2 * p[0]]), p[1], jnp.stack([p[2], 2 * p[2]])
 
 
-SLOW = ("vmap of sCM", "jvp of gradient", "gradient of a loop under remat", "linearize")
+QUICK = ("sCM", "sCM under remat", "gradient", "gradient of the tangent", "jvp of jvp")
 
 
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TRANSFORMED],
+  [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in TRANSFORMED],
 )
 def test_transformations(name):
   """Every one gives what it gives for plain attention."""
@@ -188,7 +188,9 @@ def test_transformations(name):
   close(found("chunked"), found("plain"))
 
 
-@pytest.mark.parametrize("name", ["gradient under remat", "sCM"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("gradient under remat", marks=pytest.mark.slow), "sCM"]
+)
 def test_transformations_of_the_kernel(name):
   p, t = arrays(B=1, Lq=136, Lk=136, size=8)
   found, expected = (
@@ -221,7 +223,14 @@ def test_the_tangent_costs_one_pass():
   assert (remat["attention"], remat["attention_jvp"]) == (1, 1)
 
 
-@pytest.mark.parametrize("work", ["jvp", "gradient", "sCM"])
+@pytest.mark.parametrize(
+  "work",
+  [
+    pytest.param("jvp", marks=pytest.mark.slow),
+    pytest.param("gradient", marks=pytest.mark.slow),
+    "sCM",
+  ],
+)
 def test_shard_map(work):
   """Batch and heads on four devices, outside and inside the derivative."""
   mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -257,7 +266,7 @@ def test_the_kernel_spreads_itself_over_the_mesh_in_the_context():
   close(found(*on_mesh), jvp("plain", key_mask=mask)(p, t))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_triton_kernel_interpreted(masked):
   qkv, dqkv = (
     tuple(jnp.swapaxes(x, 1, 2) for x in xs) for xs in arrays(Lq=100, Lk=130)

@@ -45,14 +45,16 @@ def step_flops(name: str, **fields) -> float:
 @pytest.mark.parametrize(
   ("name", "fields", "bound"),
   [
-    ("flow_map", {"velocity": "data"}, 1.40),
+    pytest.param("flow_map", {"velocity": "data"}, 1.40, marks=pytest.mark.slow),
     ("flow_map", {"velocity": "teacher"}, 1.75),
-    ("meanflow", {}, 1.40),
+    pytest.param("meanflow", {}, 1.40, marks=pytest.mark.slow),
     ("meanflow", {"improved": True}, 1.75),
     ("facm", {"velocity": "teacher"}, 2.75),
     ("lagrangian", {"velocity": "teacher"}, 2.40),
     ("cmt", {"steps": 4}, 1.40),
-    ("rcm", {}, 4.40),  # counted as if each step were the student's
+    pytest.param(
+      "rcm", {}, 4.40, marks=pytest.mark.slow
+    ),  # counted as if each step were the student's
   ],
 )
 def test_a_step_costs_what_its_evaluations_cost(name, fields, bound):

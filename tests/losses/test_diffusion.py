@@ -122,7 +122,9 @@ def mlp_net():
   return net._replace(apply=jax.jit(net.apply)), params
 
 
-@pytest.mark.parametrize("tangent_normalizer", ["none", "rms"])
+@pytest.mark.parametrize(
+  "tangent_normalizer", [pytest.param("none", marks=pytest.mark.slow), "rms"]
+)
 @pytest.mark.parametrize("angle", [0.3, 1.2])
 def test_consistency_training_starts_as_diffusion(
   key, monkeypatch, tangent_normalizer, angle

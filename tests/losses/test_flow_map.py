@@ -86,7 +86,9 @@ def test_the_tangent_is_the_derivative_of_the_map():
   np.testing.assert_allclose(g, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("velocity", ["data", "teacher"])
+@pytest.mark.parametrize(
+  "velocity", [pytest.param("data", marks=pytest.mark.slow), "teacher"]
+)
 def test_the_end_time_0_is_scm_to_the_bit(velocity):
   net, params = network()
 
@@ -162,13 +164,15 @@ def test_every_network_starts_as_the_network_without_an_end_time():
     given = {"shape": (8, 8, 4), "sigma_d": SIGMA_D}
     plain = registry.build("models", section, "model", cond={}, **given)
     timed = registry.build("models", section, "model", cond=END_TIME, **given)
-    params, further = plain.init(key), timed.init(key)
+    params = jax.eval_shape(plain.init, key)
+    further = jax.jit(timed.init)(key)
     layer = {
       "/".join(map(str, p)) for p, _ in jax.tree_util.tree_leaves_with_path(further)
     }
     assert len(layer) > len(jax.tree.leaves(params)), name
+    apply = jax.jit(timed.apply)
     outputs = [
-      timed.apply(further, x, t, trigflow.with_end_time(None, s))
+      apply(further, x, t, trigflow.with_end_time(None, s))
       for s in (0.5 * t, jnp.zeros(2))
     ]
     np.testing.assert_array_equal(*outputs, err_msg=name)

@@ -68,7 +68,9 @@ def test_the_target_is_a_finite_difference_of_the_average_velocity():
 
 
 @x64
-@pytest.mark.parametrize("improved", [False, True])
+@pytest.mark.parametrize(
+  "improved", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_the_gradient_is_that_of_a_regression_on_a_constant(improved):
   net, params = network("float64")
   tau, r, x, v = draws()

@@ -55,7 +55,8 @@ def test_it_is_one_file(tmp_path):
   def train(*args):
     command = [sys.executable, "-m", "sdiff_jax.main", f"--workdir={run}"]
     command += ["--config=configs/digits_diffusion.py", "--config.plugins=huber_loss"]
-    command += ["--config.loss.name=huber", "--config.model.width=16"]
+    command += ["--config.loss.name=huber", "--config.model.name=mlp"]
+    command += ["--config.model.width=16", "--config.model.depth=1"]
     command += ["--config.train.steps=6", "--config.train.log_every=2", *args]
     command += ["--config.train.sample_every=0"]
     return subprocess.run(

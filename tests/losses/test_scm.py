@@ -52,7 +52,7 @@ def column(a, x):
 
 
 @x64
-@pytest.mark.parametrize("cond", [None, "label"])
+@pytest.mark.parametrize("cond", [pytest.param(None, marks=pytest.mark.slow), "label"])
 def test_tangent_is_the_derivative_of_f_along_the_trajectory(cond):
   xt, t, v = states()
   net, params = network(num_classes=3 if cond else 0)

@@ -40,7 +40,7 @@ def test_it_is_the_difference_of_f(gap):
 
 
 @x64
-@pytest.mark.parametrize("r", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("r", [pytest.param(0.0, marks=pytest.mark.slow), 0.4, 1.0])
 def test_it_tends_to_the_tangent_linearly(r):
   net, xt, t, v = case()
   options = {"sigma_d": SIGMA_D, "r": r}

@@ -66,7 +66,7 @@ def run(net, images):
 @pytest.mark.parametrize(
   ("pixels", "peer", "other"),
   [
-    (inception.original, "torchfid", "ptfid"),
+    pytest.param(inception.original, "torchfid", "ptfid", marks=pytest.mark.slow),
     (inception.pytorch_fid, "ptfid", "torchfid"),
   ],
 )
@@ -82,7 +82,9 @@ def test_inception(files, fixture, pixels, peer, other):
     close(features @ net.head, expected["torchfid_logits_unbiased"])
 
 
-@pytest.mark.parametrize("kind", ["hub", "transformers"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("hub", marks=pytest.mark.slow), "transformers"]
+)
 def test_dinov2(tmp_path, peers, kind):
   """Under both layouts of names; an MLP in one, a gated one in the other."""
   tensors = saved(tmp_path / "x.npz", peers["shapes"][kind])
@@ -111,8 +113,8 @@ _OTHERS = ("own_small", "transformers_small")
   [
     ((384, 12, False, 1536), 22.06),
     ((768, 12, False, 3072), 86.58),
-    ((1024, 24, False, 4096), 304.37),
-    ((1536, 40, True, 4096), 1136.48),
+    pytest.param((1024, 24, False, 4096), 304.37, marks=pytest.mark.slow),
+    pytest.param((1536, 40, True, 4096), 1136.48, marks=pytest.mark.slow),
   ],
 )
 def test_sizes_of_dinov2(size, millions):
@@ -142,7 +144,9 @@ def score(images: np.ndarray, texts: np.ndarray) -> float:
   return clip_score.score(clip_score.sums(images, texts))
 
 
-@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+@pytest.mark.parametrize(
+  "kind", ["clip", pytest.param("open_clip", marks=pytest.mark.slow)]
+)
 def test_clip(tmp_path, peers, kind):
   folder = folder_of(tmp_path, peers, kind)
   found = clip.load(str(folder))
@@ -208,7 +212,7 @@ G_14 = {
   ("config", "count"),
   [
     ({"text_config": {}, "vision_config": {}}, 151_277_313),  # ViT-B/32
-    (_clip_weights.config(G_14), 1_366_678_273),
+    pytest.param(_clip_weights.config(G_14), 1_366_678_273, marks=pytest.mark.slow),
   ],
 )
 def test_sizes_of_clip(config, count):

@@ -151,7 +151,7 @@ def everything(arrays: dict, dtype: str) -> dict:
   [
     ("edm_ddpmpp", "float64", 1e-6),
     pytest.param("edm_ncsnpp", "float64", 1e-6, marks=pytest.mark.slow),
-    ("edm_ncsnpp", "float32", 1e-4),
+    pytest.param("edm_ncsnpp", "float32", 1e-4, marks=pytest.mark.slow),
     pytest.param("edm_ddpmpp", "float32", 1e-4, marks=pytest.mark.slow),
     pytest.param("edm_ddpmpp_uncond_aug", "float32", 1e-4, marks=pytest.mark.slow),
     pytest.param("edm_ddpmpp_uncond_aug", "float64", 1e-6, marks=pytest.mark.slow),
@@ -177,7 +177,9 @@ def small(**fields):
   return ddpmpp.build(**SMALL | fields)
 
 
-@pytest.mark.parametrize("process", ["trigflow", "edm"])
+@pytest.mark.parametrize(
+  "process", [pytest.param("trigflow", marks=pytest.mark.slow), "edm"]
+)
 @x64
 def test_tangent_is_that_of_central_differences(process):
   """Through the double norm, and through the map of times inside the wrapper."""
@@ -200,8 +202,8 @@ def test_tangent_is_that_of_central_differences(process):
 @pytest.mark.parametrize(
   ("fields", "count"),
   [
-    ({"norm": "single", "augment": 9}, 55_733_891),
-    ({"norm": "single"}, 55_732_739),
+    pytest.param({"norm": "single", "augment": 9}, 55_733_891, marks=pytest.mark.slow),
+    pytest.param({"norm": "single"}, 55_732_739, marks=pytest.mark.slow),
     ({}, 60_049_667),
   ],
 )

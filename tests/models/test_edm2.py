@@ -34,9 +34,18 @@ SMALL = {
   "head_channels": 16,
 }
 ONE_LEVEL = {"channel_mult": (1,), "attn_resolutions": ()}
-peers = pytest.mark.parametrize(
-  "name", ["edm2_cond", "edm2_heads64", "edm2_no_attention"]
-)
+PEERS = ("edm2_cond", "edm2_heads64", "edm2_no_attention")
+peers = pytest.mark.parametrize("name", PEERS)
+
+
+def mostly_slow(default: str):
+  """Parametrizes by fixture; all but one compile for long."""
+  return pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != default)) for n in PEERS],
+  )
+
+
 x64 = pytest.mark.usefixtures("x64")
 
 
@@ -139,7 +148,7 @@ def derivatives(arrays: dict, dtype: str) -> dict:
   return {k: apart(v, a[f"ref64/{k}"]) for k, v in found.items()}
 
 
-@peers
+@mostly_slow("edm2_cond")
 @x64
 def test_outputs_and_tangents_in_float64(name, fixture):
   """Of the raw network and of the denoiser; references are rounded to float32."""
@@ -147,12 +156,13 @@ def test_outputs_and_tangents_in_float64(name, fixture):
     assert distance < 1e-6, key
 
 
+@pytest.mark.slow
 def test_outputs_and_tangents_in_float32(fixture):
   for key, distance in derivatives(fixture("edm2_cond"), "float32").items():
     assert distance < (1e-4 if "jvp" in key else 2e-5), key
 
 
-@peers
+@mostly_slow("edm2_heads64")
 @x64
 def test_gradients(name, fixture):
   arrays = fixture(name)
@@ -188,7 +198,7 @@ def test_gradients(name, fixture):
   assert compared == sum(k.startswith("ref64/gradw/") for k in arrays)
 
 
-@peers
+@mostly_slow("edm2_heads64")
 @x64
 def test_log_variance(name, fixture):
   """w_phi = -u(ln(sigma) / 4)."""
@@ -273,10 +283,10 @@ def parameters(**options) -> int:
   ("preset", "published", "counted", "double"),
   [
     ("S", 280.2e6, 280_212_709, 293_926_081),
-    ("M", 497.8e6, 497_807_653, 522_187_009),
-    ("L", 777.6e6, 777_497_957, 815_590_721),
-    ("XL", 1119.4e6, 1_119_283_621, 1_174_137_217),
-    ("XXL", 1523.4e6, 1_523_164_645, 1_597_826_497),
+    pytest.param("M", 497.8e6, 497_807_653, 522_187_009, marks=pytest.mark.slow),
+    pytest.param("L", 777.6e6, 777_497_957, 815_590_721, marks=pytest.mark.slow),
+    pytest.param("XL", 1119.4e6, 1_119_283_621, 1_174_137_217, marks=pytest.mark.slow),
+    pytest.param("XXL", 1523.4e6, 1_523_164_645, 1_597_826_497, marks=pytest.mark.slow),
   ],
 )
 def test_published_sizes(preset, published, counted, double):

@@ -34,14 +34,27 @@ COND = {
   "mask": CondSpec((2, 3), np.bool_),
 }
 B = 4
-# Ways to compute the same: fields of some networks.
+# Ways to compute the same: fields of some networks, most of which compile for long.
+QUICK_WAYS = [("dit", "full"), ("mlp", 2)]
 WAYS = [
-  (name, {field: value})
+  pytest.param(
+    name,
+    {field: value},
+    marks=[pytest.mark.slow] * ((name, value) not in QUICK_WAYS),
+  )
   for name in CASES
   for field, value in (("unroll", 2), ("remat", "dots"), ("remat", "full"))
   if field in registry.fields("models", name)
 ]
 models = pytest.mark.parametrize("name", CASES)
+
+
+def mostly_slow(*default: str, names=tuple(CASES)):
+  """Parametrizes by network; those that are not named here are slow to compile."""
+  slow = [pytest.param(n, marks=pytest.mark.slow) for n in names if n not in default]
+  return pytest.mark.parametrize("name", [*default, *slow])
+
+
 # What the cases are conditioned on, by the number of axes of a sample: action chunks,
 # images, or either of them.
 NATIVE = {2: ("observation",), 3: ("label",), None: ("label", "observation")}
@@ -51,9 +64,6 @@ def native(name: str) -> tuple[str, ...]:
   return NATIVE[registry.lookup("models", name).facts.get("sample_ndim")]
 
 
-labelled = pytest.mark.parametrize(
-  "name", [name for name in CASES if "label" in native(name)]
-)
 GUIDED = [name for name in CASES if "guidance" in registry.fields("models", name)]
 DROPOUT = [name for name in CASES if "dropout" in registry.fields("models", name)]
 x64 = pytest.mark.usefixtures("x64")
@@ -87,7 +97,7 @@ def close(a, b, tolerance=1e-5):
   np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@models
+@mostly_slow("dit", "edm2", "mlp")
 def test_output_is_like_the_input_in_float32(name):
   x, t, cond, _ = inputs(name)
   params = build(name).init(jax.random.key(0))
@@ -104,7 +114,7 @@ def test_output_is_like_the_input_in_float32(name):
     np.testing.assert_array_equal(w, 0)
 
 
-@models
+@mostly_slow("dit", "mlp")
 def test_plain_networks_need_no_condition(name):
   none = {"guidance": False} if name in GUIDED else {}
   net = build(name, cond=(), **none)
@@ -114,7 +124,7 @@ def test_plain_networks_need_no_condition(name):
   assert jnp.std(F) > 0.1
 
 
-@models
+@mostly_slow("dit", "mlp")
 @x64
 def test_jvp_is_the_derivative(name):
   net = build(name, dtype="float64")
@@ -187,7 +197,7 @@ def test_all_inputs_count(name):
     assert apart.min() > 1e-3
 
 
-@models
+@mostly_slow("dit", "mlp")
 def test_conditions_of_every_kind_count(name):
   net = build(name, cond=tuple(COND))
   params = random_params(net, dtype="float32")
@@ -236,7 +246,7 @@ def without(params: dict, name: str) -> dict:
   return params
 
 
-@labelled
+@mostly_slow("dit", "mlp", names=[n for n in CASES if "label" in native(n)])
 def test_no_label_adds_nothing(name):
   net = build(name)
   params = random_params(net, dtype="float32")
@@ -247,7 +257,7 @@ def test_no_label_adds_nothing(name):
   )
 
 
-@pytest.mark.parametrize("name", GUIDED)
+@mostly_slow("dit", "mlp", names=GUIDED)
 def test_guidance_starts_without_effect(name):
   """So a student that takes it starts as its teacher, which does not."""
   net, teacher = build(name), build(name, guidance=False)
@@ -266,7 +276,7 @@ def test_guidance_starts_without_effect(name):
   np.testing.assert_array_equal(F, teacher.apply(params, x, t, cond))
 
 
-@models
+@mostly_slow("dit", "mlp")
 def test_bfloat16_is_close(name):
   """F to 2 % and its tangent to 6 %, in root mean square."""
   x, t, cond, along = inputs(name)
@@ -282,7 +292,7 @@ def test_bfloat16_is_close(name):
     assert 1e-4 < jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)) < tolerance
 
 
-@pytest.mark.parametrize("name", DROPOUT)
+@mostly_slow("dit", "mlp", names=DROPOUT)
 def test_dropout_is_on_with_a_key_alone(name):
   net, plain = build(name, dropout=0.5), build(name)
   params = random_params(net, dtype="float32")
@@ -297,7 +307,7 @@ def test_dropout_is_on_with_a_key_alone(name):
   assert jnp.max(jnp.abs(one - F)) > 1e-2
 
 
-@models
+@mostly_slow("dit", "mlp")
 def test_init_depends_on_the_key_alone(name):
   net = build(name)
   one, again, two = (net.init(jax.random.key(k)) for k in (0, 0, 1))
@@ -322,7 +332,7 @@ def test_logvar_is_apart(name):
   )
 
 
-@models
+@mostly_slow("edm2", "mlp")
 def test_tangents_are_finite_at_zero(name):
   """At x = 0 the derivative of |x| is none; at both ends of t as well."""
   net = build(name)

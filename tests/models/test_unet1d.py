@@ -18,7 +18,10 @@ from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.samplers import sequential
 from sdiff_jax.types import UserError
 
-NAMES = ("dp_unet1d", "dp_unet1d_nofilmscale_nocond")
+NAMES = (
+  "dp_unet1d",
+  pytest.param("dp_unet1d_nofilmscale_nocond", marks=pytest.mark.slow),
+)
 SCHEDULE = {
   "_class_name": "DDPMScheduler",
   "num_train_timesteps": 100,
@@ -77,7 +80,10 @@ def error(found, wanted) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-6), ("float64", 2e-6)])
+@pytest.mark.parametrize(
+  ("dtype", "bound"),
+  [pytest.param("float32", 5e-6, marks=pytest.mark.slow), ("float64", 2e-6)],
+)
 def test_equals_its_peer(peer, name, dtype, bound):
   """The fixture was made in float32; with it the derivative in the actions."""
   with jax.enable_x64(dtype == "float64"):
@@ -114,6 +120,7 @@ def test_chain_of_ddpm(peer):
   assert error(x, arrays["ddpm100_final"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_chain_of_ddim(peer):
   fields, tensors, arrays = peer("dp_unet1d")
   predict, cond = build(fields, tensors, "float32"), condition(arrays, "float32")
@@ -127,7 +134,7 @@ def test_chain_of_ddim(peer):
 
 
 @x64
-@pytest.mark.parametrize("sigma_d", [1.0, 0.5])
+@pytest.mark.parametrize("sigma_d", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_change_of_variables_is_exact(peer, sigma_d):
   """The denoiser of F is that of the noise at every timestep; its jvp is whole."""
   fields, tensors, arrays = peer("dp_unet1d")
@@ -150,7 +157,12 @@ def test_change_of_variables_is_exact(peer, sigma_d):
 
 
 @pytest.mark.parametrize(
-  ("do", "da", "millions"), [(20, 2, 65.783), (23, 7, 65.878), (60, 9, 66.943)]
+  ("do", "da", "millions"),
+  [
+    (20, 2, 65.783),
+    pytest.param(23, 7, 65.878, marks=pytest.mark.slow),
+    pytest.param(60, 9, 66.943, marks=pytest.mark.slow),
+  ],
 )
 def test_parameters_of_published_policies(do, da, millions):
   """Of PushT, Square and Kitchen, with two observations each; counted by hand, too."""
@@ -241,6 +253,7 @@ def test_jvp_of_the_change_of_variables():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)))
   t = jnp.array([0.4, 0.9, 1.3])
 
+  @jax.jit
   def F(t):
     return net.apply(params, x, t, None)
 

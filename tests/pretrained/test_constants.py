@@ -74,7 +74,13 @@ def distance(name: str, config: dict) -> float:
   return np.abs(D - PEER[f"{name}/D"]).max() / np.abs(PEER[f"{name}/D"]).max()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("default", "attn_balance", "multipliers", "logvar_channels")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CONFIGS],
+)
 def test_edm2(name):
   """Each constant is a field; with its default the network is another one."""
   assert distance(name, CONFIGS[name]) < 3e-5

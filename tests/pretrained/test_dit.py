@@ -96,7 +96,11 @@ def load() -> loading.Model:
 
 
 @pytest.mark.parametrize(
-  ("name", "solver"), [("DDIM", "ddim"), ("DPMSolverMultistep", "dpmpp2m")]
+  ("name", "solver"),
+  [
+    ("DDIM", "ddim"),
+    pytest.param("DPMSolverMultistep", "dpmpp2m", marks=pytest.mark.slow),
+  ],
 )
 def test_pipeline(name, solver):
   """Ten steps with guidance 2, whose class is none; variances are left out.
@@ -119,6 +123,7 @@ def test_pipeline(name, solver):
   peer_pipelines.check_in_parallel(made, 10)
 
 
+@pytest.mark.slow
 def test_job(tmp_path):
   """Classes by name and by number, and every PNG says its class."""
   config = configs.base()

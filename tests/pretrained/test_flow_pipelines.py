@@ -46,7 +46,11 @@ def run(folder, file: str) -> tuple:
 
 CASES = pytest.mark.parametrize(
   ("folder", "file"),
-  [(SD3, "expected.npz"), (FLUX, "expected.npz"), (FLUX, "expected_cfg.npz")],
+  [
+    (SD3, "expected.npz"),
+    pytest.param(FLUX, "expected.npz", marks=pytest.mark.slow),
+    (FLUX, "expected_cfg.npz"),
+  ],
 )
 
 
@@ -158,6 +162,7 @@ def test_published_sizes(name, million):
   assert model.schedule.tokens == 4096
 
 
+@pytest.mark.slow
 def test_images_of_a_size(tmp_path):
   """The same command finds its images, and another size is refused."""
   config = configs.base()

@@ -58,7 +58,9 @@ def test_equal_to_diffusers(fixture):
     np.testing.assert_allclose(x, arrays[f"{name}/final"], atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize(
+  "solver", [pytest.param("ddim", marks=pytest.mark.slow), "ddpm"]
+)
 def test_in_parallel(solver, monkeypatch):
   """At tolerance 0 the last states of both loops are equal to the bit.
 

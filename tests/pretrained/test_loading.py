@@ -53,7 +53,10 @@ def sample(schedule: scheduler.Schedule, x, text, empty):
   return sequential.sample(denoiser, table, x, keys, {"text": text})
 
 
-@pytest.mark.parametrize(("name", "changed"), [("base", {}), ("eps_trailing", EPS)])
+@pytest.mark.parametrize(
+  ("name", "changed"),
+  [pytest.param("base", {}, marks=pytest.mark.slow), ("eps_trailing", EPS)],
+)
 def test_guided_latents(fixture, name, changed):
   """Ten steps of DDIM with guidance 7.5, by v and by eps."""
   arrays = fixture("diffusers_networks")
@@ -70,7 +73,14 @@ def test_guided_latents(fixture, name, changed):
   assert np.abs(found[0] - states[-1]).max() < 1e-5 * np.abs(states[-1]).max()
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp2m"])
+@pytest.mark.parametrize(
+  "solver",
+  [
+    pytest.param("ddpm", marks=pytest.mark.slow),
+    "ddim",
+    pytest.param("dpmpp2m", marks=pytest.mark.slow),
+  ],
+)
 def test_in_parallel(solver):
   """ParaDiGMS at tolerance 0 ends where the sequential sampler does."""
   model, rng = sd2(), np.random.default_rng(0)

@@ -91,7 +91,15 @@ def test_beta_levels_of_flow_matching(steps):
   np.testing.assert_allclose(x, PEER[f"flow_{steps}/final"], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("loop", ["karras", "ancestral", "lcm", "dynamic"])
+@pytest.mark.parametrize(
+  "loop",
+  [
+    "karras",
+    pytest.param("ancestral", marks=pytest.mark.slow),
+    "lcm",
+    pytest.param("dynamic", marks=pytest.mark.slow),
+  ],
+)
 def test_in_parallel(loop, monkeypatch):
   """At tolerance 0 the last states of both loops are equal to the bit.
 

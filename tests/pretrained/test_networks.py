@@ -64,7 +64,10 @@ def predict(folder, arrays: dict, dtype: str = "float32", **fields):
 
 UNETS = pytest.mark.parametrize(
   ("folder", "name"),
-  [(SD2 / "unet", "tiny_sd2_unet"), (CHURCH / "unet", "unet2d_ddpm_church_like")],
+  [
+    (SD2 / "unet", "tiny_sd2_unet"),
+    pytest.param(CHURCH / "unet", "unet2d_ddpm_church_like", marks=pytest.mark.slow),
+  ],
 )
 
 
@@ -150,10 +153,11 @@ LEVELS = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
 @pytest.mark.parametrize(
   ("module", "config", "millions"),
   [
-    (
+    pytest.param(
       unet2d_condition,
       {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024},
       865.911,
+      marks=pytest.mark.slow,
     ),
     (
       vae,
@@ -205,7 +209,14 @@ def test_parameters_of_published_networks(module, config, millions):
   assert count / 1e6 == pytest.approx(millions, abs=5e-4)
 
 
-@pytest.mark.parametrize("remat", ["", "dots", "full"])
+@pytest.mark.parametrize(
+  "remat",
+  [
+    pytest.param("", marks=pytest.mark.slow),
+    pytest.param("dots", marks=pytest.mark.slow),
+    "full",
+  ],
+)
 def test_blocks_are_recomputed_if_asked(remat):
   """Resnets, transformers and self-attention; the encoder and the decoder; texts."""
   counts = []
@@ -236,6 +247,7 @@ def test_weights_are_sharded():
   assert 1 / 8 <= held / 865.911e6 < 0.2
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2_at_its_size():
   """The prediction of 768 x 768, by shapes alone."""
   config = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}

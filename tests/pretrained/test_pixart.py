@@ -30,7 +30,9 @@ def peer(fixture):
   return load
 
 
-@pytest.mark.parametrize("name", ["alpha", "sigma"])
+@pytest.mark.parametrize(
+  "name", ["alpha", pytest.param("sigma", marks=pytest.mark.slow)]
+)
 def test_outputs_and_tangents(peer, name):
   """Alpha is told the size of the image; the variances of both are left out."""
   config, weights, arrays = peer(name)

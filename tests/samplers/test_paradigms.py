@@ -92,7 +92,10 @@ def clipped(denoiser, table, case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("d32")) for n in CASES],
+)
 def test_published_is_the_loop_of_diffusers(name, monkeypatch):
   """Iterations, evaluations and strides are identical, the ends agree."""
   case = CASES[name]
@@ -156,7 +159,16 @@ def both(name, steps, window, tolerance, rule, seeds=(0, 1, 2), denoiser=None):
 
 @pytest.mark.parametrize(
   ("name", "window", "rule"),
-  [(name, window, "secant") for name in SOLVERS for window in (1, 3, 9)]
+  [
+    pytest.param(
+      name,
+      window,
+      "secant",
+      marks=[pytest.mark.slow] * (window != 3 and name != "heun"),
+    )
+    for name in SOLVERS
+    for window in (1, 3, 9)
+  ]
   + [("ddpm", 4, rule) for rule in paradigms.UPDATE_RULES],
 )
 def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch):
@@ -171,7 +183,10 @@ def test_tolerance_zero_is_sequential_to_the_bit(name, rule, window, monkeypatch
 
 @pytest.mark.parametrize(
   ("name", "rule"),
-  [(name, "secant") for name in ("ddim", "ddpm", "dpmpp2m", "heun")]
+  [
+    pytest.param(name, "secant", marks=[pytest.mark.slow] * (name != "ddpm"))
+    for name in ("ddim", "ddpm", "dpmpp2m", "heun")
+  ]
   + [("ddpm", rule) for rule in ("published", "picard", "linear")],
 )
 def test_small_tolerances_are_kept(name, rule):
@@ -181,7 +196,7 @@ def test_small_tolerances_are_kept(name, rule):
   np.testing.assert_allclose(parallel.x, alone, atol=2e-3)
 
 
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(
   name=st.sampled_from(SOLVERS),
   steps=st.integers(2, 7),

@@ -87,7 +87,12 @@ def test_bounds_and_states_that_did_not_change():
 
 
 @pytest.mark.parametrize(
-  "name", ["ddim", "dpmpp2m", pytest.param("heun", marks=pytest.mark.slow)]
+  "name",
+  [
+    "ddim",
+    pytest.param("dpmpp2m", marks=pytest.mark.slow),
+    pytest.param("heun", marks=pytest.mark.slow),
+  ],
 )
 def test_data_whose_elements_are_independent_need_few_iterations(name):
   """dd/dx is diagonal and constant: the second visit of a state ends its search."""

@@ -60,12 +60,12 @@ def run(name, steps, over=None, denoiser=KNOWN, **options):
 @pytest.mark.parametrize(
   ("name", "denoiser", "sizes"),
   [
-    ("paraddpm", KNOWN, (1, 1, 2)),
-    ("paraddpm", KNOWN, (1, 2, 4)),
-    ("paraddpm", KNOWN, (1, 1, 8)),
+    pytest.param("paraddpm", KNOWN, (1, 1, 2), marks=pytest.mark.slow),
+    pytest.param("paraddpm", KNOWN, (1, 2, 4), marks=pytest.mark.slow),
+    pytest.param("paraddpm", KNOWN, (1, 1, 8), marks=pytest.mark.slow),
     ("paraddpm", KNOWN, (8, 1, 1)),
-    ("paradpmpp3m", KNOWN, (2, 2, 2)),
-    ("paraheun", KNOWN, (2, 2, 2)),
+    pytest.param("paradpmpp3m", KNOWN, (2, 2, 2), marks=pytest.mark.slow),
+    pytest.param("paraheun", KNOWN, (2, 2, 2), marks=pytest.mark.slow),
     ("specddpm", KNOWN, (2, 2, 2)),
     ("paraddim", guided, (2, 2, 2)),
   ],
@@ -95,7 +95,7 @@ def test_a_window_that_does_not_divide_over_the_devices_is_refused():
 
 
 def test_previews_are_the_rows_that_are_done():
-  table = solvers.build(sigma_d=0.5, name="ddpm", steps=12)
+  table = solvers.build(sigma_d=0.5, name="ddpm", steps=6)
   keys = sequential.keys_from_seeds(np.arange(2))
   x = sequential.sample_prior(table, keys, (16,))
   seen = []
@@ -115,13 +115,13 @@ def test_previews_are_the_rows_that_are_done():
   assert np.all(np.diff(begins, axis=0) >= 0)
   # A prefix never changes: its last state is the sequential sampler's.
   states = [x]
-  for n in range(1, 12):
+  for n in range(1, 6):
     columns = {k: x for k, x in table._asdict().items() if np.ndim(x)}
     head = table._replace(**{k: x[:n] for k, x in columns.items()})
     states.append(sequential.sample(KNOWN, head, x, keys, None))
   for begin, state, d in seen:
     for k in range(2):
-      if begin[k] < 12:
+      if begin[k] < 6:
         np.testing.assert_allclose(state[k], states[begin[k]][k], atol=1e-5)
         time = jnp.full(2, table.time[begin[k]], jnp.float32)
         expected = KNOWN(states[begin[k]], time, None)[k]
@@ -163,9 +163,14 @@ def test_mistakes_are_refused(changes, message):
     samplers.build(**{"sigma_d": 0.5, "name": "paraddpm", "steps": 16} | changes)
 
 
-def test_the_window_grows_with_what_a_call_costs():
+def test_the_window_grows_with_what_a_call_costs(monkeypatch):
   """Where a call takes as long for any window, the widest; where time grows, few."""
   sampler = samplers.build("paraddpm", sigma_d=0.5, steps=24)
+  measure = autotune.expected_iterations
+  of_window = functools.cache(lambda window: measure(sampler.replace(window=window)))
+  monkeypatch.setattr(
+    autotune, "expected_iterations", lambda sampler: of_window(sampler.window)
+  )
   free = autotune.autotune_window(sampler, lambda window: 1.0)[0]
   linear = autotune.autotune_window(sampler, lambda window: float(window))[0]
   assert free.window >= 12
@@ -194,7 +199,11 @@ def test_jumps_over_a_block_are_its_rows_with_one_d():
 @pytest.mark.parametrize(
   ("name", "most", "window", "row"),
   [
-    (name, *sizes)
+    pytest.param(
+      name,
+      *sizes,
+      marks=[pytest.mark.slow] * (sizes[0] != {"paraddpm": 2}.get(name, 1)),
+    )
     for name in ("paraddpm", "specddpm", "paraddim")
     for sizes in ((1, 4, 3), (2, 4, 4), (3, 12, 11))
     # Which rows speculation has done after more than one pass is drawn.

@@ -45,7 +45,10 @@ def draws(name: str, window: int, seeds: np.ndarray, steps: int = 16) -> tuple:
   return np.asarray(truth), jax.jit(call)(x, keys, None)
 
 
-@pytest.mark.parametrize(("name", "window"), [("ddpm", 4), ("dpmpp2m_sde", 6)])
+@pytest.mark.parametrize(
+  ("name", "window"),
+  [("ddpm", 4), pytest.param("dpmpp2m_sde", 6, marks=pytest.mark.slow)],
+)
 def test_the_distribution_is_that_of_the_sequential_sampler(name, window):
   truth, found = draws(name, window, np.arange(4000))
   rng = np.random.default_rng(0)
@@ -54,6 +57,7 @@ def test_the_distribution_is_that_of_the_sequential_sampler(name, window):
   assert np.all(found.error == 0)
 
 
+@pytest.mark.slow
 def test_accepting_everything_is_caught(monkeypatch):
   couple = speculative.reflection_coupling
 

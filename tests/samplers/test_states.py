@@ -23,7 +23,15 @@ def states(name, steps=6, **options):
   return sampler, jax.jit(call)(jnp.arange(3))
 
 
-@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp2m", "ddpm"])
+@pytest.mark.parametrize(
+  "solver",
+  [
+    pytest.param("ddim", marks=pytest.mark.slow),
+    "heun",
+    pytest.param("dpmpp2m", marks=pytest.mark.slow),
+    "ddpm",
+  ],
+)
 def test_parallel_states_are_the_sequential_ones_to_the_bit(solver, monkeypatch):
   monkeypatch.setattr(paradigms, "ULPS", 0)
   sampler, alone = states(solver)

@@ -87,7 +87,9 @@ def test_the_space_that_checkpoints_will_take(tmp_path, monkeypatch):
     check(4 * size - 1, there=1)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
+@pytest.mark.parametrize(
+  "damage", ["truncate", pytest.param("delete", marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
   with checkpoints_lib.Checkpoints(tmp_path, keep=3) as checkpoints:
     for step in (1, 2):
@@ -216,7 +218,7 @@ def test_a_file_that_cannot_be_read_now_is_no_reason_to_remove_a_checkpoint(
 
 # Orbax leaves tasks behind that did not end before its event loop was closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("sums", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whatever_happens_to_a_file_ends_in_a_state_or_in_one_line(tmp_path, sums):
   whole, copy, rng = tmp_path / "whole", tmp_path / "copy", random.Random(0)
   with checkpoints_lib.Checkpoints(whole) as checkpoints:

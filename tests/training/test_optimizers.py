@@ -35,13 +35,16 @@ def descend(steps: int, rate: float = 0.05, **changes) -> tuple[float, jax.Array
   def value(x):
     return jnp.sum((x - jnp.array([1.0, -2.0])) ** 2)
 
+  @jax.jit
+  def update(x, state):
+    updates, state = optimizer.update(jax.grad(value)(x), state, x)
+    return optax.apply_updates(x, updates), state
+
   x = jnp.zeros(2)
   state = optimizer.init(x)
-  update = jax.jit(optimizer.update)
   for _ in range(steps):
     with jax.numpy_dtype_promotion("standard"):
-      updates, state = update(jax.grad(value)(x), state, x)
-    x = optax.apply_updates(x, updates)
+      x, state = update(x, state)
   return float(value(x)), x
 
 

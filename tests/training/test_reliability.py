@@ -80,6 +80,7 @@ def until(condition, process: subprocess.Popen) -> None:
     time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_workdir_below_a_file_is_refused(cache, tmp_path):
   (tmp_path / "file").touch()
   workdir = tmp_path / "file" / "run"

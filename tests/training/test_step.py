@@ -43,7 +43,14 @@ def _batch(rows):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("parts", [2, 3, 12])
+@pytest.mark.parametrize(
+  "parts",
+  [
+    pytest.param(2, marks=pytest.mark.slow),
+    3,
+    pytest.param(12, marks=pytest.mark.slow),
+  ],
+)
 def test_a_batch_in_parts_is_the_batch(parts):
   """A step of sCM's loss, whose draws come with the batch, in float64."""
   network = mlp.build(
