@@ -51,7 +51,15 @@ def test_push_t_as_published():
     load(path, "pubished")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+# Large networks; tests/fuzz validates these configs, tests/test_paper.py their fields.
+LONG = ("cifar10", "fashion_unet", "imagenet512", "imagenet64")
+
+
+@pytest.mark.parametrize(
+  "path",
+  [pytest.param(p, marks=[pytest.mark.slow] * p.stem.startswith(LONG)) for p in FILES],
+  ids=lambda p: p.stem,
+)
 def test_every_config_validates_and_its_step_traces(path, tmp_path):
   config.validate(load(path))
   c = load(path, *WORDS.get(path.stem, ()))

@@ -245,6 +245,7 @@ def test_killed_and_resumed_training_ends_with_the_same_weights(cache, tmp_path)
   assert len(set(steps)) == len(steps)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path):
   config = ("--config=configs/digits_diffusion.py", *TINY, f"--workdir={tmp_path}")
   config += ("--config.train.steps=100000", "--config.checkpoint.every=100000")
@@ -270,6 +271,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path):
   assert 4 <= step < 100000
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_stops_the_run_with_one_line(cache, tmp_path):
   config = ("--config=configs/digits_diffusion.py", *TINY, f"--workdir={tmp_path}")
   done = call(cache, *config, "--config.optim.learning_rate=1e30")

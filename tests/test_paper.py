@@ -185,6 +185,7 @@ def test_sizes_of_the_networks(data, size):
     assert student == parameters(c, shape) + guidance
 
 
+@pytest.mark.slow
 def test_size_of_the_network_of_cifar10():
   c = get("cifar10_scd")
   assert parameters(c, (32, 32, 3), norm="single") == 55_732_739  # EDM's 55.7

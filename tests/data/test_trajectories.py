@@ -441,6 +441,7 @@ def test_what_is_for_images_is_refused(npz, tmp_path, fields, message):
     train.run(config(npz(), **fields), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_and_distilled(npz, tmp_path):
   """Its work directory needs no data; a student starts as its teacher."""
   path, teacher, student = npz(), str(tmp_path / "t"), str(tmp_path / "s")

@@ -144,9 +144,10 @@ def test_the_scale_of_time_and_the_norm_of_queries():
   [
     ({"sample.prompts": "a cat", "text_encoder": ""}, "config.text_encoder is empty"),
     ({"sample.prompts": ";"}, "config.sample.prompts=';': must have texts"),
-    (
+    pytest.param(
       {"text_encoder": str(FIXTURES / "tiny-flux")},
       "config.text_encoder=.*: its texts are .*pooled",
+      marks=pytest.mark.slow,
     ),
   ],
 )

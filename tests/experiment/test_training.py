@@ -33,9 +33,8 @@ def averages(config, folder):
   return workdir_lib.trained(config, folder)[1]
 
 
-@pytest.mark.parametrize(
-  "loss", ["scm", pytest.param("consistency", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("loss", ["scm", "consistency"])
+@pytest.mark.slow
 def test_consistency_training_from_random_weights(loss, tmp_path):
   config = small(loss, velocity="data")
   assert train.run(config, str(tmp_path)) == f"trained 2 steps: {tmp_path}"

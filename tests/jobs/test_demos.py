@@ -42,6 +42,7 @@ def config(tmp_path, monkeypatch, made):
   return c
 
 
+@pytest.mark.slow
 def test_episodes_come_with_their_mirror_images(config, tmp_path):
   line = demos.run(config, str(tmp_path))
   assert line.startswith("kept 3 of 3 episodes")

@@ -67,6 +67,7 @@ def test_latents_are_the_posteriors_of_the_autoencoder(tmp_path, scale, low):
   assert wanted.std() > 0.1
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_again_alike(tmp_path):
   config, workdir = settings(tmp_path), tmp_path / "latents"
   encode.run(config, str(workdir))
@@ -84,6 +85,7 @@ def test_what_is_missing_is_made_again_alike(tmp_path):
   assert encode.run(config, str(workdir)) == f"encoded 21 images in 3 files: {workdir}"
 
 
+@pytest.mark.slow
 def test_each_process_makes_its_own_files(tmp_path, monkeypatch):
   config, whole = settings(tmp_path), tmp_path / "whole"
   encode.run(config, str(whole))

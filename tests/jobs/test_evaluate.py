@@ -183,6 +183,7 @@ def test_statistics_of_another_network(tmp_path, images):
     evaluate.run(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_several_networks(tmp_path, images, fixture):
   """DINOv2 from a file beside the classifier; precision is the first one's."""
   found = json.loads(str(fixture("vision_features")["meta"]))["shapes"]["hub"]

@@ -212,6 +212,7 @@ def test_the_job_writes_a_folder_and_its_card(tmp_path):
     assert text in card, text
 
 
+@pytest.mark.slow
 def test_adapters_are_written_apart_and_merged(tmp_path):
   """Read back, they add to the published weights what the merged folder has."""
   folder = published(tmp_path / "church")

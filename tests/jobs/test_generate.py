@@ -102,6 +102,7 @@ def test_a_prompt_becomes_the_latents_and_the_image_of_the_original_pipeline():
     pytest.param("paraddim", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_in_parallel_at_tolerance_0(name):
   """Windows over 4 devices end where the sequential ones do."""
   options = {"steps": 6, "spacing": "trailing", "window": 4, "tolerance": 0.0}
@@ -154,6 +155,7 @@ def test_what_is_written(made):
   assert Image.open(made / "images.png").size[0] > 3 * 16
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_made(copy):
   before = images(copy)
   (copy / "images" / "00001.png").unlink()
@@ -177,6 +179,7 @@ def test_an_image_depends_on_its_seed_alone(made, tmp_path):
   assert np.abs(images(made)[1] - images(made)[3]).max() > 50
 
 
+@pytest.mark.slow
 def test_images_of_other_settings_are_refused(copy):
   before = sorted(copy.rglob("*"))
   for changed, message in (
@@ -208,6 +211,7 @@ def test_a_window_is_timed_once_and_kept(tmp_path, capsys, monkeypatch):
     generate.run(settings(sampler__window=4, **fields), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_model_without_text(tmp_path, capsys):
   church = {"generate__folder": str(CHURCH), "generate__prompts": ""}
   church |= {"sample__guidance": 1.0, "sampler__steps": 2, "sample__num": 2}
@@ -223,6 +227,7 @@ def test_a_model_without_text(tmp_path, capsys):
       generate.run(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_program_of_a_real_model_without_its_weights():
   """From config files alone, for devices that need not be here."""
   found = loading.configs(str(SD2))

@@ -131,6 +131,7 @@ def test_samplers(tmp_path, stop):
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.slow
 def test_features(tmp_path, images, stop, monkeypatch):
   np.savez(tmp_path / "data.npz", images[0][:200], images[1]["label"][:200])
   config = configs.base()
@@ -148,6 +149,7 @@ def test_features(tmp_path, images, stop, monkeypatch):
   assert [p.name for p in stopped.iterdir()] == ["features.npz"]
 
 
+@pytest.mark.slow
 def test_encode(tmp_path, stop):
   pixels = np.random.default_rng(0).integers(0, 256, (21, 16, 16, 3), dtype=np.uint8)
   np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(21) % 3)

@@ -177,6 +177,7 @@ def test_failures_are_one_line(change, message):
     rollout_lib.run(act, [env], np.zeros((1, 5)), states=2, seed=0)
 
 
+@pytest.mark.slow
 def test_actions_depend_on_their_own_states_and_seed_alone(trained):
   one, many = (
     policies.load(trained, sampler="paraddpm/5", batch_size=n) for n in (1, 3)

@@ -197,7 +197,8 @@ def test_a_killed_process_goes_on(copy, watch):
   assert 2 <= there == num // SIZE - len(starts(watch))
 
 
-@pytest.mark.parametrize("later", [44, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("later", [44, 12])
+@pytest.mark.slow
 def test_another_number_of_images_later(copy, watch, later):
   whole, resumed = copy("whole"), copy("resumed")
   wanted = run(whole, num=later)
@@ -229,6 +230,7 @@ def test_parts_of_other_samples_are_refused(copy, watch):
   assert starts(watch) == [16, 24]
 
 
+@pytest.mark.slow
 def test_settings_without_parts_bind_nobody(copy, watch, monkeypatch):
   workdir = copy("run")
   with monkeypatch.context() as patch:  # killed as it removes the folder
@@ -255,6 +257,7 @@ def test_damaged_parts_are_made_again(copy, watch, capsys):
   assert [f"{path} is damaged" in said for path in paths] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_half_a_batch_is_not_a_batch(copy, watch):
   whole, resumed = copy("whole"), copy("resumed")
   wanted = run(whole)
@@ -395,6 +398,7 @@ def test_a_window_is_chosen_once(copy, watch, capsys):
   assert "iterations," not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_coarse_network_is_for_parareal_alone(copy):
   workdir = copy("run")
   with pytest.raises(UserError, match="sampler.coarse_workdir=here: only for srdsddim"):

@@ -59,7 +59,9 @@ def trained(tmp_path_factory):
   return run_of(tmp_path_factory.mktemp("classes"))
 
 
-@pytest.mark.parametrize("job", [sample, evaluate])
+@pytest.mark.parametrize(
+  "job", [sample, pytest.param(evaluate, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
@@ -104,7 +106,9 @@ def test_more_images_than_memory(trained):
   assert files(trained) == before
 
 
-@pytest.mark.parametrize("job", [sample, evaluate])
+@pytest.mark.parametrize(
+  "job", [sample, pytest.param(evaluate, marks=pytest.mark.slow)]
+)
 def test_requests_of_a_network_without_classes(tmp_path, job):
   workdir = run_of(tmp_path, class_conditional=False)
   before = files(workdir)
@@ -120,6 +124,7 @@ def test_requests_of_a_network_without_classes(tmp_path, job):
   assert files(workdir) == before
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite(tmp_path):
   workdir = run_of(tmp_path, factor=1e30)
   config = workdir_lib.read(str(workdir))

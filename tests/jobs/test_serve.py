@@ -112,6 +112,7 @@ def test_the_passes_are_those_of_the_sampler(model):
   assert out["passes"][0] == live.evaluations == 4
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_are_not_finite(tmp_path):
   """They are finite themselves; a run whose weights are not is refused at the start."""
   folder = make_run(tmp_path / "run", factor=1e20)

@@ -248,7 +248,7 @@ def test_a_missing_config_is_named(tmp_path):
   [
     "",
     pytest.param("digits", marks=pytest.mark.slow),
-    "paper",
+    pytest.param("paper", marks=pytest.mark.slow),
     pytest.param("tiny", marks=pytest.mark.slow),
   ],
 )

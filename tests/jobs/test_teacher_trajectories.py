@@ -114,6 +114,7 @@ def test_trajectories_of_a_network_are_alike_to_rounding_over_a_mesh(copy):
     np.testing.assert_allclose(found["states"], part["states"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_made_again_alike_and_nothing_else(copy):
   workdir = copy("run")
   run(workdir)

@@ -138,6 +138,7 @@ def test_a_preempted_pod_is_created_again_and_the_job_goes_on(google):
   assert sorted(google.lines("started")) == ["0", "0", "1", "1"]
 
 
+@pytest.mark.slow
 def test_hosts_that_die_with_the_pod_are_no_failure_of_the_job(google):
   google.write(
     "job", "mkdir $GOOGLE/$HOST || exit 0; echo FAILED > $GOOGLE/state; exit 1"

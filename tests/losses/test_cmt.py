@@ -61,7 +61,9 @@ def test_the_loss_at_the_true_map_is_the_error_of_the_solver():
       adaptive_weight=False,
     )
     rows = jax.tree.map(lambda value: value[: 10 * steps], batch)  # ten trajectories
-    return float(loss(jnp.float64(1.0), rows, jax.random.key(0), jnp.int32(0), None)[0])
+    return float(
+      jax.jit(loss)(jnp.float64(1.0), rows, jax.random.key(0), jnp.int32(0), None)[0]
+    )
 
   coarse, fine = mse(16), mse(32)
   assert coarse > 0

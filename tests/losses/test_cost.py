@@ -48,10 +48,10 @@ def step_flops(name: str, **fields) -> float:
     pytest.param("flow_map", {"velocity": "data"}, 1.40, marks=pytest.mark.slow),
     ("flow_map", {"velocity": "teacher"}, 1.75),
     pytest.param("meanflow", {}, 1.40, marks=pytest.mark.slow),
-    ("meanflow", {"improved": True}, 1.75),
-    ("facm", {"velocity": "teacher"}, 2.75),
+    pytest.param("meanflow", {"improved": True}, 1.75, marks=pytest.mark.slow),
+    pytest.param("facm", {"velocity": "teacher"}, 2.75, marks=pytest.mark.slow),
     ("lagrangian", {"velocity": "teacher"}, 2.40),
-    ("cmt", {"steps": 4}, 1.40),
+    pytest.param("cmt", {"steps": 4}, 1.40, marks=pytest.mark.slow),
     pytest.param(
       "rcm", {}, 4.40, marks=pytest.mark.slow
     ),  # counted as if each step were the student's

@@ -129,7 +129,7 @@ def test_equal_times_are_flow_matching():
   common["network"] = net._replace(apply=at_its_own_time)
   expected = diffusion.build(**common, adaptive_weight=False, label_dropout=0.0)
   a, b = (
-    loss(params, batch, jax.random.key(3), jnp.int32(0), None)[0]
+    jax.jit(loss)(params, batch, jax.random.key(3), jnp.int32(0), None)[0]
     for loss in (ours, expected)
   )
   t = np.arctan(np.exp(-1.0) / SIGMA_D)

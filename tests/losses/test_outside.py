@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from quick_xla import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 PLUGIN = """
 import dataclasses
@@ -62,7 +64,8 @@ def test_it_is_one_file(tmp_path):
     return subprocess.run(
       command,
       cwd=ROOT,
-      env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+      env=os.environ
+      | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XLA_FLAGS": xla_flags(1)},
       capture_output=True,
       text=True,
       check=False,

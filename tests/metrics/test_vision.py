@@ -221,7 +221,14 @@ def test_sizes_of_clip(config, count):
   assert sum(x.size for x in jax.tree.leaves(params)) + 1 == count
 
 
-@pytest.mark.parametrize("size", [(40, 64), (90, 91), (5, 7)])
+@pytest.mark.parametrize(
+  "size",
+  [
+    (40, 64),
+    pytest.param((90, 91), marks=pytest.mark.slow),
+    pytest.param((5, 7), marks=pytest.mark.slow),
+  ],
+)
 def test_pillow_within_one_level(size):
   image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
   for height, width in ((33, 35), (80, 20)):

@@ -283,12 +283,13 @@ def parameters(**options) -> int:
   ("preset", "published", "counted", "double"),
   [
     ("S", 280.2e6, 280_212_709, 293_926_081),
-    pytest.param("M", 497.8e6, 497_807_653, 522_187_009, marks=pytest.mark.slow),
-    pytest.param("L", 777.6e6, 777_497_957, 815_590_721, marks=pytest.mark.slow),
-    pytest.param("XL", 1119.4e6, 1_119_283_621, 1_174_137_217, marks=pytest.mark.slow),
-    pytest.param("XXL", 1523.4e6, 1_523_164_645, 1_597_826_497, marks=pytest.mark.slow),
+    ("M", 497.8e6, 497_807_653, 522_187_009),
+    ("L", 777.6e6, 777_497_957, 815_590_721),
+    ("XL", 1119.4e6, 1_119_283_621, 1_174_137_217),
+    ("XXL", 1523.4e6, 1_523_164_645, 1_597_826_497),
   ],
 )
+@pytest.mark.slow  # those of S are in test_paper.py, too
 def test_published_sizes(preset, published, counted, double):
   """arXiv:2410.11081, tables 4 and 5; the double norm adds 4.9 %."""
   assert parameters(preset=preset, embedding="fourier", norm="single") == counted
@@ -377,6 +378,7 @@ def test_gradients_leave_the_norm_alone():
 # Training.
 
 
+@pytest.mark.slow
 @x64
 def test_tangent_of_the_consistency_function():
   """g = cos t df/dt along the flow, by central differences."""

@@ -97,7 +97,7 @@ def close(a, b, tolerance=1e-5):
   np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@mostly_slow("dit", "edm2", "mlp")
+@mostly_slow("dit", "mlp")
 def test_output_is_like_the_input_in_float32(name):
   x, t, cond, _ = inputs(name)
   params = build(name).init(jax.random.key(0))

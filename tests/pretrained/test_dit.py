@@ -56,6 +56,7 @@ def test_outputs_and_tangents(fixture):
   assert error(tangent, arrays["tangent"]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_in_double_precision(fixture):
   arrays = fixture("diffusers_dit")

@@ -81,6 +81,7 @@ def test_shift_by_resolution():
   assert at[0] < at[1]
 
 
+@pytest.mark.slow
 def test_without_the_third_encoder(tmp_path):
   """Stable Diffusion 3 then takes zeros in its place."""
   folder = shutil.copytree(SD3, tmp_path / "sd3")
@@ -153,6 +154,7 @@ def test_abstract_models():
   ("name", "million"),
   [("stable_diffusion3.5_large", 8146.281), ("flux_dev", 11901.408)],
 )
+@pytest.mark.slow
 def test_published_sizes(name, million):
   """Those of the models' pages; the first with its table of positions."""
   folder = FIXTURES.parents[1] / "configs" / "published" / name

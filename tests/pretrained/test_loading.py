@@ -130,6 +130,7 @@ def test_church():
   assert model.schedule[1:7] == ("eps", "ddpm", "leading", 0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_ddim_of_church(fixture):
   """20 steps that clip x0 and keep the noise; without keeping it they end 2 away.
 

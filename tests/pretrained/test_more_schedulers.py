@@ -96,7 +96,7 @@ def test_beta_levels_of_flow_matching(steps):
   [
     "karras",
     pytest.param("ancestral", marks=pytest.mark.slow),
-    "lcm",
+    pytest.param("lcm", marks=pytest.mark.slow),
     pytest.param("dynamic", marks=pytest.mark.slow),
   ],
 )

@@ -62,23 +62,21 @@ def predict(folder, arrays: dict, dtype: str = "float32", **fields):
   return out
 
 
-UNETS = pytest.mark.parametrize(
-  ("folder", "name"),
-  [
-    (SD2 / "unet", "tiny_sd2_unet"),
-    pytest.param(CHURCH / "unet", "unet2d_ddpm_church_like", marks=pytest.mark.slow),
-  ],
-)
+WITH_TEXT = (SD2 / "unet", "tiny_sd2_unet")
+WITHOUT_TEXT = (CHURCH / "unet", "unet2d_ddpm_church_like")
 
 
-@UNETS
+@pytest.mark.parametrize(("folder", "name"), [WITH_TEXT, WITHOUT_TEXT])
 def test_unet(peer, folder, name):
   """DDPM's file has the names of attention of 2022."""
   arrays = peer(name)
   assert error(predict(folder, arrays), arrays["output"]) < 1e-5
 
 
-@UNETS
+@pytest.mark.parametrize(
+  ("folder", "name"),
+  [WITH_TEXT, pytest.param(*WITHOUT_TEXT, marks=pytest.mark.slow)],
+)
 def test_unet_in_half_precision(peer, folder, name):
   """Its blocks recomputed, too, which changes no names."""
   arrays = peer(name)

@@ -72,6 +72,7 @@ def run() -> tuple:
   return arrays, made
 
 
+@pytest.mark.slow
 def test_text_to_image():
   """Ten steps with guidance."""
   arrays, made = run()

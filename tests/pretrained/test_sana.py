@@ -62,7 +62,12 @@ def both(net, params, arrays, dtype: str):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param("sana", marks=pytest.mark.slow), "sprint", "large"]
+  "name",
+  [
+    pytest.param("sana", marks=pytest.mark.slow),
+    "sprint",
+    pytest.param("large", marks=pytest.mark.slow),
+  ],
 )
 def test_outputs_and_tangents(peer, name):
   """Sprint has a guidance scale and norms of queries, the large one has positions."""
@@ -72,7 +77,7 @@ def test_outputs_and_tangents(peer, name):
   assert error(tangent, arrays["tangent"]) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["dc", "deep"])
+@pytest.mark.parametrize("name", ["dc", pytest.param("deep", marks=pytest.mark.slow)])
 def test_autoencoder(peer, name):
   """With convolutions of stride 2, and with pixels moved into channels."""
   net, params, arrays = peer(name)

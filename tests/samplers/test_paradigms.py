@@ -258,7 +258,7 @@ def test_samples_of_a_batch_do_not_know_of_each_other():
     np.testing.assert_allclose(one.error[0], many.error[seed], rtol=1e-3)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(
   window=st.integers(1, 24),
   tolerance=st.sampled_from([0.0, 1e-4, 0.1, 10.0]),

@@ -134,6 +134,7 @@ def run(denoiser, tableau, x, keys, cond, *, strength=0.5):
 """
 
 
+@pytest.mark.slow
 def test_a_solver_and_a_loop_from_outside_are_one_file_each(tmp_path):
   (tmp_path / "outside_solver.py").write_text(SOLVER)
   (tmp_path / "outside_loop.py").write_text(LOOP)

@@ -128,7 +128,15 @@ def test_previews_are_the_rows_that_are_done():
         np.testing.assert_allclose(d[k], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["paraddim", "paradpmsolver", "specddpm", "srdsddim"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("paraddim", marks=pytest.mark.slow),
+    pytest.param("paradpmsolver", marks=pytest.mark.slow),
+    "specddpm",
+    "srdsddim",
+  ],
+)
 def test_names_are_loops_and_solvers(name):
   sampler = samplers.build(name, sigma_d=0.5, steps=16, window=4)
   loops = {"para": "paradigms", "spec": "speculative", "srds": "parareal"}
@@ -227,6 +235,7 @@ def test_bounded_passes_end_with_the_last_thing_that_was_seen(name, most, window
     np.testing.assert_array_equal(made.x, np.full((3, 2), times[row]))
 
 
+@pytest.mark.slow
 def test_bound_that_is_not_reached_changes_nothing():
   sampler = samplers.build("paraddpm", sigma_d=0.5, steps=20, window=5)
   free, bounded = (

@@ -47,6 +47,7 @@ def test_parallel_states_are_the_sequential_ones_to_the_bit(solver, monkeypatch)
   np.testing.assert_array_equal(parallel.states, alone.states)
 
 
+@pytest.mark.slow
 def test_states_of_a_tolerance_are_near_and_end_in_the_sample():
   _, alone = states("ddim", 30)
   _, parallel = states("paraddim", 30, window=12, tolerance=0.01)

@@ -160,6 +160,7 @@ def test_a_text_is_replaced_at_one_stroke(disk):
   assert path.read_text() == "old"
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_has_a_traceback(cache, tmp_path):
   with pytest.raises(FileNotFoundError), errors(str(tmp_path)):
     (tmp_path / "none").read_text()
