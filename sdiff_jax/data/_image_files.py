@@ -8,13 +8,13 @@ import itertools
 import os
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from sdiff_jax.io import bounded
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 INDEX = "dataset.json"
@@ -46,7 +46,7 @@ class ImageFiles(NamedTuple):
 class _Index(msgspec.Struct):
   """Content of dataset.json: pairs of a file name and its label, or null."""
 
-  labels: list[tuple[str, Any]] | None = None
+  labels: list[tuple[str, Json]] | None = None
 
 
 def find(folder: str) -> ImageFiles:

@@ -15,6 +15,8 @@ import numpy as np
 from sdiff_jax.io import bounded, storage
 from sdiff_jax.types import UserError
 
+Arrow = Any  # pyarrow and its objects; it is an optional dependency
+Value = Any  # of a column, or what is kept of one
 ENDING = ".parquet"
 MAX_CACHED = 2**30  # bytes of groups of rows that stay in memory
 ROWS_AT_ONCE = 8  # that are decoded before their size is checked
@@ -78,7 +80,7 @@ class Table:
     self._stored = {path: storage.size(path) for path in paths}
     self._cache = _Cache(lambda key: self._read(*key), MAX_CACHED)
 
-  def values(self, column: str, indices: np.ndarray) -> list[Any]:
+  def values(self, column: str, indices: np.ndarray) -> list[Value]:
     """Returns the values of a column in some rows; None for those without.
 
     Args:
@@ -103,11 +105,11 @@ class Table:
     before = sum(self.rows[: self.paths.index(path)])
     return f"{path}: row {index - before}"
 
-  def _read(self, column: str, number: int) -> tuple[list[Any], int]:
+  def _read(self, column: str, number: int) -> tuple[list[Value], int]:
     """Returns the values of a column in a group of rows, and their size in bytes."""
     group, leaf = self._groups[number], self._leaves.get(column, column)
     footer = self._footers[group.path]
-    values: list[Any] = []
+    values: list[Value] = []
     size = 0
     with _damage(group.path), _open(group.path, footer) as file:
       about, stored = footer.row_group(group.number), self._stored[group.path]
@@ -131,7 +133,7 @@ class Table:
 class _Cache:
   """Values of a function, of which the latest are kept, for several threads."""
 
-  def __init__(self, read: Callable[[Any], tuple[Any, int]], max_bytes: int):
+  def __init__(self, read: Callable[[Value], tuple[Value, int]], max_bytes: int):
     """Stores the function.
 
     Args:
@@ -146,7 +148,7 @@ class _Cache:
     self._sizes: dict[Hashable, int] = {}
     self._lock = threading.Lock()
 
-  def __getitem__(self, key: Hashable) -> Any:
+  def __getitem__(self, key: Hashable) -> Value:
     """Returns the value of a key."""
     with self._lock:
       future = self._futures.get(key)
@@ -197,7 +199,7 @@ def paths(folder: str, split: str) -> list[str]:
   return [os.path.join(folder, name) for name in found]
 
 
-def _pyarrow() -> Any:
+def _pyarrow() -> Arrow:
   """Returns the package, which is imported late since that is slow.
 
   Raises:
@@ -213,7 +215,7 @@ def _pyarrow() -> Any:
 
 
 @contextlib.contextmanager
-def _open(path: str, footer: Any = None) -> Iterator[Any]:
+def _open(path: str, footer: Arrow = None) -> Iterator[Arrow]:
   """Opens a file; an object is read in the ranges of bytes that are needed."""
   arrow = _pyarrow()
   options: dict[str, Any] = {
@@ -223,7 +225,7 @@ def _open(path: str, footer: Any = None) -> Iterator[Any]:
     "arrow_extensions_enabled": False,
   }
   with contextlib.ExitStack() as stack:
-    source: Any = path
+    source: Arrow = path
     if storage.remote(path):
       source = stack.enter_context(storage.open_ranges(path))
     else:
@@ -247,7 +249,7 @@ def _damage(path: str) -> Iterator[None]:
     raise UserError(f"{path} is damaged ({reason}); download it again") from error
 
 
-def _footer(path: str) -> Any:
+def _footer(path: str) -> Arrow:
   """Returns what the end of a file says of it."""
   with _damage(path), _open(path) as file:
     footer = file.metadata
@@ -255,7 +257,7 @@ def _footer(path: str) -> Any:
     return footer
 
 
-def _kind(arrow_type: Any) -> str:
+def _kind(arrow_type: Arrow) -> str:
   types = _pyarrow().types
   if types.is_struct(arrow_type):
     fields = {field.name: field.type for field in arrow_type}
@@ -268,12 +270,12 @@ def _kind(arrow_type: Any) -> str:
   return "text" if text else "other"
 
 
-def _is_binary(arrow_type: Any) -> bool:
+def _is_binary(arrow_type: Arrow) -> bool:
   types = _pyarrow().types
   return types.is_binary(arrow_type) or types.is_large_binary(arrow_type)
 
 
-def _leaf(field: Any) -> str:
+def _leaf(field: Arrow) -> str:
   """Returns the path of the bytes of a column of images."""
   return field.name if _is_binary(field.type) else f"{field.name}.bytes"
 

@@ -8,7 +8,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from sdiff_jax.data._codecs import PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples
 from sdiff_jax.fields import Means, Path, Range, Scales
 from sdiff_jax.io import bounded, downloads, file_io, image_io, storage
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 LISTS = (".jsonl", ".json")  # of captions
 MAX_LIST = 2**30  # bytes
@@ -171,7 +171,7 @@ def _listed(path: str) -> dict[str, str]:
   return {name: text for name, text in pairs if name is not None and text is not None}
 
 
-def _pair(entry: Any) -> tuple[str | None, str | None]:
+def _pair(entry: Json) -> tuple[str | None, str | None]:
   """Returns file name and caption of an entry of a list, None for what it lacks."""
   values = entry if isinstance(entry, dict) else {}
   found = (

@@ -7,7 +7,7 @@ files, each with the states of some trajectories at the times of one grid.
 import dataclasses
 import hashlib
 import os
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ from sdiff_jax.data._codecs import Codec, Decoder, NoiseSeeds
 from sdiff_jax.data._dataset import Dataset, Samples
 from sdiff_jax.io import array_io, bounded, records, storage
 from sdiff_jax.losses.cmt import TIMES
-from sdiff_jax.types import Array, CondSpec, CondSpecs, UserError
+from sdiff_jax.types import Array, CondSpec, CondSpecs, Json, UserError
 
 ABOUT = "trajectories.json"
 PATTERN = "states-*.npz"
@@ -45,8 +45,8 @@ class About(TypedDict):
   noise: bool
   evaluations: records.Positive
   flops: Annotated[float, msgspec.Meta(ge=0)]
-  data: dict[str, Any]
-  settings: dict[str, Any]
+  data: dict[str, Json]
+  settings: dict[str, Json]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,23 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from sdiff_jax.fields._vocabulary import Choices, Length, Place, Range
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Kind = Any  # the type in an annotation, which may be any of those of typing
+Facts = dict[type, Any]  # what an annotation says besides, by type
 MAX_INT = 2**31 - 1  # of the integers in compiled programs
 MAX_FLOAT = 3.4e38  # of float32
 MAX_QUOTED = 80  # characters of a value in a message
-NOUNS = {bool: "True or False", int: "an integer", float: "a number", str: "a text"}
-PLURALS = {bool: "booleans", int: "integers", float: "numbers", str: "texts"}
+NOUNS: dict[object, str] = {
+  bool: "True or False",
+  int: "an integer",
+  float: "a number",
+  str: "a text",
+}
+PLURALS: dict[object, str] = {
+  bool: "booleans",
+  int: "integers",
+  float: "numbers",
+  str: "texts",
+}
 
 
 class Field(NamedTuple):
@@ -30,7 +42,7 @@ class Field(NamedTuple):
     doc: what it is.
   """
 
-  annotation: Any
+  annotation: object
   default: Any
   doc: str = ""
 
@@ -56,7 +68,7 @@ def quote(value: object) -> str:
   return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "..."
 
 
-def check(name: str, value: object, annotation: Any) -> None:
+def check(name: str, value: object, annotation: object) -> None:
   """Checks that a value fits an annotation.
 
   Args:
@@ -77,7 +89,7 @@ def check(name: str, value: object, annotation: Any) -> None:
     raise ValueError(f"{name}={quote(value)}: must be {problem}")
 
 
-def describe(annotation: Any) -> str:
+def describe(annotation: object) -> str:
   """Returns what an annotation accepts, as the end of "must be ...".
 
   Args:
@@ -104,7 +116,7 @@ def describe(annotation: Any) -> str:
   return _number(kind, facts.get(Range, ""))
 
 
-def _number(kind: Any, bounds: Range | str) -> str:
+def _number(kind: object, bounds: Range | str) -> str:
   text = str(bounds)
   of = "of " if text.startswith("at ") else ""
   return " ".join(filter(None, (NOUNS.get(kind, "anything"), of + text)))
@@ -192,7 +204,7 @@ def checked(function: Function) -> Function:
   return typing.cast(Function, call)
 
 
-def _split(annotation: Any) -> tuple[Any, dict[type, Any]]:
+def _split(annotation: object) -> tuple[object, Facts]:
   """Returns the type of an annotation, and what it says besides, by type."""
   if typing.get_origin(annotation) is not Annotated:
     return annotation, {}
@@ -201,27 +213,27 @@ def _split(annotation: Any) -> tuple[Any, dict[type, Any]]:
   return inner, more | {type(fact): fact for fact in facts}
 
 
-def _options(kind: Any, facts: dict[type, Any]) -> tuple[str | int, ...]:
+def _options(kind: object, facts: Facts) -> tuple[str | int, ...]:
   """Returns the only values that a field may have, () if they are not enumerated."""
   if typing.get_origin(kind) is Literal:
     return typing.get_args(kind)
   return facts[Choices].values() if Choices in facts else ()
 
 
-def _choices(kind: Any, facts: dict[type, Any]) -> tuple[str, ...]:
+def _choices(kind: object, facts: Facts) -> tuple[str, ...]:
   return tuple(str(option) or "''" for option in _options(kind, facts))
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def _members(kind: object) -> tuple[Kind, ...]:
   union = typing.get_origin(kind) in (typing.Union, types.UnionType)
   return typing.get_args(kind) if union else ()
 
 
-def _with(kind: Any, facts: dict[type, Any]) -> Any:
+def _with(kind: object, facts: Facts) -> Kind:
   return Annotated[kind, *facts.values()] if facts else kind
 
 
-def _tuple(kind: Any, facts: dict[type, Any]) -> tuple[Length, Any]:
+def _tuple(kind: object, facts: Facts) -> tuple[Length, Kind]:
   """Returns number and annotation of the elements of a tuple."""
   elements = typing.get_args(kind)
   if elements[-1] is Ellipsis:
@@ -237,12 +249,12 @@ def _count(length: Length) -> str:
   return "one or more " if length.minimum else ""
 
 
-def _plural(element: Any) -> str:
+def _plural(element: object) -> str:
   kind, _ = _split(element)
   return PLURALS.get(kind, "values")
 
 
-def _problem(value: Any, annotation: Any) -> str:
+def _problem(value: object, annotation: object) -> str:
   """Returns what a value must be instead, "" if it fits."""
   kind, facts = _split(annotation)
   if options := _options(kind, facts):
@@ -278,7 +290,7 @@ def _problem(value: Any, annotation: Any) -> str:
   return ""
 
 
-def _number_problem(value: Any, kind: type, bounds: Range) -> str:
+def _number_problem(value: Any, kind: object, bounds: Range) -> str:
   is_number = isinstance(
     value, numbers.Integral if kind is int else numbers.Real
   ) and not isinstance(value, bool)

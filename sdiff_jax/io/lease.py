@@ -15,10 +15,10 @@ import os
 import sys
 import threading
 import time
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sdiff_jax.io import records, storage
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 LEASE = 60.0  # s
 RENEWAL = 15.0  # s
@@ -168,7 +168,7 @@ def _write(path: str, holder: Holder, generation: int) -> int:
   """
   fs = storage.filesystem()
   bucket, _, name = path.removeprefix(storage.BUCKET).partition("/")
-  answer: dict[str, Any] = fs.call(
+  answer: dict[str, Json] = fs.call(
     "POST",
     f"{fs._location}/upload/storage/v1/b/{bucket}/o",
     uploadType="media",

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from sdiff_jax.types import UserError
+from sdiff_jax.types import Json, UserError
 
 if TYPE_CHECKING:
   from etils import epath
@@ -276,7 +276,7 @@ def open_ranges(path: Path) -> Iterator[BinaryIO]:
       yield file
 
 
-def objects(path: Path) -> dict[str, dict[str, Any]]:
+def objects(path: Path) -> dict[str, dict[str, Json]]:
   """Returns what a bucket says of an object, or of all objects below a folder.
 
   Args:

@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ from sdiff_jax.io.progress import Progress
 from sdiff_jax.samplers import Sampler
 from sdiff_jax.training import checkpoints as checkpoints_lib
 from sdiff_jax.training import flops
-from sdiff_jax.types import Params, UserError
+from sdiff_jax.types import Json, Params, UserError
 
 # Arrays of a part that are not conditions; what a job that resumes reads of it.
 COST = ("indices", "num_evaluations", "num_iterations")
@@ -125,7 +124,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   )
 
 
-def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def _settings(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Json]:
   """Returns what determines the states of a part: fields, and the newest checkpoint."""
   settings = resumable.flatten({"sampler": config.sampler.to_dict()})
   names = ("seed", "guidance", "label")

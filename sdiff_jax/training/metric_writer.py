@@ -6,7 +6,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Json]]:
   return lines
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: Json) -> float | None:
   """Returns a NumPy, JAX or Python scalar as a float, or None if it is not finite."""
   number = float(value)
   return number if math.isfinite(number) else None

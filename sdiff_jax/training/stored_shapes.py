@@ -1,7 +1,5 @@
 """Compares the arrays that a checkpoint holds with those that a network needs."""
 
-from typing import Any
-
 import jax
 
 from sdiff_jax.types import PyTree
@@ -44,7 +42,7 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _key(entry: Any) -> str:
+def _key(entry: object) -> str:
   """Returns the name of an entry of a path in a tree."""
   for attribute in ("key", "name", "idx"):
     if hasattr(entry, attribute):

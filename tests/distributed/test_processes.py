@@ -139,14 +139,8 @@ def test_sigterm_to_one_stops_both_and_one_device_resumes(cache, alone, tmp_path
   same_weights(tmp_path, alone)
 
 
-@pytest.mark.parametrize(
-  ("victim", "count"),
-  [
-    (0, 2),
-    pytest.param(1, 4, marks=pytest.mark.slow),
-    pytest.param(1, 1, marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "count"), [(0, 2), (1, 4), (1, 1)])
 def test_a_killed_process_ends_the_other_and_any_number_goes_on(
   cache, alone, tmp_path, victim, count
 ):

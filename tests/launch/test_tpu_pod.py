@@ -160,6 +160,7 @@ def test_a_job_that_fails_gives_its_code_and_shows_the_logs_of_all(google):
   assert not google.verbs().endswith("delete")
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_after_a_checkpoint_goes_on(google):
   google.write(
     "job",

@@ -139,7 +139,5 @@ def test_leading_with_as_many_steps_as_timesteps():
 
 
 def test_grids_that_are_not_supported():
-  with pytest.raises(ValueError, match="values not supported: use_beta_sigmas=True"):
-    of("EulerDiscrete", use_beta_sigmas=True)
   with pytest.raises(ValueError, match="interpolation_type='log_linear'"):
     of("EulerDiscrete", interpolation_type="log_linear")

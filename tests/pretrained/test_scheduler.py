@@ -126,10 +126,11 @@ def test_solvers(name, fields, solver):
 
 def test_fields_of_another_class():
   """Stable Diffusion 2's files have them; they mean nothing there."""
-  other = {"clip_sample": True, "skip_prk_steps": True, "use_beta_sigmas": True}
+  other = {"clip_sample": True, "skip_prk_steps": True}
+  other |= {"interpolation_type": "log_linear"}
   assert of("PNDM", **other).clip == 0
   assert of("EulerDiscrete", set_alpha_to_one=False).last == 1
-  with pytest.raises(ValueError, match="use_beta_sigmas=True"):
+  with pytest.raises(ValueError, match="interpolation_type='log_linear'"):
     of("EulerDiscrete", **other)
 
 
@@ -167,8 +168,8 @@ def test_fields():
       r"solver_order=4: must be 'dpmsolver\+\+' or UniPC with order 2 or 3",
     ),
     (
-      {"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True},
-      "values not supported: use_lu_lambdas=True",
+      {"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True},
+      "values not supported: euler_at_final=True",
     ),
   ],
 )

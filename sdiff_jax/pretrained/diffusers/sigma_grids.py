@@ -4,23 +4,29 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from sdiff_jax.diffusion import time_grids
 from sdiff_jax.pretrained.files.config_fields import Field
 from sdiff_jax.types import Array, Cond, Json
 
 BETA = 0.6  # both parameters of the beta distribution
+
+
+def _beta(first: float, last: float, steps: int) -> np.ndarray:
+  """Returns quantiles of a beta distribution (arXiv:2407.12173)."""
+  from scipy import special  # slow to import
+
+  quantiles: np.ndarray = special.betaincinv(BETA, BETA, np.linspace(1, 0, steps))
+  return last + (first - last) * quantiles
+
+
 # Name -> (first level, last level, number of levels) -> levels.
 GRIDS: dict[str, Callable[[float, float, int], np.ndarray]] = {
   "karras": lambda first, last, steps: time_grids.karras(
     steps, sigma_min=last, sigma_max=first
   )[:-1],
   "exponential": lambda first, last, steps: np.geomspace(first, last, steps),
-  # Quantiles of a beta distribution (arXiv:2407.12173).
-  "beta": lambda first, last, steps: (
-    last + (first - last) * special.betaincinv(BETA, BETA, np.linspace(1, 0, steps))
-  ),
+  "beta": _beta,
   # Equal steps in ln(alpha / sigma) (arXiv:2206.00927).
   "lu": lambda first, last, steps: np.geomspace(first, last, steps),
 }

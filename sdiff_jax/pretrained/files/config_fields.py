@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -14,6 +14,8 @@ from sdiff_jax.types import Json, UserError
 MAX_NAMES = 6  # fields of each kind in a message
 MAX_QUOTED = 60  # characters of a value in a message
 
+Type = Any  # of a value, as msgspec takes it, which no type of Python describes
+
 
 class Field(NamedTuple):
   """A field of a config file.
@@ -24,7 +26,7 @@ class Field(NamedTuple):
   """
 
   default: Json
-  type: Any
+  type: Type
 
 
 Fields = Mapping[str, Field]
@@ -109,7 +111,7 @@ def validated_config(
   return {name: config.get(name, field.default) for name, field in fields.items()}
 
 
-def _fits(value: Json, type_: Any) -> bool:
+def _fits(value: Json, type_: Type) -> bool:
   try:
     msgspec.convert(value, type_)
   except (msgspec.ValidationError, RecursionError):
@@ -123,7 +125,9 @@ def _abbreviated(texts: list[str]) -> list[str]:
   return texts[:MAX_NAMES] + ([f"and {more} more"] if more > 0 else [])
 
 
-def quoted(value: Json, text: Any = repr, limit: int = MAX_QUOTED) -> str:
+def quoted(
+  value: Json, text: Callable[[Json], str] = repr, limit: int = MAX_QUOTED
+) -> str:
   """Returns a value as the text of a message, cut if it is long.
 
   Args:
@@ -142,7 +146,7 @@ def quoted(value: Json, text: Any = repr, limit: int = MAX_QUOTED) -> str:
   return whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
 
 
-def allowed(type_: Any) -> str:
+def allowed(type_: Type) -> str:
   """Returns what values of a type are, in words.
 
   Args:
@@ -169,7 +173,7 @@ def allowed(type_: Any) -> str:
   return names[type_]
 
 
-def _bounded(type_: Any, bounds: Meta) -> str:
+def _bounded(type_: Type, bounds: Meta) -> str:
   """Returns what values of a type within bounds are, in words."""
   if typing.get_origin(type_) is list:
     (inner,) = typing.get_args(type_)
