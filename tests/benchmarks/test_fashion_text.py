@@ -19,6 +19,7 @@ def model(monkeypatch):
   del sys.modules["model"]
 
 
+@pytest.mark.slow
 def test_the_model_is_a_folder_whose_words_are_tokens(model, tmp_path):
   model.write_model(tmp_path / "start")
   text = tokenizer.load(str(tmp_path / "start" / "tokenizer"))

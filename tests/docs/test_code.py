@@ -56,12 +56,14 @@ def test_the_data_sets_have_the_fields_that_are_shown():
 
 
 def test_networks_of_others_have_the_fields_that_are_shown():
-  of_edm, of_a_folder = blocks("guides/pretrained.md")
+  of_edm, of_a_folder, of_timesteps = blocks("guides/pretrained.md")
   c = config.base()
   exec(of_edm, {"c": c, "config": config})
   assert c.model.process == "edm"
   exec(of_a_folder, {"c": c, "config": config})
   assert (c.model.name, c.teacher.folder, c.init_from) == ("pretrained", "DIR", "DIR")
+  exec(of_timesteps, {"c": c, "config": config})
+  assert (c.loss.name, c.loss.velocity) == ("consistency", "teacher")
 
 
 @pytest.mark.parametrize("page", ["docs/concepts.md", "CONTRIBUTING.md"])

@@ -21,6 +21,7 @@ def averages(folder: pathlib.Path):
   return workdir_lib.trained(config, str(folder))[1]
 
 
+@pytest.mark.slow
 def test_more_steps_are_the_steps_of_a_longer_run(tmp_path):
   grown, once = tmp_path / "grown", tmp_path / "once"
   config = small("diffusion")

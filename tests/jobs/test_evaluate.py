@@ -93,6 +93,7 @@ def test_images_of_another_size_are_refused(tmp_path, images):
     evaluate.run(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_features_of_ones_own_data(tmp_path, images, monkeypatch):
   labels = digits.build()[np.arange(1797)][1]["label"]
   np.savez(tmp_path / "data.npz", images[:200], labels[:200])

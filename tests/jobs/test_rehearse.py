@@ -141,6 +141,7 @@ def test_operations_of_a_step_are_those_of_its_networks(found):
   assert 0 < facts["flops"] - facts["model_flops"] / 8 < 50 * program.num_parameters
 
 
+@pytest.mark.slow
 def test_every_block_counts():
   """A transformer's blocks are a loop in training."""
   config = config_of_file("imagenet256_dit_diffusion.py:tiny")

@@ -58,7 +58,7 @@ def test_schedulers(name):
   [
     pytest.param("tiny-sd2", "paraddim", marks=pytest.mark.slow),
     pytest.param("tiny-sdxl", "paraeuler", marks=pytest.mark.slow),
-    ("tiny-sd3", "paraddim"),
+    pytest.param("tiny-sd3", "paraddim", marks=pytest.mark.slow),
     pytest.param("tiny-flux", "paraddim", marks=pytest.mark.slow),
   ],
 )

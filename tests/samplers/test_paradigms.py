@@ -258,6 +258,7 @@ def test_samples_of_a_batch_do_not_know_of_each_other():
     np.testing.assert_allclose(one.error[0], many.error[seed], rtol=1e-3)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
   window=st.integers(1, 24),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sdiff_jax.samplers import _ring_buffer
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(
   window=st.integers(1, 9), order=st.integers(1, 2), seed=st.integers(0, 999)
