@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sdiff_jax import registry
+from sdiff_jax.contrib import parareal
 from sdiff_jax.fields import Index, Range
 from sdiff_jax.samplers import tableau as tableau_lib
 from sdiff_jax.samplers._ring_buffer import RingBuffer, map_slots, wide
@@ -96,26 +97,6 @@ def plan(num_steps: int, first: np.ndarray) -> Plan:
   return Plan(*map(np.stack, zip(*rows, strict=True)))
 
 
-def coarse_steps(tableau: SolverTableau) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a and b of the steps x' = a x + b d from any state to any later one.
-
-  Steps of DDIM with one denoised value compose to one step.
-
-  Args:
-    tableau: of a solver with one state and one denoised value, of N steps.
-
-  Returns:
-    float64 [N + 1, N + 1] each; 1 and 0 where the end is not later.
-  """
-  size = tableau.evaluations + 1
-  a, b = np.ones((size, size)), np.zeros((size, size))
-  for j in range(size - 1):
-    step_a, step_b = tableau.x_coef[j, 0], tableau.denoised_coef[j, 0]
-    a[: j + 1, j + 1] = step_a * a[: j + 1, j]
-    b[: j + 1, j + 1] = step_a * b[: j + 1, j] + step_b
-  return a, b
-
-
 def check_options(tableau: SolverTableau, options: dict[str, Json]) -> dict[str, Json]:
   """Returns the options of `run`; without a window there are 4 cores.
 
@@ -185,7 +166,7 @@ def run(
   ring = RingBuffer(window, sharding)
   evaluate = map_slots(ring, denoiser, cond)
   columns = tableau.coefficients(x.dtype), jnp.asarray(tableau.time, x.dtype)
-  coarse = [jnp.asarray(v, x.dtype) for v in coarse_steps(tableau)]
+  coarse = [jnp.asarray(v, x.dtype) for v in parareal.composed_steps(tableau)]
   previous = np.append(0, first[:-1])
   start = [wide(v[previous, first][None], x.ndim + 1) for v in coarse]
 

@@ -87,11 +87,30 @@ def check_blocks(tableau: SolverTableau, starts: np.ndarray) -> None:
     )
 
 
+def composed_steps(tableau: SolverTableau) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a and b of the steps x' = a x + b d from any state to any later one.
+
+  Steps of DDIM with one denoised value compose to one step.
+
+  Args:
+    tableau: of a solver with one state and one denoised value, of N steps.
+
+  Returns:
+    float64 [N + 1, N + 1] each; 1 and 0 where the end is not later.
+  """
+  size = tableau.evaluations + 1
+  a, b = np.ones((size, size)), np.zeros((size, size))
+  for j in range(size - 1):
+    step_a, step_b = tableau.x_coef[j, 0], tableau.denoised_coef[j, 0]
+    a[: j + 1, j + 1] = step_a * a[: j + 1, j]
+    b[: j + 1, j + 1] = step_a * b[: j + 1, j] + step_b
+  return a, b
+
+
 def coarse_solver(tableau: SolverTableau, starts: np.ndarray) -> SolverTableau:
   """Returns the coarse solver that crosses each block by one step of DDIM.
 
-  DDIM steps with one denoised value compose to one step, so the coefficients follow from
-  those of the solver.
+  Its coefficients are the `composed_steps` of the solver.
 
   Args:
     tableau: DDIM, or another solver of one state and one denoised value.
@@ -105,11 +124,7 @@ def coarse_solver(tableau: SolverTableau, starts: np.ndarray) -> SolverTableau:
       "coarse_tableau: needed, because the solver's steps are not DDIM's"
     )
   ends = np.append(starts[1:], tableau.evaluations)
-  a, b = np.ones(len(starts)), np.zeros(len(starts))
-  for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
-    for i in range(start, end):
-      step_a, step_b = tableau.x_coef[i, 0], tableau.denoised_coef[i, 0]
-      a[n], b[n] = step_a * a[n], step_a * b[n] + step_b
+  a, b = (v[starts, ends] for v in composed_steps(tableau))
   coarse = {k: v[starts] for k, v in tableau._asdict().items() if np.ndim(v)}
   coarse |= {"x_coef": np.stack([a, 0 * a], 1), "denoised_coef": b[:, None]}
   return tableau._replace(**coarse)

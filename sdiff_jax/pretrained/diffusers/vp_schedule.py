@@ -105,12 +105,7 @@ def noise_schedule(schedule: Schedule, steps: int, solver: str) -> NoiseSchedule
     starts = grid[:-1]
   else:
     starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
-  if starts[0] >= num_train:
-    raise ValueError(
-      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
-      f"with steps_offset={schedule.offset}, but the model's last timestep is "
-      f"{num_train - 1}; use fewer steps, or another spacing"
-    )
+  _check_first(schedule, steps, starts[0], num_train - 1)
   if solver == "ddim":
     ends = starts - num_train // steps
   if solver in TO_CLEAN_DATA:
@@ -124,13 +119,18 @@ def _euler_starts(schedule: Schedule, steps: int) -> np.ndarray:
   starts = noise_schedules.timesteps(num_train, steps, spacing, schedule.offset)
   if spacing == "linspace":
     starts = np.linspace(0, num_train - 1, steps)[::-1]
-  if starts[0] > num_train:
-    raise ValueError(
-      f"steps={steps}: begins at timestep {starts[0]} by timestep_spacing={spacing!r} "
-      f"with steps_offset={schedule.offset}, but the model's last timestep is "
-      f"{num_train - 1}; use fewer steps, or another spacing"
-    )
+  _check_first(schedule, steps, starts[0], num_train)
   return starts.astype(np.float64)
+
+
+def _check_first(schedule: Schedule, steps: int, first: float, largest: int) -> None:
+  """Raises a ValueError if the first of the timesteps is above the largest one."""
+  if first > largest:
+    raise ValueError(
+      f"steps={steps}: begins at timestep {first} by timestep_spacing="
+      f"{schedule.spacing!r} with steps_offset={schedule.offset}, but the model's last "
+      f"timestep is {len(schedule.abar) - 1}; use fewer steps, or another spacing"
+    )
 
 
 def _of_grid(
