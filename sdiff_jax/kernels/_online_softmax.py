@@ -106,6 +106,39 @@ def finish(sums: tuple[Array, ...]) -> tuple[Array, ...]:
   return o, lse, C / l - (mu / l) * o, mu / l
 
 
+def kept(
+  shape: tuple[int, int],
+  i: Array,
+  j: Array,
+  Lk: int,
+  *,
+  causal: bool,
+  counts: Array | None = None,
+  query_axis: int = 0,
+) -> Array | None:
+  """Returns the mask of the scores of a block of queries and one of keys, or None.
+
+  Args:
+    shape: of the scores.
+    i: number of the block of queries.
+    j: number of the block of keys.
+    Lk: number of keys; those above are padding.
+    causal: whether a query sees no later keys.
+    counts: mask of the keys, of `shape`; None for all keys.
+    query_axis: 0 for queries as rows, 1 for keys as rows.
+  """
+  block_q, block_k = shape[query_axis], shape[1 - query_axis]
+  keys = j * block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+  keep = keys < Lk if Lk % block_k else None
+  if causal:
+    queries = i * block_q + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+    before = keys <= queries
+    keep = before if keep is None else keep & before
+  if counts is not None:
+    keep = counts if keep is None else keep & counts
+  return keep
+
+
 def delta(o: Array, g: Array, h: Array) -> Array:
   """Returns g o - h of each query, [..., Lq, 1], of `backward`."""
   product = g.astype(h.dtype) * o.astype(h.dtype)

@@ -51,18 +51,11 @@ def _keep(
   query_axis: int = 0,
 ) -> Array | None:
   """Returns the mask of the scores of query block i and key block j, or None."""
-  shape, keep = (block, block), None
-  keys = j * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
-  if Lk % block:
-    keep = keys < Lk
-  if spec.causal:
-    queries = i * block + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
-    before = keys <= queries
-    keep = before if keep is None else keep & before
+  shape, counts = (block, block), None
   if mask is not None:
     counts = jnp.broadcast_to(jnp.expand_dims(mask, query_axis), shape) != 0
-    keep = counts if keep is None else keep & counts
-  return keep
+  options = {"causal": spec.causal, "counts": counts, "query_axis": query_axis}
+  return _online_softmax.kept(shape, i, j, Lk, **options)
 
 
 def _kernel(

@@ -47,18 +47,9 @@ def _kernel(
     pairs = [split(ref) for ref in (q_ref, k_ref, v_ref)]
     qkv = tuple(x for x, _ in pairs)
     dqkv = tuple(dx for _, dx in pairs) if tangent else None
-    keep = None
     block = (spec.block_q, spec.block_k)
-    keys = j * spec.block_k + jax.lax.broadcasted_iota(jnp.int32, block, 1)
-    if Lk % spec.block_k:
-      keep = keys < Lk
-    if spec.causal:
-      queries = i * spec.block_q + jax.lax.broadcasted_iota(jnp.int32, block, 0)
-      before = keys <= queries
-      keep = before if keep is None else keep & before
-    if masked:
-      counts = jnp.broadcast_to(mask_ref[0], block) != 0
-      keep = counts if keep is None else keep & counts
+    counts = jnp.broadcast_to(mask_ref[0], block) != 0 if masked else None
+    keep = _online_softmax.kept(block, i, j, Lk, causal=spec.causal, counts=counts)
     store(
       _online_softmax.update(
         tuple(r[...] for r in sums_refs), qkv, dqkv, keep, spec.scale
@@ -190,16 +181,11 @@ def _backward_kernel(
   def accumulate() -> None:
     q, g = qg_ref[0, 0, :, :size], qg_ref[0, 0, :, size:]
     k, v = kv_ref[0, 0, :, :size], kv_ref[0, 0, :, size:]
-    shape, keep = (spec.block_k, spec.block_q), None
-    keys = j * spec.block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    if Lk % spec.block_k:
-      keep = keys < Lk
-    if spec.causal:
-      before = keys <= i * spec.block_q + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-      keep = before if keep is None else keep & before
-    if masked:
-      counts = jnp.broadcast_to(mask_ref[0], shape[::-1]).T != 0
-      keep = counts if keep is None else keep & counts
+    shape = (spec.block_k, spec.block_q)
+    counts = jnp.broadcast_to(mask_ref[0], shape[::-1]).T != 0 if masked else None
+    keep = _online_softmax.kept(
+      shape, i, j, Lk, causal=spec.causal, counts=counts, query_axis=1
+    )
     lse, delta = stats_ref[0, 0, :1], stats_ref[0, 0, 1:]
     p, b = _online_softmax.backward((k, v), (q, g), lse, delta, keep, spec.scale)
     if queries:
