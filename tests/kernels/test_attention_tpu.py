@@ -27,7 +27,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from sdiff_jax import sharding
+from sdiff_jax.distributed import sharding
 from sdiff_jax.kernels.attention import attention
 
 chip, L, dtype, work, chips, batch, heads, size = json.loads(sys.argv[1])
@@ -58,7 +58,7 @@ def mapped(*args):
   return jax.shard_map(jvp, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)(*args)
 
 works = {"jvp": jvp, "scm": scm, "shard_map": mapped}
-program = jax.jit(sharding.over(mesh, works[work])).lower(*[x] * 6).compile()
+program = jax.jit(sharding.with_mesh(mesh, works[work])).lower(*[x] * 6).compile()
 text = program.as_text()
 print(json.dumps({
   "temporaries": program.memory_analysis().temp_size_in_bytes / 1e6,
