@@ -10,13 +10,13 @@ RUNS ?= runs/demo
 SEED ?= 0
 MAIN := $(BIN)/python -m sdiff_jax.main
 
-.PHONY: install demo studies test test-slow test-newest lint clean
+.PHONY: install demo studies test test-fast test-slow test-newest lint clean
 install: $(VENV)/installed
 
 # Without a pip of its own: Debian's Python cannot put one there.
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[test]'
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-compile --editable '.[test]'
 	touch $@
 
 demo: install
@@ -41,7 +41,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-test: lint
+# Both at once: the type checker has one process, and the tests do not keep two cores busy.
+test: install
+	$(MAKE) --jobs=2 lint test-fast
+
+test-fast: install
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --durations=25 \
 	  -m "not slow"
 

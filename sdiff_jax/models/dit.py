@@ -10,7 +10,7 @@ from sdiff_jax import registry
 from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.fields import Choices, Depth, DType, Index, Rate, Size
 from sdiff_jax.kernels.attention import IMPLS, attention
-from sdiff_jax.models.layers import common, conditioning, linen
+from sdiff_jax.models.layers import common, conditioning, linen, patches
 from sdiff_jax.models.layers.conditioning import Conditions
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
@@ -123,8 +123,7 @@ class Dit(nn.Module):
       last = embed(conditioning.value_of(cond, END_TIME), cond)
       encoder_blocks = self.depth - self.decoder_blocks
       emb = jnp.stack([emb] * encoder_blocks + [last] * self.decoder_blocks)
-    h = x.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
-    h = h.reshape(B, rows * columns, p * p * C).astype(self.dtype)
+    h = patches.split(x, p).reshape(B, rows * columns, p * p * C).astype(self.dtype)
     h = common.Dense(self.width, dtype=self.dtype, name="in")(h)
     h += positions(rows, columns, self.width).astype(self.dtype)[None]
     blocks = nn.scan(
@@ -145,8 +144,7 @@ class Dit(nn.Module):
     h, _ = blocks(h, emb)
     h = common.AdaptiveDoubleNorm(self.dtype, name="out_norm")(h, last)
     h = _residual_out(p * p * C, self.dtype)(h)
-    h = h.reshape(B, rows, columns, p, p, C).swapaxes(2, 3)
-    return h.reshape(x.shape)
+    return patches.join(h.reshape(B, rows, columns, p * p * C), p)
 
 
 @registry.register(
@@ -205,8 +203,9 @@ def build(
   Example:
     >>> import jax
     >>> network = build(shape=(4, 4, 1), cond={}, patch=2, width=8, depth=1, heads=1)
-    >>> params = network.init(jax.random.key(0))
-    >>> network.apply(params, jnp.ones((2, *(4, 4, 1))), jnp.ones(2), None).shape
+    >>> params = jax.eval_shape(network.init, jax.random.key(0))
+    >>> x, t = jnp.ones((2, 4, 4, 1)), jnp.ones(2)
+    >>> jax.eval_shape(network.apply, params, x, t, None).shape
     (2, 4, 4, 1)
   """
   if len(shape) != 3 or shape[0] % patch or shape[1] % patch:

@@ -68,6 +68,7 @@ def test_the_same_data_may_lie_elsewhere(tmp_path):
     train.run(config, run)
 
 
+@pytest.mark.slow
 def test_changed_versions_are_a_warning(tmp_path, capsys):
   config = small("diffusion")
   train.run(config, str(tmp_path))

@@ -82,6 +82,7 @@ def test_many_damaged_files(name):
   _run(name, inputs, repeatable=False)
 
 
+@pytest.mark.slow
 def test_the_judge_sees_broken_promises(tmp_path):
   """Each promise, broken on purpose."""
 

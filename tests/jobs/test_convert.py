@@ -67,6 +67,7 @@ def converted(files, tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_the_denoiser_is_edms(converted, fixture):
   config = workdir_lib.read(str(converted))
   experiment, params = workdir_lib.trained(config, str(converted))

@@ -78,6 +78,7 @@ def run_of(data: str, folder: pathlib.Path, loss: str, **fields):
   return c
 
 
+@pytest.mark.slow
 def test_texts_have_the_length_of_the_tokenizer(data, published):
   """As long as diffusers', they would be the same: padding is not attended to."""
   dataset = latents.build(dir=data, scale="pixels")

@@ -83,6 +83,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.usefixtures("short")
+@pytest.mark.slow
 def test_job_measures_every_sampler_in_the_same_episodes(trained, capsys):
   config = workdir_lib.read(trained)
   assert rollout.run(config, trained).startswith("2 episodes by each of 2 samplers")

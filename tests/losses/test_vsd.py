@@ -167,6 +167,7 @@ def close(found, wanted):
     np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-8)
 
 
+@pytest.mark.slow
 def test_with_distillation_it_is_the_sum(case):
   options, params, batch = case
   both, alone = (vsd.build(**options, consistency=c) for c in (True, False))

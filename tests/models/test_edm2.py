@@ -15,7 +15,7 @@ from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import trigflow
 from sdiff_jax.losses import diffusion, scm
 from sdiff_jax.models import edm2
-from sdiff_jax.models.layers import edm2_blocks
+from sdiff_jax.models.layers import edm2_blocks, patches
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.pretrained import edm2 as edm2_weights
 from sdiff_jax.training import ema, state, step
@@ -342,6 +342,25 @@ def test_magnitudes_are_kept():
   assert sides[0] == pytest.approx(sides[1], rel=0.02)
 
 
+def test_patches_are_pixels_of_a_smaller_network(key):
+  """patch=2 is the network of (H/2, W/2, 4C) between `patches.split` and `join`."""
+  options = ONE_LEVEL | {"channels": 8}
+  net = small(**options, patch=2)
+  inner = small(**options | {"shape": (4, 4, 8)})
+  params = random_params(inner, dtype="float32")
+  x, t = jax.random.normal(key, (3, 8, 8, 2)), jnp.array([0.1, 0.8, 1.5])
+  cond = {"label": jnp.array([0, 2, 1])}
+  expected = patches.join(inner.apply(params, patches.split(x, 2), t, cond), 2)
+  got = net.apply(params, x, t, cond)
+  assert float(jnp.std(got)) > 0.01
+  np.testing.assert_array_equal(got, expected)
+  # A patch of the image is one pixel, with its rows outermost.
+  image = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+  np.testing.assert_array_equal(
+    patches.split(image, 2)[1, 1, 2], image[1, 2:4, 4:6].ravel()
+  )
+
+
 def test_resampling():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 6, 2)), jnp.float32)
   corners = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
@@ -407,6 +426,7 @@ def weights(params):
   }
 
 
+@pytest.mark.slow
 def test_every_update_keeps_the_norms():
   """Of each output's weights: r / (r + 1e-4), r = 1 + O(rate) after Adam."""
   net = small(**ONE_LEVEL)

@@ -47,7 +47,7 @@ def run(folder, file: str) -> tuple:
 CASES = pytest.mark.parametrize(
   ("folder", "file"),
   [
-    (SD3, "expected.npz"),
+    pytest.param(SD3, "expected.npz", marks=pytest.mark.slow),
     pytest.param(FLUX, "expected.npz", marks=pytest.mark.slow),
     (FLUX, "expected_cfg.npz"),
   ],

@@ -94,7 +94,10 @@ def clipped(denoiser, table, case):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("d32")) for n in CASES],
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n.startswith("d32") or "_sl_" in n))
+    for n in CASES
+  ],
 )
 def test_published_is_the_loop_of_diffusers(name, monkeypatch):
   """Iterations, evaluations and strides are identical, the ends agree."""

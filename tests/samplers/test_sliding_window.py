@@ -171,6 +171,7 @@ def test_mistakes_are_refused(changes, message):
     samplers.build(**{"sigma_d": 0.5, "name": "paraddpm", "steps": 16} | changes)
 
 
+@pytest.mark.slow
 def test_the_window_grows_with_what_a_call_costs(monkeypatch):
   """Where a call takes as long for any window, the widest; where time grows, few."""
   sampler = samplers.build("paraddpm", sigma_d=0.5, steps=24)
