@@ -18,7 +18,7 @@ import numpy as np
 
 from sdiff_jax import samplers
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import published_model, text_to_image
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import Sampler, _gaussian_mixture, comparison
 
@@ -45,7 +45,7 @@ def folder(path: str, count: int) -> tuple:
   """Returns the same of a folder in the diffusers format."""
   model, made = loading.load(path), {}
   for name in NAMES:
-    schedule, made[name] = text_to_image.build_sampler(
+    schedule, made[name] = published_model.build_sampler(
       model.schedule, name=name, steps=STEPS, **options(name)
     )
   model = model._replace(schedule=schedule)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.capacity import chips
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import published_model
 from sdiff_jax.kernels import attention
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import autotune
@@ -74,7 +74,7 @@ def calls(name: str, window: int) -> None:
   schedule = loading.schedule(str(ROOT / name / "scheduler"))
   row = [name]
   for steps in STEPS:
-    _, sampler = text_to_image.build_sampler(
+    _, sampler = published_model.build_sampler(
       schedule, name=f"para{schedule.solver}", steps=steps, window=window, tolerance=0.1
     )
     count = autotune.expected_iterations(sampler)

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdiff_jax import registry
+from sdiff_jax import main, registry
 
 # Tracing makes many objects and few cycles; Python's own threshold of 700 objects costs a
 # twentieth of the time of the tests.
@@ -88,3 +88,19 @@ def fixture():
       return dict(arrays)
 
   return load
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+  """(args) -> the error of a command that is refused, run in this process."""
+  monkeypatch.chdir(FIXTURES.parents[1])
+
+  def error(*args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+      main.main(["main", *args])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+  return error

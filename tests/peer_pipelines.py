@@ -12,7 +12,7 @@ import numpy as np
 from closed_forms import one_at_a_time
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import start_images, text_to_image
+from sdiff_jax.experiment import published_model, start_images, text_to_image
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import Samples, paradigms, sequential
 from sdiff_jax.types import Array
@@ -74,7 +74,7 @@ def run(
     **options: of `text_to_image.pipeline`.
   """
   model, mesh = loading.with_shape(model, x.shape[1:]), MESH()
-  schedule, sampler = text_to_image.build_sampler(
+  schedule, sampler = published_model.build_sampler(
     model.schedule, name=name, steps=steps, strength=strength
   )
   model = model._replace(schedule=schedule)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command_line import TINY, environment
 from quick_xla import xla_flags
-from test_main import TINY, environment
 
 from sdiff_jax import main, registry
 from sdiff_jax.experiment import build, training

@@ -4,7 +4,8 @@
 
 Writes the transformer, its scheduler and conditions into FOLDER, and then answers each
 line of stdin, a number of steps, with the seconds of a whole sample (batch 1, float32, no
-guidance) as a line of stdout. benchmarks/flow_transformers.py reads the folder and asks.
+guidance), and those of its processors, as a line of stdout. benchmarks/flow_transformers.py
+reads the folder and asks.
 """
 
 import json
@@ -91,11 +92,11 @@ def main() -> None:
     json.dumps({"parameters": count, "threads": torch.get_num_threads()}), flush=True
   )
   for line in sys.stdin:
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     x = sample(int(line))
-    seconds = time.perf_counter() - begin
+    end = time.perf_counter(), time.process_time()
     np.save(folder / "end.npy", x.numpy())
-    print(seconds, flush=True)
+    print(end[0] - begin[0], end[1] - begin[1], flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from sdiff_jax.data import Codec, Dataset, LatentCodec, PixelCodec, class_cond, 
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import pipelines, teachers, text_to_image
+from sdiff_jax.experiment import pipelines, published_model, teachers, text_to_image
 from sdiff_jax.experiment import sampling as sampling_lib
 from sdiff_jax.experiment import training as training_lib
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -201,7 +201,7 @@ def generation(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     UserError: the batch or the window does not divide over the mesh, or there is no
       window, or the folder does not fit.
   """
-  model, sampler = text_to_image.from_config(config, abstract=True)
+  model, sampler = published_model.from_config(config, abstract=True)
   weights = {k: v for k, v in model.params.items() if k != "vae"}
   model = model._replace(vae=None, params=weights)
   pipeline = text_to_image.pipeline(

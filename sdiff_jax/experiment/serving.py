@@ -18,6 +18,7 @@ from sdiff_jax.experiment import (
   conditions,
   pipelines,
   policies,
+  published_model,
   sampling,
   text_to_image,
 )
@@ -123,7 +124,7 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
       f"config.generate.image={config.generate.image}: the service makes images from "
       "noise alone; leave it out, or use --job=generate"
     )
-  model, sampler = text_to_image.from_config(config)
+  model, sampler = published_model.from_config(config)
   mesh = experiments.mesh(config)
   where = sharding.state(model.params, mesh)
   params = sharding.device_put_global(model.params, where)
@@ -138,7 +139,7 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   for text, sizes in _ladders(
     choice, plain, _samplers(config)[:1], choice.live
   ).items():
-    planned, sampler = text_to_image.with_sampler(_switched(config, text), model)
+    planned, sampler = published_model.with_sampler(_switched(config, text), model)
     variants = {False: text_to_image.pipeline(planned, sampler, mesh)}
     if has_text or model.unet.classes:
       guided = text_to_image.pipeline(planned, sampler, mesh, guidance_scale=None)

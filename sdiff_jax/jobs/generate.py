@@ -8,89 +8,41 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, NamedTuple, NotRequired, TypedDict
+from typing import Annotated
 
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from sdiff_jax import registry, renamed
+from sdiff_jax import registry
 from sdiff_jax.data import folder
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import conditions, pipelines, start_images, text_to_image
+from sdiff_jax.experiment import (
+  conditions,
+  described_images,
+  pipelines,
+  published_model,
+  start_images,
+  text_to_image,
+)
+from sdiff_jax.experiment.described_images import Images
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import CompiledSampler, Pipeline
 from sdiff_jax.fields import Choices, HubPath, Length, Path, Range
-from sdiff_jax.io import file_io, image_io, records, resumable, storage
+from sdiff_jax.io import file_io, image_io, resumable
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.pretrained.diffusers import prompts as prompts_lib
 from sdiff_jax.samplers import Sampler, SamplingStats
 from sdiff_jax.types import Json, Params, UserError
 
-MAX_IMAGES = 1_000_000
 NUM_SHOWN = 16  # images of the picture
 NUM_WRITERS = 4  # threads
 # Fields of config.sampler that are stored with an image.
 STORED_FIELDS = ("name", "steps", "tolerance", "update_rule")
-# Names of earlier versions, in their images -> present names.
-RENAMED = {"passes": "num_iterations", "evaluations": "num_evaluations"}
-# What a PNG says of its image; None where there is none.
-Description = dict[str, Json] | None
-
-
-# What a PNG says of the cost of its image, beside what determines the image.
-Cost = TypedDict(
-  "Cost",
-  {
-    "sampler.window": records.Count,
-    "seconds": records.Seconds,  # of the batch
-    "batch": records.Positive,  # number of its images
-    "num_iterations": NotRequired[float],
-    "num_evaluations": NotRequired[float],
-    "error": NotRequired[float],
-  },
-)
-
-
-class Images(NamedTuple):
-  """The images of the job.
-
-  Attributes:
-    folder: where they lie.
-    settings: what determines each image: prompt, seed and fields of the config.
-  """
-
-  folder: str
-  settings: list[dict[str, Json]]
-
-  def path(self, k: int) -> str:
-    """Returns the path of image k."""
-    return os.path.join(self.folder, f"{k:05d}.png")
-
-  def descriptions(self) -> list[Description]:
-    """Returns what the existing images say of themselves, None for the others.
-
-    Raises:
-      UserError: an image was made with other settings.
-    """
-    descriptions = [_description(self.path(k)) for k in range(len(self.settings))]
-    for k, (stored, settings) in enumerate(
-      zip(descriptions, self.settings, strict=True)
-    ):
-      if stored is None:
-        continue
-      of_settings = {name: stored.get(name) for name in settings}
-      if different := resumable.differences(of_settings, settings):
-        raise UserError(
-          f"{self.path(k)} was made with other settings: {', '.join(different)}; use "
-          "another --workdir, or the same values"
-        )
-    return descriptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,9 +81,9 @@ class Generate:
   distilled_guidance: Annotated[float, Range(0.0, 100.0)] = 3.5
   lora: str = ""
   image: Path = ""
-  strength: Annotated[float, Range(0.0, 1.0)] = text_to_image.DEFAULT_STRENGTH
-  timestep_spacing: Annotated[str, Choices(text_to_image.SPACINGS)] = ""
-  dtype: Annotated[str, Choices(text_to_image.DTYPES)] = "float32"
+  strength: Annotated[float, Range(0.0, 1.0)] = published_model.DEFAULT_STRENGTH
+  timestep_spacing: Annotated[str, Choices(published_model.SPACINGS)] = ""
+  dtype: Annotated[str, Choices(published_model.DTYPES)] = "float32"
 
 
 @registry.register(
@@ -152,17 +104,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   section, scale = config.generate, config.sample.guidance
   with config_errors("config.generate"):
     prompts = prompts_lib.read(section.prompts) if section.prompts else []
-  _check_paths(workdir, config.sample.num)
+  described_images.check_paths(workdir, config.sample.num)
   mesh = experiments.mesh(config)
   with config_errors("config.sample"):
     sharding.check_batch(size, sharding.samples(mesh))
-  model, sampler = text_to_image.from_config(config, mesh=mesh)
+  model, sampler = published_model.from_config(config, mesh=mesh)
   prompts, labels = conditions.from_config(config, model, prompts)
   starts = start_images.from_config(config, model)
   where = os.path.join(workdir, "images")
   images = _images(config, prompts, labels, starts, where)
   descriptions = images.descriptions()
-  sampler = _stored_window(sampler, descriptions, images.folder)
+  sampler = described_images.stored_window(sampler, descriptions, images.folder)
   missing = [k for k, stored in enumerate(descriptions) if not stored]
   compile_seconds = None
   if missing or compare:
@@ -198,27 +150,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   )
 
 
-def _check_paths(workdir: str, num: int) -> None:
-  """Checks that nothing is in the way of the files that the job writes.
-
-  Raises:
-    UserError: there are too many images, a file has the name of the folder of images, or
-      a folder that of a file.
-  """
-  if num > MAX_IMAGES:
-    raise UserError(f"config.sample.num={num}: must be at most {MAX_IMAGES}")
-  folder = os.path.join(workdir, "images")
-  if storage.lexists(folder) and not storage.isdir(folder):
-    raise UserError(f"{folder} is no folder: move it, or use another --workdir")
-  names = [os.path.join("images", f"{k:05d}.png") for k in range(num)]
-  if not storage.isdir(folder):
-    names = []
-  for name in ("images.json", "images.png", *names):
-    path = os.path.join(workdir, name)
-    if storage.lexists(path) and not storage.isfile(path):
-      raise UserError(f"{path} is no regular file: move it, or use another --workdir")
-
-
 def _images(
   config: ml_collections.ConfigDict,
   prompts: list[str | None],
@@ -250,44 +181,6 @@ def _images(
   for k, of_image in enumerate(settings if starts else ()):
     of_image["image"] = os.path.basename(starts[k % len(starts)])
   return Images(folder, settings)
-
-
-def _stored_window(
-  sampler: Sampler, descriptions: list[Description], folder: str
-) -> Sampler:
-  """Returns the sampler with the window of the existing images.
-
-  Raises:
-    UserError: they were made with another window than the sampler's.
-  """
-  windows = {stored["sampler.window"] for stored in descriptions if stored}
-  if not sampler.is_parallel or not windows:
-    return sampler
-  if not sampler.window:
-    return sampler.replace(window=windows.pop())
-  if other := windows - {sampler.window}:
-    raise UserError(
-      f"{folder} holds images of config.sampler.window={other.pop()}, not "
-      f"{sampler.window}; use another --workdir, or the same value"
-    )
-  return sampler
-
-
-def _description(path: str) -> Description:
-  """Returns what a PNG says of its image, None where there is no image of this job."""
-  if not storage.exists(path):
-    return None
-  try:
-    text = image_io.about(path)
-    stored = records.decode(text, dict[str, Json], path, any_number=True)
-    names = {old: new.name for old, new in renamed.RENAMED.items()} | RENAMED
-    stored = {names.get(name, name): value for name, value in stored.items()}
-    if "sampler.window" not in stored:
-      return None
-    return records.check(stored, Cost, path)
-  except (*folder.UNREADABLE, UserError) as error:
-    print(f"{path} is damaged, making it again: {error}", file=sys.stderr)
-    return None
 
 
 def _make(

@@ -6,7 +6,7 @@ import forked
 import jax
 import numpy as np
 import pytest
-from test_main import works
+from command_line import works
 from test_processes import CONFIG, start
 
 from sdiff_jax.data import npz

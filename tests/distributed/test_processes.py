@@ -10,7 +10,7 @@ import forked
 import jax
 import numpy as np
 import pytest
-from test_main import TINY, environment, weights
+from command_line import TINY, environment, weights
 
 from sdiff_jax.distributed import processes
 from sdiff_jax.types import UserError

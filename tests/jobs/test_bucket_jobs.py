@@ -8,10 +8,10 @@ import forked
 import jax
 import numpy as np
 import pytest
+from command_line import environment
 from conftest import FIXTURES
 from test_buckets import TEACHER, assert_equal, half_saved, job, losses, restored
 from test_kills import without_times
-from test_main import environment
 from test_processes import start
 
 from sdiff_jax import registry

@@ -15,7 +15,7 @@ from PIL import Image
 from sdiff_jax import config as configs
 from sdiff_jax import main, samplers
 from sdiff_jax.distributed import sharding
-from sdiff_jax.experiment import pipelines, text_to_image
+from sdiff_jax.experiment import pipelines, published_model, text_to_image
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading
 from sdiff_jax.samplers import autotune, sequential
@@ -57,7 +57,7 @@ def sd2() -> loading.Model:
 
 def planned(**fields):
   """Returns the model with its schedule as it is solved, and the sampler."""
-  schedule, sampler = text_to_image.build_sampler(sd2().schedule, **fields)
+  schedule, sampler = published_model.build_sampler(sd2().schedule, **fields)
   return sd2()._replace(schedule=schedule), sampler
 
 
@@ -233,7 +233,7 @@ def test_the_program_of_a_real_model_without_its_weights():
   found = loading.configs(str(SD2))
   assert [*found] == ["unet", "vae", "text_encoder", "scheduler"]
   model = loading.abstract(found, dtype="bfloat16")
-  schedule, sampler = text_to_image.build_sampler(
+  schedule, sampler = published_model.build_sampler(
     model.schedule, name="paraddpm", steps=9, window=4
   )
   model, mesh = model._replace(schedule=schedule), sharding.make_mesh(window=4)

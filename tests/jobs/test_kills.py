@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 import pytest
+from command_line import ROOT, TINY, environment, works
 from conftest import FIXTURES
 from PIL import Image
-from test_main import ROOT, TINY, environment, works
 
 KILLS = 20
 TIMES = {"images_per_second", "seconds", "compile_seconds", "latency", "batch"}

@@ -1,4 +1,4 @@
-"""The contract of every network, and the layers that they share."""
+"""The contract of every network."""
 
 import functools
 
@@ -7,33 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_forms import central, random_params
-from trained_maps import rms
+from small_networks import (
+  CASES,
+  COND,
+  GUIDED,
+  B,
+  build,
+  close,
+  gradient,
+  inputs,
+  native,
+)
 
 from sdiff_jax import registry
-from sdiff_jax.diffusion.trigflow import END_TIME
-from sdiff_jax.models import dit, mlp
-from sdiff_jax.models.layers import common as common_lib
 from sdiff_jax.types import CondSpec
 
-
-def case(name: str) -> dict:
-  """Returns the arguments of build that the network registers as `minimal`."""
-  fields = registry.lookup("models", name).facts["minimal"]
-  needs_sigma_d = "sigma_d" in registry.required("models", name)
-  return {"sigma_d": 0.5} | fields if needs_sigma_d else dict(fields)
-
-
-CASES = {  # a published network is tested in tests/pretrained/test_trigflow_network.py
-  name: case(name) for name in registry.names("models") if name != "pretrained"
-}
-# A condition of every kind, which every network embeds.
-COND = {
-  "label": CondSpec((), np.int32, num_classes=3),
-  "angle": CondSpec((), np.float32),
-  "observation": CondSpec((5,), np.float32),
-  "mask": CondSpec((2, 3), np.bool_),
-}
-B = 4
 # Ways to compute the same: fields of some networks, most of which compile for long.
 QUICK_WAYS = [("dit", "full"), ("mlp", 2)]
 WAYS = [
@@ -55,46 +43,8 @@ def mostly_slow(*default: str, names=tuple(CASES)):
   return pytest.mark.parametrize("name", [*default, *slow])
 
 
-# What the cases are conditioned on, by the number of axes of a sample: action chunks,
-# images, or either of them.
-NATIVE = {2: ("observation",), 3: ("label",), None: ("label", "observation")}
-
-
-def native(name: str) -> tuple[str, ...]:
-  return NATIVE[registry.lookup("models", name).facts.get("sample_ndim")]
-
-
-GUIDED = [name for name in CASES if "guidance" in registry.fields("models", name)]
 DROPOUT = [name for name in CASES if "dropout" in registry.fields("models", name)]
 x64 = pytest.mark.usefixtures("x64")
-
-
-@functools.cache
-def build(name: str, **options):
-  """Returns a small network, compiled once, all of whose options are on."""
-  given = {"guidance": True} if name in GUIDED else {}
-  names = options.get("cond", native(name))
-  options |= {"cond": {k: COND[k] for k in names}}
-  net = registry.lookup("models", name).build(**CASES[name] | given | options)
-  return net._replace(apply=jax.jit(net.apply), init=jax.jit(net.init))
-
-
-def inputs(name: str, dtype: str = "float32"):
-  """Returns x, t, cond and a direction (dx, dt)."""
-  rng = np.random.default_rng(0)
-  x, dx = (
-    jnp.asarray(rng.normal(size=(B, *CASES[name]["shape"])), dtype) for _ in range(2)
-  )
-  t, dt, guidance = (jnp.asarray(rng.uniform(0.1, 1.5, B), dtype) for _ in range(3))
-  cond = {"label": jnp.array([0, 1, 2, -1]), "guidance": guidance}
-  cond["observation"] = jnp.asarray(rng.normal(size=(B, 5)), dtype)
-  cond["angle"] = jnp.asarray(rng.uniform(0.1, 1.5, B), dtype)
-  cond["mask"] = jnp.asarray(rng.random((B, 2, 3)) < 0.5)
-  return x, t, cond, (dx, dt)
-
-
-def close(a, b, tolerance=1e-5):
-  np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 @mostly_slow("dit", "mlp")
@@ -140,21 +90,6 @@ def test_jvp_is_the_derivative(name):
   size = np.abs(expected).max()
   assert size > 0.1
   np.testing.assert_allclose(derivative, expected, rtol=1e-6, atol=1e-7 * size)
-
-
-@functools.cache
-def gradient(name: str, **options) -> dict:
-  """Returns the gradient of |F|^2 + |tangent|^2: reverse over forward mode."""
-  net = build(name, **options)
-  x, t, cond, along = inputs(name)
-
-  @jax.jit
-  @jax.grad
-  def of_value(params):
-    F, J = jax.jvp(lambda x, t: net.apply(params, x, t, cond), (x, t), along)
-    return jnp.mean(F**2) + jnp.mean(J**2)
-
-  return of_value(random_params(net, dtype="float32"))["net"]
 
 
 @pytest.mark.parametrize(("name", "options"), WAYS)
@@ -352,201 +287,6 @@ def test_tangents_are_finite_at_zero(name):
       assert jnp.all(jnp.isfinite(leaf))
 
 
-# The transformer.
-
-
-def test_patches_return_to_their_places():
-  """Without attention a pixel reaches its own patch and no other."""
-  net = build("dit")
-  params = random_params(net, dtype="float32")
-  out = params["net"]["blocks"]["attention"]["out"]
-  out |= jax.tree.map(jnp.zeros_like, out)
-  x, t, cond, _ = inputs("dit")
-  jacobian = jax.jacfwd(lambda y: net.apply(params, x.at[0].set(y), t, cond)[0])(x[0])
-  reach = np.any(jacobian != 0, axis=(2, 5))  # [H, W, H, W]
-  row, col = np.mgrid[:4, :6] // 2
-  same = (row[..., None, None] == row) & (col[..., None, None] == col)
-  np.testing.assert_array_equal(reach, same)
-
-
-def test_fused_attention_changes_nothing():
-  """Neither F and its tangent, nor the gradient of a loss of both, under remat."""
-  x, t, cond, along = inputs("dit")
-  params = random_params(build("dit"), dtype="float32")
-  plain, fused = (build("dit", attention=name) for name in ("plain", "fused"))
-  both = [
-    jax.jit(functools.partial(jax.jvp, functools.partial(net.apply, params, cond=cond)))
-    for net in (plain, fused)
-  ]
-  jax.tree.map(close, both[1]((x, t), along), both[0]((x, t), along))
-  found = gradient("dit", attention="fused", remat="full")
-  jax.tree.map(lambda a, b: close(a, b, 2e-4), found, gradient("dit"))
-
-
-def test_positions_differ():
-  p = dit.positions(5, 7, 16)
-  assert (p.shape, p.dtype) == ((35, 16), np.float32)
-  gaps = np.linalg.norm(p[:, None] - p[None], axis=-1)
-  assert (gaps + np.eye(35)).min() > 0.1
-  # The distance of two patches depends on how far apart they are alone.
-  grid = p.reshape(5, 7, 16)
-  for step in (grid[1:] - grid[:-1], grid[:, 1:] - grid[:, :-1]):
-    lengths = np.linalg.norm(step, axis=-1)
-    close(lengths, lengths[0, 0])
-
-
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"shape": (4, 5, 1)}, r"patch=2: must divide .* of \(4, 5, 1\)"),
-    ({"shape": (4, 4)}, r"patch=2: must divide height and width"),
-    ({"width": 18, "heads": 3}, r"width=18: must be a multiple of 4"),
-    ({"width": 16, "heads": 3}, r"width=16: .* heads=3"),
-    ({"attention": "flash"}, r"attention='flash': must be one of auto, plain"),
-  ],
-)
-def test_sizes_that_do_not_divide(options, message):
-  with pytest.raises(ValueError, match=message):
-    dit.build(**{"shape": (4, 4, 1), "cond": {}} | options)
-
-
-# Layers.
-
-
-@x64
-def test_embedding_of_the_angle_is_slow():
-  """Frequencies fall from 1 to 1e-4, so |d/dt| <= 1: nothing explodes in dF/dt."""
-  t = jnp.linspace(0, np.pi / 2, 50)
-  value, slope = jax.jvp(
-    lambda t: common_lib.positional(t, 16), (t,), (jnp.ones_like(t),)
-  )
-  assert value.shape == (50, 16)
-  assert jnp.max(jnp.abs(slope)) <= 1
-  close(slope[0, 8:], 10_000.0 ** (-np.arange(8) / 7))
-  close(value[:, :8] ** 2 + value[:, 8:] ** 2, 1)
-
-
-def test_norms():
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(5 + 3 * rng.normal(size=(4, 64)), jnp.float32)
-  close(common_lib.rms_norm(x), x / np.sqrt(np.mean(np.square(x), 1, keepdims=True)))
-  centred = np.asarray(x) - np.mean(x, 1, keepdims=True)
-  close(common_lib.layer_norm(x), centred / np.std(x, 1, keepdims=True))
-  assert common_lib.rms_norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-def test_adaptive_double_norm():
-  """norm(x) pnorm(s(emb)) + pnorm(b(emb)), for tokens and for vectors."""
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
-  emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
-  norm = common_lib.AdaptiveDoubleNorm(jnp.dtype("float32"))
-  params = norm.init(jax.random.key(0), x, emb)
-  scale, shift = (
-    common_lib.rms_norm(emb @ p["kernel"] + p["bias"][None])[:, None]
-    for p in (params["params"][k] for k in ("scale", "shift"))
-  )
-  y = norm.apply(params, x, emb)
-  close(y, common_lib.layer_norm(x) * scale + shift)
-  close(norm.apply(params, x[:, 2], emb), y[:, 2])
-  assert jnp.min(jnp.mean(scale**2, -1)) > 0.9
-
-
-def test_adaptive_norm_without_the_second_norm():
-  """norm(x) (1 + s(emb)) + b(emb), of the same parameters."""
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
-  emb = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
-  norm = common_lib.AdaptiveNorm(jnp.dtype("float32"))
-  double = common_lib.AdaptiveDoubleNorm(jnp.dtype("float32"))
-  params = norm.init(jax.random.key(0), x, emb)
-  assert jax.tree.all(
-    jax.tree.map(jnp.array_equal, params, double.init(jax.random.key(0), x, emb))
-  )
-  scale, shift = (
-    (emb @ p["kernel"] + p["bias"][None])[:, None]
-    for p in (params["params"][k] for k in ("scale", "shift"))
-  )
-  close(norm.apply(params, x, emb), common_lib.layer_norm(x) * (1 + scale) + shift)
-
-
-@x64
-def test_fourier_features_are_fast():
-  """cos and sin of 2 pi 16 n t with normal n, one draw for all."""
-  t = jnp.linspace(0, np.pi / 2, 50)
-  value, slope = jax.jvp(
-    lambda t: common_lib.fourier(t, 512), (t,), (jnp.ones_like(t),)
-  )
-  cos, sin = np.split(value, 2, axis=1)
-  close(cos**2 + sin**2, 1)
-  frequencies = slope[0, 256:]  # those of the sines, at 0
-  angles = t[:, None] * frequencies[None]
-  close(cos, np.cos(angles))
-  close(sin, np.sin(angles))
-  assert np.std(frequencies) == pytest.approx(2 * np.pi * 16, rel=0.15)
-  assert abs(np.mean(frequencies)) < 20
-  np.testing.assert_array_equal(common_lib.fourier(t, 512), value)
-
-
-# The MLP without one of what stabilizes the tangent.
-PLAIN = ({"process": "edm"}, {"embedding": "fourier"}, {"norm": "single"})
-
-
-@pytest.mark.parametrize("options", PLAIN)
-@x64
-def test_every_mlp_has_a_derivative(options):
-  net = build("mlp", dtype="float64", sigma_d=0.5, **options)
-  x, t, cond, along = inputs("mlp", "float64")
-  params = random_params(net)
-
-  def F(x, t):
-    return net.apply(params, x, t, cond)
-
-  expected = central(F, (x, t), along, 1e-7 if "embedding" in options else 1e-5)
-  np.testing.assert_allclose(jax.jvp(F, (x, t), along)[1], expected, rtol=1e-4)
-  assert jnp.std(F(x, t)) > 0.01
-  single = "AdaptiveNorm_0" in params["net"]["blocks"]
-  assert single == ("norm" in options)
-
-
-@x64
-def test_the_mlp_of_edms_time():
-  """F = -raw(x, ln(sigma_d tan t) / 4), and w of the same time."""
-  net = build("mlp", process="edm", sigma_d=0.5, dtype="float64")
-  raw = build("mlp", dtype="float64")
-  x, t, cond, _ = inputs("mlp", "float64")
-  params = random_params(raw)
-  c_noise = jnp.log(0.5 * jnp.tan(t)) / 4
-  close(net.apply(params, x, t, cond), -raw.apply(params, x, c_noise, cond), 1e-12)
-  close(net.logvar(params, t), raw.logvar(params, c_noise), 1e-12)
-
-
-@pytest.mark.parametrize(
-  ("options", "known"),
-  [
-    ({"process": "vp"}, "process='vp': must be one of trigflow, edm"),
-    ({"embedding": "rope"}, "embedding='rope': must be one of positional, fourier"),
-    ({"norm": "scale"}, "norm='scale': must be one of double, single"),
-  ],
-)
-def test_unknown_names_of_the_mlp(options, known):
-  with pytest.raises(ValueError, match=rf"^{known}"):
-    mlp.build(shape=(2,), cond={}, **options)
-
-
-def test_the_mlps_parameters_keep_their_names():
-  """A run that was trained before can be read."""
-  shapes = jax.eval_shape(build("mlp").init, jax.random.key(0))["net"]
-  assert {*shapes["blocks"]} == {"AdaptiveDoubleNorm_0", "Dense_0", "Dense_1"}
-  assert {"in", "out_norm", "gain", "shift", "blocks"} < {*shapes}
-
-
-def test_wide_keeps_what_is_wide():
-  for narrow in ("bfloat16", "float16"):
-    assert common_lib.to_accumulation_dtype(jnp.zeros(2, narrow)).dtype == jnp.float32
-  assert common_lib.to_accumulation_dtype(jnp.zeros(2)).dtype == jnp.float32
-
-
 @pytest.mark.parametrize(
   "name", [name for name in CASES if "remat" in registry.fields("models", name)]
 )
@@ -554,51 +294,3 @@ def test_an_unknown_way_to_recompute_is_refused_at_once(name):
   ways = "'', weights, dots, full"
   with pytest.raises(ValueError, match=f"remat='half': must be one of {ways}"):
     build(name, remat="half")
-
-
-def test_the_last_blocks_of_a_decoupled_transformer_see_the_end_time_alone():
-  """Decoupled MeanFlow: a velocity network's weights, and its output at s = t."""
-  shape, end_time = (4, 4, 2), {END_TIME: CondSpec((), np.float32)}
-  label = {"label": CondSpec((), np.int32, num_classes=3)}
-  sizes = {"shape": shape, "width": 16, "depth": 3, "heads": 2}
-  plain = dit.build(cond=label, **sizes)
-  decoupled = dit.build(cond=label | end_time, decoder_blocks=1, **sizes)
-  params = random_params(plain, dtype="float32")
-  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
-    jnp.shape, jax.eval_shape(decoupled.init, jax.random.key(0))
-  )
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
-  t, label = jnp.array([0.4, 1.3]), jnp.array([0, 2])
-
-  @jax.jit
-  def both(params, t, s):
-    cond = {"label": label}
-    timed = decoupled.apply(params, x, t, {**cond, END_TIME: s})
-    return timed, plain.apply(params, x, t, cond)
-
-  np.testing.assert_array_equal(*both(params, t, t))
-  outputs = [both(params, *times)[0] for times in ((t, t), (t, 0 * t), (0 * t, t))]
-  assert min(rms(outputs[0] - other) for other in outputs[1:]) > 1e-3
-  # Without the blocks of the encoder nothing sees t.
-  blocks = params["net"]["blocks"]
-  for name in ("attention", "mlp"):
-    out = blocks[name]["out"]
-    blocks[name]["out"] = jax.tree.map(lambda p: p.at[:2].set(0), out)
-  np.testing.assert_array_equal(both(params, t, t)[0], both(params, 0 * t, t)[0])
-  assert rms(both(params, t, t)[0] - both(params, t, 0 * t)[0]) > 1e-3
-
-
-@pytest.mark.parametrize(
-  ("cond", "blocks", "message"),
-  [
-    (
-      {END_TIME: CondSpec((), np.float32)},
-      4,
-      "decoder_blocks=4: must be at most depth=3",
-    ),
-    ({}, 1, "decoder_blocks=1: needs the condition 'end_time'"),
-  ],
-)
-def test_decoder_blocks_need_an_end_time(cond, blocks, message):
-  with pytest.raises(ValueError, match=message):
-    dit.build(shape=(4, 4, 1), cond=cond, depth=3, decoder_blocks=blocks)

@@ -9,7 +9,7 @@ import pytest
 from conftest import FIXTURES
 
 from sdiff_jax import config as configs
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import published_model
 from sdiff_jax.pretrained.diffusers import dit_checkpoint, loading, scheduler
 from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.types import UserError
@@ -81,13 +81,13 @@ def test_with_an_autoencoder():
   config = configs.base()
   config.generate.folder, config.sampler.name = str(FILE), "ddim"
   with pytest.raises(UserError, match="2 channels, and has no vae .* in config.vae"):
-    text_to_image.from_config(config)
+    published_model.from_config(config)
   config.vae = str(FIXTURES / "tiny-dit")
   with pytest.raises(UserError, match="has latents of 4 channels, .* of 2"):
-    text_to_image.from_config(config)
+    published_model.from_config(config)
   config.generate.folder = str(FIXTURES / "tiny-dit")
   with pytest.raises(UserError, match="must be empty, since .* has a vae"):
-    text_to_image.from_config(config)
+    published_model.from_config(config)
 
 
 def test_wrong_files(raw, tmp_path):

@@ -13,6 +13,7 @@ from conftest import FIXTURES
 from peer_networks import error
 
 from sdiff_jax import config as configs
+from sdiff_jax.experiment import published_model
 from sdiff_jax.io import image_io
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading, scheduler
@@ -79,6 +80,19 @@ def test_shift_by_resolution():
   assert small.spacing == "trailing"
   at = [scheduler.tableau(s, 4).time[1] for s in (small, large)]
   assert at[0] < at[1]
+
+
+def test_a_network_of_two_times_needs_both():
+  found = loading.configs(str(SD3))
+  parts = {"transformer": found["transformer"] | {"end_time": True}}
+  parts["scheduler"] = {"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 3.0}
+  model, config = loading.abstract(parts), configs.base()
+  config.sampler.update(name="ddim", steps=4)
+  with pytest.raises(UserError, match="name='ddim': the network takes the end time"):
+    published_model.with_sampler(config, model)
+  config.sampler.update(name="paraflow_map", window=2)
+  _, sampler = published_model.with_sampler(config, model)
+  np.testing.assert_allclose(sampler.tableau.end_time, [0.9, 0.75, 0.5, 0], atol=1e-12)
 
 
 @pytest.mark.slow

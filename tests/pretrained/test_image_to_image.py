@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdiff_jax import config as configs
 from sdiff_jax import samplers
-from sdiff_jax.experiment import start_images, text_to_image
+from sdiff_jax.experiment import published_model, start_images
 from sdiff_jax.io import image_io
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading, scheduler
@@ -94,7 +94,9 @@ def test_one_door(name, monkeypatch):
   monkeypatch.setattr(paradigms, "ULPS", 0)
   schedule = scheduler.from_config({"_class_name": "DDIMScheduler"})._replace(kind="x0")
   options = {"steps": 12, "strength": 0.6, "window": 3, "tolerance": 0.0}
-  schedule, many = text_to_image.build_sampler(schedule, name=f"para{name}", **options)
+  schedule, many = published_model.build_sampler(
+    schedule, name=f"para{name}", **options
+  )
   x0 = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 4)), jnp.float32)
 
   def predict(x, time, cond):

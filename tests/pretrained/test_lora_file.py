@@ -10,7 +10,7 @@ import safetensors.numpy as original
 from conftest import FIXTURES
 
 from sdiff_jax import config as configs
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import published_model
 from sdiff_jax.models.layers import lora
 from sdiff_jax.pretrained.diffusers import loading, lora_file, weights
 from sdiff_jax.types import UserError
@@ -116,11 +116,11 @@ def generation(folder: str):
 
 
 def test_generate_adds_the_adapters(unet, adapters):
-  model, _ = text_to_image.from_config(generation("tiny-sd2"))
+  model, _ = published_model.from_config(generation("tiny-sd2"))
   expected = lora.merge(unet[1], adapters, 1.0)
   jax.tree.map(np.testing.assert_array_equal, model.params["unet"], expected)
 
 
 def test_generate_refuses_adapters_of_another_network():
   with pytest.raises(UserError, match="fit the unet; it is a LoRA of another network"):
-    text_to_image.from_config(generation("tiny-ddpm-church"))
+    published_model.from_config(generation("tiny-ddpm-church"))

@@ -65,11 +65,9 @@ def test_equal_to_diffusers(kind):
       np.testing.assert_allclose(
         time, PEER[f"{name}/timesteps"], rtol=1e-5, atol=1e-6, err_msg=name
       )
-    by_sigma = run["class"].startswith("Euler")
-    x = PEER["z"] * (table.init_std if by_sigma else 1.0)
     x = run_recurrence(
       table,
-      x,
+      table.init_std * PEER["z"],
       lambda x, time, s=schedule, t=table, a=alphas: clipped(s, t, a[time], x, time),
       [noise(i) for i in range(table.evaluations)],
     )
@@ -162,7 +160,7 @@ def test_network_at_levels_between_timesteps(name, beta, how):
 @pytest.mark.parametrize(
   ("name", "fields", "message"),
   [
-    ("FlowMapEulerDiscrete", {}, "is for networks of two times, and no such network"),
+    ("FlowMapEulerDiscrete", {"shift": 0}, "shift=0: must be a number above 0"),
     (
       "EulerDiscrete",
       {"use_karras_sigmas": True, "use_exponential_sigmas": True},

@@ -15,7 +15,7 @@ from peer_networks import error
 from peer_pipelines import quickly
 
 from sdiff_jax import config as configs
-from sdiff_jax.experiment import text_to_image
+from sdiff_jax.experiment import published_model
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import (
   autoencoder_dc,
@@ -244,14 +244,16 @@ def test_solvers_of_sprint():
   """Only its own, and it is for no other model."""
   schedule = load(SPRINT).schedule
   with pytest.raises(ValueError, match="name='ddim': .* take no other solver"):
-    text_to_image.build_sampler(schedule, name="ddim", steps=2)
-  with pytest.raises(ValueError, match="timestep_spacing='trailing': SCMScheduler"):
-    text_to_image.build_sampler(
+    published_model.build_sampler(schedule, name="ddim", steps=2)
+  with pytest.raises(
+    ValueError, match="timestep_spacing='trailing': the model's scheduler has a g"
+  ):
+    published_model.build_sampler(
       schedule, name="consistency", steps=2, spacing="trailing"
     )
   for folder in (SANA, FIXTURES / "tiny-sdxl"):
     with pytest.raises(ValueError, match="name='consistency': .* SCMScheduler"):
-      text_to_image.build_sampler(load(folder).schedule, name="consistency", steps=2)
+      published_model.build_sampler(load(folder).schedule, name="consistency", steps=2)
 
 
 @pytest.mark.slow

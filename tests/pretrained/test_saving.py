@@ -9,7 +9,12 @@ import safetensors.numpy as original
 from conftest import FIXTURES
 
 from sdiff_jax.pretrained.diffusers import fit, loading, networks, saving, weights
-from sdiff_jax.pretrained.files import safetensors_file, state_dict, to_tensors
+from sdiff_jax.pretrained.files import (
+  config_fields,
+  safetensors_file,
+  state_dict,
+  to_tensors,
+)
 from sdiff_jax.types import UserError
 
 FOLDERS = ["tiny-sd2", "tiny-ddpm-church", "tiny-sd3"]
@@ -163,3 +168,18 @@ def test_an_index_without_its_folder(tmp_path):
   (tmp_path / "model_index.json").write_text(json.dumps(index))
   with pytest.raises(UserError, match="names unet: no such folder"):
     saving.read(str(tmp_path))
+
+
+def test_numbers_that_json_does_not_have_come_back(tmp_path):
+  """As Python's JSON has them, by which diffusers reads; a scheduler is one of them."""
+  config = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}
+  config |= {"lambda_min_clipped": -np.inf, "a": [np.inf, {"b": np.nan}], "n": 10**30}
+  parts = {"scheduler": saving.scheduler(config)}
+  saving.save(str(tmp_path), {"_class_name": "DiffusionPipeline", "x": -np.inf}, parts)
+  path = tmp_path / "scheduler" / "scheduler_config.json"
+  for found in (json.loads(path.read_text()), config_fields.read_config(str(path))):
+    np.testing.assert_equal(found, config)
+  assert config_fields.read_config(str(tmp_path / "model_index.json"))["x"] == -np.inf
+  known = {k: v for k, v in config.items() if k not in ("a", "n")}
+  config_fields.write_config(str(path), known)
+  assert loading.schedule(str(path.parent)).solver == "dpmpp3m"

@@ -5,10 +5,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import run_recurrence
 from conftest import FIXTURES
 
 from sdiff_jax import samplers
 from sdiff_jax.diffusion import noise_schedules, rectified_flow, trigflow
+from sdiff_jax.pretrained.diffusers import scheduler
 from sdiff_jax.samplers import sampler as sampler_lib
 from sdiff_jax.samplers import sequential
 
@@ -69,3 +71,37 @@ def test_states_of_a_trigflow_network_are_the_scheduler_s_scaled(run):
   ours = states(sampler, trigflow.denoiser(net, SIGMA_D), x / length[0])
   ours = ours * length[None, :, None]
   np.testing.assert_allclose(ours, PEER[f"{run}/states"], rtol=1e-8, atol=1e-9)
+
+
+CONFIGS = json.loads(str(PEER["configs"]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_schedule_of_its_config(name):
+  """Last states of 1 to 50 steps; the network is given both timesteps."""
+  fields = {"_class_name": "FlowMapEulerDiscreteScheduler"} | CONFIGS[name]
+  schedule = scheduler.from_config(fields)
+  for steps, wanted in enumerate(PEER[f"{name}/last"], 1):
+    table = scheduler.tableau(schedule, steps)
+    ends = dict(zip(table.time, table.end_time, strict=True))
+
+    def denoise(x, t, ends=ends):
+      return x - t * np.asarray(average_velocity(x, t, ends[t]))
+
+    found = run_recurrence(table, table.init_std * PEER["z"], denoise)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11, err_msg=str(steps))
+
+
+def test_timesteps_of_a_network_of_two_times():
+  """T sigma and T sigma' of every step, through the door of all samplers."""
+  fields = {"_class_name": "FlowMapEulerDiscreteScheduler"} | CONFIGS["shift"]
+  schedule, z = scheduler.from_config(fields), jnp.asarray(PEER["z"])
+  table = scheduler.tableau(schedule, 8)
+
+  def predict(x, timestep, cond):
+    t, r = (trigflow.expand(v / 100, x) for v in (timestep, cond[trigflow.END_TIME]))
+    return average_velocity(x, t, r)
+
+  sampler = samplers.from_tableau("flow_map", table)
+  found = states(sampler, scheduler.denoiser(predict, schedule, table), z)
+  np.testing.assert_allclose(found[:, -1], PEER["shift/last"][7], rtol=1e-8, atol=1e-9)

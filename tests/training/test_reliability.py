@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_main import ROOT, TINY, call, command, environment, weights, works
+from command_line import ROOT, TINY, call, command, environment, weights, works
 
 from sdiff_jax.experiment.workdir import errors
 from sdiff_jax.io import file_io

@@ -152,15 +152,7 @@ def from_config(
 ) -> TextEncoder:
   """Returns the text encoder of a config.json (arXiv:2103.00020, section 2.4).
 
-  Args:
-    config: its fields; missing ones have the defaults of transformers.
-    dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
-      gathers from other devices, "dots" everything
-      but matrix products and convolutions, "full" everything.
-
-  Raises:
-    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  See `networks.FromConfig`.
   """
   c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   width, heads = c["hidden_size"], c["num_attention_heads"]

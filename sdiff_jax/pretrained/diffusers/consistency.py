@@ -12,12 +12,13 @@ x' = (1 - sigma') d + sigma' z, up to the unit of the states.
 import numpy as np
 
 from sdiff_jax.pretrained.diffusers import (
+  flow_schedule,
   flow_scheduler,
   lcm_scheduler,
   scheduler,
   scheduler_fields,
 )
-from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Json
@@ -112,7 +113,7 @@ def times(
     [1.5708, 0.7854]
   """
   if isinstance(schedule, FlowSchedule):
-    sigma = flow_scheduler.sigmas(schedule, steps)
+    sigma = flow_schedule.sigmas(schedule, steps)
     alpha = 1 - sigma
   else:
     abar = schedule.abar[timesteps(schedule, steps)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdiff_jax.pretrained.diffusers import dit_transformer, networks, scheduler
-from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.model import Model
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
@@ -150,11 +150,4 @@ def _flow(unet: Predictor) -> Predictor:
 
 def _linear_path() -> FlowSchedule:
   """Returns the process of SiT, in equal steps of t."""
-  return FlowSchedule(
-    shift=lambda tokens: lambda sigma: sigma,
-    terminal=0.0,
-    grid="",
-    train_steps=1,
-    smallest=1e-3,
-    spacing="trailing",
-  )
+  return FlowSchedule(train_steps=1, smallest=1e-3, spacing="trailing")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sdiff_jax.pretrained.diffusers import clip_text, fit, vae
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
-from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Array, Cond, Params

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from sdiff_jax.pretrained.files import state_dict
 from sdiff_jax.pretrained.files.state_dict import Tensor
-from sdiff_jax.types import Array, Params, PRNGKey, PyTree, UserError
+from sdiff_jax.types import Array, Json, Params, PRNGKey, PyTree, UserError
 
 LEGACY = {  # names of attention layers in files of 2022 -> present names
   "query": "to_q",
@@ -72,6 +72,27 @@ class Predictor(NamedTuple):
   classes: int = 0
   sized: bool = False
   end_time: bool = False
+
+
+class FromConfig(Protocol):
+  """The function `from_config` of the module of a network."""
+
+  def __call__(
+    self, config: dict[str, Json], *, dtype: str = "float32", remat: str = ""
+  ) -> Any:
+    """Returns a `Predictor`, an `Autoencoder` or a `TextEncoder`, without weights.
+
+    Args:
+      config: fields of a config.json; missing ones have the defaults of diffusers or of
+        transformers.
+      dtype: type of the hidden layers.
+      remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
+        gathers from other devices, "dots" everything but matrix products and
+        convolutions, "full" everything.
+
+    Raises:
+      ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+    """
 
 
 def abstract_params(init: Callable, *, dtype: str) -> Params:

@@ -153,12 +153,12 @@ def save(folder: str, index: Mapping[str, Json], parts: Mapping[str, Part]) -> N
     if part.folder:
       _copy(part, where)
     for file, content in part.configs.items():
-      file_io.write_json(os.path.join(where, file), content)
+      config_fields.write_config(os.path.join(where, file), content)
     if part.tensors:
       file = f"{LIBRARIES[part.library]}.safetensors"
       safetensors_file.write(os.path.join(where, file), part.tensors, METADATA)
   classes = {name: [part.library, part.class_name] for name, part in parts.items()}
-  file_io.write_json(os.path.join(folder, INDEX), {**index, **classes})
+  config_fields.write_config(os.path.join(folder, INDEX), {**index, **classes})
 
 
 def _copy(part: Part, where: str) -> None:

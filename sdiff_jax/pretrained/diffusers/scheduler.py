@@ -1,4 +1,8 @@
-"""Noise schedules and solvers of published models, from their scheduler_config.json."""
+"""Noise schedules and solvers of published models, from their scheduler_config.json.
+
+Each class of diffusers has a reader, (content of the file) -> schedule. It raises a
+ValueError that lists all fields and values that are not supported.
+"""
 
 from collections.abc import Callable
 
@@ -8,12 +12,14 @@ import numpy as np
 from sdiff_jax.diffusion import parameterizations
 from sdiff_jax.pretrained.diffusers import (
   betas,
+  dpm_solver,
+  flow_schedule,
   flow_scheduler,
   lcm_scheduler,
   sigma_grids,
   vp_schedule,
 )
-from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
 from sdiff_jax.pretrained.diffusers.scheduler_fields import (
   CLASSES,
@@ -30,8 +36,7 @@ from sdiff_jax.types import Array, Cond, Denoiser, Json
 
 CLASS_NAMES = {f"{name}Scheduler": name for name in CLASSES}
 CLASS_NAMES |= {f"{name}ParallelScheduler": name for name in ("DDIM", "DDPM")}
-NAMES = (*CLASS_NAMES, flow_scheduler.CLASS_NAME, flow_scheduler.SCM_NAME)
-OF_TWO_TIMES = "FlowMapEulerDiscreteScheduler"
+NAMES = (*CLASS_NAMES, *flow_scheduler.READERS)
 
 
 def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
@@ -51,21 +56,19 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
     'ddim'
   """
   name = config.get("_class_name", "")
-  if name == flow_scheduler.CLASS_NAME:
-    return flow_scheduler.from_config(config)
-  if name == "DPMSolverMultistepScheduler" and config.get("use_flow_sigmas") is True:
-    return flow_scheduler.from_dpm_config(config)
-  if name == flow_scheduler.SCM_NAME:
-    return flow_scheduler.from_scm_config(config)
-  if name == OF_TWO_TIMES:
-    raise ValueError(
-      f"_class_name={name!r}: is for networks of two times, and no such network of the "
-      "diffusers format can be read; those trained here have the sampler flow_map"
-    )
-  if not isinstance(name, str) or name not in CLASS_NAMES:
+  if not isinstance(name, str) or name not in NAMES:
     raise ValueError(
       f"_class_name={config_fields.quoted(name)}: must be one of {', '.join(NAMES)}"
     )
+  if name in flow_scheduler.READERS:
+    return flow_scheduler.READERS[name](config)
+  if name == "DPMSolverMultistepScheduler" and config.get("use_flow_sigmas") is True:
+    return flow_scheduler.from_dpm_config(config)
+  return _from_betas(config, name)
+
+
+def _from_betas(config: dict[str, Json], name: str) -> Schedule:
+  """Returns the schedule of a class whose process has betas."""
   own, supported = CLASSES[CLASS_NAMES[name]]
   # A file that was written for one class may be used by another; its fields stay there.
   others = {k for pair in CLASSES.values() for part in pair for k in part}
@@ -97,6 +100,7 @@ def from_config(config: dict[str, Json]) -> Schedule | FlowSchedule:
     Boundary(c["original_inference_steps"], c["timestep_scaling"])
     if name == "LCMScheduler"
     else None,
+    dpm_solver.final_orders(c),
   )
 
 
@@ -148,20 +152,24 @@ def tableau(
   """
   solver = solver or schedule.solver
   if isinstance(schedule, FlowSchedule):
-    path = flow_scheduler.noise_schedule(schedule, steps)
+    path = flow_schedule.noise_schedule(schedule, steps)
   else:
     path = vp_schedule.noise_schedule(schedule, steps, solver)
   if strength is not None:
     path = path.last(steps_taken(schedule, steps, strength))
+  given = {}
+  if solver in vp_schedule.DPM_SOLVERS:
+    given["final_orders"] = schedule.final_orders(steps)
   with np.errstate(all="ignore"):  # steps of length 0, or from pure noise
-    table = solvers.from_schedule(solver, path)
+    table = solvers.from_schedule(solver, path, **given)
   if isinstance(schedule, FlowSchedule):
-    flow_scheduler.check(table, solver)
+    flow_schedule.check(table, solver)
   elif solver == lcm_scheduler.SOLVER and schedule.boundary:
-    return lcm_scheduler.with_boundary(schedule.boundary, table)
-  elif solver in vp_schedule.BY_SIGMA.values() and strength is None:
-    # As in diffusers, the first state has variance 1, not sigma^2.
-    return table._replace(init_std=1.0) if schedule.spacing == "leading" else table
+    table = lcm_scheduler.with_boundary(schedule.boundary, table)
+  by_sigma = solver in vp_schedule.BY_SIGMA.values() and schedule.spacing != "leading"
+  if strength is None and not by_sigma:
+    # As in diffusers, pure noise has variance 1, that of data of variance 1 at any level.
+    table = table._replace(init_std=table.init_std / path.sigma[0])
   return table
 
 
@@ -213,7 +221,7 @@ def denoiser(
     solver: see `tableau`.
   """
   if isinstance(schedule, FlowSchedule):
-    return flow_scheduler.denoiser(predict, schedule)
+    return flow_schedule.denoiser(predict, schedule)
   solver, excess = solver or schedule.solver, None
   if schedule.clip and solver == "ddim":
     weight = tableau.alpha * tableau.x_coef[:, 0] / tableau.denoised_coef[:, 0]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 from msgspec import Meta
 
-from sdiff_jax.pretrained.diffusers import betas, lcm_scheduler, sigma_grids
+from sdiff_jax.pretrained.diffusers import betas, dpm_solver, lcm_scheduler, sigma_grids
 from sdiff_jax.pretrained.files.config_fields import Field, Fields, Fraction, Positive
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -47,15 +47,13 @@ MULTISTEP_FIELDS = (
     "final_sigmas_type": Field("zero", FinalSigmas),
   }
 )
-DPM_FIELDS = MULTISTEP_FIELDS | sigma_grids.LU
+DPM_FIELDS = MULTISTEP_FIELDS | sigma_grids.LU | dpm_solver.FIELDS
 DPM_FIELDS |= {"algorithm_type": Field("dpmsolver++", str)}
 DPM_SUPPORTED_VALUES = {
   "solver_type": ("midpoint",),
-  "lower_order_final": (True,),
   "lambda_min_clipped": (-np.inf,),
   "variance_type": UNSUPPORTED_FIELDS,
   "flow_shift": (1.0,),
-  "euler_at_final": UNSUPPORTED_FIELDS,
 } | OTHER_GRIDS
 EULER_SUPPORTED_VALUES = {
   "interpolation_type": ("linear",),

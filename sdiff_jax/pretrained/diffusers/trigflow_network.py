@@ -25,7 +25,7 @@ from sdiff_jax.pretrained.diffusers import (
   vae,
 )
 from sdiff_jax.pretrained.diffusers import weights as weights_lib
-from sdiff_jax.pretrained.diffusers.flow_scheduler import FlowSchedule
+from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.scheduler import Schedule
 from sdiff_jax.types import Array, Cond, Json, NetFn, Params, PyTree
 

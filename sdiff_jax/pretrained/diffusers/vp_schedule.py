@@ -7,8 +7,10 @@ import numpy as np
 from sdiff_jax.diffusion import noise_schedules
 from sdiff_jax.diffusion.noise_schedules import NoiseSchedule
 from sdiff_jax.pretrained.diffusers import lcm_scheduler, sigma_grids
+from sdiff_jax.pretrained.diffusers.dpm_solver import FinalOrders
 from sdiff_jax.pretrained.diffusers.lcm_scheduler import Boundary
 from sdiff_jax.pretrained.diffusers.scheduler_fields import VARIANCES
+from sdiff_jax.samplers.solvers import dpmpp
 
 # Class -> solver of the classes whose timesteps need not be whole.
 BY_SIGMA = {"EulerDiscrete": "euler", "EulerAncestralDiscrete": "euler_ancestral"}
@@ -20,6 +22,7 @@ MULTISTEP = {
   ("unipc", 2): "unipc2",
   ("unipc", 3): "unipc3",
 }
+DPM_SOLVERS = frozenset(v for (name, _), v in MULTISTEP.items() if "dpm" in name)
 # Solvers whose last step ends at a timestep of the grid, except with "trailing" spacing.
 WITH_END_TIMESTEP = frozenset(MULTISTEP.values())
 # Solvers that always end at clean data.
@@ -47,6 +50,7 @@ class Schedule(NamedTuple):
     whole: how the network's timesteps on a grid become whole ones, a key of
       `sigma_grids.WHOLE`.
     boundary: of LCM; None for other models.
+    final_orders: see `dpm_solver.final_orders`.
   """
 
   abar: np.ndarray
@@ -61,6 +65,7 @@ class Schedule(NamedTuple):
   grid: str = ""
   whole: str = ""
   boundary: Boundary | None = None
+  final_orders: FinalOrders = dpmpp.short_orders
 
 
 def abar_for(schedule: Schedule, solver: str) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""Validation of the config files of other projects: types, ranges and sizes of fields."""
+"""Config files of other projects: types, ranges and sizes of fields."""
 
+import json
 import types
 import typing
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from sdiff_jax.io import records
+from sdiff_jax.io import file_io, records
 from sdiff_jax.types import Json, UserError
 
 MAX_NAMES = 6  # fields of each kind in a message
@@ -55,6 +56,19 @@ def read_config(path: str) -> dict[str, Json]:
   if not isinstance(config, dict):
     raise UserError(f"{path} is damaged: not a dict, but {quoted(config)}")
   return config
+
+
+def write_config(path: str, config: Mapping[str, Json]) -> None:
+  """Writes a config file that `read_config` and the other projects read as it was.
+
+  Unlike `file_io.write_json`, it keeps -Infinity, Infinity and NaN, as Python's JSON has
+  them.
+
+  Args:
+    path: of the file.
+    config: its fields.
+  """
+  file_io.write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def validated_config(

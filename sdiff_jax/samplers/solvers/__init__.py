@@ -6,7 +6,8 @@ kind "samplers.solvers", with its default timesteps:
     @registry.register("samplers.solvers", "ddim", timesteps=time_grids.uniform_timesteps)
     def ddim(schedule: NoiseSchedule, eta: float = 0.0) -> SolverTableau: ...
 
-Its further arguments, all with defaults, are its options.
+Its further arguments are its options; those with the default None are not fields of a
+config.
 """
 
 from typing import Annotated
@@ -63,7 +64,8 @@ def from_schedule(name: str, schedule: NoiseSchedule, **given: Json) -> SolverTa
   Args:
     name: a solver (see `names`).
     schedule: the noise level at each step.
-    **given: options of the solver (see `options`).
+    **given: options of the solver (see `options`), or its arguments with the default
+      None.
 
   Raises:
     ValueError: an unknown name, an option that the solver does not have, or a value
@@ -76,8 +78,9 @@ def from_schedule(name: str, schedule: NoiseSchedule, **given: Json) -> SolverTa
     array([0.5, 0. ])
   """
   piece, known = _lookup(name), options(name)
+  arguments = registry.required(KIND, name)
   for option, value in given.items():
-    if option not in known:
+    if option not in known and option not in arguments:
       raise ValueError(
         f"{option}={value!r}: the solver {name!r} has no such option; it has "
         f"{', '.join(known) or 'none'}"

@@ -1,5 +1,7 @@
 """DPM-Solver++ multistep: 2M and 3M, and 2M for the reverse SDE."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sdiff_jax import registry
@@ -12,53 +14,66 @@ SHORT = 15  # with fewer steps, the last ones are of lower order
 
 
 @registry.register("samplers.solvers", "dpmpp2m", timesteps=time_grids.karras_timesteps)
-def dpmpp2m(schedule: NoiseSchedule) -> SolverTableau:
+def dpmpp2m(
+  schedule: NoiseSchedule, final_orders: Sequence[int] | None = None
+) -> SolverTableau:
   """DPM-Solver++(2M) (see `dpmpp`).
 
   Args:
     schedule: the noise level at each step.
+    final_orders: see `dpmpp`.
   """
-  return dpmpp(schedule, 2)
+  return dpmpp(schedule, 2, final_orders=final_orders)
 
 
 @registry.register("samplers.solvers", "dpmpp3m", timesteps=time_grids.karras_timesteps)
-def dpmpp3m(schedule: NoiseSchedule) -> SolverTableau:
+def dpmpp3m(
+  schedule: NoiseSchedule, final_orders: Sequence[int] | None = None
+) -> SolverTableau:
   """DPM-Solver++(3M) (see `dpmpp`).
 
   Args:
     schedule: the noise level at each step.
+    final_orders: see `dpmpp`.
   """
-  return dpmpp(schedule, 3)
+  return dpmpp(schedule, 3, final_orders=final_orders)
 
 
 @registry.register(
   "samplers.solvers", "dpmpp2m_sde", timesteps=time_grids.uniform_timesteps
 )
-def dpmpp2m_sde(schedule: NoiseSchedule) -> SolverTableau:
+def dpmpp2m_sde(
+  schedule: NoiseSchedule, final_orders: Sequence[int] | None = None
+) -> SolverTableau:
   """SDE-DPM-Solver++(2M), which adds noise in every step (see `dpmpp`).
 
   Args:
     schedule: the noise level at each step.
+    final_orders: see `dpmpp`.
   """
-  return dpmpp(schedule, 2, sde=True)
+  return dpmpp(schedule, 2, sde=True, final_orders=final_orders)
 
 
 def dpmpp(
-  schedule: NoiseSchedule, order: int = 2, *, sde: bool = False
+  schedule: NoiseSchedule,
+  order: int = 2,
+  *,
+  sde: bool = False,
+  final_orders: Sequence[int] | None = None,
 ) -> SolverTableau:
   """DPM-Solver++ multistep in x0 (arXiv:2211.01095, algorithm 2 and appendix B).
 
   With l = ln(alpha / sigma) and h = l' - l, the first order is the step of DDIM; higher
   orders add differences of the previous denoised values. The first steps have the order
-  that their history allows. A step to clean data is of first order. With fewer than 15
-  steps, the last one is of first order and the one before it of second order, because
-  higher orders overshoot there. 3M is the solver that its authors run: its second
-  difference has half the weight of a third-order method.
+  that their history allows. A step to clean data is of first order. 3M is the solver that
+  its authors run: its second difference has half the weight of a third-order method.
 
   Args:
     schedule: the noise level at each step; every step starts where the last one ends.
     order: 1, 2 (2M, midpoint) or 3 (3M).
     sde: solve the reverse SDE, with noise in every step; order 1 or 2.
+    final_orders: the largest orders of the last steps; None for 2 and 1 with fewer than
+      15 steps, because higher orders overshoot there.
 
   Raises:
     ValueError: an order that does not exist.
@@ -75,8 +90,10 @@ def dpmpp(
     )
   log_snr, log_snr_next = _log_snr(schedule)
   num_steps, h, steps = len(log_snr), log_snr_next - log_snr, []
-  for i in range(num_steps):
-    max_order = num_steps - i if num_steps < SHORT else order
+  if final_orders is None:
+    final_orders = short_orders(num_steps)
+  max_orders = [order] * num_steps + [*final_orders]
+  for i, max_order in enumerate(max_orders[-num_steps:]):
     if schedule.sigma_next[i] == 0 or h[i] == 0:
       max_order = 1
     weights = _weights(h[: i + 1], min(order, max_order, i + 1), sde)
@@ -91,6 +108,19 @@ def dpmpp(
     noise = schedule.sigma_next[i] * (-np.expm1(-2 * h[i])) ** 0.5 if sde else 0.0
     steps.append(SolverStep(i, x, denoised, noise))
   return tableau.assemble(schedule, steps)
+
+
+def short_orders(num_steps: int) -> tuple[int, ...]:
+  """Returns the largest orders of the last steps: 2 and 1 with fewer than 15 steps.
+
+  Args:
+    num_steps: number of steps.
+
+  Example:
+    >>> short_orders(14), short_orders(15)
+    ((2, 1), ())
+  """
+  return (2, 1) if num_steps < SHORT else ()
 
 
 def _log_snr(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
