@@ -22,7 +22,7 @@ def get_config(variant: str = ""):
   c = config.base()
   c.job = "generate"
   c.generate.update(published=f"black-forest-labs/{name}")
-  c.generate.update(dtype="bfloat16", distilled_guidance=3.5)
+  c.generate.update(dtype="bfloat16", scan_blocks=True, distilled_guidance=3.5)
   c.sampler.update(name="paraddim", steps=steps, window=8, tolerance=0.1)
   if size == "schnell":
     c.sampler.window = 4

@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
   (name,) = variants.parse(variant, FOLDERS)
   c = config.base()
   c.job = "generate"
-  c.generate.update(published=FOLDERS[name], dtype="bfloat16")
+  c.generate.update(published=FOLDERS[name], dtype="bfloat16", scan_blocks=True)
   c.sampler.update(name="paradpmpp2m", steps=20, window=8, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=4.5)
   c.rehearse.program = "sample"

@@ -16,7 +16,7 @@ def get_config():
   c = config.base()
   c.job = "generate"
   published = "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
-  c.generate.update(published=published, dtype="bfloat16")
+  c.generate.update(published=published, dtype="bfloat16", scan_blocks=True)
   c.sampler.update(name="paradpmpp2m", steps=20, window=8, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=4.5)
   c.rehearse.program = "sample"

@@ -16,7 +16,9 @@ def get_config():
   c = config.base()
   c.job = "generate"
   published = "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"
-  c.generate.update(published=published, dtype="bfloat16", distilled_guidance=4.5)
+  c.generate.update(
+    published=published, dtype="bfloat16", scan_blocks=True, distilled_guidance=4.5
+  )
   c.sampler.update(name="consistency", steps=2)
   c.sample.update(num=4, batch_size=1)
   c.rehearse.program = "sample"

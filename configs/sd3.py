@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
   c = config.base()
   c.job = "generate"
   published = f"stabilityai/stable-diffusion-3.5-{size}"
-  c.generate.update(published=published, dtype="bfloat16")
+  c.generate.update(published=published, dtype="bfloat16", scan_blocks=True)
   c.sampler.update(name="paraddim", steps=steps, window=8, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=scale)
   c.rehearse.program = "sample"

@@ -14,7 +14,7 @@ def get_config():
   c = config.base()
   c.job = "generate"
   published = "stabilityai/stable-diffusion-xl-base-1.0"
-  c.generate.update(published=published, dtype="bfloat16")
+  c.generate.update(published=published, dtype="bfloat16", scan_blocks=True)
   c.sampler.update(name="paraeuler", steps=50, window=16, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=5.0)
   c.rehearse.program = "sample"

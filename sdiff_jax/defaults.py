@@ -28,7 +28,7 @@ PIECES = {"data": "data", "reference": "data", "model": "models", "loss": "losse
 # Sections and fields outside of jobs that may change between two runs in one work
 # directory: they do not change what is trained.
 RUNTIME = ("checkpoint", "init_from", "job", "mesh", "plugins")
-RUNTIME += ("model.folder", "model.remat")
+RUNTIME += ("model.folder", "model.remat", "model.scan_blocks")
 RUNTIME += ("reference", "sample", "sampler", "text_encoder", "vae")
 RUNTIME += ("teacher.config", "teacher.folder", "teacher.weak_workdir")
 RUNTIME += ("teacher.workdir",)

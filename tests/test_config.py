@@ -365,6 +365,7 @@ def test_runtime_fields_exist():
   known = resumable.flatten(config.base().to_dict()).keys() | {
     "model.folder",
     "model.remat",
+    "model.scan_blocks",
   }
   known |= {name.partition(".")[0] for name in known}
   assert config.runtime_fields() <= known

@@ -18,7 +18,7 @@ from sdiff_jax.models.layers import lora
 from sdiff_jax.models.pretrained import Pretrained, Reader
 from sdiff_jax.pretrained.diffusers import hub, loading, saving, trigflow_network
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
-from sdiff_jax.types import Network, Params, UserError
+from sdiff_jax.types import Json, Network, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _reader(dataset: Dataset) -> Reader:
   return read
 
 
-def published(folder: str, dataset: Dataset, *, label: str, **options: str) -> Network:
+def published(folder: str, dataset: Dataset, *, label: str, **options: Json) -> Network:
   """Returns the network of a folder in the diffusers format for samples of a data set.
 
   Args:

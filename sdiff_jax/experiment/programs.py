@@ -5,6 +5,7 @@ collectives and operations are analyzed (see `capacity.lowering`). No data are r
 """
 
 import os
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
@@ -28,9 +29,10 @@ from sdiff_jax.experiment.build import Experiment
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Pipeline
 from sdiff_jax.io import storage
-from sdiff_jax.pretrained.diffusers import loading, text_encoding
+from sdiff_jax.pretrained.diffusers import block_loop, loading, text_encoding
+from sdiff_jax.pretrained.diffusers import model as model_lib
 from sdiff_jax.samplers import Sampler
-from sdiff_jax.types import CondSpec, Network, Params, UserError
+from sdiff_jax.types import Array, CondSpec, Network, Params, UserError
 
 KINDS = ("train", "sample")
 
@@ -48,9 +50,13 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   if config.job == "generate":
     return generation(config, mesh)
   program = {"train": training, "sample": sampling}[config.rehearse.program]
-  config = experiments.model_variant(config, "unrolled")
-  dataset = abstract_dataset(config)
-  experiment = Experiment(
+  return program(config, _experiment(config, abstract_dataset(config), mesh))
+
+
+def _experiment(
+  config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh
+) -> Experiment:
+  return Experiment(
     dataset,
     experiments.network(config, dataset),
     mesh,
@@ -58,7 +64,6 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     bool(config.model.get("guidance", False)),
     trigflow.END_TIME in losses.facts(config.loss).cond,
   )
-  return program(config, experiment)
 
 
 def abstract_dataset(config: ml_collections.ConfigDict) -> Dataset:
@@ -121,16 +126,22 @@ def training(config: ml_collections.ConfigDict, experiment: Experiment) -> Progr
 
   def flops(remat: bool) -> float:
     variant = config if remat else experiments.model_variant(config, "without_remat")
-    return training_lib.step_flops(variant, dataset, teacher, state, key, frozen)
+    counted, _ = abstract_teacher(config, dataset, "unrolled")
+    return training_lib.step_flops(variant, dataset, counted, state, key, frozen)
 
   batch = training_lib.batch_shapes(dataset, size)
   return lowering.training_step(trainer, mesh, state, batch, key, frozen, flops)
 
 
 def abstract_teacher(
-  config: ml_collections.ConfigDict, dataset: Dataset
+  config: ml_collections.ConfigDict, dataset: Dataset, *variants: str
 ) -> tuple[Network | None, Params]:
   """Returns the network of the teacher and the shapes of its parameters.
+
+  Args:
+    config: of the student.
+    dataset: of the student.
+    *variants: of the networks, see `build.model_variant`.
 
   Returns:
     (None, None) for a loss without a teacher.
@@ -139,15 +150,18 @@ def abstract_teacher(
     UserError: there is neither a run of the teacher nor its config file.
   """
   if config.teacher.folder:
-    network = teachers.published_teacher(config, dataset)
+    network = teachers.published_teacher(
+      experiments.model_variant(config, *variants), dataset
+    )
   else:
     teacher_config = _teacher_config(config)
     if teacher_config is None:
       return None, None
-    network = experiments.network(teacher_config, dataset)
+    variant = experiments.model_variant(teacher_config, *variants)
+    network = experiments.network(variant, dataset)
   if config.teacher.weak_workdir:
     stored = workdir_lib.read(config.teacher.weak_workdir)
-    weak = experiments.network(experiments.model_variant(stored, "unrolled"), dataset)
+    weak = experiments.network(experiments.model_variant(stored, *variants), dataset)
     scale = config.teacher.autoguidance
     network = teachers.autoguided_teacher(network, weak, scale)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -165,13 +179,13 @@ def _teacher_config(
   if not teachers.needs_teacher(config):
     return None
   if storage.exists(os.path.join(workdir, "config.json")):
-    return experiments.model_variant(workdir_lib.read(workdir), "unrolled")
+    return workdir_lib.read(workdir)
   teacher_config = configs.load(
     file, f"config.teacher.config={file!r}: no such file, and no run there"
   )
   if "dtype" in teacher_config.model and "dtype" in config.model:
     teacher_config.model.dtype = config.model.dtype
-  return experiments.model_variant(teacher_config, "unrolled")
+  return teacher_config
 
 
 def sampling(config: ml_collections.ConfigDict, experiment: Experiment) -> Program:
@@ -188,7 +202,15 @@ def sampling(config: ml_collections.ConfigDict, experiment: Experiment) -> Progr
     jax.eval_shape(experiment.network.init, key),
   )
   pipeline = sampling_lib.pipeline(config, experiment)
-  return _batch_of_samples(config, pipeline, sampling_lib.build_sampler(config), params)
+  unrolled = experiments.model_variant(config, "unrolled")
+  counted = _experiment(unrolled, experiment.dataset, experiment.mesh)
+  return _batch_of_samples(
+    config,
+    pipeline,
+    sampling_lib.build_sampler(config),
+    params,
+    sampling_lib.pipeline(unrolled, counted).placeholder,
+  )
 
 
 def generation(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
@@ -208,7 +230,13 @@ def generation(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     model, sampler, mesh, guidance_scale=config.sample.guidance
   )
   params = text_to_image.params_with_sharding(model, mesh)
-  return _batch_of_samples(config, pipeline, sampler, params)
+  if config.generate.scan_blocks:
+    params = model_lib.stacked(model, params)
+
+  def counted(params: Params, x: Array) -> Array:
+    return pipeline.placeholder(block_loop.unstacked(params), x)
+
+  return _batch_of_samples(config, pipeline, sampler, params, counted)
 
 
 def _batch_of_samples(
@@ -216,15 +244,19 @@ def _batch_of_samples(
   pipeline: Pipeline,
   sampler: Sampler,
   params: Params,
+  counted: Callable[[Params, Array], Array],
 ) -> Program:
-  """Returns the program of a batch of samples of a pipeline."""
+  """Returns the program of a batch of samples of a pipeline.
+
+  The operations are those of `counted`, the placeholder without a loop over blocks.
+  """
   with config_errors("config.sample"):
     sharding.check_batch(config.sample.batch_size, sharding.samples(pipeline.mesh))
   with config_errors("config.sampler"):
     return lowering.sampling(
       pipelines.batch_sampler(pipeline, sampler),
       sampler,
-      pipeline.placeholder,
+      counted,
       params,
       shape=pipeline.shape,
       batch_size=config.sample.batch_size,

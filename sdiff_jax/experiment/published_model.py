@@ -37,7 +37,8 @@ def from_config(
   Args:
     config: of the job `generate`.
     abstract: read the model's config files alone; weights are shapes.
-    mesh: the devices that the weights are sharded over; None for the host.
+    mesh: the devices that the weights are sharded over, and where they are stacked for
+      config.generate.scan_blocks; None for the host.
 
   Raises:
     UserError: the folder or a field does not fit.
@@ -53,6 +54,8 @@ def from_config(
     model = _with_vae(config, model, place)
   if config.generate.lora and not abstract:
     model = _with_lora(config, model)
+  if config.generate.scan_blocks and mesh is not None:
+    model = model._replace(params=model_lib.stacked(model, model.params))
   if size := tuple(config.generate.size):
     model = _with_size(model, size)
   if (text := config.generate.instruction) and not abstract:

@@ -29,6 +29,7 @@ from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.experiment.pipelines import Inputs, Pipeline
 from sdiff_jax.experiment.serving_programs import GUIDANCE, Plan, Program
 from sdiff_jax.policies import Policy
+from sdiff_jax.pretrained.diffusers import model as model_lib
 from sdiff_jax.pretrained.diffusers.loading import Model as LoadedModel
 from sdiff_jax.samplers import Sampler
 from sdiff_jax.serving.lanes import Rows
@@ -128,6 +129,8 @@ def of_diffusers(config: ml_collections.ConfigDict, name: str, choice: Choice) -
   mesh = experiments.mesh(config)
   where = sharding.state(model.params, mesh)
   params = sharding.device_put_global(model.params, where)
+  if config.generate.scan_blocks:
+    params = model_lib.stacked(model, params)
   has_text, fixed = model.text_encoder is not None, {}
   if has_text:
     negative = [config.generate.negative_prompt]

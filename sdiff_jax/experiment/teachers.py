@@ -95,7 +95,7 @@ def load_teacher(
 def published_teacher(config: ml_collections.ConfigDict, dataset: Dataset) -> Network:
   """Returns the network of config.teacher.folder for the data of a run.
 
-  Its hidden layers have the dtype of the student's.
+  Its hidden layers have the dtype of the student's, and its blocks run as the student's.
 
   Raises:
     UserError: it is for other data.
@@ -106,8 +106,8 @@ def published_teacher(config: ml_collections.ConfigDict, dataset: Dataset) -> Ne
       f"config.teacher.folder={folder}: has no {saving.INDEX}; name a folder in the "
       "diffusers format, or hf://ORG/NAME"
     )
-  dtype = config.model.get("dtype", "float32")
-  return experiments.published(folder, dataset, label="config.teacher", dtype=dtype)
+  same = {k: config.model[k] for k in ("dtype", "scan_blocks") if k in config.model}
+  return experiments.published(folder, dataset, label="config.teacher", **same)
 
 
 def _published_params(

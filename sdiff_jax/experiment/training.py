@@ -226,7 +226,8 @@ def run_flops(config: ml_collections.ConfigDict, experiment: Experiment) -> floa
       if workdir
     ]
     if section.folder:
-      networks.insert(0, teachers.published_teacher(config, experiment.dataset))
+      unrolled = experiments.model_variant(config, "unrolled")
+      networks.insert(0, teachers.published_teacher(unrolled, experiment.dataset))
     teacher, *weak = networks
     if weak:
       teacher = teachers.autoguided_teacher(teacher, *weak, section.autoguidance)

@@ -69,6 +69,8 @@ class Generate:
       the image.
     timestep_spacing: of the timesteps; "" for the model's own.
     dtype: of weights and hidden layers.
+    scan_blocks: whether alike blocks run in a loop over their stacked weights: large
+      networks compile many times faster, and images differ by rounding.
   """
 
   folder: HubPath = ""
@@ -84,6 +86,7 @@ class Generate:
   strength: Annotated[float, Range(0.0, 1.0)] = published_model.DEFAULT_STRENGTH
   timestep_spacing: Annotated[str, Choices(published_model.SPACINGS)] = ""
   dtype: Annotated[str, Choices(published_model.DTYPES)] = "float32"
+  scan_blocks: bool = False
 
 
 @registry.register(
@@ -160,7 +163,7 @@ def _images(
   """Returns the images of a config, each with what determines it."""
   fields = {name: config.sampler[name] for name in STORED_FIELDS}
   generate = config.generate.to_dict()
-  for name in ("prompts", "labels", "published"):
+  for name in ("prompts", "labels", "published", "scan_blocks"):
     del generate[name]
   if not starts:
     del generate["strength"]

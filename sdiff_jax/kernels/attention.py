@@ -4,7 +4,10 @@ Other fused kernels are `custom_vjp` functions, which refuse `jax.jvp`; continuo
 consistency models need the gradient of a loss that contains a jvp.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from sdiff_jax.types import Array
 
 IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
 MAX_PLAIN_SCORES = 512 * 512  # of a head, for which impl="auto" is "plain"
+_COUNTED = contextvars.ContextVar("counted", default=False)
 
 
 def attention(
@@ -73,12 +77,33 @@ def attention(
     raise ValueError(f"scale={scale}: must be finite")
   if impl == "auto":
     impl = "plain" if q.shape[1] * k.shape[1] <= MAX_PLAIN_SCORES else "fused"
-  if impl == "plain":
+  if impl == "plain" or _COUNTED.get():
     return _plain(q, k, v, causal, key_mask, scale)
   spec = AttentionSpec(causal, scale, block_q, block_k)
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
   o = _primitives.attend(spec, impl, (q, k, v), key_mask)
   return jnp.swapaxes(o, 1, 2)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+  """Makes attention that is traced inside store all scores, whatever its `impl`.
+
+  For programs that are counted and not run: what a loop or a kernel computes, no compiler
+  tells.
+
+  Example:
+    >>> q = jnp.ones((1, 1024, 1, 8))
+    >>> with counted():
+    ...   jaxpr = jax.make_jaxpr(attention)(q, q, q)
+    >>> "1024,1024" in str(jaxpr)
+    True
+  """
+  token = _COUNTED.set(True)
+  try:
+    yield
+  finally:
+    _COUNTED.reset(token)
 
 
 def _check(q, k, v, key_mask, impl, block_q, block_k) -> None:

@@ -50,6 +50,7 @@ class Reader(Protocol):
     end_time: bool,
     qk_norm: bool,
     time_scale: float,
+    scan_blocks: bool,
   ) -> Pretrained:
     """Returns the network of a folder for the data of an experiment.
 
@@ -61,11 +62,17 @@ class Reader(Protocol):
       end_time: whether the network is a flow map.
       qk_norm: whether queries and keys are normalized.
       time_scale: factor of the timestep.
+      scan_blocks: whether alike blocks run in a loop over their stacked weights.
     """
     ...
 
 
-@registry.register("models", "pretrained", without_remat=lambda fields: {"remat": ""})
+@registry.register(
+  "models",
+  "pretrained",
+  unrolled=lambda fields: {"scan_blocks": False},
+  without_remat=lambda fields: {"remat": ""},
+)
 def build(
   *,
   shape: tuple[int, ...],
@@ -76,6 +83,7 @@ def build(
   qk_norm: bool = False,
   time_scale: Positive = 1.0,
   remat: common.Remat = "",
+  scan_blocks: bool = False,
   dtype: DType = "float32",
 ) -> Network:
   """Returns the network of a folder, with a head for the adaptive weight.
@@ -102,6 +110,9 @@ def build(
     remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
       gathers from other devices, "dots" everything
       but matrix products and convolutions, "full" everything.
+    scan_blocks: whether alike blocks run in a loop over their weights, which a step
+      stacks: large transformers compile many times faster, and a copy of their weights is
+      held.
     dtype: dtype of the hidden layers; parameters are float32.
 
   Raises:
@@ -127,6 +138,7 @@ def build(
     end_time=END_TIME in cond,
     qk_norm=qk_norm,
     time_scale=time_scale,
+    scan_blocks=scan_blocks,
   )
   if len(shape) != 3 or shape[-1] != source.channels:
     raise ValueError(

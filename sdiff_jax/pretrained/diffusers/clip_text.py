@@ -12,10 +12,12 @@ from msgspec import Meta
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import LayerNorm
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
 from sdiff_jax.types import Array, Json, Params, PRNGKey
 
+LISTS = ("encoder.layers",)
 VocabularySize = Annotated[int, Meta(ge=1, le=1_000_000)]
 Layers = Annotated[int, Meta(ge=1, le=256)]
 Length = Annotated[int, Meta(ge=1, le=4096)]  # tokens
@@ -75,6 +77,7 @@ class TextEncoder(NamedTuple):
     length: largest L; None for any.
     width: of the hidden states.
     padding: id of the token that fills texts up.
+    lists: names of its lists of blocks (see `block_loop`).
   """
 
   init: Callable[[PRNGKey], Params]
@@ -83,6 +86,7 @@ class TextEncoder(NamedTuple):
   length: int | None
   width: int
   padding: int = 0
+  lists: tuple[str, ...] = ()
 
 
 class Block(nn.Module):
@@ -134,9 +138,12 @@ class Encoder(nn.Module):
     h = embed(self.vocabulary, name="embeddings.token_embedding")(ids)
     positions = embed(self.length, name="embeddings.position_embedding")
     h += positions(jnp.arange(ids.shape[1]))[None]
-    kind = common.remat(Block, self.remat)
-    for i in range(self.depth):
-      before, h = h, kind(**self.block, name=f"encoder.layers.{i}")(h)
+    indices = range(self.depth)
+    for some in (indices[:-1], indices[-1:]):
+      before = h
+      (h,) = block_loop.run(
+        self, LISTS[0], some, Block, lambda i: self.block, (h,), remat=self.remat
+      )
     hidden = LayerNorm(epsilon=eps, dtype=dtype, name="final_layer_norm")(h)
     last = jnp.argmax(ids if self.end == OLD_END else ids == self.end, axis=1)
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
@@ -179,4 +186,4 @@ def from_config(
     text = module.apply({"params": params}, ids)
     return jax.tree.map(common.to_accumulation_dtype, text)
 
-  return TextEncoder(init, apply, c["vocab_size"], length, width)
+  return TextEncoder(init, apply, c["vocab_size"], length, width, lists=LISTS)

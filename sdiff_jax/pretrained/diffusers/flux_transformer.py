@@ -3,6 +3,7 @@
 Its tokens are patches of 2 x 2 latents, which it makes itself.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
@@ -20,6 +22,7 @@ from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
 PATCH = 2
+LISTS = ("transformer_blocks", "single_transformer_blocks")
 LONG_TEXT = 512  # tokens of T5's encoder
 SIDE = 128  # of the latents of an image, which the config does not tell
 THETA = 10_000.0  # of the rotary positions
@@ -67,18 +70,28 @@ class Transformer(nn.Module):
     emb = emb((time, None, None), pooled, guidance)
     text = dense("context_embedder", text)
     rotation = _rotation(self.axes, rows, columns, 0)
-    block = common.remat(blocks.JointBlock, self.remat)
-    for i in range(self.depth):
-      kind = self.heads, True, False, False, self.dtype
-      name = f"transformer_blocks.{i}"
-      h, text = block(*kind, name=name)(h, text, emb, rotation)
+    run = functools.partial(block_loop.run, self, remat=self.remat)
+    alike = {"heads": self.heads, "dtype": self.dtype}
+    joint = alike | {"norm": True, "last": False, "dual": False}
+    h, text = run(
+      LISTS[0],
+      range(self.depth),
+      blocks.JointBlock,
+      lambda i: joint,
+      (h, text),
+      *(emb, rotation),
+    )
     length = text.shape[1]
     both = jnp.concatenate([text, h], axis=1)
     rotation = _rotation(self.axes, rows, columns, length)
-    single = common.remat(blocks.SingleBlock, self.remat)
-    for i in range(self.single_depth):
-      name = f"single_transformer_blocks.{i}"
-      both = single(self.heads, self.dtype, name=name)(both, emb, rotation)
+    (both,) = run(
+      LISTS[1],
+      range(self.single_depth),
+      blocks.SingleBlock,
+      lambda i: alike,
+      (both,),
+      *(emb, rotation),
+    )
     output = blocks.Output(self.out * PATCH**2, self.dtype)
     nn.share_scope(self, output)
     tokens = output(both[:, length:], emb)
@@ -167,4 +180,5 @@ def from_config(
     return {"text": long, "pooled": pooled}
 
   options = {"conditions": conditions, "long_text": LONG_TEXT, "spacing": "trailing"}
+  options |= {"lists": LISTS}
   return Predictor(init, apply, shape, text, pooled, guided, PATCH, **options)

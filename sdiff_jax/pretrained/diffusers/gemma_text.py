@@ -10,12 +10,14 @@ import numpy as np
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers.clip_text import Text, TextEncoder
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Positive
 from sdiff_jax.types import Array, Json, Params, PRNGKey
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+LISTS = ("layers",)
 THETA = 10_000.0  # of the rotary positions
 FIELDS = {
   "vocab_size": Field(256_000, Count),
@@ -153,9 +155,16 @@ class Encoder(nn.Module):
     dtype = self.block["dtype"]
     h = nn.Embed(self.vocabulary, self.width, dtype=dtype, name="embed_tokens")(ids)
     h *= jnp.asarray(self.width**0.5, dtype)
-    kind = common.remat(Block, self.remat)
-    for i in range(self.depth):
-      h = kind(**self.block, name=f"layers.{i}")(h, mask)
+    (h,) = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      Block,
+      lambda i: self.block,
+      (h,),
+      mask,
+      remat=self.remat,
+    )
     return Norm(dtype, name="norm")(h)
 
 
@@ -198,4 +207,5 @@ def from_config(
     hidden = module.apply({"params": params}, ids, mask)
     return Text(common.to_accumulation_dtype(hidden), mask=mask)
 
-  return TextEncoder(init, apply, c["vocab_size"], None, width, c["pad_token_id"])
+  sizes = c["vocab_size"], None, width
+  return TextEncoder(init, apply, *sizes, c["pad_token_id"], LISTS)

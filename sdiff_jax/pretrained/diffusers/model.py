@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sdiff_jax.pretrained.diffusers import clip_text, fit, vae
+from sdiff_jax.pretrained.diffusers import block_loop, clip_text, fit, vae
 from sdiff_jax.pretrained.diffusers import tokenizer as tokenizer_lib
 from sdiff_jax.pretrained.diffusers.flow_schedule import FlowSchedule
 from sdiff_jax.pretrained.diffusers.networks import Predictor
@@ -93,6 +93,20 @@ class Model(NamedTuple):
     return cond | {
       "time_ids": jnp.broadcast_to(ids[None], (len(cond["text"]), len(ids)))
     }
+
+
+def stacked(model: Model, params: dict[str, Params]) -> dict[str, Params]:
+  """Returns the parameters of a model with alike blocks in stacks, see `block_loop`.
+
+  Args:
+    model: with its networks.
+    params: of the model, or their shapes.
+  """
+  networks = {"unet": model.unet} | model.text_encoders
+  return {
+    name: block_loop.stacked(x, networks[name].lists) if name in networks else x
+    for name, x in params.items()
+  }
 
 
 def with_shape(model: Model, shape: tuple[int, int, int]) -> Model:

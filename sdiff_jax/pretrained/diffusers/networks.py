@@ -56,6 +56,8 @@ class Predictor(NamedTuple):
       class.
     sized: whether the network takes "time_ids", sizes of the image in pixels.
     end_time: whether it is a flow map, which takes "end_time", a timestep.
+    lists: names of its lists of blocks, of which alike ones may be stacked (see
+      `block_loop`).
   """
 
   init: Callable[[PRNGKey], Params]
@@ -72,6 +74,7 @@ class Predictor(NamedTuple):
   classes: int = 0
   sized: bool = False
   end_time: bool = False
+  lists: tuple[str, ...] = ()
 
 
 class FromConfig(Protocol):

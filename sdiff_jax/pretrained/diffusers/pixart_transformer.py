@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers import adaln_blocks as adaln
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import TIME_IDS, Predictor
@@ -21,6 +22,7 @@ from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Positive
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
+LISTS = ("transformer_blocks",)
 NORM_TYPE = "ada_norm_single"
 # Tokens of T5's encoder, for a network that is told the size of the image and one that is
 # not: alpha at 1024 pixels, and sigma.
@@ -82,10 +84,18 @@ class Transformer(nn.Module):
     text = adaln.TextProjection(self.width, self.dtype, name="caption_projection")(text)
     own = functools.partial(adaln.MaskedAttention, self.heads, False, self.dtype)
     feed = functools.partial(blocks.FeedForward, self.dtype)
-    block = common.remat(adaln.Block, self.remat)
-    for i in range(self.depth):
-      kind = own, feed, self.heads, False, grid, self.dtype
-      h = block(*kind, name=f"transformer_blocks.{i}")(h, text, mask, vectors)
+    alike = {"attend": own, "feed": feed, "heads": self.heads, "norm": False}
+    alike |= {"grid": grid, "dtype": self.dtype}
+    (h,) = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      adaln.Block,
+      lambda i: alike,
+      (h,),
+      *(text, mask, vectors),
+      remat=self.remat,
+    )
     output = adaln.Output(self.out * self.patch**2, self.dtype)
     nn.share_scope(self, output)
     return blocks.from_patches(output(h, emb), self.patch, grid[0], channels_last=True)
@@ -142,7 +152,7 @@ def from_config(
     return common.to_accumulation_dtype(out[..., :channels])
 
   options = {"patch": patch, "conditions": _conditions, "long_text": LONG_TEXTS[sized]}
-  options |= {"masked": True, "sized": sized}
+  options |= {"masked": True, "sized": sized, "lists": LISTS}
   options |= {"guided": c["guidance_proj"], "end_time": c["end_time"]}
   return Predictor(init, apply, (side, side, channels), width, **options)
 

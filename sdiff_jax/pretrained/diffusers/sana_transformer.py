@@ -13,6 +13,7 @@ from msgspec import Meta
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import RMSNorm
 from sdiff_jax.pretrained.diffusers import adaln_blocks as adaln
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
@@ -23,6 +24,7 @@ from sdiff_jax.pretrained.files.config_fields import Channels, Field, Positive
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
 LONG_TEXT = 300  # tokens
+LISTS = ("transformer_blocks",)
 FIELDS = {
   "in_channels": Field(32, Channels),
   "out_channels": Field(32, Channels | None),
@@ -94,10 +96,18 @@ class Transformer(nn.Module):
       LinearAttention, self.heads[0], self.norm, self.bias, self.dtype
     )
     feed = functools.partial(GatedConv, self.ratio, self.dtype)
-    block = common.remat(adaln.Block, self.remat)
-    for i in range(self.depth):
-      kind = own, feed, self.heads[1], self.norm, grid, self.dtype
-      h = block(*kind, name=f"transformer_blocks.{i}")(h, text, mask, vectors)
+    alike = {"attend": own, "feed": feed, "heads": self.heads[1], "norm": self.norm}
+    alike |= {"grid": grid, "dtype": self.dtype}
+    (h,) = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      adaln.Block,
+      lambda i: alike,
+      (h,),
+      *(text, mask, vectors),
+      remat=self.remat,
+    )
     output = adaln.Output(self.out * self.patch**2, self.dtype)
     nn.share_scope(self, output)
     return blocks.from_patches(output(h, emb), self.patch, grid[0], channels_last=True)
@@ -156,7 +166,7 @@ def from_config(
 
   shape = (c["sample_size"], c["sample_size"], channels)
   options = {"patch": patch, "conditions": _conditions, "long_text": LONG_TEXT}
-  options |= {"masked": True, "end_time": c["end_time"]}
+  options |= {"masked": True, "end_time": c["end_time"], "lists": LISTS}
   return Predictor(init, apply, shape, width, guided=guided, **options)
 
 

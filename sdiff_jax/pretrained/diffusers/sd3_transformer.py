@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import Predictor
@@ -17,6 +18,7 @@ from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
 LONG_TEXT = 256  # tokens of T5's encoder
+LISTS = ("transformer_blocks",)
 Depth = Annotated[int, Meta(ge=1, le=256)]
 Side = Annotated[int, Meta(ge=1, le=1024)]
 Indices = Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=256)]
@@ -64,10 +66,17 @@ class Transformer(nn.Module):
     emb = emb(times, pooled, None)
     dense = common.Dense(self.width, dtype=self.dtype, name="context_embedder")
     text = dense(text.astype(self.dtype))
-    block = common.remat(blocks.JointBlock, self.remat)
-    for i in range(self.depth):
-      kind = self.heads, self.norm, i == self.depth - 1, i in self.dual, self.dtype
-      h, text = block(*kind, name=f"transformer_blocks.{i}")(h, text, emb)
+    alike = {"heads": self.heads, "norm": self.norm, "dtype": self.dtype}
+    h, text = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      blocks.JointBlock,
+      lambda i: alike | {"last": i == self.depth - 1, "dual": i in self.dual},
+      (h, text),
+      emb,
+      remat=self.remat,
+    )
     output = blocks.Output(self.out * self.patch**2, self.dtype)
     nn.share_scope(self, output)
     return blocks.from_patches(output(h, emb), self.patch, rows, channels_last=True)
@@ -148,6 +157,7 @@ def from_config(
     return {"text": jnp.concatenate([clip, long], axis=1), "pooled": pooled}
 
   options = {"patch": patch, "conditions": conditions, "long_text": LONG_TEXT}
+  options |= {"lists": LISTS}
   options |= {"guided": c["guidance_proj"], "end_time": c["end_time"]}
   return Predictor(init, apply, shape, width, pooled, **options)
 

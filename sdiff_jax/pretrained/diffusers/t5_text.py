@@ -12,11 +12,13 @@ from msgspec import Meta
 
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import RMSNorm
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers.clip_text import Text, TextEncoder
 from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field
 from sdiff_jax.types import Array, Json, Params, PRNGKey
 
+LISTS = ("encoder.block",)
 Buckets = Annotated[int, Meta(ge=4, le=4096)]
 FIELDS = {
   "vocab_size": Field(32128, Annotated[int, Meta(ge=1, le=1_000_000)]),
@@ -131,9 +133,16 @@ class Encoder(nn.Module):
     bias = common.to_accumulation_dtype(jnp.moveaxis(bias, -1, 0))[None]
     if mask is not None:
       bias = jnp.where(mask[:, None, None], bias, jnp.finfo(bias.dtype).min)
-    kind = common.remat(Block, self.remat)
-    for i in range(self.depth):
-      h = kind(**self.block, name=f"encoder.block.{i}")(h, bias)
+    (h,) = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      Block,
+      lambda i: self.block,
+      (h,),
+      bias,
+      remat=self.remat,
+    )
     return RMSNorm(dtype, name="encoder.final_layer_norm")(h)
 
 
@@ -163,4 +172,5 @@ def from_config(
     hidden = common.to_accumulation_dtype(module.apply({"params": params}, ids, mask))
     return Text(hidden, mask=mask)
 
-  return TextEncoder(init, apply, c["vocab_size"], None, width, c["pad_token_id"])
+  sizes = c["vocab_size"], None, width
+  return TextEncoder(init, apply, *sizes, c["pad_token_id"], LISTS)

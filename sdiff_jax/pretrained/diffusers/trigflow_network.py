@@ -17,6 +17,7 @@ from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.io import file_io
 from sdiff_jax.models.pretrained import ANY, Pretrained
 from sdiff_jax.pretrained.diffusers import (
+  block_loop,
   fit,
   hub,
   loading,
@@ -48,6 +49,7 @@ def network(
   end_time: bool = False,
   qk_norm: bool = False,
   time_scale: float = 1.0,
+  scan_blocks: bool = False,
 ) -> Pretrained:
   """Returns the network of a folder as a TrigFlow network, without its weights.
 
@@ -63,6 +65,8 @@ def network(
     end_time: whether the network is a flow map.
     qk_norm: whether its queries and keys are normalized.
     time_scale: factor of the timestep before its embedding.
+    scan_blocks: whether alike blocks run in a loop over their weights, which are stacked
+      in the program (see `block_loop`).
 
   Raises:
     UserError: a file is missing or does not fit.
@@ -107,6 +111,9 @@ def network(
     return given
 
   def apply(params: Params, x: Array, t: Array, cond: Cond) -> Array:
+    if scan_blocks:
+      params = block_loop.stacked(params, predictor.lists)
+
     def predict(x: Array, time: Array, cond: Cond) -> Array:
       return predictor.apply(params, x, time_scale * time, cond)
 

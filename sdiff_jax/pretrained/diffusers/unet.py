@@ -13,6 +13,7 @@ from sdiff_jax.models.layers import common
 from sdiff_jax.pretrained.diffusers.clip_text import Text
 from sdiff_jax.pretrained.diffusers.networks import TIME_IDS, Predictor
 from sdiff_jax.pretrained.diffusers.unet_blocks import (
+  LISTS,
   Conv,
   Downsample,
   GroupNorm,
@@ -360,7 +361,7 @@ def _of_module(
     out = module.apply({"params": params}, x, time, *inputs(cond or {}))
     return common.to_accumulation_dtype(out)
 
-  options = {"guided": guided, "end_time": end_time}
+  options = {"guided": guided, "end_time": end_time, "lists": LISTS}
   if pooled:
     options |= {"conditions": _two_encoders, "sized": True}
   return Predictor(init, apply, shape, text, pooled, **options)

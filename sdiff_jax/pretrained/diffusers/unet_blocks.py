@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import common
 from sdiff_jax.models.layers.normalization import GroupNorm, LayerNorm
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.types import Array
+
+LISTS = ("transformer_blocks",)
 
 Conv = functools.partial(common.Conv, kernel_size=(3, 3), padding=1)
 
@@ -111,9 +114,15 @@ class Transformer(nn.Module):
     B, _, _, C = x.shape
     h = GroupNorm(self.groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
     h = common.Dense(C, dtype=self.dtype, name="proj_in")(h.reshape(B, -1, C))
-    for i in range(self.depth):
-      name = f"transformer_blocks.{i}"
-      h = TransformerBlock(self.heads, self.dtype, name=name)(h, text)
+    (h,) = block_loop.run(
+      self,
+      LISTS[0],
+      range(self.depth),
+      TransformerBlock,
+      lambda i: {"heads": self.heads, "dtype": self.dtype},
+      (h,),
+      text,
+    )
     h = common.Dense(C, dtype=self.dtype, name="proj_out")(h)
     return x + h.reshape(x.shape)
 
