@@ -147,15 +147,7 @@ def from_config(
 
   If it predicts variances beside the noise, they are left out.
 
-  Args:
-    config: its fields; missing ones have the defaults of diffusers.
-    dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
-      gathers from other devices, "dots" everything
-      but matrix products and convolutions, "full" everything.
-
-  Raises:
-    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  See `networks.FromConfig`.
   """
   c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES, IGNORED_FIELDS)
   return predictor(c, FREQUENCY_SHIFT, dtype=dtype, remat=remat)
@@ -169,8 +161,8 @@ def predictor(
   Args:
     c: values of FIELDS.
     shift: of the frequencies of the embedded times.
-    dtype: see `from_config`.
-    remat: see `from_config`.
+    dtype: see `networks.FromConfig`.
+    remat: see `networks.FromConfig`.
 
   Raises:
     ValueError: sizes that do not fit.

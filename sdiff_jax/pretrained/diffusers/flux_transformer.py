@@ -123,15 +123,7 @@ def from_config(
 ) -> Predictor:
   """Returns the network of a config.json (https://github.com/black-forest-labs/flux).
 
-  Args:
-    config: its fields; missing ones have the defaults of diffusers.
-    dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
-      gathers from other devices, "dots" everything
-      but matrix products and convolutions, "full" everything.
-
-  Raises:
-    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  See `networks.FromConfig`.
   """
   c = config_fields.validated_config(config, FIELDS, SUPPORTED_VALUES)
   axes, size = tuple(c["axes_dims_rope"]), c["attention_head_dim"]

@@ -100,15 +100,7 @@ def from_config(
 ) -> Predictor:
   """Returns the network of a config.json (arXiv:2403.03206; 3.5 has dual attention).
 
-  Args:
-    config: its fields; missing ones have the defaults of diffusers.
-    dtype: type of the hidden layers.
-    remat: what a block recomputes in the backward pass: "" nothing, "weights" what it
-      gathers from other devices, "dots" everything
-      but matrix products and convolutions, "full" everything.
-
-  Raises:
-    ValueError: lists unknown fields and unsupported values; or sizes that do not fit.
+  See `networks.FromConfig`.
   """
   c = config_fields.validated_config(config, FIELDS, {})
   width, patch = c["attention_head_dim"] * c["num_attention_heads"], c["patch_size"]
