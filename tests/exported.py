@@ -31,7 +31,8 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 PROMPT = "a cat on the mat"
 SIDES = dict.fromkeys(("ddpm-church", "sd2", "sd3", "dit", "sdxl", "pixart"), 8)
 SIDES["sd2-guided"] = 8  # with the guidance scale as an input
-SIDES |= {"sana": 16, "sana-sprint": 16}  # its images have sides of 32 k
+# Images of SANA have sides of 32 k.
+SIDES |= dict.fromkeys(("sana", "sana-sprint", "sana-unguided"), 16)
 GUIDANCE = 4.5
 # Of SANA's student, which becomes SANA-Sprint.
 FIELDS = {"sana": {"guidance": True, "time_scale": 0.001}}
@@ -47,7 +48,8 @@ class Student(NamedTuple):
 
 
 def student(name: str) -> Student:
-  folder = str(FIXTURES / f"tiny-{name.removesuffix('-guided')}")
+  published = name.removesuffix("-guided").removesuffix("-unguided")
+  folder = str(FIXTURES / f"tiny-{published}")
   model = loading.load(folder)
   shape = (SIDES[name], SIDES[name], model.unet.shape[-1])
   if model.vae is None:

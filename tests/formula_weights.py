@@ -1,10 +1,14 @@
 """Weights by a formula, so that fixtures of large networks hold their outputs alone."""
 
+import json
 import math
+import pathlib
+import shutil
 import zlib
 
 import numpy as np
 
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 MASK = 0xFFFFFFFF
 
 
@@ -46,3 +50,17 @@ def transformer(name: str, shape: tuple[int, ...]) -> np.ndarray:
     gain = name.endswith((".weight", "lambda1", "gamma"))
     u = 1 + 0.3 * u if gain else 0.2 * u
   return u.astype(np.float32)
+
+
+def clip_folder(folder: pathlib.Path, kind: str = "clip") -> pathlib.Path:
+  """Writes a small CLIP of transformers, or with the kind "open_clip" of open_clip."""
+  with np.load(FIXTURES / "vision_features.npz") as arrays:
+    about = json.loads(str(arrays["meta"]))
+  shutil.copytree(FIXTURES / "tiny-sd2" / "tokenizer", folder)
+  prefix = "open_clip_" if kind == "open_clip" else ""
+  (folder / f"{prefix}config.json").write_text(json.dumps(about[f"{kind}_config"]))
+  shapes = about["shapes"][kind].items()
+  np.savez(folder / "x.npz", **{k: transformer(k, tuple(v)) for k, v in shapes})
+  # The form is told by the contents.
+  (folder / "x.npz").rename(folder / f"{prefix}pytorch_model.bin")
+  return folder

@@ -24,9 +24,11 @@ from diffusers.schedulers import (
   scheduling_scm,
 )
 
+SANA = (diffusers.SanaPipeline, diffusers.SanaSprintPipeline)
 FILE = pathlib.Path(__file__).parents[1] / "tests/fixtures/diffusers_export.npz"
 PROMPT = "a cat on the mat"
-SIDES = {"sana": 16, "sana-sprint": 16}  # of the latents; 8 for others
+# Of the latents; 8 for others.
+SIDES = dict.fromkeys(("sana", "sana-sprint", "sana-unguided"), 16)
 MODULES = (pipeline_ddpm, pipeline_dit, scheduling_lcm)
 MODULES += (scheduling_flow_match_euler_discrete, scheduling_scm)
 ARGUMENTS = {
@@ -35,6 +37,13 @@ ARGUMENTS = {
   "StableDiffusionPipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
   "StableDiffusionXLPipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
   "StableDiffusion3Pipeline": {"prompt": PROMPT, "guidance_scale": 1.0},
+  "SanaPipeline": {
+    "prompt": PROMPT,
+    "guidance_scale": 1.0,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "complex_human_instruction": None,
+  },
   "SanaSprintPipeline": {
     "prompt": PROMPT,
     "guidance_scale": 4.5,
@@ -60,7 +69,7 @@ def run(
   """
   pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
   pipe.set_progress_bar_config(disable=True)
-  if isinstance(pipe, diffusers.SanaSprintPipeline):
+  if isinstance(pipe, SANA):
     # transformers gives Gemma's class the rules of Gemma's vocabulary, and this small one
     # has others, which tokenizer.json says.
     file = str(folder / "tokenizer" / "tokenizer.json")
@@ -70,7 +79,7 @@ def run(
   for module in MODULES:
     module.randn_tensor = lambda shape, **_: next(given)
   options = ARGUMENTS[type(pipe).__name__] | {"num_inference_steps": steps}
-  if folder.name.endswith("-guided"):
+  if folder.name == "sd2-guided":
     options["guidance_scale"] = 4.5
   if "prompt" in options:
     scale = pipe.vae_scale_factor
@@ -92,7 +101,8 @@ def run(
 
 
 def main() -> None:
-  arrays = {}
+  with np.load(FILE) as stored:
+    arrays = dict(stored)  # of other folders
   for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     rng = np.random.default_rng([*folder.name.encode()])
     index = json.loads((folder / "model_index.json").read_text())

@@ -1,6 +1,7 @@
-"""Captions as text encoders encoded them, each different one once; the first is empty.
+"""Captions as tokens, or as text encoders encoded them; the first is empty.
 
-A record is the float16 arrays of a caption, in the order of their names. A sample of the
+Each different caption is stored once. A record is its arrays in the order of their names,
+int32 of tokens and float16 of what encoders made of them. A sample of the
 data has the number of its caption.
 """
 
@@ -13,7 +14,7 @@ from sdiff_jax.data import _array_records
 from sdiff_jax.diffusion import guidance
 from sdiff_jax.types import CondSpec
 
-FLOAT = np.dtype("<f2")
+FLOAT, TOKEN = np.dtype("<f2"), np.dtype("<i4")
 INFINITE = np.uint16(0x7C00)  # exponent of infinity and NaN
 EMPTY = 0  # number of the empty caption
 MAX_CACHED = 2**28  # bytes of a table that is kept in memory
@@ -27,12 +28,14 @@ def paths(folder: str, size: int, shard_size: int) -> list[str]:
 
 
 def write(path: str, texts: Mapping[str, np.ndarray]) -> None:
-  """Writes captions, condition -> float [n, ...], to a file.
+  """Writes captions to a file: name -> floats, or int of tokens, [n, ...].
 
   Raises:
     UserError: the file could not be written.
   """
-  columns = [texts[name].astype(FLOAT) for name in sorted(texts)]
+  integers = all(np.issubdtype(x.dtype, np.integer) for x in texts.values())
+  dtype = TOKEN if integers else FLOAT
+  columns = [texts[name].astype(dtype) for name in sorted(texts)]
   rows = zip(*columns, strict=True)
   _array_records.write(path, (b"".join(x.tobytes() for x in row) for row in rows))
 
@@ -43,18 +46,27 @@ class TextTable:
   Attributes:
     shapes: condition -> shape.
     size: number of captions.
-    empty: condition -> values of the empty caption, float16.
+    dtype: of the values, FLOAT or TOKEN.
+    empty: condition -> values of the empty caption.
   """
 
-  def __init__(self, folder: str, shapes: Shapes, size: int, shard_size: int):
+  def __init__(
+    self,
+    folder: str,
+    shapes: Shapes,
+    size: int,
+    shard_size: int,
+    dtype: np.dtype = FLOAT,
+  ):
     """Opens the files of a folder.
 
     Raises:
       UserError: a file is missing or damaged.
     """
     self.shapes, self.size = {k: tuple(shapes[k]) for k in sorted(shapes)}, size
+    self.dtype = dtype
     self.paths = paths(folder, size, shard_size)
-    self._width = FLOAT.itemsize * sum(map(math.prod, self.shapes.values()))
+    self._width = dtype.itemsize * sum(map(math.prod, self.shapes.values()))
     self._read = _array_records.reader(folder, self.paths, size, self._width)
     self._whole: np.ndarray | None = None
     if size * self._width <= MAX_CACHED:
@@ -64,7 +76,7 @@ class TextTable:
     }
 
   def __getitem__(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns condition -> values float16 [n, ...] of captions, and the empty one's.
+    """Returns condition -> values [n, ...] of captions, and the empty one's.
 
     Raises:
       ValueError: there is no such caption, or a record is damaged.
@@ -81,18 +93,24 @@ class TextTable:
 
   def specs(self) -> dict[str, CondSpec]:
     """Returns what the conditions are."""
-    specs = {name: CondSpec(shape, FLOAT) for name, shape in self.shapes.items()}
+    specs = {name: CondSpec(shape, self.dtype) for name, shape in self.shapes.items()}
     return specs | {guidance.empty_name(k): spec for k, spec in specs.items()}
 
   def _rows(self, numbers: np.ndarray) -> np.ndarray:
-    """Returns records, float16 [n, numbers of all conditions]."""
+    """Returns records, [n, numbers of all conditions]."""
     stored = self._read(numbers.tolist())
     if any(len(record) != self._width for record in stored):
       raise ValueError(f"a caption has not the {self._width} bytes of its shapes")
-    bits = np.frombuffer(b"".join(stored), "<u2").reshape(len(stored), -1)
-    if ((bits & INFINITE) == INFINITE).any():  # much faster than isfinite of float16
+    data = b"".join(stored)
+    rows = np.frombuffer(data, self.dtype).reshape(len(stored), -1)
+    if self.dtype == TOKEN:
+      if (rows < 0).any():
+        raise ValueError("a caption has a negative token")
+      return rows
+    bits = rows.view("<u2")  # much faster than isfinite of float16
+    if ((bits & INFINITE) == INFINITE).any():
       raise ValueError("a caption is not finite")
-    return bits.view(FLOAT)
+    return rows
 
   def _split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns condition -> values of records."""

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from sdiff_jax import registry
-from sdiff_jax.data import _array_records, _image_files
+from sdiff_jax.data import _array_records, _image_files, _text_table
 from sdiff_jax.data._codecs import Codec, LatentCodec, PixelCodec
 from sdiff_jax.data._dataset import Dataset, Samples, class_cond
 from sdiff_jax.data._text_table import Shapes, TextTable
@@ -51,6 +51,7 @@ class About(TypedDict):
     classes: number of classes of the images; 0 for images without.
     texts: number of different captions, the empty one first; none for images without.
     text: conditions that a caption is -> their shapes.
+    tokens: in place of them, the names of its tokens -> their shapes.
     moments: mean and standard deviation of all latents, for the scale "vae".
   """
 
@@ -61,6 +62,7 @@ class About(TypedDict):
   classes: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
   texts: NotRequired[Count]
   text: NotRequired[dict[str, Annotated[list[Side], msgspec.Meta(max_length=4)]]]
+  tokens: NotRequired[dict[str, Annotated[list[Side], msgspec.Meta(max_length=4)]]]
   moments: NotRequired[tuple[float, Annotated[float, msgspec.Meta(gt=0)]]]
 
 
@@ -163,9 +165,10 @@ def _texts(folder: str, about: dict[str, Json]) -> TextTable | None:
   """Returns the captions of a folder, None for images without."""
   if "texts" not in about:
     return None
-  shapes: Shapes = about.get("text", {})
+  shapes: Shapes = about.get("tokens") or about.get("text", {})
+  dtype = _text_table.TOKEN if "tokens" in about else _text_table.FLOAT
   try:
-    return TextTable(folder, shapes, about["texts"], about["shard_size"])
+    return TextTable(folder, shapes, about["texts"], about["shard_size"], dtype)
   except ValueError as error:
     raise UserError(f"{folder} cannot be read: {error}; encode it again") from error
 

@@ -12,6 +12,7 @@ from sdiff_jax import losses, registry
 from sdiff_jax.data import Dataset, LatentCodec, PixelCodec
 from sdiff_jax.diffusion import guidance, trigflow
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import caption_tokens
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.io import storage
 from sdiff_jax.models.layers import lora
@@ -68,6 +69,7 @@ def from_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> Experim
   Raises:
     UserError: a piece or the mesh refuses its fields.
   """
+  dataset = caption_tokens.encoded(dataset, config.text_encoder)
   return Experiment(
     dataset=dataset,
     network=network(config, dataset),

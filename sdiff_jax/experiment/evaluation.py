@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdiff_jax import registry
-from sdiff_jax.data import Dataset, folder, npz
+from sdiff_jax.data import Dataset, npz
 from sdiff_jax.distributed import sharding
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment.errors import config_errors
-from sdiff_jax.io import array_io, image_io, records
+from sdiff_jax.io import array_io
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.metrics import FEATURES, MOMENTS, FeatureSet, Metric, features, frechet
@@ -232,27 +232,6 @@ def _summarize(
     resume=resume,
     after_batch=lambda partial: save(lambda: streaming.to_arrays(partial)),
   )
-
-
-def prompts_of(directory: str) -> list[str]:
-  """Returns the prompt of each image in a folder that the job `generate` made.
-
-  Raises:
-    UserError: a file holds no prompt.
-  """
-  prompts = []
-  for path in folder.files(directory):
-    try:
-      about = records.decode(image_io.about(path), dict[str, Json], path)
-      prompt = about["prompt"]
-      if not isinstance(prompt, str):
-        raise TypeError("the prompt is no text")
-      prompts.append(prompt)
-    except (*folder.UNREADABLE, UserError) as error:
-      raise UserError(
-        f"{path} holds no prompt: the CLIP score is of images of the job generate"
-      ) from error
-  return prompts
 
 
 def _reference(

@@ -9,7 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from sdiff_jax.io import file_io, records, resumable, storage
 from sdiff_jax.io.progress import Progress
 from sdiff_jax.io.snapshot import Snapshot
 from sdiff_jax.pretrained.diffusers import loading, text_encoding
-from sdiff_jax.pretrained.diffusers.text_encoding import EncodeTexts
+from sdiff_jax.pretrained.diffusers.text_encoding import TextEncoders
 from sdiff_jax.pretrained.diffusers.vae import Autoencoder
 from sdiff_jax.types import Array, Json, Params, UserError
 
@@ -44,11 +44,14 @@ class Encoding:
       are, without an autoencoder (see data/latents.py).
     batch_size: images of a batch, over the devices of a process.
     shard_size: number of images in a file.
+    captions: "encoded" stores what the text encoders make of them; "tokens" stores tokens,
+      which are encoded when they are read.
   """
 
   scale: latents.Scale = "scm"
   batch_size: Count = 16
   shard_size: Annotated[int, Range(1, 10_000_000)] = 4096
+  captions: Literal["encoded", "tokens"] = "encoded"
 
 
 @registry.register(
@@ -71,12 +74,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   with config_errors("config.encode"):
     sharding.check_batch(section.batch_size, local)
   vae, params = _autoencoder(config)
-  captions, encode_texts, shapes = _captions(config, source)
-  about = _about(config, source, vae, len(captions), shapes)
+  captions, encoders = _captions(config, source)
+  about = _about(config, source, vae, len(captions), encoders)
   files = latents.paths(workdir, about)
   _claim(workdir, about)
-  if captions:
-    _write_texts(workdir, captions, encode_texts, section.shard_size)
+  if encoders is not None:
+    _write_texts(workdir, captions, encoders, section)
   mine = range(jax.process_index(), len(files), jax.process_count())
   missing = [k for k in mine if not storage.exists(files[k])]
   encode: Encode = lambda images: images  # noqa: E731
@@ -132,11 +135,11 @@ def _normalized(text: str) -> str:
 
 def _captions(
   config: ml_collections.ConfigDict, source: Dataset
-) -> tuple[list[str], EncodeTexts, dict[str, tuple[int, ...]]]:
-  """Returns the different captions, sorted, the encoder of texts, and its shapes.
+) -> tuple[list[str], TextEncoders | None]:
+  """Returns the different captions, sorted, and the encoders of texts.
 
   Returns:
-    [] for images without captions.
+    [] and None for images without captions.
 
   Raises:
     UserError: there is no text encoder for the captions, or it is not needed.
@@ -148,29 +151,39 @@ def _captions(
         f"config.text_encoder={folder}: config.data has no captions; use the data set "
         "captions, or leave it empty"
       )
-    return [], lambda texts: {}, {}
+    return [], None
   if not folder:
     raise UserError(
       "config.text_encoder is empty: name a folder in the diffusers format, whose text "
       "encoders encode the captions of config.data"
     )
   texts = {_normalized(text) for text in source.captions(np.arange(source.size))}
-  encode, shapes = text_encoding.load(folder, config.encode.batch_size)
-  return sorted(texts | {""}), encode, shapes
+  encoders = text_encoding.load(folder, config.encode.batch_size)
+  if config.encode.captions == "encoded":
+    encoders.encode(encoders.tokenize([""]))  # reads the weights before any work
+  return sorted(texts | {""}), encoders
 
 
 def _write_texts(
-  workdir: str, captions: list[str], encode: EncodeTexts, shard_size: int
+  workdir: str,
+  captions: list[str],
+  encoders: TextEncoders,
+  section: ml_collections.ConfigDict,
 ) -> None:
   """Writes the files of the captions that are missing, those of this process.
 
   Raises:
     UserError: a file could not be written, or a caption is not finite in float16.
   """
-  files = _text_table.paths(workdir, len(captions), shard_size)
+  size = section.shard_size
+  files = _text_table.paths(workdir, len(captions), size)
   for k in range(jax.process_index(), len(files), jax.process_count()):
     if not storage.exists(files[k]):
-      texts = encode(captions[k * shard_size : (k + 1) * shard_size])
+      tokens = encoders.tokenize(captions[k * size : (k + 1) * size])
+      if section.captions == "tokens":
+        _text_table.write(files[k], tokens)
+        continue
+      texts = encoders.encode(tokens)
       halves = {name: x.astype(_text_table.FLOAT) for name, x in texts.items()}
       if not all(np.isfinite(x).all() for x in halves.values()):
         raise UserError("the text encoder returned values that float16 does not hold")
@@ -182,7 +195,7 @@ def _about(
   source: Dataset,
   vae: Autoencoder | None,
   texts: int,
-  shapes: dict[str, tuple[int, ...]],
+  encoders: TextEncoders | None,
 ) -> dict[str, Json]:
   """Returns the content of latents.json.
 
@@ -209,8 +222,12 @@ def _about(
   }
   if vae is not None and config.encode.scale == "vae":
     about["moments"] = [vae.shift, 1 / vae.scaling]
-  if texts:
-    about |= {"texts": texts, "text": shapes, "text_encoder": config.text_encoder}
+  if encoders is not None:
+    about |= {"texts": texts, "text_encoder": config.text_encoder}
+    if config.encode.captions == "tokens":
+      about["tokens"] = {k: x.shape[1:] for k, x in encoders.tokenize([""]).items()}
+    else:
+      about["text"] = encoders.shapes
   return file_io.as_json(about)
 
 

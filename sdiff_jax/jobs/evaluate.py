@@ -1,6 +1,7 @@
 """Job `evaluate`: computes metrics of the samples of several samplers, or of images."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from sdiff_jax import fields, losses, registry
 from sdiff_jax.data import folder as folder_lib
 from sdiff_jax.data import image_shards, npz
 from sdiff_jax.experiment import build as experiments
-from sdiff_jax.experiment import evaluation, pipelines, sampling
+from sdiff_jax.experiment import evaluation, pipelines, prompts, sampling
 from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.fields import Count, Index, Length, Range
 from sdiff_jax.io import downloads, file_io, image_io, records, snapshot, storage
@@ -48,7 +49,8 @@ class Evaluate:
     features: the classifier of a data set (digits, fashion, or a path to an .npz), or
       pretrained networks: inception:PATH for FID (pytorch-fid:PATH resizes as that
       package does), dinov2:PATH for FD-DINOv2; several separated by commas.
-    clip: folder of a CLIP model: adds the CLIP score of images of the job `generate`.
+    clip: folder of a CLIP model: adds the CLIP score of samples of sample.prompts, and of
+      images of the job `generate`.
     reference: statistics to compare with instead of images: .npz of ADM, EDM or the job
       `statistics`, .pkl of EDM2.
     pr_num_images: images whose features are kept for precision and recall; 0 computes
@@ -153,10 +155,10 @@ def _evaluate_images(
     else:
       side, channels = (*real.shape[1:],) if real else (folder_lib.side(path), 3)
       dataset = folder_lib.build(dir=path, image_size=side, channels=channels)
-    prompts = evaluation.prompts_of(path) if section.clip else None
+    texts = prompts.of_images(path) if section.clip else None
   except ValueError as error:
     raise UserError(f"config.evaluate.images={path}: {error}") from error
-  measure = evaluation.metric_fn(config, mesh, real, dataset.shape, prompts)
+  measure = evaluation.metric_fn(config, mesh, real, dataset.shape, texts)
   batches = evaluation.dataset_batches(dataset, mesh, section.batch_size)
   settings = {"images": dataset.digest().hex(), "evaluate": section.to_dict()}
   state = evaluation.snapshot(os.path.join(folder, PARTIAL), settings, mesh)
@@ -174,8 +176,15 @@ def _evaluate_samplers(
   stored = workdir_lib.read(workdir)
   config = config.copy_and_resolve_references()
   config.data = stored.data
-  real, shape = evaluation.real(config), experiment.dataset.shape
-  measure = evaluation.metric_fn(config, experiment.mesh, real, shape)
+  real = evaluation.real(config) if config.evaluate.features else None
+  metric_fn = functools.partial(
+    evaluation.metric_fn,
+    config,
+    experiment.mesh,
+    real,
+    sampling.image_shape(experiment),
+  )
+  measure = metric_fn(prompts.of_samples(config))
   facts = losses.facts(stored.loss)
   model, diffusion = facts.title, facts.family == "diffusion"
   compute = _compute(workdir, config)
@@ -185,7 +194,7 @@ def _evaluate_samplers(
   state = evaluation.snapshot(path, _settings(config, workdir), experiment.mesh)
   rows, begun = _rows(state.arrays)
   if not rows and config.evaluate.baselines:
-    rows = _baselines(config, experiment, measure)
+    rows = _baselines(config, experiment, metric_fn(None))
     state.save(lambda: {"rows": snapshot.pack(rows)}, now=True)
   names = [row["sampler"] for row in rows]
   for i, (name, sampler) in enumerate(samplers):

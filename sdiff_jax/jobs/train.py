@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import jax
 import ml_collections
-import numpy as np
 
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
@@ -49,6 +48,8 @@ class Train:
       16.
     log_every: steps between lines of the log.
     sample_every: steps between grids of samples; 0 for none.
+    evaluate_every: steps between metrics of samples, those of the section `evaluate`, by
+      the sampler of the config; 0 for none.
     skip_nonfinite: whether steps with a NaN or an infinity are skipped; otherwise they
       stop the run.
     profile: (first step, number of steps) that are traced into WORKDIR/profile; () for
@@ -66,6 +67,7 @@ class Train:
   loader_threads: Annotated[int, Range(0, 256)] = 0
   log_every: Count = 50
   sample_every: Index = 0
+  evaluate_every: Index = 0
   skip_nonfinite: bool = False
   profile: Annotated[tuple[Count, ...], Length(0, 2)] = ()
   profiler_port: Annotated[int, Range(0, 65_535)] = 0
@@ -94,7 +96,8 @@ class WriterFields:
   "train",
   sections={"train": Train, "writer": WriterFields},
   runtime=(
-    *("train.log_every", "train.sample_every", "train.skip_nonfinite"),
+    *("train.log_every", "train.sample_every", "train.evaluate_every"),
+    "train.skip_nonfinite",
     *("train.loader_threads", "train.profile", "train.profiler_port", "writer"),
   ),
   creates_workdir=True,
@@ -118,7 +121,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   checks.check_writer(config)
   checks.check_dtype(config, mesh.devices.flat[0].platform)
   source = training.training_data(config, experiment)
-  sample = previews.sample_fn(config, experiment)
+  previewed = previews.build(config, experiment)
   teacher, frozen = teachers.load_teacher(config, experiment)
   trainer = training.build_trainer(config, experiment.network, teacher, mesh)
   init_from = None
@@ -136,6 +139,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
     log_every=config.train.log_every,
     save_every=config.checkpoint.every,
     sample_every=config.train.sample_every,
+    evaluate_every=config.train.evaluate_every,
     skip_nonfinite=config.train.skip_nonfinite,
   )
   keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
@@ -169,7 +173,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
         checkpoints,
         options,
         workdir,
-        sample,
+        previewed,
         spent,
       )
       if end < options.steps or (signals.received() and jax.process_count() == 1):
@@ -215,7 +219,7 @@ def _run_loop(
   checkpoints: Checkpoints,
   options: loop.LoopOptions,
   workdir: str,
-  sample: Callable[[TrainState], np.ndarray | None] | None,
+  previewed: previews.Previews,
   spent: Goodput,
 ) -> int:
   """Trains from the step of the state on, and returns the number of steps in total."""
@@ -251,7 +255,8 @@ def _run_loop(
         checkpoints,
         options,
         start=start,
-        sample=sample,
+        sample=previewed.sample,
+        evaluate=previewed.evaluate,
         stopping=stopping,
         seconds=seconds[-1] if start and seconds else 0.0,
         watch=loop.Watch(

@@ -73,11 +73,8 @@ class Result(_Names, total=False):
   grid: FileName | None
 
 
-def default_columns() -> tuple[Column, ...]:
-  """Returns the columns of a table of results.
-
-  Those of metrics are the facts `columns` that feature networks and metrics register.
-  """
+def metric_columns() -> tuple[Column, ...]:
+  """Returns the columns of metrics, which feature networks and metrics register."""
   metrics = [
     (header, key, form.format, description)
     for kind in ("metrics.features", "metrics")
@@ -87,7 +84,12 @@ def default_columns() -> tuple[Column, ...]:
     .items()
   ]
   unique = {column[1]: column for column in metrics}
-  return (*MODEL_COLUMNS, *unique.values(), *COST_COLUMNS)
+  return (*unique.values(),)
+
+
+def default_columns() -> tuple[Column, ...]:
+  """Returns the columns of a table of results."""
+  return (*MODEL_COLUMNS, *metric_columns(), *COST_COLUMNS)
 
 
 def read(

@@ -35,6 +35,7 @@ FACTS = (  # label, key in training.json, format
   ("FLOPs", "flops", _short),
 )
 MAX_DRAWN = 1e30  # larger values are left out of charts
+FEW_POINTS = 20  # of a curve, which are marked
 NUM_GRIDS = 6  # grids of samples during training that are shown of each run
 
 # Colors of a chart: text, grid lines, curves.
@@ -230,13 +231,16 @@ def _operations(found: Operations | dict[str, Json]) -> str:
 
 
 def _charts(metrics: list[dict]) -> str:
-  """Returns charts of the loss and of the norms, in light and in dark colors."""
+  """Returns charts of the loss, of norms and of metrics, in light and in dark colors."""
   pictures = ""
-  for names in (("loss",), ("gradient_norm", "tangent_norm")):
+  titles = {key: header for header, key, *_ in results.metric_columns()}
+  singles = [(key,) for key in titles]
+  for names in (("loss",), ("gradient_norm", "tangent_norm"), *singles):
     curves = {}
     for name in names:
       points = [(m["step"], m[name]) for m in metrics if _is_drawn(m.get(name))]
-      curves |= {name.replace("_", " "): np.array(points).T} if points else {}
+      title = titles.get(name, name.replace("_", " "))
+      curves |= {title: np.array(points).T} if points else {}
     if curves:
       light, dark = (
         html.uri(_chart(curves, colors), "svg+xml") for colors in (LIGHT, DARK)
@@ -267,7 +271,8 @@ def _chart(curves: dict[str, np.ndarray], colors: tuple) -> bytes:
   figure = Figure(figsize=(5.6, 3), layout="constrained")
   axes = figure.subplots(subplot_kw={"frameon": False})
   for (name, (steps, values)), color in zip(curves.items(), curve_colors, strict=False):
-    axes.plot(steps, values, color=color, linewidth=1.3, label=name)
+    marker = "." if len(steps) <= FEW_POINTS else None
+    axes.plot(steps, values, color=color, linewidth=1.3, marker=marker, label=name)
   values = np.concatenate([curve[1] for curve in curves.values()])
   if values.min() > 0 and values.max() > 10 * values.min():
     axes.set_yscale("log")

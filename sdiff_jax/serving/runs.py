@@ -81,7 +81,7 @@ def _run(path: pathlib.Path) -> dict[str, Json]:
   cost = loading.tolerant(faults, None, summary.read, path)
   total = config.get("train", {}).get("steps", 0)
   step = lines[-1]["step"] if lines else 0
-  names = [name for name in (lines[-1] if lines else {}) if name not in OTHER]
+  names = dict.fromkeys(name for line in lines for name in line if name not in OTHER)
   return {
     "name": path.name,
     "kind": loading.title(config["loss"]) if config else "",

@@ -12,13 +12,14 @@ from sdiff_jax.types import Json
 
 GOODPUT = "goodput.json"  # in a work directory
 # In the order in which they are shown; "train" is the rest, and known at the end.
-SPENT = ("start", "compile", "restore", "train", "sample", "save", "lost")
+SPENT = ("start", "compile", "restore", "train", "sample", "evaluate", "save", "lost")
 MEANINGS = {
   "start": "reading the config, the data and the teacher",
   "compile": "compiling the step",
   "restore": "reading checkpoints",
   "train": "steps",
   "sample": "grids of samples",
+  "evaluate": "metrics of samples",
   "save": "steps waiting for checkpoints",
   "lost": "steps after the last checkpoint of a run that was killed",
 }

@@ -1,8 +1,9 @@
 """The training loop: a fixed order of events that never waits for the device."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ class LoopOptions:
     log_every: steps between two lines of metrics.
     save_every: steps between two checkpoints.
     sample_every: steps between two sample grids, 0 for none.
+    evaluate_every: steps between two measurements of samples, 0 for none.
     skip_nonfinite: whether to continue after steps whose loss or gradient is not finite
       (see `step.build`).
 
@@ -39,6 +41,7 @@ class LoopOptions:
   log_every: int = 50
   save_every: int = 1000
   sample_every: int = 0
+  evaluate_every: int = 0
   skip_nonfinite: bool = False
 
 
@@ -47,7 +50,7 @@ class Watch:
   """What a run notes about itself.
 
   Attributes:
-    spent: gets the seconds of checkpoints and sample grids.
+    spent: gets the seconds of checkpoints, sample grids and measurements.
     profiler: traces some steps.
     gather: numbers [n] of this process -> those of all processes [P, n].
   """
@@ -67,6 +70,7 @@ def run(
   *,
   start: int = 0,
   sample: Callable[[TrainState], np.ndarray | None] | None = None,
+  evaluate: Callable[[TrainState], dict[str, float]] | None = None,
   stopping: Callable[[int], bool] = lambda steps: False,
   seconds: float = 0.0,
   watch: Watch | None = None,
@@ -74,8 +78,9 @@ def run(
   """Trains from step `start` to `options.steps`, and saves a checkpoint at the end.
 
   Each iteration gets a batch, starts the step and, while the step runs, writes the
-  metrics of the steps before it; then it saves, then it samples. Metrics are means over
-  `log_every` steps and are read one step late, so the device never waits for them.
+  metrics of the steps before it; then it measures samples, saves, and draws a grid.
+  Metrics are means over `log_every` steps and are read one step late, so the device
+  never waits for them.
 
   Args:
     step: compiled step (state, batch) -> (state, metrics); the state is donated.
@@ -87,21 +92,25 @@ def run(
     start: number of steps so far.
     sample: state -> picture, uint8 [H, W, C], or None for none; needed if `sample_every`
       is not 0.
+    evaluate: state -> values of metrics by name, which the line of that step gets; needed
+      if `evaluate_every` is not 0.
     stopping: number of steps -> whether to save and return before the end.
     seconds: training time before `start`, s.
     watch: what the run notes about itself; None for the step times of this process.
 
   Returns:
-    The last state. The metric "seconds" is the training time without sample grids; the
-    others are explained by `_observed`.
+    The last state. The metric "seconds" is the training time without what is done with
+    samples; the others are explained by `_observed`.
 
   Raises:
-    ValueError: there is no `sample` for the grids.
+    ValueError: there is no `sample` for the grids, or no `evaluate`.
     FloatingPointError: the loss or its gradient was not finite; no state of that step
       was saved.
   """
   if options.sample_every and sample is None:
     raise ValueError("sample: needed for sample grids every sample_every steps")
+  if options.evaluate_every and evaluate is None:
+    raise ValueError("evaluate: needed for metrics every evaluate_every steps")
   watch = watch or Watch()
   steps = options.steps
   recent: list[Metrics] = []
@@ -119,19 +128,30 @@ def run(
       )
     return host
 
-  def log(done: int) -> None:
+  def log(done: int, measured: Mapping[str, float] | None = None) -> None:
     nonlocal waited
     host = read()
     means = jax.tree.map(lambda *a: float(np.mean(a)), *host)
     now = time.perf_counter() - clock
     rate = (done - logged[0]) * options.batch_size / max(now - logged[1], 1e-9)
     observed = _observed(times.take(), waited, watch.gather)
-    writer.scalars(
-      done, means | {"images_per_second": rate, "seconds": now, **observed}
-    )
+    means |= {"images_per_second": rate, "seconds": now, **observed}
+    writer.scalars(done, means | (measured or {}))
     writer.progress(done, images_per_second=rate, loss=means["loss"])
     recent.clear()
     logged[:], waited = [done, now], 0.0
+
+  @contextlib.contextmanager
+  def paused(what: str) -> Iterator[None]:
+    nonlocal clock
+    begin = time.perf_counter()
+    with watch.spent.on(what):
+      yield
+    clock += time.perf_counter() - begin
+    times.pause()
+
+  def due(every: int) -> bool:
+    return bool(every) and (done + 1) % every == 0
 
   with step_times.StepTimes() as times, watch.profiler:
     for done in range(start, steps):
@@ -148,21 +168,22 @@ def run(
       if stopping(done + 1):
         steps = done + 1
         break
-      if (done + 1) % options.save_every == 0 and done + 1 < steps:
+      if evaluate and due(options.evaluate_every):
+        with paused("evaluate"):
+          measured = evaluate(state)
+        log(done + 1, measured)
+      if due(options.save_every) and done + 1 < steps:
         read()  # checks that the state to save is finite
-        if (done + 1) % options.log_every == 0:
+        if recent and due(options.log_every):
           log(done + 1)  # so that the lines before a checkpoint exist when it does
         writer.flush()
         with watch.spent.on("save"):
           checkpoints.save(done + 1, state)
-      if sample and options.sample_every and (done + 1) % options.sample_every == 0:
-        pause = time.perf_counter()
-        with watch.spent.on("sample"):
+      if sample and due(options.sample_every):
+        with paused("sample"):
           picture = sample(state)
-        if picture is not None:
-          writer.image(done + 1, "grid", picture)
-        clock += time.perf_counter() - pause
-        times.pause()
+          if picture is not None:
+            writer.image(done + 1, "grid", picture)
     if recent:
       log(steps)
   if start < steps:

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import formula_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +15,13 @@ from sdiff_jax import config as configs
 from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.experiment import build, prompts, sampling, teachers
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.jobs import encode, train
+from sdiff_jax.jobs import encode, evaluate, train
 from sdiff_jax.jobs import sample as sample_job
 from sdiff_jax.pretrained.diffusers import loading, trigflow_network
 from sdiff_jax.training import trainer
 from sdiff_jax.types import UserError
 
-SD2 = FIXTURES / "tiny-sd2"
+SD2, SD3 = FIXTURES / "tiny-sd2", str(FIXTURES / "tiny-sd3")
 LATENTS = {"mean": (0.0,), "std": (1 / 0.18215,), "latents": True}
 # Layers of the further inputs that start at zero.
 INPUTS = ("cond_proj", "end_proj", "'guidance_embedder']['linear_2']")
@@ -31,8 +32,8 @@ WORDS = ("a cat", "a dog", "two birds")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-  """The folder of latents and texts of a few images with captions."""
+def folder(tmp_path_factory):
+  """A few images with captions, and their latents and encoded texts."""
   folder = tmp_path_factory.mktemp("text")
   rng = np.random.default_rng(0)
   (folder / "images").mkdir()
@@ -40,14 +41,22 @@ def data(tmp_path_factory) -> str:
     pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
     (folder / "images" / f"{k}.txt").write_text(WORDS[k % 3])
-  c = configs.base()
-  c.data = configs.component(
-    "data", "captions", dir=str(folder / "images"), image_size=16
-  )
-  c.vae = c.text_encoder = str(SD2)
-  c.encode.update(batch_size=8, scale="vae")
-  encode.run(c, str(folder / "latents"))
+  encode.run(encoding(folder), str(folder / "latents"))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> str:
   return str(folder / "latents")
+
+
+def encoding(folder, **fields):
+  c = configs.base()
+  images = {"dir": str(folder / "images"), "image_size": 16}
+  c.data = configs.component("data", "captions", **images)
+  c.vae = c.text_encoder = str(SD2)
+  c.encode.update(batch_size=8, scale="vae", **fields)
+  return c
 
 
 def student(data: str, loss: str, **fields):
@@ -172,6 +181,23 @@ def test_prompts_in_turn(data):
   np.testing.assert_allclose(texts["text"][0], own[0], rtol=2e-3, atol=1e-5)
 
 
+def test_tokens_are_encoded_when_they_are_read(folder, data, tmp_path):
+  """To the values that the job encode stores of the same captions."""
+  encode.run(encoding(folder, captions="tokens"), str(tmp_path))
+  own, stored = (build.build(student(path, "scm")) for path in (str(tmp_path), data))
+  assert own.dataset.cond == stored.dataset.cond
+  assert own.has_texts
+  assert own.dataset.digest() != stored.dataset.digest()
+  chosen = np.array([5, 0, 2])
+  samples = own.dataset[chosen], stored.dataset[chosen]
+  jax.tree.map(np.testing.assert_array_equal, *samples)
+  for encoder, message in (("", "is empty: name"), (SD3, "its tokenizers are not")):
+    c = student(str(tmp_path), "scm")
+    c.text_encoder = encoder
+    with pytest.raises(UserError, match=f"config.text_encoder.*{message}"):
+      build.build(c)
+
+
 @pytest.mark.slow  # a minute each
 @pytest.mark.parametrize(
   ("loss", "fields"),
@@ -183,19 +209,30 @@ def test_prompts_in_turn(data):
   ],
 )
 def test_from_a_folder_to_prompts(data, loss, fields, tmp_path):
-  """20 steps, of which 10 after a stop; then images of prompts, with guidance."""
+  """20 steps, of which 10 after a stop; then images of prompts, with guidance.
+
+  Their CLIP score is measured at the end of training, and by the job evaluate.
+  """
   c, workdir = student(data, loss, **fields), str(tmp_path)
   c.train.steps = 10
   c.checkpoint.every = 10
   train.run(c, workdir)
-  c.train.steps = 20
+  c.train.update(steps=20, evaluate_every=20)
+  folder = str(formula_weights.clip_folder(tmp_path / "clip"))
+  c.evaluate.update(features="", clip=folder, num=8, batch_size=8)
+  c.evaluate.samplers = ("consistency/1",)
   train.run(c, workdir)
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
   assert lines[-1]["step"] == 20
   assert all(np.isfinite(line["loss"]) for line in lines)
   stored = workdir_lib.read(workdir)
   stored.sample.update(c.sample)
+  stored.evaluate.update(c.evaluate)
   stored.vae = stored.text_encoder = str(SD2)
   assert "8" in sample_job.run(stored, workdir)
   assert (tmp_path / "samples.png").exists()
   assert teachers.needs_teacher(stored)
+  evaluate.run(stored, workdir)
+  (row,) = json.loads((tmp_path / "evaluate" / "results.json").read_text())
+  assert row["clip_score"] == pytest.approx(lines[-1]["clip_score"], rel=1e-5)
+  assert 0 < row["clip_score"] < 100

@@ -1,5 +1,6 @@
 """Data sets and episodes: valid files, and the calls that read them."""
 
+import functools
 import gzip
 import io
 import json
@@ -82,18 +83,20 @@ def _write_latents(folder: str) -> None:
     latents.write(path, moments[rows], {"label": np.arange(7)[rows] % 3})
 
 
-def _write_text_latents(folder: str) -> None:
+def _write_text_latents(folder: str, *, tokens: bool = False) -> None:
   """Writes latents with the numbers of their captions, and the captions."""
   from sdiff_jax.data import _text_table, latents
 
   about = {"size": 7, "shape": [4, 6, 8], "scale": "vae", "classes": 0, "shard_size": 4}
-  about |= {"texts": 3, "text": {"text": [5, 2]}, "moments": [0.0, 5.0]}
+  about |= {"texts": 3, "moments": [0.0, 5.0]}
+  about |= {"tokens": {"tokens": [5]}} if tokens else {"text": {"text": [5, 2]}}
   pathlib.Path(folder, "latents.json").write_text(json.dumps(about))
   moments = np.abs(valid.rng().standard_normal((7, 4, 6, 8))).astype(np.float16)
   for k, path in enumerate(latents.paths(folder, about)):
     rows = slice(4 * k, 4 * k + 4)
     latents.write(path, moments[rows], {"caption": np.arange(7)[rows] % 3})
   texts = {"text": valid.rng().standard_normal((3, 5, 2))}
+  texts = {"tokens": np.arange(15).reshape(3, 5)} if tokens else texts
   _text_table.write(*_text_table.paths(folder, 3, 4), texts)
 
 
@@ -282,6 +285,11 @@ READERS: dict[str, valid.Reader] = {
   ),
   "data latents with texts": valid.Reader(
     lambda: valid.stored(_write_text_latents), _take("latents", "dir", scale="vae"), 8
+  ),
+  "data latents with tokens": valid.Reader(
+    lambda: valid.stored(functools.partial(_write_text_latents, tokens=True)),
+    _take("latents", "dir", scale="vae"),
+    8,
   ),
   "data captions": valid.Reader(_captioned, _take("captions", "dir", image_size=8), 8),
   "data teacher_trajectories": valid.Reader(_trajectories, _read_trajectories, 8),

@@ -6,9 +6,11 @@ import pathlib
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import FIXTURES
 from PIL import Image
+from pyarrow import parquet
 
 from sdiff_jax import config as configs
 from sdiff_jax import registry
@@ -226,3 +228,36 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path, monkeypatch):
   ):
     experiments.build(config)
   assert registry.build("data", config.data.to_dict()).size == 21
+
+
+@pytest.mark.slow
+def test_captions_of_parquet_are_encoded_like_those_of_files(tmp_path):
+  """The same images and captions, in the files of the Hub and beside each image."""
+  texts, (folder, table) = (
+    ["a cat", "two dogs", "a cat"],
+    (tmp_path / "a", tmp_path / "b"),
+  )
+  folder.mkdir()
+  table.mkdir()
+  for k, text in enumerate(texts):
+    Image.fromarray(IMAGES[k]).save(folder / f"{k}.png")
+    (folder / f"{k}.txt").write_text(text)
+  pngs = [{"bytes": (folder / f"{k}.png").read_bytes()} for k in range(3)]
+  columns = pa.table({"image": pa.array(pngs), "text": pa.array(texts)})
+  parquet.write_table(columns, table / "train-00000-of-00001.parquet")
+  written = []
+  for name, directory in (("captions", folder), ("parquet", table)):
+    c = configs.base()
+    c.data = configs.component("data", name, dir=str(directory), image_size=16)
+    c.vae = c.text_encoder = str(SD2)
+    c.encode.update(batch_size=8, scale="vae")
+    out = tmp_path / name
+    assert encode.run(c, str(out)).startswith("encoded 3 images in 1 files")
+    written.append({p.name: p.read_bytes() for p in out.glob("*s-*")})
+  assert sorted(written[0]) == [
+    f"{kind}-00000-of-00001.array_record" for kind in ("latents", "texts")
+  ]
+  assert written[0] == written[1]
+  cond = latents.build(dir=str(tmp_path / "parquet"), scale="vae")[np.arange(3)][1]
+  np.testing.assert_array_equal(cond["text"][0], cond["text"][2])
+  assert np.abs(cond["text"][0] - cond["text"][1]).max() > 0.1

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 import pytest
 from conftest import FIXTURES
 from exported import SIDES, images, student
+from PIL import Image
 
 from sdiff_jax import config as configs
 from sdiff_jax.experiment import build as experiments
@@ -16,7 +18,7 @@ from sdiff_jax.experiment import workdir as workdir_lib
 from sdiff_jax.experiment.exports import Run
 from sdiff_jax.experiment.exports import diffusers as diffusers_format
 from sdiff_jax.experiment.exports import lora as lora_format
-from sdiff_jax.jobs import export
+from sdiff_jax.jobs import export, generate, sample
 from sdiff_jax.models.layers import lora
 from sdiff_jax.pretrained.diffusers import (
   consistency,
@@ -210,6 +212,32 @@ def test_the_job_writes_a_folder_and_its_card(tmp_path):
   assert card.startswith("---\nlibrary_name: diffusers\nlicense: mit\n---\n")
   for text in ("pipe(batch_size=4, num_inference_steps=2)", "sampler.steps=4"):
     assert text in card, text
+
+
+def test_generate_samples_the_folder_as_sample_samples_the_run(tmp_path):
+  """By the timesteps of the card, to 2 of 255 levels."""
+  config = trained(published(tmp_path / "church"), tmp_path)
+  config.export.format = "diffusers"
+  workdir = tmp_path / "run"
+  export.run(config, str(workdir))
+  out = workdir / "export" / "diffusers"
+  card = (out / "README.md").read_text()
+  grid = re.search(r'steps=2 --config\.sampler\.timesteps="(.*)"', card)[1]
+  config.sampler.timesteps = tuple(map(float, grid.strip("()").split(",")))
+  config.sample.update(num=8, batch_size=8)
+  sample.run(config, str(workdir))
+  by = configs.base()
+  by.generate.folder = str(out)
+  by.sampler.update(name="consistency", steps=2)
+  by.sample.update(num=8, batch_size=8)
+  generate.run(by, str(tmp_path / "made"))
+  paths = sorted((tmp_path / "made" / "images").glob("*.png"))
+  found = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+  with np.load(workdir / "samples.npz") as made:
+    wanted = made["arr_0"].astype(int)
+  assert found.shape == wanted.shape
+  assert np.abs(found - wanted).max() <= 2
+  assert wanted.std() > 10
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Inception, DINOv2 and CLIP against other implementations, and files that are none."""
 
 import json
-import shutil
 
 import formula_weights
 import jax
@@ -127,19 +126,6 @@ def test_sizes_of_dinov2(size, millions):
   assert whole / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-def folder_of(tmp_path, peers, kind):
-  """Makes a folder with a CLIP in the form of transformers or open_clip."""
-  folder = tmp_path / kind
-  shutil.copytree(FIXTURES / "tiny-sd2" / "tokenizer", folder)
-  prefix = "open_clip_" if kind == "open_clip" else ""
-  config = json.dumps(peers[f"{kind}_config"])
-  (folder / f"{prefix}config.json").write_text(config)
-  saved(folder / "x.npz", peers["shapes"][kind])
-  # The form is told by the contents.
-  (folder / "x.npz").rename(folder / f"{prefix}pytorch_model.bin")
-  return folder
-
-
 def score(images: np.ndarray, texts: np.ndarray) -> float:
   return clip_score.score(clip_score.sums(images, texts))
 
@@ -148,7 +134,7 @@ def score(images: np.ndarray, texts: np.ndarray) -> float:
   "kind", ["clip", pytest.param("open_clip", marks=pytest.mark.slow)]
 )
 def test_clip(tmp_path, peers, kind):
-  folder = folder_of(tmp_path, peers, kind)
+  folder = formula_weights.clip_folder(tmp_path / kind, kind)
   found = clip.load(str(folder))
   images = {s: run(found, peers[s]) for s in ("small", "large")}
   for size, features in images.items():
@@ -165,7 +151,7 @@ def test_clip(tmp_path, peers, kind):
 
 def test_clip_score_of_made_images(tmp_path, peers):
   """By the job evaluate, in the work directory of the job generate."""
-  folder = folder_of(tmp_path, peers, "clip")
+  folder = formula_weights.clip_folder(tmp_path / "clip")
   config = configs.base()
   config.job = "generate"
   config.evaluate.update(features="", clip=str(folder))
@@ -327,7 +313,7 @@ def test_other_files_are_refused(tmp_path, files, peers):
 def test_other_folders_are_refused(tmp_path, peers):
   with pytest.raises(UserError, match=r"config.json does not exist"):
     clip.load(str(tmp_path))
-  folder = folder_of(tmp_path, peers, "open_clip")
+  folder = formula_weights.clip_folder(tmp_path / "open_clip", "open_clip")
   config = json.loads((folder / "open_clip_config.json").read_text())
   config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_x"
   (folder / "open_clip_config.json").write_text(json.dumps(config))

@@ -192,6 +192,16 @@ def test_both_norms_share_a_chart(tmp_path):
   assert alts == ["gradient norm and tangent norm by step"]
 
 
+def test_metrics_of_samples_have_charts(tmp_path):
+  run = _run(tmp_path / "run")
+  with metric_writer.Writer(run, total=2) as out:
+    out.scalars(1, {"loss": 1.0})
+    out.scalars(2, {"loss": 0.5, "clip_score": 21.5, "frechet": 3.0})
+  alts = [a["alt"] for a in Page(_write(tmp_path, run)).all("img")]
+  assert alts[0] == "loss by step"
+  assert sorted(alts[1:]) == ["CLIP by step", "Frechet by step"]
+
+
 def test_training_is_summed_up(full):
   text = Page(full).text
   for fact in ("unet", "12,345", "2.6\u202fM", "1:02:03", "1.3\u202fM", "ema, step 30"):

@@ -38,6 +38,10 @@ def run(tmp_path, *, start=0, steps=10, bad=-1, recorder=None, **changed):
     recorder.events.append(("sample", int(state)))
     return np.zeros((2, 2, 1), np.uint8)
 
+  def evaluate(state):
+    recorder.events.append(("evaluate", int(state)))
+    return {"fid": 10.0 - int(state)}
+
   batches = (jnp.float32(k) for k in itertools.count(start))
   stopping = changed.pop("stopping", lambda step: False)
   options = {"log_every": 4, "save_every": 3, "sample_every": 5} | changed
@@ -51,6 +55,7 @@ def run(tmp_path, *, start=0, steps=10, bad=-1, recorder=None, **changed):
       loop.LoopOptions(steps=steps, batch_size=2, **options),
       start=start,
       sample=sample,
+      evaluate=evaluate,
       stopping=stopping,
     )
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -74,6 +79,20 @@ def test_order_of_events_and_means(tmp_path):
   assert means == [np.mean(range(4)), np.mean(range(4, 8)), np.mean([8, 9])]
   assert all(line["images_per_second"] > 0 for line in lines)
   assert lines[0]["seconds"] < lines[-1]["seconds"]
+
+
+def test_metrics_of_samples_are_in_the_line_of_their_step(tmp_path):
+  """Which exists before the checkpoint of that step, so that no step is measured twice."""
+  _, events, lines = run(tmp_path, sample_every=0, evaluate_every=3)
+  assert events[:4] == [
+    ("evaluate", 3),
+    ("save", 3, 3),
+    ("evaluate", 6),
+    ("save", 6, 6),
+  ]
+  assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10]
+  assert [line.get("fid") for line in lines] == [7, None, 4, None, 1, None]
+  assert [line["loss"] for line in lines] == [1, 3, 4.5, 6.5, 8, 9]
 
 
 def test_it_goes_on_from_where_it_was(tmp_path):
