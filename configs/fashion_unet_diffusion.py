@@ -1,28 +1,44 @@
-"""TrigFlow teacher on Fashion-MNIST, 28 x 28: a small EDM2 U-Net, for one GPU.
+"""TrigFlow teacher on Fashion-MNIST, 28 x 28: a small EDM2 U-Net.
 
   python -m sdiff_jax.main --config=configs/fashion_unet_diffusion.py
 
-The images are those of Debian's package dataset-fashion-mnist. 9.1 million parameters,
-9.1 GFLOP for each image of a training step. `python benchmarks/h100.py --stage=train`
-chooses the number of steps for a loan of minutes.
+The images are those of Debian's package dataset-fashion-mnist. Variants: `h100` (the
+default), 9.1 million parameters and 9.1 GFLOP for each image of a training step, whose
+number of steps `python benchmarks/h100.py --stage=train` chooses for a loan of minutes;
+`laptop`, 1.7 million parameters and 0.71 GFLOP on patches of 2 x 2 pixels.
 """
 
 from sdiff_jax import config
+from sdiff_jax.experiment import variants
+
+NETWORKS = {
+  "h100": {"channels": 64, "channel_mult": (1, 2, 2), "dtype": "bfloat16"},
+  "laptop": {
+    "patch": 2,
+    "channels": 48,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "head_channels": 48,
+  },
+}
+# Steps, batch size, learning rate.
+LENGTHS = {"h100": (7486, 512, 5e-3), "laptop": (8000, 64, 3e-3)}
 
 
-def get_config():
+def get_config(variant: str = ""):
+  (machine,) = variants.parse(variant, NETWORKS)
+  steps, batch_size, rate = LENGTHS[machine]
   c = config.base()
   c.data = config.component("data", "idx")
   c.reference = config.component("data", "idx", split="test")
   c.model = config.component(
-    "models", "edm2", channels=64, channel_mult=(1, 2, 2), attn_resolutions=(7,)
+    "models", "edm2", attn_resolutions=(7,), dropout=0.0, **NETWORKS[machine]
   )
-  c.model.update(dropout=0.0, dtype="bfloat16")
   c.loss = config.component("losses", "diffusion")
-  c.train.update(steps=7486, batch_size=512, log_every=50)
+  c.train.update(steps=steps, batch_size=batch_size, log_every=50)
   c.checkpoint.update(every=1000, keep_every=0)
   # The schedule does not depend on the number of steps, so a run can be sized late.
-  c.optim.update(learning_rate=5e-3, b1=0.9, b2=0.99, schedule="inverse_sqrt")
+  c.optim.update(learning_rate=rate, b1=0.9, b2=0.99, schedule="inverse_sqrt")
   c.optim.update(reference_steps=1000, rampup_images=100_000)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="heun", steps=16)

@@ -5,7 +5,6 @@ data is a mistake, unless the same data only lie elsewhere.
 """
 
 import hashlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping
@@ -15,13 +14,13 @@ import jax
 import numpy as np
 
 from sdiff_jax.data import Dataset
-from sdiff_jax.distributed import processes
+from sdiff_jax.distributed import executables, processes
 from sdiff_jax.io import file_io, records, resumable, storage
 from sdiff_jax.types import Json, UserError
 
 VERSIONS = "versions.json"
 DATA = "data.json"
-LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "orbax-checkpoint")
+LIBRARIES = (*executables.COMPILERS, "orbax-checkpoint")
 PATHS = ("data.dir", "data.path")  # fields that say where data are
 NUM_HASHED = 64  # samples by which data are recognized
 
@@ -38,13 +37,7 @@ class Fingerprint(TypedDict):
 
 def versions() -> dict[str, str]:
   """Returns the versions of the libraries that are installed, and of this package."""
-  found = {"sdiff_jax": processes.code_version()}
-  for name in LIBRARIES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  return {"sdiff_jax": processes.code_version()} | executables.versions(LIBRARIES)
 
 
 def note_versions(workdir: str) -> None:

@@ -23,12 +23,12 @@ from sdiff_jax.capacity import cache, lowering, page, report
 from sdiff_jax.capacity import chips as chips_lib
 from sdiff_jax.capacity.chips import Pod
 from sdiff_jax.capacity.report import Job
-from sdiff_jax.distributed import sharding
+from sdiff_jax.distributed import executables, sharding
 from sdiff_jax.experiment import programs
 from sdiff_jax.experiment.errors import config_errors
 from sdiff_jax.fields import Choices, Length, Range
 from sdiff_jax.io import file_io
-from sdiff_jax.types import Json
+from sdiff_jax.types import Json, UserError
 
 # Full optimization needs many times longer; memory, collectives and operations are the
 # same.
@@ -50,6 +50,9 @@ class Rehearse:
     fit: whether changes that save memory are tried if the step does not fit.
     shape: (H, W, C) of the data, if they are not available.
     classes: number of classes of the data, if they are not available.
+    save: file for the compiled training step, from which the job `train` starts without
+      compiling (train.executable); "" for none. TPUs alone: programs for GPUs are tuned
+      on the GPU.
     dollars_per_chip_hour: price, of which the report makes that of the run.
   """
 
@@ -58,6 +61,7 @@ class Rehearse:
   fit: bool = True
   shape: Annotated[tuple[int, ...], Range(1, 65_536), Length(0, 3)] = ()
   classes: Annotated[int, Range(0, 1_000_000)] = 0
+  save: str = ""
   dollars_per_chip_hour: Annotated[float, Range(0, 1_000_000)] = 0.0
 
 
@@ -80,6 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   """
   with config_errors("config.rehearse"):
     pods = [chips_lib.parse(name) for name in config.rehearse.topology.split(",")]
+  _check_save(config, pods)
   if config.model.get("dtype") == "float16" and any(p.chip != "h100" for p in pods):
     _say("TPUs have no float16 units; use --config.model.dtype=bfloat16")
   folder = os.path.join(workdir, "rehearsal")
@@ -93,6 +98,32 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
   file_io.write_text(path, page.html(reports, sys.argv[1:]))
   print(page.table(reports))
   return f"rehearsed: {path}"
+
+
+def _check_save(config: ml_collections.ConfigDict, pods: list[Pod]) -> None:
+  """Checks that there is one program to save, whose pod takes it.
+
+  Raises:
+    UserError: there are several pods, GPUs, or no training step.
+  """
+  if not config.rehearse.save:
+    return
+  name = f"config.rehearse.save={config.rehearse.save}"
+  if len(pods) > 1 or config.rehearse.program != "train" or config.job == "generate":
+    raise UserError(f"{name}: is the training step for one topology")
+  if pods[0].chip == "h100":
+    raise UserError(
+      f"{name}: programs for GPUs are tuned on the GPU; keep a JAX_COMPILATION_CACHE_DIR"
+    )
+
+
+def _save(config: ml_collections.ConfigDict, pod: Pod) -> None:
+  """Compiles the training step as `train` does, and writes it."""
+  mesh = sharding.make_mesh(**config.mesh, devices=chips_lib.devices(pod))
+  lowered = programs.build(config, mesh).lower()
+  with _progress(f"{pod.name}, to save it"):
+    jax.config.update("jax_optimization_level", "UNKNOWN")
+    executables.save(config.rehearse.save, lowered)
 
 
 def _file(pod: str) -> str:
@@ -116,6 +147,10 @@ def _rehearse(config: ml_collections.ConfigDict, pod: Pod) -> dict[str, Json]:
       break
   if not fits:
     _say(f"{pod.name}: does not fit with any of the changes")
+  elif config.rehearse.save and attempt_pod == pod:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    _save(changed, pod)
   job = Job(
     config.rehearse.program, config.train.steps, config.rehearse.dollars_per_chip_hour
   )

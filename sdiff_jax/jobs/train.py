@@ -12,7 +12,7 @@ import ml_collections
 
 from sdiff_jax import registry
 from sdiff_jax.data import Dataset, batches
-from sdiff_jax.distributed import processes, sharding, signals
+from sdiff_jax.distributed import executables, processes, sharding, signals
 from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import checks, previews, provenance, teachers, training
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -52,6 +52,8 @@ class Train:
       the sampler of the config; 0 for none.
     skip_nonfinite: whether steps with a NaN or an infinity are skipped; otherwise they
       stop the run.
+    executable: file of the compiled step that --config.rehearse.save made, which is then
+      not compiled; "" compiles it. It may run code: use your own files alone.
     profile: (first step, number of steps) that are traced into WORKDIR/profile; () for
       none.
     profiler_port: at which process 0 answers profilers, such as xprof; 0 for none.
@@ -69,6 +71,7 @@ class Train:
   sample_every: Index = 0
   evaluate_every: Index = 0
   skip_nonfinite: bool = False
+  executable: str = ""
   profile: Annotated[tuple[Count, ...], Length(0, 2)] = ()
   profiler_port: Annotated[int, Range(0, 65_535)] = 0
 
@@ -97,8 +100,8 @@ class WriterFields:
   sections={"train": Train, "writer": WriterFields},
   runtime=(
     *("train.log_every", "train.sample_every", "train.evaluate_every"),
-    "train.skip_nonfinite",
-    *("train.loader_threads", "train.profile", "train.profiler_port", "writer"),
+    *("train.skip_nonfinite", "train.loader_threads", "train.executable"),
+    *("train.profile", "train.profiler_port", "writer"),
   ),
   creates_workdir=True,
 )
@@ -164,7 +167,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       batches = _batches(config, source, mesh, start)
       first = next(batches)
       with spent.on("compile"):
-        step = trainer.lower(state, first, key, frozen).compile()
+        lowered = trainer.lower(state, first, key, frozen)
+        step = _compiled(lowered, config.train.executable)
       end = _run_loop(
         config,
         lambda state, batch: step(state, batch, key, frozen),
@@ -185,6 +189,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> str:
       flops = training.run_flops(config, experiment)
       _write_summary(config, workdir, abstract, flops, spent)
   return f"trained {options.steps} steps: {workdir}"
+
+
+def _compiled(lowered: jax.stages.Lowered, file: str) -> jax.stages.Compiled:
+  """Returns the compiled step, which a rehearsal may have made.
+
+  Raises:
+    UserError: the file is that of another step, or was made with other versions.
+  """
+  return executables.load(file, lowered) if file else lowered.compile()
 
 
 def _batches(

@@ -394,3 +394,19 @@ def test_texts_of_a_published_network():
   params = jax.eval_shape(network.init, jax.random.key(0))
   F = jax.eval_shape(network.apply, params, x, t, batch)
   assert F.shape == x.shape
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"rehearse.topology": "v5e:2x4,v6e:2x4"}, "the training step for one topology"),
+    ({"rehearse.program": "sample"}, "is the training step for one topology"),
+    ({"rehearse.topology": "h100x8"}, "programs for GPUs are tuned on the GPU"),
+  ],
+)
+def test_programs_that_are_not_saved(teacher, changes, message, tmp_path):
+  config = config_of(teacher)
+  config.rehearse.save = str(tmp_path / "step.bin")
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=f"config.rehearse.save=.*: .*{message}"):
+    rehearse.run(config, str(tmp_path))
