@@ -212,7 +212,7 @@ def _kernel(
   return Kernel(
     kind,
     float(sum(count for _, count in counted)),
-    _traffic(instruction, block, inside[0] if inside else None),
+    _traffic(instruction, block, parsed),
     calls,
     origin[1] if origin else "",
   )
@@ -230,19 +230,18 @@ def _inside(
 
 
 def _traffic(
-  instruction: Instruction, block: Computation, inside: Computation | None
+  instruction: Instruction, block: Computation, parsed: dict[str, Computation]
 ) -> int:
   """Returns the bytes that a kernel reads and writes."""
   operands = [block[name] for name in instruction.operands if name in block]
-  if inside is None:
-    inside = {}
+  inside = next(iter(_inside(instruction, parsed)), {})
   whole = [operand.bytes for operand in operands]
   if instruction.opcode in SLICES:
     return 2 * instruction.bytes
   if instruction.opcode == "dynamic-update-slice":
     return 2 * whole[1]
   result = instruction.bytes
-  needed = _needed(inside)
+  needed = _needed(inside, parsed)
   for i, number in _parameters(inside):
     if number >= len(whole) or not whole[number]:
       continue
@@ -258,23 +257,29 @@ def _traffic(
   return int(sum(whole)) + max(result, 0)
 
 
-def _needed(block: Computation) -> dict[str, float]:
+def _needed(block: Computation, parsed: dict[str, Computation]) -> dict[str, float]:
   """Returns the fraction of each array of a fusion that its results depend on.
 
   A slice needs a part of its operand, and an update in place none of the array that it
-  updates; everything else needs of its operands what is needed of it.
+  updates, also in a fusion inside of the fusion, such as that of one block's weights out
+  of all; everything else needs of its operands what is needed of it.
   """
   needed = dict.fromkeys(block, 0.0)
   for instruction in reversed(block.values()):
     if instruction.is_root:
       needed[instruction.name] = 1.0
     fraction = min(needed[instruction.name], 1.0)
+    inner = next(iter(_inside(instruction, parsed)), {})
+    of_inner = _needed(inner, parsed)
+    shares = {number: of_inner[p.name] for p, number in _parameters(inner)}
     for i, name in enumerate(instruction.operands):
       if name not in block:
         continue
       if i == 0 and instruction.opcode in SLICES:
         size = math.prod(block[name].shape) or 1
         needed[name] += fraction * math.prod(instruction.shape) / size
+      elif i in shares:
+        needed[name] += fraction * min(shares[i], 1.0)
       elif i > 0 or instruction.opcode != "dynamic-update-slice":
         needed[name] += fraction
   return needed

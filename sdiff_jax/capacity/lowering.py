@@ -177,8 +177,10 @@ def analyze(
   if facts["flops"] is None or program.trip_count > 1:
     facts["flops"] = program.flops(True) / num_devices
   found = [Kernel(**k) for k in facts["kernels"]]
-  # The compiler counts the body of a loop once, the kernels as often as it runs.
-  facts["flops"] = max(facts["flops"], kernels_lib.flops(found))
+  # The compiler counts the body of a loop once, kernels (products alone) as often as it
+  # runs.
+  own = facts["model_flops"] / num_devices
+  facts["flops"] = max(facts["flops"], own, kernels_lib.flops(found))
   if any(k.kind == "custom" for k in found):
     found = kernels_lib.with_custom(found, program.flops(True) / num_devices)
   facts["kernels"] = [k._asdict() for k in found]

@@ -151,6 +151,38 @@ def test_products_inside_fusions_of_a_tpu():
   assert kernel[:2] == ("product", 2.0 * 64 * 32 * 16)
 
 
+def test_a_slice_of_stacked_weights_inside_fusions_of_a_tpu():
+  """One block's weights are read, those of the others are not."""
+  inner = """%inner (p: f32[8]) -> f32[8] {
+  %p0 = bf16[12,32,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = bf16[1,32,16]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero)
+  ROOT %own = bf16[32,16]{1,0} bitcast(%row)
+}
+
+%outer (p: f32[8]) -> f32[8] {
+  %q0 = bf16[64,32]{1,0} parameter(0)
+  %q1 = bf16[12,32,16]{2,1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %f = bf16[32,16]{1,0} fusion(%q1, %q2), kind=kLoop, calls=%inner
+  ROOT %dot = f32[64,16]{1,0} convolution(%q0, %f), dim_labels=bf_io->bf
+}
+
+"""
+  (kernel,) = entry(
+    """
+    %a = bf16[64,32]{1,0} parameter(0)
+    %b = bf16[12,32,16]{2,1,0} parameter(1)
+    %i = s32[] parameter(2)
+    ROOT %c = f32[64,16]{1,0} fusion(%a, %b, %i), kind=kOutput, calls=%outer
+    """,
+    inner,
+  )
+  index = 4
+  assert kernel.bytes == 2 * (64 * 32 + 32 * 16) + index + 4 * 64 * 16
+
+
 def test_collectives_and_names_are_no_kernels():
   assert not entry("""
     %a = f32[8]{0} parameter(0)

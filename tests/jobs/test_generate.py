@@ -15,6 +15,7 @@ from PIL import Image
 from sdiff_jax import config as configs
 from sdiff_jax import main, samplers
 from sdiff_jax.distributed import sharding
+from sdiff_jax.experiment import build as experiments
 from sdiff_jax.experiment import pipelines, published_model, text_to_image
 from sdiff_jax.jobs import generate
 from sdiff_jax.pretrained.diffusers import loading
@@ -168,6 +169,18 @@ def test_only_what_is_missing_is_made(copy):
   assert np.abs(images(copy)[:5] - before).max() <= 1  # other batches round otherwise
   line = generate.run(settings(sample__num=6), str(copy))
   assert line.startswith("made 0 of 6 images (")
+
+
+@pytest.mark.slow
+def test_blocks_in_a_loop_make_the_same_images(made, tmp_path):
+  """Over stacks of sharded weights; images of both kinds lie in one folder."""
+  fields = {"generate__scan_blocks": True, "mesh__data": 1, "mesh__fsdp": 2}
+  config = settings(**fields)
+  model, _ = published_model.from_config(config, mesh=experiments.mesh(config))
+  assert "encoder.layers.0-2" in model.params["text_encoder"]
+  generate.run(config, str(tmp_path))
+  assert np.abs(images(tmp_path) - images(made)).max() <= 1
+  assert generate.run(settings(), str(tmp_path)).startswith("made 0 of 5 images (")
 
 
 @pytest.mark.slow

@@ -305,6 +305,36 @@ def test_a_published_model_needs_no_weights(tmp_path):
     programs.build(config, mesh)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["generate", "train"])
+def test_blocks_in_a_loop_count_as_often_as_they_run(tmp_path, job):
+  """The program is shorter; its operations, parameters and bytes are the same."""
+  folder = shutil.copytree(FIXTURES / "tiny-sd3", tmp_path / "sd3")
+  path = folder / "transformer" / "config.json"
+  fields = json.loads(path.read_text()) | {"num_layers": 6, "dual_attention_layers": []}
+  path.write_text(json.dumps(fields))
+  if job == "generate":
+    config, section = config_of_file("sd3.py"), "generate"
+    config.generate.folder = str(folder)
+    config.sampler.update(steps=10, window=8)
+  else:
+    config, section = config_lib.base(), "model"
+    config.teacher.folder = str(folder)
+    config.model = config_lib.component("models", "pretrained", folder=str(folder))
+    config.loss = config_lib.component("losses", "scm", velocity="teacher")
+    config.train.batch_size, config.rehearse.shape = 8, (8, 8, 16)
+  config.mesh.update(data=1, window=8)
+  found = []
+  for scan in (False, True):
+    config[section].scan_blocks = scan
+    program = programs.build(config, sharding.make_mesh(**config.mesh))
+    products = program.lower().as_text().count("dot_general")
+    found.append((products, program.flops(False), program.persistent_bytes))
+  (longer, *facts), (shorter, *same) = found
+  assert shorter < longer - 30  # in five blocks of joint attention
+  assert facts == same
+
+
 @pytest.mark.parametrize(
   ("name", "millions"),
   [

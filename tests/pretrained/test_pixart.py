@@ -15,6 +15,7 @@ from peer_networks import error
 from peer_pipelines import quickly
 
 from sdiff_jax.pretrained.diffusers import loading, networks, pixart_transformer
+from sdiff_jax.pretrained.diffusers import model as model_lib
 
 PIXART = FIXTURES / "tiny-pixart"
 
@@ -57,11 +58,14 @@ def test_outputs_and_tangents(peer, name):
 
 
 @functools.cache
-def run() -> tuple:
+def run(*, loop: bool = False) -> tuple:
   """Returns the peer's arrays, and what our pipeline makes."""
   arrays, meta = peer_pipelines.arrays(PIXART / "expected.npz")
+  model = loading.load(str(PIXART))
+  if loop:
+    model = model._replace(params=model_lib.stacked(model, model.params))
   made = peer_pipelines.run(
-    loading.load(str(PIXART)),
+    model,
     arrays["latents_in"],
     name="paradpmpp2m",
     steps=10,
@@ -73,16 +77,18 @@ def run() -> tuple:
 
 
 @pytest.mark.slow
-def test_text_to_image():
+@pytest.mark.parametrize("loop", [False, True])
+def test_text_to_image(loop):
   """Ten steps with guidance."""
-  arrays, made = run()
+  arrays, made = run(loop=loop)
   assert error(made.one, arrays["latents_out"]) < 1e-4
   np.testing.assert_allclose(made.images, arrays["image"], atol=2e-4)
 
 
-def test_in_parallel():
+@pytest.mark.parametrize("loop", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_parallel(loop):
   """At tolerance 0, ParaDiGMS ends where the sequential sampler does, to the bit."""
-  peer_pipelines.check_in_parallel(run()[1], 10)
+  peer_pipelines.check_in_parallel(run(loop=loop)[1], 10)
 
 
 def test_published_names(tmp_path):
