@@ -1,4 +1,6 @@
-"""PyTorch's half of torch_step.py, which starts it: the network `mlp` and two steps.
+"""PyTorch's half of torch_step.py, which starts it: the network and two steps.
+
+`mlp` is here, EDM2's U-Net in torch_networks.py.
 
   PYTHON-WITH-TORCH third_party/torch_half.py FOLDER
 
@@ -14,14 +16,15 @@ import time
 
 import numpy as np
 import torch
+import torch_networks
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FOLDER = pathlib.Path(sys.argv[1])
 SET = json.loads((FOLDER / "settings.json").read_text())
-SHAPE, CLASSES, WIDTH, DEPTH, EMBED = (
-  SET[k] for k in ("shape", "classes", "width", "depth", "embed")
-)
+SHAPE, CLASSES, MODEL = (SET[k] for k in ("shape", "classes", "model"))
+WIDTH, DEPTH, EMBED = (MODEL.get(k) for k in ("width", "depth", "embed"))
 SIGMA_D, EPS = SET["sigma_d"], 1e-6
 
 
@@ -92,8 +95,35 @@ class Mlp(nn.Module):
     return self.w(x)[:, 0]
 
 
+class UNet(nn.Module):
+  """EDM2's U-Net on [B, H, W, C], and its w_phi(t)."""
+
+  def __init__(self):
+    super().__init__()
+    names = ("channels", "channel_mult", "blocks", "attn_resolutions", "head_channels")
+    self.net = torch_networks.UNet(SHAPE, CLASSES, *(MODEL[k] for k in names))
+    self.net.to(memory_format=torch.channels_last)
+
+  def forward(self, x, t, label):
+    # In memory, [B, H, W, C] is [B, C, H, W] with the channels last: nothing moves.
+    return self.net(x.permute(0, 3, 1, 2), t, label).permute(0, 2, 3, 1)
+
+  def logvar(self, t):
+    return self.net.logvar(t)
+
+
 def load(arrays, prefix):
   """Returns the network with our parameters, which the arrays name as Flax does."""
+  if MODEL["name"] == "mlp":
+    return load_mlp(arrays, prefix)
+  net, start = UNet(), f"{prefix}/"
+  own = {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)}
+  torch_networks.load(net.net, own)
+  return net
+
+
+def load_mlp(arrays, prefix):
+  """Returns the network of sdiff_jax/models/mlp.py with our parameters."""
   net = Mlp()
   pairs = {"net/Embedding_0/time": net.time, "net/Embedding_0/label": net.label}
   pairs |= {"net/Embedding_0/out": net.emb, "net/in": net.first}
@@ -136,7 +166,9 @@ def derivative(net, x, t, label, dx, dt):
   def of(x, t):
     return torch.func.functional_call(net, params, (x, t, label))
 
-  return torch.func.jvp(of, (x, t), (dx, dt))
+  # The fused attention of PyTorch has no forward derivative.
+  with sdpa_kernel(SDPBackend.MATH):
+    return torch.func.jvp(of, (x, t), (dx, dt))
 
 
 def scd_loss(net, frozen, x0, label, t, z, r):
@@ -159,6 +191,7 @@ def training(name, loss, arrays):
   params = list(net.parameters())
   optimizer = torch.optim.Adam(params, fused=True, **SET["adam"])
   averages = [p.detach().clone() for p in params]
+  weights = [m.weight for m in net.modules() if isinstance(m, torch_networks.MPWeight)]
   x0, labels = torch.tensor(arrays["x0"]), torch.tensor(arrays["label"]).long()
   done = 0
 
@@ -174,6 +207,7 @@ def training(name, loss, arrays):
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     optimizer.step()
+    torch_networks.normalize_weights(weights)
     done += 1
     with torch.no_grad():
       torch._foreach_lerp_(averages, params, 1 - (1 - 1 / done) ** SET["exponent"])

@@ -4,8 +4,9 @@
   /tmp/torch/bin/pip install torch numpy
   python third_party/torch_step.py --torch=/tmp/torch/bin/python [--of=digits]
 
-The network and the batch are those of configs/fashion_*.py or configs/digits_*.py:
-`mlp`, 10 classes, float32, Adam, one power average. In PyTorch (`torch_half.py`) the
+The network and the batch are those of configs/fashion_*.py, configs/digits_*.py (`mlp`) or
+configs/fashion_unet_*.py:laptop (`edm2`, behind its patches): 10 classes, float32, Adam,
+one power average, and EDM2's normalization of the weights. In PyTorch (`torch_half.py`) the
 sCD step is written as its public implementations are: without gradients, the teacher's
 forward and `torch.func.jvp` of the student; then a second forward of the student, with
 gradients. Ours also guards against steps that are not finite and measures the gradient.
@@ -36,9 +37,16 @@ from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import guidance, time_grids
 from sdiff_jax.training import ema, optimizers, state, step
+from sdiff_jax.types import Network
 
 CLASSES, SIGMA_D, PROFILE = 10, 0.5, "power/0.1"
-SIZES = {"fashion": ((28, 28, 1), 256, 1024), "digits": ((8, 8, 1), 128, 256)}
+UNET = {"channels": 48, "channel_mult": (1, 2), "blocks": 1, "head_channels": 48}
+# Shape of a sample, batch size, network and its fields.
+SIZES = {
+  "fashion": ((28, 28, 1), 256, "mlp", {"width": 1024, "depth": 4}),
+  "digits": ((8, 8, 1), 128, "mlp", {"width": 256, "depth": 4}),
+  "unet": ((14, 14, 4), 64, "edm2", {**UNET, "attn_resolutions": (7,), "dropout": 0.0}),
+}
 ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-8}
 RATE = 1e-4
 LOSSES = {"teacher": "diffusion", "sCD": "scm"}
@@ -51,6 +59,7 @@ class Setup(NamedTuple):
 
   shape: tuple[int, int, int]
   model: dict
+  network: Network
   losses: dict[str, Callable]
   params: dict
   batch: dict
@@ -61,9 +70,11 @@ def setup(of: str) -> Setup:
 
   The parameters are not those of a start: F is 0 there, and hides mistakes.
   """
-  shape, batch_size, width = SIZES[of]
-  model = config.component("models", "mlp", width=width, depth=4).to_dict()
-  network = registry.build("models", model, shape=shape, cond=class_cond(CLASSES))
+  shape, batch_size, name, options = SIZES[of]
+  model = config.component("models", name, **options).to_dict()
+  network = registry.build(
+    "models", model, shape=shape, cond=class_cond(CLASSES), sigma_d=SIGMA_D
+  )
   losses = {
     name: registry.build(
       "losses",
@@ -83,7 +94,7 @@ def setup(of: str) -> Setup:
   params = {name: jax.tree.map(moved, start) for name in ("student", "frozen")}
   x0 = SIGMA_D * jnp.asarray(rng.standard_normal((batch_size, *shape), np.float32))
   batch = {"x0": x0, "cond": {"label": jnp.arange(batch_size) % CLASSES}}
-  return Setup(shape, model, losses, params, batch)
+  return Setup(shape, model, network, losses, params, batch)
 
 
 def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
@@ -103,8 +114,7 @@ def drawn(name: str, key: jax.Array, batch: dict) -> dict[str, jax.Array]:
 
 def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   """Writes what the other half needs, and returns F and dF/dt of it."""
-  params, batch = of.params, of.batch
-  network = registry.build("models", of.model, shape=of.shape, cond=class_cond(CLASSES))
+  params, batch, network = of.params, of.batch, of.network
   rng = np.random.default_rng(1)
   x, dx = rng.standard_normal((2, *batch["x0"].shape), np.float32)
   t, dt = rng.uniform(0.1, 1.5, (2, len(x))).astype(np.float32)
@@ -120,8 +130,13 @@ def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   settings = {
     name: config.component("losses", k).to_dict() for name, k in LOSSES.items()
   }
-  settings |= {k: of.model[k] for k in ("width", "depth", "embed")}
-  settings |= {"shape": of.shape, "classes": CLASSES, "sigma_d": SIGMA_D, "step": AT}
+  settings |= {
+    "model": of.model,
+    "shape": of.shape,
+    "classes": CLASSES,
+    "sigma_d": SIGMA_D,
+    "step": AT,
+  }
   adam = {"lr": RATE, "betas": (ADAM["b1"], ADAM["b2"]), "eps": ADAM["eps"]}
   exponent = ema.power_exponent(float(PROFILE.partition("/")[2])) + 1
   settings |= {"adam": adam, "exponent": exponent}
@@ -129,16 +144,16 @@ def export(folder: pathlib.Path, of: Setup, key: jax.Array) -> dict:
   return {"F": F, "J": J}
 
 
-def training(loss: Callable, params: dict, batch: dict) -> Callable[[int], float]:
+def training(of: Setup, loss: Callable) -> Callable[[int], float]:
   """Returns (count) -> seconds of so many of our steps."""
+  params, batch = of.params, of.batch
   rate = lambda n: jnp.float32(RATE)  # noqa: E731
   optimizer = optimizers.build(rate, name="adam", weight_decay=0.0, clip=0.0, **ADAM)
   betas = ema.betas((PROFILE,), len(batch["x0"]))
   student = jax.tree.map(jnp.copy, params["student"])
   current = state.create(student, optimizer, tuple(betas))
-  function = jax.jit(
-    step.build(loss, optimizer, ema=betas, learning_rate=rate), donate_argnums=0
-  )
+  options = {"ema": betas, "learning_rate": rate, "normalize": of.network.normalize}
+  function = jax.jit(step.build(loss, optimizer, **options), donate_argnums=0)
   key, frozen = jax.random.key(2), params["frozen"]
   compiled = function.lower(current, batch, key, frozen).compile()
 
@@ -207,7 +222,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=5, help="steps a turn")
   args = parser.parse_args()
   of = setup(args.of)
-  _, _, losses, params, batch = of
+  losses, params, batch = of.losses, of.params, of.batch
   key = jax.random.key(3)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -220,7 +235,7 @@ def main() -> None:
       return lambda: both(params["student"], batch, key, at, params["frozen"])
 
     compare(theirs, folder, ours, {k: gradient(v) for k, v in losses.items()})
-    report(args, theirs, {k: training(v, params, batch) for k, v in losses.items()})
+    report(args, theirs, {k: training(of, v) for k, v in losses.items()})
     theirs.close()
 
 
