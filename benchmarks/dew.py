@@ -1,13 +1,14 @@
 """A step of sCD of Stable Diffusion 3's transformer beside dew's (dewml on PyPI).
 
-  python benchmarks/dew.py --peer=PYTHON [--pairs=15] [--steps=2]
+  python benchmarks/dew.py --peer=PYTHON [--batch=32] [--pairs=9] [--steps=1]
 
-PYTHON has dewml, see third_party/dew_step.py. Both distill a transformer of the same form
-and size from a teacher of random weights, with Adam and one average, in float32, on the
-same latents and texts. Their processes run the same number of steps in turns, and the
-ratio is the median over pairs; the user time of all threads is counted as well, since it
-tells the work on a machine that others use. Memory is what XLA plans for the program, and
-the peak of the resident set of each process.
+PYTHON has dewml, see third_party/dew_step.py; it may run this script, too, so that both
+have the same JAX. Both distill a transformer of the same form and size from a teacher of
+random weights, with Adam and one average, in float32, on latents and texts of the same
+sizes. Their processes run the same number of steps in turns, and the ratio is the median
+over pairs; the user time of all threads is counted as well, since it tells the work on a
+machine that others use. Memory is what XLA plans for the program, and the peak of the
+resident set of each process.
 """
 
 import argparse
@@ -35,7 +36,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 WIDTH, HEADS, DEPTH = 256, 4, 4
 SIDE, CHANNELS, PATCH = 16, 16, 2  # of the latents
 TOKENS, TEXT, POOLED = 32, 256, 128  # of the text
-BATCH = 8
 NETWORK = {  # SD3Transformer2DModel of diffusers
   "_class_name": "SD3Transformer2DModel",
   "sample_size": SIDE,
@@ -57,7 +57,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
 class Step:
   """Our step, compiled, and its state."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, batch_size: int):
     config, key = configs.base(), jax.random.key(0)
     params = jax.jit(sd3_transformer.from_config(NETWORK).init)(key)
     parts = {"transformer": saving.network(NETWORK, params)}
@@ -69,14 +69,14 @@ class Step:
     dataset = Dataset(lambda k: None, 0, specs, codec)
     config.model = configs.component("models", "pretrained", folder=str(folder))
     config.loss = configs.component("losses", "scm", velocity="teacher")
-    config.train.batch_size = BATCH
+    config.train.batch_size = batch_size
     network = experiments.network(config, dataset)
     trainer = training.build_trainer(config, network, network, None)
     teacher = trigflow_network.parameters(str(folder))
     self.state = trainer.init(key, teacher)
     rng = np.random.default_rng(0)
-    x0 = config.sigma_d * rng.standard_normal((BATCH, SIDE, SIDE, CHANNELS))
-    cond = {k: rng.standard_normal((BATCH, *s)) for k, s in shapes.items()}
+    x0 = config.sigma_d * rng.standard_normal((batch_size, *dataset.shape))
+    cond = {k: rng.standard_normal((batch_size, *s)) for k, s in shapes.items()}
     batch = jax.tree.map(jnp.float32, {"x0": x0, "cond": cond})
     self.arguments = batch, key, jax.tree.map(jnp.asarray, teacher)
     step = jax.jit(trainer.update, donate_argnums=0)
@@ -99,7 +99,6 @@ class Step:
       "parameters": sum(x.size for x in net),
       "gflop": self.step.cost_analysis()["flops"] / 1e9,
       "planned_megabytes": planned / 1e6,
-      "threads": len(jax.devices()),
     }
 
 
@@ -117,11 +116,12 @@ def timed(call: Callable[[int], None], steps: int) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--peer", required=True, help="Python with dewml")
-  parser.add_argument("--pairs", type=int, default=15)
-  parser.add_argument("--steps", type=int, default=2, help="in a row")
+  parser.add_argument("--batch", type=int, default=32)
+  parser.add_argument("--pairs", type=int, default=9)
+  parser.add_argument("--steps", type=int, default=1, help="in a row")
   options = parser.parse_args()
   network = {k: v for k, v in NETWORK.items() if v is not None}
-  sizes = {"network": network, "tokens": TOKENS, "batch": BATCH}
+  sizes = {"network": network, "tokens": TOKENS, "batch": options.batch}
   script = str(ROOT / "third_party" / "dew_step.py")
   peer = subprocess.Popen(
     [options.peer, script, json.dumps(sizes)],
@@ -137,7 +137,7 @@ def main() -> None:
 
   theirs_about = json.loads(peer.stdout.readline())
   with tempfile.TemporaryDirectory() as folder:
-    ours = Step(pathlib.Path(folder))
+    ours = Step(pathlib.Path(folder), options.batch)
   for name, about in (("dew", theirs_about), ("ours", ours.about())):
     print(name, json.dumps(about), flush=True)
   ask(options.steps)

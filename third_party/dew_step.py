@@ -1,7 +1,7 @@
 """Trains Stable Diffusion 3's transformer by dew's sCD, as many steps as it is asked for.
 
-  python3.12 -m venv /tmp/dew && /tmp/dew/bin/pip install dewml   # 0.1.0
-  python benchmarks/dew.py --peer=/tmp/dew/bin/python
+  python3.12 -m venv /tmp/dew && /tmp/dew/bin/pip install dewml==0.1.0 -e .
+  /tmp/dew/bin/python benchmarks/dew.py --peer=/tmp/dew/bin/python   # the same JAX
 
 benchmarks/dew.py gives the sizes as JSON. The objective is `rcm` with dmd_weight=0, which
 is sCD without its regularizer; the step is the one that dew's `Trainer` compiles. Each
