@@ -21,13 +21,13 @@ NETWORKS = {
     "head_channels": 48,
   },
 }
-# Steps, batch size, learning rate.
-LENGTHS = {"h100": (7486, 512, 5e-3), "laptop": (8000, 64, 3e-3)}
+# Steps, batch size, learning rate, images of its warm-up.
+LENGTHS = {"h100": (7486, 512, 5e-3, 100_000), "laptop": (8000, 64, 3e-3, 10_000)}
 
 
 def get_config(variant: str = ""):
   (machine,) = variants.parse(variant, NETWORKS)
-  steps, batch_size, rate = LENGTHS[machine]
+  steps, batch_size, rate, rampup = LENGTHS[machine]
   c = config.base()
   c.data = config.component("data", "idx")
   c.reference = config.component("data", "idx", split="test")
@@ -39,7 +39,7 @@ def get_config(variant: str = ""):
   c.checkpoint.update(every=1000, keep_every=0)
   # The schedule does not depend on the number of steps, so a run can be sized late.
   c.optim.update(learning_rate=rate, b1=0.9, b2=0.99, schedule="inverse_sqrt")
-  c.optim.update(reference_steps=1000, rampup_images=100_000)
+  c.optim.update(reference_steps=1000, rampup_images=rampup)
   c.ema.profiles = ("power/0.1",)
   c.sampler.update(name="heun", steps=16)
   c.evaluate.update(features="fashion", num=10_000, batch_size=1000)

@@ -34,6 +34,15 @@ SETTINGS = {
       "evaluate.baselines=False",
     ),
   ),
+  "unet": (
+    "configs/fashion_unet_{}.py:laptop",
+    (
+      "train.sample_every=0",
+      "evaluate.num=2000",
+      "evaluate.batch_size=500",
+      "evaluate.baselines=False",
+    ),
+  ),
   "paper": ("configs/imagenet64_{}.py:S", ("evaluate.num=50_000",)),
   "tiny": (
     "configs/digits_{}.py",

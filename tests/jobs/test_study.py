@@ -248,6 +248,7 @@ def test_a_missing_config_is_named(tmp_path):
   [
     "",
     pytest.param("digits", marks=pytest.mark.slow),
+    pytest.param("unet", marks=pytest.mark.slow),
     pytest.param("paper", marks=pytest.mark.slow),
     pytest.param("tiny", marks=pytest.mark.slow),
   ],
@@ -266,6 +267,6 @@ def test_runs_of_every_study_load(path, given, tmp_path):
 
 def test_another_word_is_refused():
   with pytest.raises(
-    UserError, match="vsd.py:big: variants are one of 'digits', 'paper', 'tiny'"
+    UserError, match="vsd.py:big: variants are one of 'digits', 'unet', 'paper', 'tiny'"
   ):
     config_lib.load("configs/studies/vsd.py:big", "missing")
