@@ -7,7 +7,7 @@ PYTHON has torch and diffusers (see third_party/diffusers_flow_speed.py). Both s
 same random network of 50 million parameters from the same noise, batch 1, float32, without
 guidance, in turns; the ratios are medians over pairs, of seconds and of the seconds of
 processors, which other work on the machine changes less. Then the iterations of ParaDiGMS,
-the rows that its network calls have in all, and its error (root mean square of the
+its evaluations, and its error (root mean square of the
 difference to the sequential sample, divided by that of the sample), for each window.
 """
 
@@ -50,7 +50,7 @@ class Sampling:
       self.cond["distilled_guidance"] = jnp.full(1, 3.5)
 
   def compiled(self, steps: int, **options: float) -> Callable[[], tuple]:
-    """Returns a function without arguments: -> final state, iterations, rows."""
+    """Returns a function without arguments: -> final state, iterations, evaluations."""
     name = "paraddim" if options else "ddim"
     schedule, sampler = published_model.build_sampler(
       self.schedule, name=name, steps=steps, **options
@@ -131,7 +131,7 @@ def table(
   Seconds are ours / the peer's, of the next run of each.
   """
   print(
-    "| steps | window | tolerance | iterations | rows | error | s | s of processors |"
+    "| steps | window | tolerance | iterations | evaluations | error | s | s of processors |"
   )
   print("|---|---|---|---|---|---|---|---|")
   for steps in counts:
@@ -139,10 +139,17 @@ def table(
     for window in (w for w in windows if w <= steps):
       for tolerance in TOLERANCES:
         call = ours.compiled(steps, window=window, tolerance=tolerance)
-        x, iterations, rows = call()
+        x, iterations, evaluations = call()
         error = jnp.sqrt(jnp.mean((x - exact) ** 2) / jnp.mean(exact**2))
         if error <= TARGET or tolerance == TOLERANCES[-1]:
-          row = steps, window, tolerance, int(iterations), int(rows), f"{error:.1e}"
+          row = (
+            steps,
+            window,
+            tolerance,
+            int(iterations),
+            int(evaluations),
+            f"{error:.1e}",
+          )
           pairs = zip(seconds(call), ask(steps), strict=True)
           row = *row, *(f"{own:.2f} / {peer:.2f}" for own, peer in pairs)
           print(f"| {' | '.join(map(str, row))} |", flush=True)
