@@ -2,7 +2,7 @@
 
   python -m sdiff_jax.main --config=configs/studies/convergence.py
 
-Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+Variants: `unet`, a small U-Net, `paper`, the paper's sizes, and `tiny`, seconds of work.
 """
 
 from sdiff_jax.experiment import studies

@@ -2,7 +2,7 @@
 
   python -m sdiff_jax.main --config=configs/studies/scaling.py
 
-Variants: `paper`, the paper's sizes, and `tiny`, seconds of work.
+Variants: `unet`, a small U-Net, `paper`, the paper's sizes, and `tiny`, seconds of work.
 """
 
 from sdiff_jax.experiment import studies
@@ -11,7 +11,9 @@ from sdiff_jax.experiment import studies
 def get_config(variant: str = ""):
   files, changes = studies.parse_variant(variant)
   sizes = {f"{w}": (files, f"model.width={w}") for w in (64, 128, 256, 512)}
-  if variant == "paper":
+  if variant == "unet":
+    sizes = {f"{c}": (files, f"model.channels={c}") for c in (16, 32, 48, 64)}
+  elif variant == "paper":
     sizes = {w: (f"configs/imagenet64_{{}}.py:{w}",) for w in ("S", "M", "L", "XL")}
   runs = {}
   for size, (files, *fields) in sizes.items():
