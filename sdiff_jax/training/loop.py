@@ -144,6 +144,7 @@ def run(
   @contextlib.contextmanager
   def paused(what: str) -> Iterator[None]:
     nonlocal clock
+    jax.block_until_ready(recent)  # the steps so far are training
     begin = time.perf_counter()
     with watch.spent.on(what):
       yield

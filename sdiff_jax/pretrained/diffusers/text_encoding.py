@@ -83,10 +83,17 @@ def _encode_fn(
     }
     return jax.device_put(params, everywhere)
 
-  @functools.partial(jax.jit, in_shardings=(everywhere, local), out_shardings=local)
-  @functools.partial(sharding.with_mesh, local.mesh)
-  def conditions(params: dict[str, Params], tokens: dict[str, Array]) -> dict:
-    return _conditions(model, params, tokens)
+  # Devices do not communicate, so that threads may start programs in any order, while
+  # the network is trained on the same devices.
+  conditions = jax.jit(
+    jax.shard_map(
+      functools.partial(_conditions, model),
+      mesh=local.mesh,
+      in_specs=(everywhere.spec, local.spec),
+      out_specs=local.spec,
+      check_vma=False,
+    )
+  )
 
   def encode(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     with lock:
