@@ -99,7 +99,7 @@ def get_config(variant: str = ""):
   methods, budgets = (BEST, (0.2,)) if setting == "unet" else (METHODS, BUDGETS)
   steps = {
     "digits": ("train.steps=4000",),
-    "unet": ("train.steps=2600",),
+    "unet": ("train.steps=2800",),
     "tiny": ("train.steps=20",),
   }
   file, shorter = files.format("diffusion"), steps.get(setting, ())

@@ -10,7 +10,6 @@ folder; weights are stacked after they are read.
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,10 +18,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdiff_jax.models.layers import common
-from sdiff_jax.types import Array, Params
+from sdiff_jax.types import Array, Params, PyTree
 
 STACK = re.compile(r"(.+)\.(\d+)-(\d+)")  # list of blocks, first and last index
-Carry = tuple[Any, ...]
+Carry = tuple[PyTree, ...]
 
 
 def run(
@@ -30,9 +29,9 @@ def run(
   name: str,
   indices: range,
   block: type[nn.Module],
-  fields: Callable[[int], Mapping[str, Any]],
+  fields: Callable[[int], Mapping[str, object]],
   carry: Carry,
-  *args: Any,
+  *args: PyTree,
   remat: str = "",
 ) -> Carry:
   """Returns what blocks make of values, one after another, inside a compact module.
@@ -68,9 +67,7 @@ def run(
   return carry
 
 
-def _stack_with(
-  params: Mapping[str, Any], name: str, index: int
-) -> tuple[str, int, int] | None:
+def _stack_with(params: Params, name: str, index: int) -> tuple[str, int, int] | None:
   """Returns key, first and last index of the stack with a block, None for none."""
   for key in params:
     match = STACK.fullmatch(key)
@@ -88,7 +85,7 @@ def _loop(block: nn.Module, weights: Params, carry: Carry, args: Carry) -> Carry
   return jax.lax.scan(body, carry, weights)[0]
 
 
-def _as_tuple(value: Any) -> Carry:
+def _as_tuple(value: PyTree) -> Carry:
   return value if isinstance(value, tuple) else (value,)
 
 
