@@ -124,6 +124,7 @@ def run(
     http=connections.protocol(),
     ws="none",
     lifespan="off",
+    log_config=None,  # uvicorn's own closes every handler of this process
     log_level="critical",
     access_log=False,
     server_header=False,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import pathlib
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 
 import httpx
 import pytest
@@ -76,6 +78,16 @@ def is_closed(opened: socket.socket) -> bool:
 
 def test_an_image(port):
   assert image(port)[0] == 200
+
+
+def test_handlers_of_others_stay_open():
+  """absl closes the stream of its handler, which may be the one that tests capture."""
+  handler = logging.StreamHandler()
+  handler.close = unittest.mock.Mock()
+  with server.listen("127.0.0.1", 0) as opened:
+    service = Service([stand_ins.images()], hosts=("127.0.0.1",), open_connections=int)
+    server.run(service, opened, server.Connections(MOST), lambda: True)
+  handler.close.assert_not_called()
 
 
 def test_clients_that_go_in_the_middle(port):
