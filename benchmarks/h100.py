@@ -15,7 +15,7 @@ PyTorch and diffusers are timed beside ours where they can be imported.
   step       times training steps of EDM2-S and of DiT-XL/2 against the peak FLOP/s
   sampler    times the U-Net of Stable Diffusion 2 and iterations of ParaDDPM-1000
   calibrate  measures the constants of the model of time (memory, launches, products), and
-             steps and calls of EDM2 that it has to predict
+             steps and calls of EDM2 that it has to predict, then each of its convolutions
   attention  checks and times attention with a tangent (see benchmarks/attention.py)
 """
 

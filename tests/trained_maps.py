@@ -18,12 +18,14 @@ def train(
   steps: int = 3000,
   batch: int = 256,
   learning_rate: float = 3e-3,
+  b1: float = 0.9,
+  init_extra_params: Callable[[Params], Params] = lambda params: params,
 ) -> Params:
   """Returns the averaged parameters after training on x0 = draw(key), [batch, ...]."""
   optimizer = optimizers.build(
     lambda step: learning_rate * (1 - step / steps),
     name="adam",
-    b1=0.9,
+    b1=b1,
     b2=0.99,
     eps=1e-8,
     weight_decay=0.0,
@@ -41,7 +43,8 @@ def train(
 
     return jax.lax.scan(body, start, None, length=steps)[0]
 
-  start = state.create(network.init(jax.random.key(0)), optimizer, (profile,))
+  params = init_extra_params(network.init(jax.random.key(0)))
+  start = state.create(params, optimizer, (profile,))
   return run(start).ema[profile]
 
 

@@ -1,7 +1,8 @@
 """Which images a folder holds, and the class of each.
 
-Two layouts are read: one sub-folder for each class, and the layout of EDM, EDM2 and
-StyleGAN, whose sub-folders are chunks and whose classes are listed in dataset.json.
+Two layouts are read: one sub-folder for each class, with images at any depth, and the
+layout of EDM, EDM2 and StyleGAN, whose sub-folders are chunks and whose classes are listed
+in dataset.json.
 """
 
 import itertools
@@ -53,8 +54,8 @@ def find(folder: str) -> ImageFiles:
   """Returns the images of a folder with their classes.
 
   Args:
-    folder: with dataset.json; or with a sub-folder for each class; or, without
-      sub-folders, with the images of one class.
+    folder: with dataset.json; or with a sub-folder for each class, whose images may lie in
+      further folders; or, without sub-folders, with the images of one class.
 
   Raises:
     ValueError: the folder is missing, has no images, or has chunks without dataset.json;
@@ -71,7 +72,7 @@ def find(folder: str) -> ImageFiles:
     return _indexed(folder)
   names, unread = _sub_folders(folder)
   folders = [os.path.join(folder, name) for name in names] or [folder]
-  classes = [_images(path) for path in folders]
+  classes = [_images_below(path) for path in folders]
   for path, (images, others) in zip(folders, classes, strict=True):
     if not images:
       raise ValueError(
@@ -161,6 +162,24 @@ def _images(folder: str) -> tuple[list[str], list[str]]:
   return images, sorted(others)
 
 
+def _images_below(folder: str) -> tuple[list[str], list[str]]:
+  """Returns the images below a folder, sorted, and what is not read; relative to it.
+
+  Links to folders are not followed, since they may lead in a circle.
+  """
+  images, unread = [], []
+  for parent, folders, _ in os.walk(folder):
+    read = [n for n in folders if not n.startswith(".")]
+    read = [n for n in read if not os.path.islink(os.path.join(parent, n))]
+    found, others = _images(parent)
+    others = [n for n in others if n not in read]
+    relative = os.path.relpath(parent, folder)
+    images += [os.path.normpath(os.path.join(relative, n)) for n in found]
+    unread += [os.path.normpath(os.path.join(relative, n)) for n in others]
+    folders[:] = read
+  return sorted(images), sorted(unread)
+
+
 def _check_no_chunks(folder: str, names: list[str], images: list[list[str]]) -> None:
   """Refuses chunks of a data set whose dataset.json is missing.
 
@@ -193,21 +212,8 @@ def _indexed(folder: str) -> ImageFiles:
       f"{path} is damaged ({bounded.short(error)}); it must hold "
       '{"labels": [["00000/img00000000.png", 0], ...]}'
     ) from error
-  names, unread = [], []
-  for parent, folders, _ in os.walk(folder):
-    unread += [
-      os.path.relpath(os.path.join(parent, n), folder)
-      for n in folders
-      if n.startswith(".")
-    ]
-    folders[:] = sorted(n for n in folders if not n.startswith("."))
-    relative = os.path.relpath(parent, folder)
-    images, others = _images(parent)
-    names += [os.path.normpath(os.path.join(relative, name)) for name in images]
-    others = [n for n in others if not os.path.isdir(os.path.join(parent, n))]
-    unread += [os.path.normpath(os.path.join(relative, name)) for name in others]
-  unread = sorted({*unread} - {INDEX})
-  names.sort()  # the order of EDM
+  names, unread = _images_below(folder)  # in the order of EDM
+  unread = [name for name in unread if name != INDEX]
   if not names:
     raise ValueError(f"dir={folder!r}: no images; put {', '.join(ENDINGS)} files there")
   paths = [os.path.join(folder, name) for name in names]

@@ -22,6 +22,7 @@ PACK = (  # why a folder in a bucket is not read, and what is
   "in a bucket each image would be a request; pack the images by --job=encode from a folder "
   "of this machine (its scale `pixels` keeps them as they are), or in an .npz file"
 )
+HELD_OUT = 10  # one image of so many is held out
 NUM_CHECKED = 64  # images that are decoded before any work starts,
 CHECK_SECONDS = 1.0  # unless that takes longer than this
 
@@ -34,6 +35,7 @@ def build(
   channels: Literal[1, 3] = 3,
   mean: Means = (0.0,),
   std: Scales = (0.5,),
+  split: Literal["all", "train", "test"] = "all",
 ) -> Dataset:
   """Returns the images below a folder with their classes.
 
@@ -43,12 +45,13 @@ def build(
 
   Args:
     dir: folder of PNG, JPEG or WebP files: with dataset.json; or with a sub-folder for
-      each class; without sub-folders, the files in it are one class. Hidden files and
-      files with other suffixes are not read, which is reported on stderr.
+      each class, at any depth; without sub-folders, the files in it are one class. Hidden
+      files and files with other suffixes are not read, which is reported on stderr.
     image_size: side that images are resized and cropped to, pixels.
     channels: 3 for RGB, 1 for gray.
     mean: mean of the pixels in [-1, 1], one for all or one for each channel.
     std: standard deviation of the pixels in [-1, 1], likewise.
+    split: "test" for every tenth image, which "train" leaves out, or "all".
 
   Raises:
     ValueError: the folder is missing, has no images, or has chunks without dataset.json.
@@ -61,6 +64,14 @@ def build(
   codec = PixelCodec(shape, mean, std)
   paths, labels, num_classes, unread = _image_files.find(dir)
   _image_files.report_unread(dir, unread)
+  if split != "all":
+    held_out = np.arange(len(paths)) % HELD_OUT == HELD_OUT - 1
+    chosen = np.flatnonzero(held_out == (split == "test"))
+    if not chosen.size:
+      raise ValueError(
+        f"split={split!r}: needs {HELD_OUT} images; {dir} has {len(paths)}"
+      )
+    paths, labels = [paths[k] for k in chosen], labels[chosen]
 
   def read(indices: np.ndarray) -> Samples:
     images = np.empty((len(indices), *shape), np.uint8)

@@ -47,6 +47,40 @@ def test_classes_are_the_sorted_folders_and_files_are_decoded_by_index(tmp_path)
   assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
+def test_images_of_a_class_may_lie_in_further_folders(tmp_path, capsys):
+  names = ["a/x/1.png", "a/x/y/2.png", "a/0.png", "b/3.png"]
+  arrays = [noise(8, 8) for _ in names]
+  for name, array in zip(names, arrays, strict=True):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    save(tmp_path / name, array)
+  (tmp_path / "a" / "x" / "up").symlink_to(tmp_path)  # a circle
+  source = folder.build(dir=str(tmp_path), image_size=8)
+  images, cond = source[np.arange(source.size)]
+  np.testing.assert_array_equal(images, [arrays[k] for k in (2, 0, 1, 3)])
+  assert cond["label"].tolist() == [0, 0, 0, 1]
+  assert "1 entries are not read: a/x/up" in capsys.readouterr().err
+
+
+def test_every_tenth_image_is_held_out(tmp_path):
+  for k in range(25):
+    save(tmp_path / f"{k // 20}" / f"{k:02d}.png", np.full((8, 8, 3), k, np.uint8))
+
+  def of(split: str) -> tuple[list[int], list[int]]:
+    source = folder.build(dir=str(tmp_path), image_size=8, split=split)
+    assert source.num_classes == 2
+    images, cond = source[np.arange(source.size)]
+    return images[:, 0, 0, 0].tolist(), cond["label"].tolist()
+
+  assert of("test") == ([9, 19], [0, 0])
+  train = [k for k in range(25) if k not in (9, 19)]
+  assert of("train") == (train, [k // 20 for k in train])
+  assert of("all")[0] == [*range(25)]
+  (tmp_path / "few").mkdir()
+  save(tmp_path / "few" / "1.png", noise(8, 8))
+  with pytest.raises(ValueError, match="split='test': needs 10 images"):
+    folder.build(dir=str(tmp_path / "few"), image_size=8, split="test")
+
+
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "webp"])
 def test_formats_with_losses_come_close(tmp_path, ending):
   smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)

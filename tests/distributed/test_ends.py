@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 from command_line import works
-from test_processes import CONFIG, start
+from several_processes import start
+from test_processes import CONFIG
 
 from sdiff_jax.data import npz
 from sdiff_jax.distributed import processes

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import signal
-import socket
 import time
 
 import forked
@@ -11,30 +10,12 @@ import jax
 import numpy as np
 import pytest
 from command_line import TINY, environment, weights
+from several_processes import start
 
 from sdiff_jax.distributed import processes
 from sdiff_jax.types import UserError
 
 CONFIG = ("--config=configs/digits_diffusion.py", *TINY, "--config.train.steps=40")
-
-
-def free_address() -> str:
-  """Returns an address of this machine at which nobody listens."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def start(
-  cache, *args: str, count: int = 2, more=(), script: str = forked.COMMAND
-) -> list[forked.Process]:
-  """Starts a command as some processes with eight devices, each with arguments of its own."""
-  names = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": str(count)}
-  env = environment(cache, 8 // count) | names
-  return [
-    forked.start(*args, *own, env=env | {"JAX_PROCESS_ID": str(i)}, script=script)
-    for i, own in enumerate(more or [()] * count)
-  ]
 
 
 def alone_on(cache, devices: int, *args: str) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from command_line import environment
 from conftest import FIXTURES
+from several_processes import start
 from test_buckets import TEACHER, assert_equal, half_saved, job, losses, restored
 from test_kills import without_times
-from test_processes import start
 
 from sdiff_jax import registry
 from sdiff_jax.io import array_io, file_io, storage
