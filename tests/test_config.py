@@ -8,10 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FIXTURES
 
 from sdiff_jax import config, main, registry, renamed
 from sdiff_jax.data import digits
-from sdiff_jax.experiment import build, sampling, teachers, training, workdir
+from sdiff_jax.experiment import (
+  build,
+  programs,
+  sampling,
+  teachers,
+  training,
+  workdir,
+)
 from sdiff_jax.io import resumable
 from sdiff_jax.types import UserError
 
@@ -72,20 +80,26 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
     c.data.dir = str(tmp_path)
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((10, 28, 28), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(10, dtype=np.uint8))
-  built = build.build(c)
-  network = built.network
+  if c.teacher.folder:  # a model to be downloaded, whose texts are to be encoded
+    c.teacher.folder = str(FIXTURES / "tiny-sana")
+    c.rehearse.shape = (8, 8, 4)
+    dataset = programs.abstract_dataset(c)
+    network = build.network(c, dataset)
+  else:
+    built = build.build(c)
+    dataset, network = built.dataset, built.network
   of_teacher = c.copy_and_resolve_references()
   of_teacher.model.update({k: False for k in c.model if k == "guidance"})
   of_teacher.loss = config.component("losses", "diffusion")
-  teacher = build.network(of_teacher, built.dataset)
+  teacher = build.network(of_teacher, dataset)
   loss = training.build_loss(c, network, teacher)
   params, frozen = (
     jax.eval_shape(net.init, jax.random.key(0)) for net in (network, teacher)
   )
   size = 4
   batch = {
-    "x0": jax.ShapeDtypeStruct((size, *built.dataset.shape), jnp.float32),
-    "cond": {k: spec.batch(size) for k, spec in built.dataset.cond.items()},
+    "x0": jax.ShapeDtypeStruct((size, *dataset.shape), jnp.float32),
+    "cond": {k: spec.batch(size) for k, spec in dataset.cond.items()},
   }
   step = jax.ShapeDtypeStruct((), jnp.int32)
   frozen = frozen if teachers.needs_teacher(c) else None
@@ -94,6 +108,27 @@ def test_every_config_validates_and_its_step_traces(path, tmp_path):
   assert "mse" in aux
   for sampler in c.evaluate.samplers:
     assert sampling.build_sampler(c, sampler).tableau.evaluations >= 1
+
+
+def test_text_students_have_the_shapes_of_their_teachers():
+  path = CONFIGS / "text_scd.py"
+  folders = {
+    "sana": "sana/transformer",
+    "sd2": "stable_diffusion2/unet",
+    "sdxl": "stable_diffusion_xl/unet",
+    "sd3": "stable_diffusion3_medium/transformer",
+  }
+  for word, folder in folders.items():
+    c = load(path, word)
+    config.validate(c)
+    network = json.loads((CONFIGS / "published" / folder / "config.json").read_text())
+    # The published U-Net is that of 768 x 768 pixels; its base, of 512, has the same.
+    side = 64 if word == "sd2" else network["sample_size"]
+    assert tuple(c.rehearse.shape) == (side, side, network["in_channels"])
+  c = load(path, "sana,lora")
+  assert c.lora.rank == 32
+  c.teacher.folder = "DIR"  # on the command line: all of them follow
+  assert {c.init_from, c.model.folder, c.vae, c.text_encoder} == {"DIR"}
 
 
 def test_guided_word():

@@ -52,13 +52,13 @@ SCHEDULER = {
 }
 
 
-def write_images(folder: pathlib.Path) -> None:
-  """Writes the training images and a caption of each as one WebDataset tar."""
+def write_images(folder: pathlib.Path, num: int) -> None:
+  """Writes the first training images and a caption of each as one WebDataset tar."""
   source, rng = idx.build(), np.random.default_rng(0)
   folder.mkdir(parents=True, exist_ok=True)
   partial = folder / "train.partial"
   with tarfile.open(partial, "w") as tar:
-    for k in range(len(source)):
+    for k in range(num):
       image, cond = source[np.array([k])]
       file = io.BytesIO()
       Image.fromarray(image[0, ..., 0]).save(file, "PNG")

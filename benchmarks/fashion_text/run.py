@@ -3,7 +3,9 @@
   python benchmarks/fashion_text/run.py --torch=PYTHON-WITH-TORCH-AND-DIFFUSERS
 
 Everything is in runs/fashion_text; what is there is not made again, so the same command
-resumes. Needs `apt-get install dataset-fashion-mnist`.
+resumes. Needs `apt-get install dataset-fashion-mnist`. With --short, 20 steps of each run
+and 100 samples, in runs/fashion_text_short, show in minutes that all parts work together;
+its distances say nothing.
 
 1. Writes Fashion-MNIST with captions, and a text-to-image model of random weights in the
    diffusers format; encodes the data.
@@ -18,78 +20,105 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import model
 import numpy as np
 
+from sdiff_jax.experiment import variants
+
 HERE = pathlib.Path(__file__).parent
-ROOT = pathlib.Path("runs/fashion_text")
 STEPS = ("1", "2", "4", "999,580")  # numbers of steps, and timesteps of two
-NUM = 5000  # images that are measured
 
 
-def job(config: str, workdir: str, name: str, *args: str) -> None:
-  command = [sys.executable, "-m", "sdiff_jax.main", f"--config={HERE / config}.py"]
-  command += [f"--workdir={ROOT / workdir}", f"--job={name}", *args]
+class Size(NamedTuple):
+  """How much is done.
+
+  Attributes:
+    word: variant of the config files.
+    images: number of images that are trained on.
+    samples: number of images that are measured.
+  """
+
+  word: str
+  images: int
+  samples: int
+
+  @property
+  def root(self) -> pathlib.Path:
+    """Returns the folder of everything, as the config files name it."""
+    return pathlib.Path(variants.workdir(f"fashion_text.py:{self.word}"))
+
+
+FULL, SHORT = Size("", 60_000, 5000), Size("short", 256, 100)
+
+
+def job(size: Size, config: str, workdir: str, name: str, *args: str) -> None:
+  file = f"{HERE / config}.py" + (f":{size.word}" if size.word else "")
+  command = [sys.executable, "-m", "sdiff_jax.main", f"--config={file}"]
+  command += [f"--workdir={size.root / workdir}", f"--job={name}", *args]
   subprocess.run(command, check=True)
 
 
-def make_model_and_data() -> None:
-  if not (ROOT / "images" / "train.tar").exists():
-    model.write_images(ROOT / "images")
-  if not (ROOT / "start" / "model_index.json").exists():
-    model.write_model(ROOT / "start")
-  job("encode", "data", "encode")
+def make_model_and_data(size: Size) -> None:
+  if not (size.root / "images" / "train.tar").exists():
+    model.write_images(size.root / "images", size.images)
+  if not (size.root / "start" / "model_index.json").exists():
+    model.write_model(size.root / "start")
+  job(size, "encode", "data", "encode")
 
 
-def train(config: str, folder: pathlib.Path) -> None:
+def train(size: Size, config: str, folder: pathlib.Path) -> None:
   """Trains, evaluates and exports a run, unless the folder of its export exists."""
   if not (folder / "README.md").exists():
-    job(config, config, "train")
-    job(config, config, "evaluate")
+    job(size, config, config, "train")
+    job(size, config, config, "evaluate")
     export = ("--config.export.format=diffusers", f"--config.export.folder={folder}")
-    job(config, config, "export", *export)
+    job(size, config, config, "export", *export)
 
 
-def frechet(config: str) -> dict[str, float]:
+def frechet(size: Size, config: str) -> dict[str, float]:
   """Returns sampler -> Frechet distance of the samples of a run."""
-  rows = json.loads((ROOT / config / "evaluate" / "results.json").read_text())
+  rows = json.loads((size.root / config / "evaluate" / "results.json").read_text())
   return {row["sampler"]: row["frechet"] for row in rows}
 
 
-def by_diffusers(torch: str, folder: pathlib.Path, steps: str) -> float:
+def by_diffusers(size: Size, torch: str, folder: pathlib.Path, steps: str) -> float:
   """Returns the Frechet distance of images that diffusers makes of a folder."""
-  prompts = ROOT / "prompts.txt"
+  prompts = size.root / "prompts.txt"
   rng = np.random.default_rng(1)
   texts = [form.format(name) for form in model.FORMS for name in model.NAMES]
-  drawn = [texts[k] for k in rng.permutation(NUM) % len(texts)]
+  drawn = [texts[k] for k in rng.permutation(size.samples) % len(texts)]
   prompts.write_text("\n".join(drawn), "utf-8")
-  out = ROOT / f"diffusers_{steps}.npz"
+  out = size.root / f"diffusers_{steps}.npz"
   if not out.exists():
-    script = "third_party/diffusers_text_images.py"
-    command = [torch, script, str(folder), str(prompts), str(out), steps]
+    script = HERE.parents[1] / "third_party" / "diffusers_text_images.py"
+    command = [torch, str(script), str(folder), str(prompts), str(out), steps]
     subprocess.run(command, check=True)
   part = f"diffusers_{steps}"
   images = ("--config.evaluate.samplers=()", f"--config.evaluate.images={out}")
-  job("student", "student", "evaluate", *images, f"--config.evaluate.folder={part}")
-  (row,) = json.loads((ROOT / "student" / part / "images.json").read_text())
+  folder_of = f"--config.evaluate.folder={part}"
+  job(size, "student", "student", "evaluate", *images, folder_of)
+  (row,) = json.loads((size.root / "student" / part / "images.json").read_text())
   return row["frechet"]
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--torch", default="", help="a Python with torch and diffusers")
+  parser.add_argument("--short", action="store_true", help="a few steps of everything")
   args = parser.parse_args()
-  distilled = ROOT / "distilled"
-  make_model_and_data()
-  train("diffusion", ROOT / "published")
-  train("student", distilled)
-  teacher = frechet("diffusion")["heun/16"]
+  size = SHORT if args.short else FULL
+  distilled = size.root / "distilled"
+  make_model_and_data(size)
+  train(size, "diffusion", size.root / "published")
+  train(size, "student", distilled)
+  teacher = frechet(size, "diffusion")["heun/16"]
   print(f"teacher, 31 evaluations: {teacher:.3f}")
-  for sampler, value in frechet("student").items():
+  for sampler, value in frechet(size, "student").items():
     print(f"{sampler}: {value:.3f}, {value / teacher:.2f} times the teacher's")
   for steps in STEPS if args.torch else ():
-    value = by_diffusers(args.torch, distilled, steps)
+    value = by_diffusers(size, args.torch, distilled, steps)
     print(f"{steps} steps by diffusers: {value:.3f}, {value / teacher:.2f} times")
 
 

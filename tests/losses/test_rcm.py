@@ -1,5 +1,7 @@
 """rCM: rollouts of the student, the direction of matching, and whose turn it is."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +159,52 @@ def test_matching_moves_samples_toward_the_teacher_s():
   gradient = jax.grad(lambda x: jnp.sum((x - (x0 - g)) ** 2))(x0)
   np.testing.assert_allclose(gradient, 2 * g)
   assert float(jnp.min(g)) > 0
+
+
+def test_texts_and_guidance_reach_student_teacher_and_critic():
+  """A text is the mean of its data, so guidance of scale s is another mean.
+
+  F of a Gaussian is affine in its mean: F_u + s (F_c - F_u) has m_u + s (m_c - m_u). A
+  student and a critic of these means are the guided teacher's, those told no scale not.
+  """
+  empty, options = 0.3, dataclasses.replace(OPTIONS, guidance=(1.0, 4.0))
+  key_x, key = jax.random.split(jax.random.key(3))
+  text = jnp.linspace(-0.4, 0.4, 64)
+  x0 = trigflow.expand(text, jnp.zeros((64, *SHAPE)))
+  x0 += 0.3 * jax.random.normal(key_x, x0.shape)
+  samples = {"x0": x0, "cond": {"text": text, "empty_text": 0 * text + empty}}
+
+  def of_mean(mean, x):
+    return Gaussian(trigflow.expand(mean, x), 0.3, SIGMA_D)
+
+  def of_text(frozen, x, t, cond):
+    return of_mean(cond["text"], x).diffusion_net(x, t)
+
+  def told(params, x, t, cond, *, key=None):
+    net = params["net"]
+    scale = 1 + net["told"] * (cond["guidance"] - 1)
+    data = of_mean(empty + scale * (cond["text"] - empty), x)
+    own, fake = data.consistency_net(x, t), data.diffusion_net(x, t)
+    return net["student"] * own + net["critic"] * fake
+
+  network = NETWORK._replace(apply=told)
+  loss = rcm.build(network=network, sigma_d=SIGMA_D, teacher=of_text, options=options)
+  call = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+  def metrics_and_slope(student, critic):
+    weights = params()
+    weights["net"]["told"] = jnp.float32(student)
+    weights["fake"]["net"]["told"] = jnp.float32(critic)
+    (_, metrics), grad = call(weights, samples, key, jnp.int32(0), None)
+    return metrics, grad["net"]["student"]
+
+  metrics, slope = metrics_and_slope(1, 1)
+  np.testing.assert_allclose(metrics["matching"], 0, atol=1e-9)
+  np.testing.assert_allclose(metrics["tangent_norm"], 0, atol=2e-4)
+  np.testing.assert_allclose(slope, 0, atol=1e-3)
+  metrics, slope = metrics_and_slope(0, 1)
+  assert metrics["matching"] < 1e-9  # teacher and critic agree on any samples
+  assert metrics["tangent_norm"] > 0.1
+  metrics, slope = metrics_and_slope(1, 0)
+  assert metrics["matching"] > 0.1
+  assert metrics["tangent_norm"] < 2e-4
