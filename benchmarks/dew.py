@@ -16,7 +16,7 @@ import json
 import pathlib
 import resource
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +33,10 @@ from sdiff_jax.pretrained.diffusers import saving, sd3_transformer, trigflow_net
 from sdiff_jax.types import CondSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "third_party"))
+
+from peer import Peer  # noqa: E402
+
 WIDTH, HEADS, DEPTH = 256, 4, 4
 SIDE, CHANNELS, PATCH = 16, 16, 2  # of the latents
 TOKENS, TEXT, POOLED = 32, 256, 128  # of the text
@@ -123,29 +127,21 @@ def main() -> None:
   network = {k: v for k, v in NETWORK.items() if v is not None}
   sizes = {"network": network, "tokens": TOKENS, "batch": options.batch}
   script = str(ROOT / "third_party" / "dew_step.py")
-  peer = subprocess.Popen(
-    [options.peer, script, json.dumps(sizes)],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
+  with Peer(options.peer, script, json.dumps(sizes)) as peer:
+    compare(peer, options)
 
-  def ask(steps: int) -> dict[str, float]:
-    peer.stdin.write(f"{steps}\n")
-    peer.stdin.flush()
-    return json.loads(peer.stdout.readline())
 
-  theirs_about = json.loads(peer.stdout.readline())
+def compare(peer: Peer, options: argparse.Namespace) -> None:
+  """Times both in turns, and prints ratios and peaks of memory."""
+  theirs_about = peer.read()
   with tempfile.TemporaryDirectory() as folder:
     ours = Step(pathlib.Path(folder), options.batch)
   for name, about in (("dew", theirs_about), ("ours", ours.about())):
     print(name, json.dumps(about), flush=True)
-  ask(options.steps)
+  peer.ask(options.steps)
   timed(ours.run, options.steps)
-  pairs = [
-    (ask(options.steps), timed(ours.run, options.steps)) for _ in range(options.pairs)
-  ]
-  peer.stdin.close()
+  steps = options.steps
+  pairs = [(peer.ask(steps), timed(ours.run, steps)) for _ in range(options.pairs)]
   for name in ("seconds", "user"):
     theirs, own = ([pair[i][name] for pair in pairs] for i in range(2))
     ratios = [a / b for a, b in zip(theirs, own, strict=True)]

@@ -12,9 +12,8 @@ difference to the sequential sample, divided by that of the sample), for each wi
 """
 
 import argparse
-import json
 import pathlib
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,10 @@ from sdiff_jax.samplers import sequential
 from sdiff_jax.types import Array
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "third_party"))
+
+from peer import Peer  # noqa: E402
+
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)
 TARGET = 1e-2
 
@@ -87,24 +90,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     script = ROOT / "third_party" / "diffusers_flow_speed.py"
-    peer = subprocess.Popen(
-      [options.peer, str(script), name, options.kind],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-    def ask(steps: int) -> tuple[float, float]:
-      peer.stdin.write(f"{steps}\n")
-      peer.stdin.flush()
-      wall, processors = map(float, peer.stdout.readline().split())
-      return wall, processors
-
-    print(options.kind, json.loads(peer.stdout.readline()))
-    ours = Sampling(folder)
-    compare(ours, ask, folder, options.pairs)
-    table(ours, ask, options.steps, options.windows)
-    peer.stdin.close()
+    with Peer(options.peer, str(script), name, options.kind) as peer:
+      print(options.kind, peer.read())
+      ours = Sampling(folder)
+      compare(ours, peer.ask, folder, options.pairs)
+      table(ours, peer.ask, options.steps, options.windows)
 
 
 def compare(ours: Sampling, ask: Callable, folder: pathlib.Path, pairs: int) -> None:

@@ -21,7 +21,8 @@ def get_config(variant: str = ""):
   name, window = SAMPLERS[sampler]
   c = config.base()
   c.job = "generate"
-  c.generate.update(published="facebook/DiT-XL-2-256", dtype="bfloat16")
+  published = "facebook/DiT-XL-2-256"
+  c.generate.update(published=published, dtype="bfloat16", scan_blocks=True)
   c.sampler.update(name=name, steps=250, window=window, tolerance=0.1)
   c.sample.update(num=4, batch_size=1, guidance=4.0)
   c.rehearse.program = "sample"

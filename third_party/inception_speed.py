@@ -11,9 +11,10 @@ Prints the median of each side, and of the ratio of each pair of turns.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
+
+from peer import Peer
 
 THEIRS = """
 import sys, time, torch, torchvision
@@ -56,20 +57,15 @@ def main() -> None:
     return time.perf_counter() - begin
 
   rows = {"jax": [], "torch": [], "torch, channels last": []}
-  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
   peers = {}
   for name, order in (("torch", "first"), ("torch, channels last", "last")):
-    command = [args.torch, "-c", THEIRS, str(args.batch), order]
-    peers[name] = subprocess.Popen(command, **pipes)
+    peers[name] = Peer(args.torch, "-c", THEIRS, str(args.batch), order)
   for _ in range(args.rounds):
     rows["jax"].append(ours())
     for name, peer in peers.items():
-      peer.stdin.write("\n")
-      peer.stdin.flush()
-      rows[name].append(float(peer.stdout.readline()))
+      rows[name].append(peer.ask())
   for peer in peers.values():
-    peer.stdin.close()
-    peer.wait()
+    peer.close()
   out = {}
   for name, seconds in rows.items():
     ratios = [a / b for a, b in zip(rows["jax"], seconds, strict=True)]

@@ -14,13 +14,13 @@ use a GPU if they have one. They alternate, so that one is idle while another is
 import argparse
 import os
 import pathlib
-import subprocess
 import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peer import Peer
 
 from sdiff_jax import policies
 from sdiff_jax.experiment import workdir as workdir_lib
@@ -43,14 +43,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "policy.npz")
     _export(given.teacher, path)
-    command = [given.torch, str(HALF), path]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as half:
-      off = float(half.stdout.readline())
+    with Peer(given.torch, str(HALF), path) as half:
+      off = half.read()
       print(f"largest difference of the two networks: {off:.2g}")
       assert off < 1e-4
       took = _turns(ours, half, given.turns)
-      half.stdin.close()
   _print(took)
 
 
@@ -70,15 +67,13 @@ def _export(workdir: str, path: str) -> None:
 
 
 def _turns(
-  ours: dict[str, policies.Policy], half: subprocess.Popen, turns: int
+  ours: dict[str, policies.Policy], half: Peer, turns: int
 ) -> dict[str, np.ndarray]:
   """Returns seconds of a chunk, by name, [turns]."""
   took = {name: [] for name in ("PyTorch, diffusers' DDPM/100", *ours)}
   states = np.random.default_rng(1).uniform(150, 350, (turns + 1, 2, 5))
   for turn in range(turns + 1):
-    half.stdin.write("\n")
-    half.stdin.flush()
-    took["PyTorch, diffusers' DDPM/100"].append(float(half.stdout.readline()))
+    took["PyTorch, diffusers' DDPM/100"].append(half.ask())
     for name, act in ours.items():
       begin = time.perf_counter()
       act(states[turn, -act.states :], turn)

@@ -23,15 +23,15 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peer import Peer
 
 from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
@@ -169,25 +169,7 @@ def training(of: Setup, loss: Callable) -> Callable[[int], float]:
   return run
 
 
-class Theirs:
-  """The process of the other half."""
-
-  def __init__(self, python: str, folder: pathlib.Path):
-    half = pathlib.Path(__file__).with_name("torch_half.py")
-    command = [python, str(half), str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    self._process = subprocess.Popen(command, text=True, **pipes)
-
-  def ask(self, *request: Any) -> Any:
-    print(json.dumps(request), file=self._process.stdin, flush=True)
-    return json.loads(self._process.stdout.readline())
-
-  def close(self) -> None:
-    self._process.stdin.close()
-    self._process.wait()
-
-
-def compare(theirs: Theirs, folder: pathlib.Path, ours: dict, losses: dict) -> None:
+def compare(theirs: Peer, folder: pathlib.Path, ours: dict, losses: dict) -> None:
   """Checks that both halves compute the same.
 
   Args:
@@ -196,7 +178,7 @@ def compare(theirs: Theirs, folder: pathlib.Path, ours: dict, losses: dict) -> N
     ours: our F and J.
     losses: name -> () -> (our loss, our gradient).
   """
-  answer = theirs.ask("check")
+  answer = theirs.ask(["check"])
   if "error" in answer:
     raise SystemExit(answer["error"])
   print(f"jax {jax.__version__}, torch {answer['version']}; largest differences:")
@@ -227,25 +209,25 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     ours = export(folder, of, key)
-    theirs = Theirs(args.torch, folder)
 
     def gradient(loss: Callable) -> Callable:
       both = jax.jit(jax.value_and_grad(lambda *a: loss(*a)[0]))
       at = jnp.int32(AT)
       return lambda: both(params["student"], batch, key, at, params["frozen"])
 
-    compare(theirs, folder, ours, {k: gradient(v) for k, v in losses.items()})
-    report(args, theirs, {k: training(of, v) for k, v in losses.items()})
-    theirs.close()
+    half = pathlib.Path(__file__).with_name("torch_half.py")
+    with Peer(args.torch, str(half), name) as theirs:
+      compare(theirs, folder, ours, {k: gradient(v) for k, v in losses.items()})
+      report(args, theirs, {k: training(of, v) for k, v in losses.items()})
 
 
-def report(args: argparse.Namespace, theirs: Theirs, ours: dict) -> None:
+def report(args: argparse.Namespace, theirs: Peer, ours: dict) -> None:
   """Times both halves in turns, and prints the table."""
   rows = [(name, False) for name in ours]
   for name in ours if args.compile else ():
     rows.append((name, True))
   for row in [*rows]:
-    answer = theirs.ask("start", *row)
+    answer = theirs.ask(["start", *row])
     if isinstance(answer, dict):
       print(f"torch.compile, {row[0]}: {answer['error']}")
       rows.remove(row)
@@ -254,7 +236,7 @@ def report(args: argparse.Namespace, theirs: Theirs, ours: dict) -> None:
     for name, compiled in rows:
       mine = ours[name](args.steps)
       time.sleep(PAUSE)
-      other = theirs.ask("run", name, compiled, args.steps)
+      other = theirs.ask(["run", name, compiled, args.steps])
       time.sleep(PAUSE)
       seconds[name, compiled].append((mine / args.steps, other / args.steps))
   load = ", ".join(f"{x:.1f}" for x in os.getloadavg())

@@ -32,6 +32,7 @@ PARTS = {
   ),
   "pixart": (("tiny-pixart", "transformer", {}), ["transformer_blocks.0-1"]),
   "sana": (("tiny-sana", "transformer", {}), ["transformer_blocks.0-1"]),
+  "dit": (("tiny-dit", "transformer", {"num_layers": 3}), ["transformer_blocks.0-2"]),
   "t5": (("tiny-flux", "text_encoder_2", {}), ["encoder.block.0-1"]),
   "clip": (("tiny-sd2", "text_encoder", {}), ["encoder.layers.0-2"]),
   "gemma": (("tiny-sana", "text_encoder", {}), ["layers.0-1"]),
@@ -66,8 +67,8 @@ def inputs(network, dtype: str = "float32") -> tuple:
   normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), dtype)  # noqa: E731
   if not hasattr(network, "shape"):
     return (jnp.asarray(draw.integers(0, network.vocabulary, (2, 5)), jnp.int32),)
-  cond = {"text": normal(2, 5, network.text), "mask": jnp.ones((2, 5), bool)}
-  cond["pooled"] = normal(2, network.pooled or 1)
+  cond = {"text": normal(2, 5, network.text or 1), "mask": jnp.ones((2, 5), bool)}
+  cond |= {"pooled": normal(2, network.pooled or 1), "label": jnp.array([1, 0])}
   cond |= {"distilled_guidance": jnp.full(2, 3.0, dtype), "time_ids": normal(2, 6)}
   side = 2 * network.patch
   return normal(2, side, side, network.shape[-1]), jnp.full(2, 500.0, dtype), cond
@@ -138,7 +139,7 @@ def test_sdxl_loops_over_the_blocks_of_each_level():
   assert program(network).count("scan") == sum(map(bool, inside.values()))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "sana"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart", "sana", "dit"])
 def test_narrow_types_stay(name):
   """What a block of bfloat16 returns is what the next one takes."""
   part, wanted = PARTS[name]

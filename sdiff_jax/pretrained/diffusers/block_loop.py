@@ -61,7 +61,7 @@ def run(
     if (at, stop) != (first, last + 1):
       part = slice(at - first, stop - first)
       weights = jax.tree.map(lambda w, part=part: w[part], weights)
-    kind = common.remat(block, remat, in_loop=True)
+    kind = common.remat(block, remat, in_loop=stop > at + 1)
     carry = _loop(kind(**fields(at), parent=None), weights, carry, args)
     at = stop
   return carry
@@ -82,6 +82,8 @@ def _loop(block: nn.Module, weights: Params, carry: Carry, args: Carry) -> Carry
   def body(carry: Carry, own: Params) -> tuple[Carry, None]:
     return _as_tuple(block.apply({"params": own}, *carry, *args)), None
 
+  if len(jax.tree.leaves(weights)[0]) == 1:  # it may make a carry of another form
+    return body(carry, jax.tree.map(lambda w: w[0], weights))[0]
   return jax.lax.scan(body, carry, weights)[0]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from msgspec import Meta
 
 from sdiff_jax.models.layers import common
+from sdiff_jax.pretrained.diffusers import block_loop
 from sdiff_jax.pretrained.diffusers import transformer_blocks as blocks
 from sdiff_jax.pretrained.diffusers.networks import Predictor
 from sdiff_jax.pretrained.diffusers.transformer_blocks import Times
@@ -18,6 +19,7 @@ from sdiff_jax.pretrained.files import config_fields
 from sdiff_jax.pretrained.files.config_fields import Channels, Field, Fraction
 from sdiff_jax.types import Array, Cond, Json, Params, PRNGKey
 
+LISTS = ("transformer_blocks",)
 NAMES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until 2024
 FREQUENCY_SHIFT = 1.0  # of the embedded times; 0 in the files of DiT's authors
 Depth = Annotated[int, Meta(ge=1, le=256)]
@@ -83,7 +85,10 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-  """A block of tokens [B, L, C] with an embedding of its own, which it returns, too."""
+  """A block of tokens [B, L, C] with an embedding of its own.
+
+  It returns the first block's embedding [B, C] too, which the output layer takes.
+  """
 
   heads: int
   classes: int
@@ -92,7 +97,9 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, times: Times, label: Array) -> tuple[Array, Array]:
+  def __call__(
+    self, x: Array, first: Array | None, times: Times, label: Array
+  ) -> tuple[Array, Array]:
     embed = Embedding(
       x.shape[-1], self.classes, self.shift, self.dtype, name="norm1.emb"
     )
@@ -102,7 +109,8 @@ class Block(nn.Module):
     x += gate * attend(blocks.modulated(x, shift, scale))[0]
     shift, scale, gate = mlp
     h = blocks.modulated(x, shift, scale, self.eps)
-    return x + gate * blocks.FeedForward(self.dtype, name="ff")(h), emb
+    x += gate * blocks.FeedForward(self.dtype, name="ff")(h)
+    return x, emb if first is None else first
 
 
 class Transformer(nn.Module):
@@ -128,13 +136,24 @@ class Transformer(nn.Module):
     h = conv(x.astype(self.dtype))
     at = blocks.sincos(self.width, *h.shape[1:3], self.base)
     h = h.reshape(len(x), -1, self.width) + jnp.asarray(at, self.dtype)[None]
-    block, embs = common.remat(Block, self.remat), []
-    for i in range(self.depth):
-      kind = self.heads, self.classes, self.shift, self.eps, self.dtype
-      h, emb = block(*kind, name=f"transformer_blocks.{i}")(h, times, label)
-      embs.append(emb)
+    alike = {"heads": self.heads, "classes": self.classes, "shift": self.shift}
+    alike |= {"eps": self.eps, "dtype": self.dtype}
+    carry: block_loop.Carry = (h, None)
+    # A loop carries what the first block, which stands before it, has made.
+    for indices in (range(1), range(1, self.depth)):
+      carry = block_loop.run(
+        self,
+        LISTS[0],
+        indices,
+        Block,
+        lambda i: alike,
+        carry,
+        *(times, label),
+        remat=self.remat,
+      )
+    h, first = carry
     dense = common.Dense(2 * self.width, dtype=self.dtype, name="proj_out_1")
-    shift, scale = jnp.split(dense(nn.silu(embs[0]))[:, None], 2, axis=-1)
+    shift, scale = jnp.split(dense(nn.silu(first))[:, None], 2, axis=-1)
     h = blocks.modulated(h, shift, scale)
     h = common.Dense(self.out * self.patch**2, dtype=self.dtype, name="proj_out_2")(h)
     return blocks.from_patches(h, self.patch, rows, channels_last=True)
@@ -210,4 +229,5 @@ def predictor(
   classes = c["num_embeds_ada_norm"]
   shape = (side, side, channels)
   options = {"guided": c["guidance_proj"], "end_time": c["end_time"]}
-  return Predictor(init, apply, shape, None, patch=patch, classes=classes, **options)
+  options |= {"lists": LISTS, "patch": patch, "classes": classes}
+  return Predictor(init, apply, shape, None, **options)
