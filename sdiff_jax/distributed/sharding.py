@@ -197,7 +197,7 @@ def _split(x: jax.Array | jax.ShapeDtypeStruct, size: int) -> P:
   return P(*[None] * axis, "fsdp")
 
 
-def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
+def rowwise(op: Callable[[PyTree, Array], Array], x: PyTree, weight: Array) -> Array:
   """Returns op(x, weight), computed by every device on its own rows of x.
 
   By itself XLA moves the rows to the shards of a weight. Here the weight is gathered, in
@@ -208,7 +208,7 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
 
   Args:
     op: (x [B, ...], weight) -> [B, ...], row by row.
-    x: [B, ...], its rows sharded along all axes of the mesh.
+    x: [B, ...], or several, their rows sharded along all axes of the mesh.
     weight: with the shape that it has in the training state, in any dtype.
 
   Returns:
@@ -223,12 +223,13 @@ def rowwise(op: Callable[[Array, Array], Array], x: Array, weight: Array) -> Arr
   )
   on_mesh = mesh.axis_names == AXES and "fsdp" in axes
   spec = _split(weight, mesh.shape["fsdp"]) if on_mesh else P()
-  if spec == P() or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
+  rows = jax.tree.leaves(x)[0].shape[0]
+  if spec == P() or rows % math.prod(mesh.shape[a] for a in axes):
     return op(x, weight)
 
   axis = len(spec) - 1
 
-  def local(x: Array, part: Array) -> Array:
+  def local(x: PyTree, part: Array) -> Array:
     # In rows of a TPU tile: for other shapes XLA replaces the reduce-scatter by an
     # all-reduce.
     tiles = part.reshape(math.gcd(TILE, part.size), -1)

@@ -16,6 +16,9 @@ from sdiff_jax.kernels import _online_softmax
 from sdiff_jax.types import Array
 
 LANES = 128  # of a register of a TPU; blocks are multiples of it
+# Of a query of the kernels for GPUs: 1,024 would exceed shared memory.
+MAX_ROW_BYTES = 512
+GPU_TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 class AttentionSpec(NamedTuple):
@@ -32,6 +35,11 @@ class AttentionSpec(NamedTuple):
   scale: float
   block_q: int
   block_k: int
+
+
+def gpu_supports(q: Array) -> bool:
+  """Returns whether the kernels for GPUs, slow to import, support such queries."""
+  return q.dtype in GPU_TYPES and q.shape[-1] * q.dtype.itemsize <= MAX_ROW_BYTES
 
 
 def _even(L: int, block: int) -> int:

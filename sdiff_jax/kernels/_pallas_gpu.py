@@ -22,18 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from sdiff_jax.kernels import _online_softmax
-from sdiff_jax.kernels._chunked import AttentionSpec
+from sdiff_jax.kernels._chunked import MAX_ROW_BYTES, AttentionSpec
 from sdiff_jax.kernels._pallas_tpu import cost, like
 from sdiff_jax.types import Array
 
-TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 STAGES = 2
-MAX_ROW_BYTES = 512  # of a query; 1,024 would exceed shared memory
-
-
-def supports(q: Array) -> bool:
-  """Returns whether the kernels support the type and the size of the queries."""
-  return q.dtype in TYPES and q.shape[-1] * q.dtype.itemsize <= MAX_ROW_BYTES
 
 
 def _block(q: Array) -> int:

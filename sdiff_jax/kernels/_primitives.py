@@ -100,7 +100,7 @@ def _run(method: str, *args: PyTree, spec: AttentionSpec, impl: str) -> tuple:
   if interpret:
     return on_tpu(*args)
   kernels = {"tpu": on_tpu}
-  if _pallas_gpu.supports(args[0][0]):
+  if _chunked.gpu_supports(args[0][0]):
     on_gpu = functools.partial(getattr(_pallas_gpu, method), spec)
     kernels["cuda"] = _on_each_device(on_gpu)
   # By the platform that the program is compiled for, which need not be this one.

@@ -6,6 +6,7 @@ consistency models need the gradient of a loss that contains a jvp.
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from sdiff_jax.kernels import _online_softmax, _primitives
-from sdiff_jax.kernels._chunked import LANES, AttentionSpec
+from sdiff_jax.kernels._chunked import LANES, AttentionSpec, gpu_supports
 from sdiff_jax.types import Array
 
 IMPLS = ("auto", "plain", "fused", "chunked", "interpret")
 MAX_PLAIN_SCORES = 512 * 512  # of a head, for which impl="auto" is "plain"
+MIN_FUSED = 64  # tokens, from which on impl="auto" is "fused" on GPUs
 _COUNTED = contextvars.ContextVar("counted", default=False)
 
 
@@ -50,8 +52,8 @@ def attention(
     impl: "plain" stores all scores, [B, heads, Lq, Lk]; "chunked" stores one block of
       them at a time; "fused" is a Pallas kernel on TPUs and, from Ampere on and up to
       size 256 (128 in float32), on NVIDIA GPUs, and "chunked" elsewhere; "auto" is
-      "plain" up to MAX_PLAIN_SCORES scores, else "fused". "interpret" runs the TPU
-      kernels on any machine, slowly.
+      "plain" up to MAX_PLAIN_SCORES scores, on GPUs with fewer than MIN_FUSED tokens,
+      else "fused". "interpret" runs the TPU kernels on any machine, slowly.
     block_q: largest number of queries of a block, a multiple of 128. The GPU kernel has
       its own block size.
     block_k: largest number of keys of a block, a multiple of 128.
@@ -77,6 +79,14 @@ def attention(
     raise ValueError(f"scale={scale}: must be finite")
   if impl == "auto":
     impl = "plain" if q.shape[1] * k.shape[1] <= MAX_PLAIN_SCORES else "fused"
+    if impl == "plain" and _fused_on_gpus(q, k):
+
+      def attend(impl: str, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        options = {"causal": causal, "key_mask": mask, "scale": scale}
+        return attention(q, k, v, impl=impl, **options)
+
+      cuda, default = (functools.partial(attend, i) for i in ("fused", "plain"))
+      return jax.lax.platform_dependent(q, k, v, key_mask, cuda=cuda, default=default)
   if impl == "plain" or _COUNTED.get():
     return _plain(q, k, v, causal, key_mask, scale)
   spec = AttentionSpec(causal, scale, block_q, block_k)
@@ -104,6 +114,12 @@ def counted() -> Iterator[None]:
     yield
   finally:
     _COUNTED.reset(token)
+
+
+def _fused_on_gpus(q: Array, k: Array) -> bool:
+  """Returns whether impl="auto" is "fused" on GPUs where it is "plain" elsewhere."""
+  tokens = min(q.shape[1], k.shape[1])
+  return tokens >= MIN_FUSED and gpu_supports(q) and not _COUNTED.get()
 
 
 def _check(q, k, v, key_mask, impl, block_q, block_k) -> None:

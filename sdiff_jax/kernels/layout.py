@@ -32,3 +32,21 @@ def row_major(tree: PyTree) -> PyTree:
 
 def _constrained(x: Array) -> Array:
   return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@jax.custom_jvp
+def gradient_in_row_major(x: Array) -> Array:
+  """Returns x, whose tangent and gradient are `row_major`.
+
+  Example:
+    >>> jax.grad(lambda x: gradient_in_row_major(x) ** 2)(3.0)
+    Array(6., dtype=float32, weak_type=True)
+  """
+  return x
+
+
+@gradient_in_row_major.defjvp
+def _gradient_in_row_major_jvp(
+  primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+  return primals[0], row_major(tangents[0])

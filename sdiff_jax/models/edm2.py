@@ -17,10 +17,16 @@ from sdiff_jax.fields import (
   Rate,
   Size,
 )
-from sdiff_jax.models.layers import common, conditioning, linen, patches, resampling
+from sdiff_jax.models.layers import (
+  common,
+  conditioning,
+  edm2_blocks,
+  linen,
+  patches,
+  resampling,
+)
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers.conditioning import Conditions
-from sdiff_jax.models.layers.edm2_blocks import Block
 from sdiff_jax.types import Array, Cond, CondSpecs, Network
 
 # Number of channels of the published sizes, which differ in nothing else.
@@ -67,7 +73,7 @@ class UNet(nn.Module):
     )
     emb = embedding(t, cond)
 
-    def make(level: int, part: str, name: str, features: int, **options) -> Block:
+    def make(level: int, part: str, name: str, features: int, **options) -> nn.Module:
       resolution = height >> level
       attends = name == "in0" or (
         "block" in name and resolution in self.attn_resolutions
@@ -89,23 +95,29 @@ class UNet(nn.Module):
         name=f"{part}_{level}_{name}",
       )
 
+    # All blocks are made before the first one runs: they are modulated together.
+    encoder, decoder = [], []
+    for level, size in enumerate(sizes):
+      if level:
+        encoder.append(make(level, "enc", "down", sizes[level - 1]))
+      encoder += [make(level, "enc", f"block{i}", size) for i in range(self.blocks)]
+    for level, size in reversed([*enumerate(sizes)]):
+      first = ("up",) if level < len(sizes) - 1 else ("in0", "in1")
+      wide = sizes[level + 1] if level < len(sizes) - 1 else size
+      decoder += [make(level, "dec", name, wide) for name in first]
+      decoder += [make(level, "dec", f"block{i}", size) for i in range(self.blocks + 1)]
+    vectors = edm2_blocks.vectors([b.modulation for b in (*encoder, *decoder)], emb)
+
     # A channel of ones replaces biases.
     h = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1).astype(self.dtype)
     h = mp.Conv(sizes[0], self.dtype, name="in")(h)
     skips = [h]
-    for level, size in enumerate(sizes):
-      if level:
-        h = make(level, "enc", "down", h.shape[-1])(h, emb)
-        skips.append(h)
-      for i in range(self.blocks):
-        h = make(level, "enc", f"block{i}", size)(h, emb)
-        skips.append(h)
-    for level, size in reversed([*enumerate(sizes)]):
-      first = ("up",) if level < len(sizes) - 1 else ("in0", "in1")
-      for name in first:
-        h = make(level, "dec", name, h.shape[-1])(h, emb)
-      for i in range(self.blocks + 1):
-        h = make(level, "dec", f"block{i}", size)(h, emb, skips.pop())
+    for block in encoder:
+      h = block(h, vectors.pop(0))
+      skips.append(h)
+    for block in decoder:
+      skip = skips.pop() if "block" in block.name else None
+      h = block(h, vectors.pop(0), skip)
     gain = self.param("gain", nn.initializers.zeros, ())
     h = common.to_accumulation_dtype(mp.Conv(out_channels, self.dtype, name="out")(h))
     return patches.join(h * gain, self.patch)
@@ -258,7 +270,7 @@ def build(
     noise_features=channels * (noise_mult or channel_mult[0]),
     emb_width=channels * (emb_mult or max(channel_mult)),
     taps=tuple(resample_filter),
-    block=common.remat(Block, remat),
+    block=common.remat(edm2_blocks.Block, remat),
     dtype=jnp.dtype(dtype),
     **balances,
   )

@@ -1,6 +1,7 @@
 """One step of training as a pure function, and its compiled form."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,14 +84,19 @@ def build(
     # optax raises floats to integer powers, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = normalize(optax.apply_updates(state.params, updates))
+    norm = _norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+
+    def if_finite(new: PyTree, old: PyTree) -> PyTree:
+      return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    # Twice, so that what follows the normalization need not read the old parameters.
+    params = if_finite(optax.apply_updates(state.params, updates), state.params)
+    params = if_finite(normalize(params), params)
     n = state.step + 1
     averages = ema_lib.update(state.ema, params, n, decays, trainable(params))
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    new = TrainState(n, params, opt_state, averages)
-    old = state._replace(step=n)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    rest = if_finite((opt_state, averages), (state.opt_state, state.ema))
+    new = TrainState(n, params, *rest)
     metrics = {"loss": value, "gradient_norm": norm}
     if learning_rate is not None:
       metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
@@ -98,6 +104,18 @@ def build(
     return new, metrics
 
   return step
+
+
+def _norm(grads: Params) -> Array:
+  """Returns the root of the sum of squares of all gradients.
+
+  Those of one shape are added to each other first, so that they are read by one kernel.
+  """
+  sums: dict[tuple[Any, ...], Array] = {}
+  for g in jax.tree.leaves(grads):
+    kind = (g.shape, g.dtype)
+    sums[kind] = sums.get(kind, 0.0) + jnp.square(g)
+  return jnp.sqrt(sum(jnp.sum(squares) for squares in sums.values()))
 
 
 def accumulated(gradient_of: Gradient, parts: int) -> Gradient:

@@ -1,5 +1,6 @@
 """TrigFlow in EDM2's layout: names and halves of the modulation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +68,12 @@ def test_modulation(like, tensors):
   rng = np.random.default_rng(1)
   y, emb = rng.standard_normal((2, 4, 4, 16)), rng.standard_normal((2, 16))
   y, emb = (v.astype(np.float32) for v in (y, emb))
-  module = edm2_blocks.Modulation("double")
-  found = module.apply({"params": part}, jnp.asarray(y), jnp.asarray(emb))
+
+  def modulated(module: edm2_blocks.Modulation) -> jax.Array:
+    return module(jnp.asarray(y), *edm2_blocks.vectors([module], jnp.asarray(emb)))
+
+  module = edm2_blocks.Modulation(features=16, norm="double")
+  found = nn.apply(modulated, module)({"params": part})
 
   def unit(x: np.ndarray) -> np.ndarray:
     return x / (1e-4 + np.sqrt(np.mean(x**2, -1, keepdims=True)))

@@ -24,7 +24,7 @@ def _no_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
   `checkpoint_policies.save_anything_except_these_names` would keep the operand of the
   operation that names the weight.
   """
-  return primitive.name not in ("all_gather", "reshape", "transpose")
+  return primitive.name not in ("all_gather", "reshape", "transpose", "split")
 
 
 # Policies of rematerialization: what a block stores for its backward pass, by the field
