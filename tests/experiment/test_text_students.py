@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import formula_weights
 import jax
@@ -15,7 +16,7 @@ from sdiff_jax import config as configs
 from sdiff_jax.diffusion.trigflow import END_TIME
 from sdiff_jax.experiment import build, prompts, sampling, teachers
 from sdiff_jax.experiment import workdir as workdir_lib
-from sdiff_jax.jobs import encode, evaluate, train
+from sdiff_jax.jobs import encode, evaluate, export, generate, train
 from sdiff_jax.jobs import sample as sample_job
 from sdiff_jax.pretrained.diffusers import loading, trigflow_network
 from sdiff_jax.training import trainer
@@ -236,3 +237,39 @@ def test_from_a_folder_to_prompts(data, loss, fields, tmp_path):
   (row,) = json.loads((tmp_path / "evaluate" / "results.json").read_text())
   assert row["clip_score"] == pytest.approx(lines[-1]["clip_score"], rel=1e-5)
   assert 0 < row["clip_score"] < 100
+
+
+@pytest.mark.slow  # minutes
+def test_rcm_is_trained_resumed_exported_and_read_back(data, tmp_path):
+  """The folder has the student without its critic, and makes the run's images."""
+  fields = {"student_every": 2, "rollout_steps": 2}
+  c, workdir = student(data, "rcm", **fields), str(tmp_path / "run")
+  c.train.update(steps=2, log_every=1)
+  c.optim.update(b1=0.0, learning_rate=1e-3)
+  c.checkpoint.every = 2
+  train.run(c, workdir)
+  c.train.steps = 6
+  train.run(c, workdir)
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+  for name, turn in (("matching", 1), ("tangent_norm", 1), ("fake_mse", 0)):
+    assert [line[name] > 0 for line in lines] == [k % 2 == turn for k in range(1, 7)]
+  out = str(tmp_path / "out")
+  c.export.update(format="diffusers", folder=out)
+  export.run(c, workdir)
+  card = (tmp_path / "out" / "README.md").read_text()
+  times = re.search(r'steps=1 --config\.sampler\.timesteps="\((.*?),?\)"', card)[1]
+  c.sampler.timesteps = tuple(map(float, times.split(",")))
+  sample_job.run(c, workdir)
+  by = configs.base()
+  by.generate.update(folder=out, distilled_guidance=3.0, prompts=c.sample.prompts)
+  by.sampler.update(name="consistency", steps=1)
+  by.sample.update(num=8, batch_size=8)
+  generate.run(by, str(tmp_path / "made"))
+  paths = sorted((tmp_path / "made" / "images").glob("*.png"))
+  found = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+  with np.load(tmp_path / "run" / "samples.npz") as made:
+    wanted = made["arr_0"].astype(int)
+  assert found.shape == wanted.shape
+  assert np.abs(found - wanted).max() <= 2
+  assert wanted.std() > 10
