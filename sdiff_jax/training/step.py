@@ -90,11 +90,16 @@ def build(
     def if_finite(new: PyTree, old: PyTree) -> PyTree:
       return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    # Twice, so that what follows the normalization need not read the old parameters.
-    params = if_finite(optax.apply_updates(state.params, updates), state.params)
-    params = if_finite(normalize(params), params)
+    updated = optax.apply_updates(state.params, updates)
+    # Guarded before the norms, so that nothing reads the old parameters after them.
+    kept = if_finite(updated, state.params)
+    params = normalize(kept)
+    if params is kept:  # there are no norms
+      averaged = updated
+    else:
+      averaged = params = if_finite(params, kept)
     n = state.step + 1
-    averages = ema_lib.update(state.ema, params, n, decays, trainable(params))
+    averages = ema_lib.update(state.ema, averaged, n, decays, trainable(averaged))
     rest = if_finite((opt_state, averages), (state.opt_state, state.ema))
     new = TrainState(n, params, *rest)
     metrics = {"loss": value, "gradient_norm": norm}

@@ -48,7 +48,7 @@ METHODS = FLOW_MAPS | TO_DATA | MATCHED
 STEPS = {"rCM": 30_000}  # the student is trained in every fifth one
 
 
-def trained(name: str, velocity, draw, **options):
+def trained(name: str, velocity, draw):
   """Returns the map (xt, t, s) -> state at s of a network that a loss trains."""
   loss_name, fields = METHODS[name]
   section = {"name": loss_name, **registry.fields("losses", loss_name), **fields}
@@ -67,9 +67,9 @@ def trained(name: str, velocity, draw, **options):
     teacher=teacher if facts.needs_teacher else None,
   )
   # The network whose turn it is not stays as it is without momentum alone.
-  b1 = 0.0 if name in MATCHED else 0.9
-  options |= {"b1": b1, "init_extra_params": facts.init_extra_params}
-  params = train(loss, net, draw, batch=BATCH, steps=STEPS.get(name, 6000), **options)
+  options = {"b1": 0.0 if name in MATCHED else 0.9, "steps": STEPS.get(name, 6000)}
+  options["init_extra_params"] = facts.init_extra_params
+  params = train(loss, net, draw, batch=BATCH, **options)
 
   def flow(xt, t, s):
     cond = trigflow.with_end_time(None, s) if facts.cond else None
