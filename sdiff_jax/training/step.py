@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from sdiff_jax.distributed import replicas, sharding
+from sdiff_jax.kernels import cpu
 from sdiff_jax.kernels.layout import row_major
 from sdiff_jax.training import ema as ema_lib
 from sdiff_jax.training.state import TrainState
@@ -202,4 +203,5 @@ def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.
     ),
     out_shardings=(state_sharding, everywhere),
     donate_argnums=0,
+    compiler_options=cpu.training_options(mesh.devices.flat[0]),
   )

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sdiff_jax.distributed import sharding
 from sdiff_jax.kernels.attention import attention
 from sdiff_jax.models.layers import magnitude_preserving as mp
 from sdiff_jax.models.layers import resampling
@@ -119,14 +118,14 @@ class Attention(nn.Module):
     B, H, W, C = x.shape
     stored = mp.Weight(3 * C, name="qkv")(C)
 
-    def product(x: Array, w: Array) -> Array:
+    def qkv(x: Array, w: Array) -> Array:
       # Query, key and value of a channel are adjacent, the order of published weights.
       # It is the weight that is put in order, not the larger x W.
       w = jnp.moveaxis(w.reshape(C, self.heads, C // self.heads, 3), -1, 1)
       return jnp.tensordot(x, w, 1)
 
     w = mp.of_unit_length(stored, self.dtype)
-    y = sharding.rowwise(product, x.astype(self.dtype), w)
+    y = mp.product(qkv, x.astype(self.dtype), w)
     y = mp.normalize(y.reshape(B, H * W, 3, self.heads, C // self.heads), (-1,))
     q, k, v = jnp.moveaxis(y, 2, 0)
     y = attention(q, k, v).reshape(x.shape)

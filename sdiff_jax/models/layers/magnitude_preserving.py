@@ -8,6 +8,7 @@ normalization).
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdiff_jax.distributed import sharding
+from sdiff_jax.kernels.cpu import materialized
 from sdiff_jax.kernels.layout import gradient_in_row_major
 from sdiff_jax.models.layers import common
-from sdiff_jax.types import Array, Params
+from sdiff_jax.types import Array, Params, PyTree
 
 EPS = 1e-4
 # Added to a length in a denominator, whose derivative at a vector of zeros is NaN without
@@ -180,6 +182,11 @@ def of_unit_length(
   return gradient_in_row_major(unit.astype(dtype))
 
 
+def product(op: Callable[[PyTree, Array], Array], x: PyTree, weight: Array) -> Array:
+  """Returns op(x, weight) as `sharding.rowwise`, operand and result in a CPU's memory."""
+  return materialized(sharding.rowwise(op, materialized(x), weight))
+
+
 def linear(x: Array, stored: Array) -> Array:
   """Returns x W, [..., C] -> [..., *features], W of columns of length 1.
 
@@ -188,7 +195,7 @@ def linear(x: Array, stored: Array) -> Array:
     stored: [C, *features].
   """
   w = of_unit_length(stored, x.dtype)
-  return sharding.rowwise(lambda x, w: jnp.tensordot(x, w, 1), x, w)
+  return product(lambda x, w: jnp.tensordot(x, w, 1), x, w)
 
 
 class Linear(nn.Module):
@@ -211,12 +218,11 @@ class Linear(nn.Module):
     stored = _stored(self, (sum(sizes), self.features))
     w = of_unit_length(stored, dtype, gains=np.repeat(gains, sizes)[:, None])
 
-    def product(parts: tuple[Array, ...], w: Array) -> Array:
+    def apply(parts: tuple[Array, ...], w: Array) -> Array:
       rows = jnp.split(w, np.cumsum(sizes)[:-1])
       return sum(part @ w for part, w in zip(parts, rows, strict=True))
 
-    parts = tuple(part.astype(dtype) for part in parts)
-    return sharding.rowwise(product, parts, w)
+    return product(apply, tuple(part.astype(dtype) for part in parts), w)
 
 
 class Conv(nn.Module):
@@ -235,7 +241,7 @@ class Conv(nn.Module):
       padding="SAME",
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return sharding.rowwise(conv, x.astype(self.dtype), w)
+    return product(conv, x.astype(self.dtype), w)
 
 
 class Fourier(nn.Module):
