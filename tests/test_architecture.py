@@ -52,6 +52,11 @@ UNSTABLE_IMPORTS = {
   "kernels/_pallas_tpu.py": ("jax.experimental.pallas",),
   # and primitives; the reason for each module is in the file.
   "kernels/_primitives.py": ("jax.extend.core", "jax.interpreters"),
+  "kernels/cpu.py": (
+    "jax.extend.core",
+    "jax.interpreters",
+    "jax.experimental.xla_metadata",
+  ),
 }
 # What believes or runs what a file says, and the files that check it first.
 READERS = {

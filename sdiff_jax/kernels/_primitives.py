@@ -18,8 +18,8 @@ of it. A loss that trains through its tangent needs the transpose of the derivat
 
 Arrays are [B, heads, L, size], log-sum-exps lse [B, heads, L, 1].
 
-This is the only file that uses JAX's unstable extension APIs, whose changes between
-versions it has to follow (setup.py has an upper bound for JAX):
+This file and cpu.py use JAX's unstable extension APIs, whose changes between versions they
+have to follow (setup.py has an upper bound for JAX):
 
   jax.extend.core               Primitive, and equations that partial evaluation splits
   jax.interpreters.ad           jvp and transpose rules of the primitives
