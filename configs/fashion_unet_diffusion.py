@@ -23,7 +23,7 @@ NETWORKS = {
   },
 }
 # Steps, batch size, learning rate, images of its warm-up.
-LENGTHS = {"h100": (7486, 512, 5e-3, 100_000), "laptop": (8000, 64, 3e-3, 10_000)}
+LENGTHS = {"h100": (7486, 512, 5e-3, 100_000), "laptop": (14_000, 64, 3e-3, 10_000)}
 
 
 def get_config(variant: str = ""):
