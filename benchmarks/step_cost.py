@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
+from sdiff_jax.kernels import cpu
 from sdiff_jax.training import ema, optimizers, state, step
 
 SIZES = {
@@ -63,7 +64,8 @@ def compiled(model: str, loss: str, batch_size: int) -> tuple:
     learning_rate=rate,
     normalize=network.normalize,
   )
-  function = jax.jit(train_step, donate_argnums=0)
+  options = cpu.training_options(jax.devices()[0])
+  function = jax.jit(train_step, donate_argnums=0, compiler_options=options)
   return (
     function.lower(start, batch, key, frozen).compile(),
     (batch, key, frozen),
