@@ -34,15 +34,26 @@ def training_options(device: jax.Device) -> dict[str, str]:
 
 
 def materialized(tree: PyTree) -> PyTree:
-  """Returns the arrays of a tree; on CPUs they are in memory, and so are their gradients.
+  """Returns the arrays of a tree; on CPUs, derivatives find them in memory.
 
-  Values and derivatives are those of the arrays.
+  Values and derivatives are those of the arrays. Where a CPU differentiates, arrays,
+  tangents and gradients are stored; programs that do not differentiate are as without it.
 
   Example:
     >>> jax.grad(lambda x: materialized(x) ** 2)(3.0)
     Array(6., dtype=float32, weak_type=True)
   """
-  return jax.tree.map(_materialized.bind, tree)
+  return jax.tree.map(_identity, tree)
+
+
+@jax.custom_jvp
+def _identity(x: Array) -> Array:
+  return x
+
+
+@_identity.defjvp
+def _identity_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+  return _stored.bind(primals[0]), _stored.bind(tangents[0])
 
 
 def _call(x: Array) -> Array:
@@ -50,10 +61,10 @@ def _call(x: Array) -> Array:
     return jax.jit(lambda x: x)(x)
 
 
-_materialized = core.Primitive("materialized")
-_materialized.def_impl(lambda x: x)
-_materialized.def_abstract_eval(lambda x: x)
-mlir.register_lowering(_materialized, lambda context, x: [x])
-mlir.register_lowering(_materialized, mlir.lower_fun(_call, False), platform="cpu")
-ad.deflinear2(_materialized, lambda gradient, x: [materialized(gradient)])
-batching.defvectorized(_materialized)
+_stored = core.Primitive("stored")
+_stored.def_impl(lambda x: x)
+_stored.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_stored, lambda context, x: [x])
+mlir.register_lowering(_stored, mlir.lower_fun(_call, False), platform="cpu")
+ad.deflinear2(_stored, lambda gradient, x: [_stored.bind(gradient)])
+batching.defvectorized(_stored)
