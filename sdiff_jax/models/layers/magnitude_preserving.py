@@ -183,7 +183,7 @@ def of_unit_length(
 
 
 def product(op: Callable[[PyTree, Array], Array], x: PyTree, weight: Array) -> Array:
-  """Returns op(x, weight) as `sharding.rowwise`, operand and result in a CPU's memory."""
+  """Returns op(x, weight) as `sharding.rowwise` does, `materialized` for derivatives."""
   return materialized(sharding.rowwise(op, materialized(x), weight))
 
 
