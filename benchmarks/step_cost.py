@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
-from sdiff_jax.kernels import cpu
 from sdiff_jax.training import ema, optimizers, state, step
 
 SIZES = {
@@ -64,8 +63,7 @@ def compiled(model: str, loss: str, batch_size: int) -> tuple:
     learning_rate=rate,
     normalize=network.normalize,
   )
-  options = cpu.training_options(jax.devices()[0])
-  function = jax.jit(train_step, donate_argnums=0, compiler_options=options)
+  function = step.jitted(train_step)
   return (
     function.lower(start, batch, key, frozen).compile(),
     (batch, key, frozen),

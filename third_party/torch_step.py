@@ -36,7 +36,6 @@ from peer import Peer
 from sdiff_jax import config, registry
 from sdiff_jax.data import class_cond
 from sdiff_jax.diffusion import guidance, time_grids
-from sdiff_jax.kernels import cpu
 from sdiff_jax.training import ema, optimizers, state, step
 from sdiff_jax.types import Network
 
@@ -154,11 +153,7 @@ def training(of: Setup, loss: Callable) -> Callable[[int], float]:
   student = jax.tree.map(jnp.copy, params["student"])
   current = state.create(student, optimizer, tuple(betas))
   options = {"ema": betas, "learning_rate": rate, "normalize": of.network.normalize}
-  function = jax.jit(
-    step.build(loss, optimizer, **options),
-    donate_argnums=0,
-    compiler_options=cpu.training_options(jax.devices()[0]),
-  )
+  function = step.jitted(step.build(loss, optimizer, **options))
   key, frozen = jax.random.key(2), params["frozen"]
   compiled = function.lower(current, batch, key, frozen).compile()
 

@@ -1,5 +1,6 @@
 """One step of training as a pure function, and its compiled form."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -176,12 +177,14 @@ def _added_once(gradient_of: Gradient, dtype: jnp.dtype) -> Gradient:
   return call
 
 
-def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.Wrapped:
+def jitted(
+  step: Step, mesh: Mesh | None = None, state: PyTree = None, frozen: PyTree = None
+) -> jax.stages.Wrapped:
   """Returns `step` under jit, sharded over a mesh, with the state donated.
 
   Args:
     step: the step (see `build`).
-    mesh: the device mesh.
+    mesh: the device mesh; None for the first device, where no shapes are needed.
     state: the state or its shapes.
     frozen: parameters of the teacher or their shapes, or None.
 
@@ -191,9 +194,15 @@ def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.
     >>> callable(jitted(lambda *args: args, mesh, state, None))
     True
   """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  jit = functools.partial(
+    jax.jit, donate_argnums=0, compiler_options=cpu.training_options(device)
+  )
+  if mesh is None:
+    return jit(step)
   state_sharding = sharding.state(state, mesh)
   everywhere = sharding.replicated(mesh)
-  return jax.jit(
+  return jit(
     sharding.with_mesh(mesh, step),
     in_shardings=(
       state_sharding,
@@ -202,6 +211,4 @@ def jitted(step: Step, mesh: Mesh, state: PyTree, frozen: PyTree) -> jax.stages.
       sharding.state(frozen, mesh),
     ),
     out_shardings=(state_sharding, everywhere),
-    donate_argnums=0,
-    compiler_options=cpu.training_options(mesh.devices.flat[0]),
   )

@@ -10,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 
 from sdiff_jax.distributed import sharding
-from sdiff_jax.kernels import cpu
 from sdiff_jax.training import state as state_lib
 from sdiff_jax.training import step as step_lib
 from sdiff_jax.training.state import TrainState
@@ -191,9 +190,6 @@ class Trainer:
     return {}
 
   def _jit(self, state: TrainState, frozen: Params) -> jax.stages.Wrapped:
-    if self.mesh is None:
-      options = cpu.training_options(jax.devices()[0])
-      return jax.jit(self.update, donate_argnums=0, compiler_options=options)
     return step_lib.jitted(self.update, self.mesh, state, frozen)
 
   def fit(
